@@ -1,0 +1,163 @@
+"""Checkpoints through orbax: model, optimizer, data position and config together, saved asynchronously.
+
+Arrays are saved under the names they have in the code (``blocks.query_DNH``), in separate items, so that decoding
+reads the model alone. What is stored is data: nothing is unpickled or executed when it is read.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+
+from layerskip_jax.config import Config, from_dict, to_dict
+from layerskip_jax.errors import UserError, nearest
+from layerskip_jax.model import Transformer
+from layerskip_jax.train_step import TrainState
+
+TOKENIZER = "tokenizer.model"
+
+
+def checkpoint_folder(config: Config) -> epath.Path:
+    """Return where the run of ``config`` keeps its checkpoints: ``RUN_DIR/checkpoints``."""
+    return epath.Path(config.train.run_dir).expanduser().resolve() / "checkpoints"
+
+
+def named_arrays(tree: Any) -> dict[str, Any]:
+    """Flatten a tree of Params and arrays to ``{"blocks.query_DNH": array}``, in the order of its leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    named = {}
+    for path, leaf in leaves:
+        (array,) = jax.tree.leaves(leaf)
+        named[jax.tree_util.keystr(path, simple=True, separator=".")] = array
+    return named
+
+
+def with_arrays(tree: Any, arrays: dict[str, Any]) -> Any:
+    """Return ``tree`` with its leaves replaced by name: the inverse of `named_arrays`."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in named_arrays(tree)])
+
+
+class Checkpoints:
+    """The checkpoints of one run, as a context manager that waits for the last save on its way out."""
+
+    def __init__(self, config: Config):
+        self.folder = checkpoint_folder(config)
+        self._config = config
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_checkpoints, create=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
+        """Save after the step that ``state.step`` counts; returns as soon as the arrays are copied."""
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(named_arrays(state.model)),
+                optimizer=ocp.args.StandardSave(named_arrays({"step": state.step, "state": state.opt_state})),
+                data=grain.checkpoint.CheckpointSave(data),
+                config=ocp.args.JsonSave(to_dict(self._config)),
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """Return the step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
+        """Restore into the shapes and shardings of ``abstract``, and set ``data`` to where it was.
+
+        Raises `UserError` when the checkpoint holds another model.
+        """
+        saved = read_config(self.folder / str(step))
+        for field in dataclasses.fields(saved.model):
+            old, new = getattr(saved.model, field.name), getattr(self._config.model, field.name)
+            if old != new and field.name != "compute_dtype":
+                raise UserError(
+                    f"the checkpoint {self.folder / str(step)} has model.{field.name} {old}, but the config says "
+                    f"{new}: continue with --model.{field.name} {old}, or start a new run with another --train.run_dir"
+                )
+        if saved.optimizer.name != self._config.optimizer.name:
+            raise UserError(
+                f"the checkpoint {self.folder / str(step)} was trained with optimizer.name {saved.optimizer.name}, but "
+                f"the config says {self._config.optimizer.name}: their states differ; keep {saved.optimizer.name}"
+            )
+        optimizer = {"step": abstract.step, "state": abstract.opt_state}
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(named_arrays(abstract.model)),
+                optimizer=ocp.args.StandardRestore(named_arrays(optimizer)),
+                data=grain.checkpoint.CheckpointRestore(data),
+            ),
+        )
+        optimizer = with_arrays(optimizer, restored["optimizer"])
+        model = with_arrays(abstract.model, restored["model"])
+        return TrainState(step=optimizer["step"], model=model, opt_state=optimizer["state"])
+
+    def changed_settings(self, step: int) -> list[str]:
+        """Return a line for every setting that differs from those the checkpoint was made with."""
+        old, new = to_dict(read_config(self.folder / str(step))), to_dict(self._config)
+        return [
+            f"{group}.{name} {old[group][name]} -> {value}"
+            for group, settings in new.items()
+            for name, value in settings.items()
+            if old[group][name] != value
+        ]
+
+
+def find_checkpoint(path: str) -> epath.Path:
+    """Return the folder of one checkpoint: ``path`` itself, or the newest complete one of the run at ``path``.
+
+    Raises `UserError` for a path that holds none.
+    """
+    root = epath.Path(path).expanduser().resolve()
+    if not root.exists():
+        parent = root.parent
+        others = [str(epath.Path(path).parent / other.name) for other in parent.iterdir()] if parent.is_dir() else []
+        raise UserError(f"no checkpoint at {path}: there is no such folder{nearest(path, others)}")
+    if (root / "model").exists() and (root / "config").exists():
+        return root
+    folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    complete = [step for step in steps if (folder / str(step) / "model").exists()]
+    if not complete:
+        raise UserError(f"no checkpoint at {path}: expected a run folder with checkpoints/STEP, as train.py writes it")
+    return folder / str(max(complete))
+
+
+def read_config(checkpoint: epath.Path) -> Config:
+    """Read the config that travels in a checkpoint."""
+    file = checkpoint / "config" / "metadata"
+    try:
+        return from_dict(json.loads(file.read_text()), Config)
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"the checkpoint {checkpoint} has no readable config: {error}") from error
+
+
+def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
+    """Load the model of a checkpoint; return it with its config and its tokenizer's path.
+
+    ``path`` is a run folder or one checkpoint in it. No model flag is needed: the config travels along.
+    """
+    folder = find_checkpoint(path)
+    config = read_config(folder)
+    abstract = jax.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        for name, leaf in named_arrays(abstract).items()
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(folder / "model", target)
+    return with_arrays(abstract, arrays), config, folder.parent / TOKENIZER

@@ -1,0 +1,140 @@
+"""``python decode.py --checkpoint RUN --prompt TEXT [--setting value ...]``"""
+
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from layerskip_jax.command_line import add_settings, apply_overrides, integer, make_parser
+from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.decoding import terminal
+from layerskip_jax.decoding.text import Answer, Completion, TextGenerator
+from layerskip_jax.errors import UserError, run_command
+
+REPEATS = 3
+"""--compare times each way of decoding so often, in turn, and reports medians."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load a checkpoint, generate, and report; with ``--compare`` also against plain decoding."""
+    parser = make_parser(
+        "Generate text from a checkpoint of train.py. Settings not given here come from the checkpoint's own config."
+    )
+    parser.add_argument("--checkpoint", metavar="RUN", required=True, help="run folder, or one checkpoint in it")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; may be given many times")
+    parser.add_argument("--prompts", metavar="FILE", help="file of prompts: .jsonl with a 'prompt' each, or one a line")
+    parser.add_argument(
+        "--held_out", metavar="N", type=integer, help="use the beginnings of N held-out documents as prompts"
+    )
+    parser.add_argument("--batch_size", metavar="N", type=integer, default=1, help="prompts generated together")
+    parser.add_argument("--compare", action="store_true", help="time plain decoding too, and compare the texts")
+    parser.add_argument("--json", action="store_true", help="print JSON lines: one a prompt, then one of numbers")
+    add_settings(parser, DecodeConfig())
+    options = parser.parse_known_options(argv)
+    given = {field.name for field in dataclasses.fields(DecodeConfig)} & vars(options).keys()
+
+    from layerskip_jax.checkpoint import load_model
+    from layerskip_jax.data.tokenizer import Tokenizer
+
+    model, config, tokenizer_path = load_model(options.checkpoint)
+    settings = apply_overrides(config.decode, {name: getattr(options, name) for name in given})
+    tokenizer = Tokenizer.load(str(tokenizer_path))
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, not {options.batch_size}")
+    prompts = _prompts(options.prompt, options.prompts, options.held_out, config)
+    model = model.unstacked()
+    generator = TextGenerator(model, tokenizer, settings)
+    batches = [prompts[i : i + options.batch_size] for i in range(0, len(prompts), options.batch_size)]
+
+    streams = not options.json and not options.compare and len(prompts) == 1
+    answers = []
+    for batch in batches:
+        if streams:
+            answers.append(terminal.stream(generator, batch[0], settings))
+        else:
+            answers.append(generator.generate(batch))
+            for completion in answers[-1].completions:
+                _print_completion(completion, options.json)
+    report = terminal.Report.of(answers, model.config, settings)
+    if options.compare:
+        plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
+        report = dataclasses.replace(report, **_compare(generator, plain, batches))
+    print(json.dumps(report.as_dict()) if options.json else report.text())
+
+
+def _prompts(given: list[str] | None, file: str | None, held_out: int | None, config: Config) -> list[str]:
+    if sum(source is not None for source in (given, file, held_out)) != 1:
+        raise UserError("give the prompts in one way: --prompt TEXT (once or more), --prompts FILE or --held_out N")
+    if given is not None:
+        return given
+    if held_out is not None:
+        return _held_out(config, held_out)
+    assert file is not None
+    try:
+        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [json.loads(line)["prompt"] for line in lines] if file.endswith(".jsonl") else lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts file {file}: {error}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{file} must have a JSON object with a 'prompt' on every line: {error!r}") from error
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError(f"{file} has no prompts: write one a line, or JSON lines with a 'prompt' text each")
+    return prompts
+
+
+def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
+    """Return the beginnings of the first ``count`` held-out documents that are long enough to have gone on."""
+    from layerskip_jax.data.sources import open_documents
+
+    if count < 1:
+        raise UserError(f"--held_out must be at least 1, not {count}")
+    prompts: list[str] = []
+    documents = open_documents(config.data, config.data.validation_split)
+    for index in range(len(documents)):
+        document = documents[index]
+        text = document.decode("utf-8", "replace") if isinstance(document, bytes) else document
+        if not isinstance(text, str):
+            raise UserError(
+                "--held_out needs a source of text, and this checkpoint's corpus is of tokens: use --prompt"
+            )
+        if len(text) >= 2 * characters:
+            prompts.append(text[:characters])
+        if len(prompts) == count:
+            return prompts
+    raise UserError(f"the held-out split has only {len(prompts)} documents of {2 * characters} characters or more")
+
+
+def _print_completion(completion: Completion, as_json: bool) -> None:
+    print(json.dumps(dataclasses.asdict(completion)) if as_json else terminal.shown(completion))
+    sys.stdout.flush()
+
+
+def _compare(generator: TextGenerator, plain: TextGenerator, batches: list[list[str]]) -> dict[str, Any]:
+    """Time both ways in turn over all prompts; return the medians and whether all texts are identical."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    identical = True
+    for repeat in range(REPEATS + 1):  # the first compiles and is not counted
+        own, other = ([g.generate(batch) for batch in batches] for g in (generator, plain))
+        if repeat:
+            ours.append(_rate(own))
+            theirs.append(_rate(other))
+            pairs = zip(own, other, strict=True)
+            identical &= all(a.generation.tokens == b.generation.tokens for a, b in pairs)
+    return {
+        "tokens_per_second": statistics.median(ours),
+        "plain_tokens_per_second": statistics.median(theirs),
+        "speedup": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "identical": identical,
+    }
+
+
+def _rate(answers: list[Answer]) -> float:
+    return sum(a.generation.new_tokens for a in answers) / sum(a.generation.seconds for a in answers)
+
+
+def run() -> None:
+    """The installed command ``layerskip-decode``."""
+    run_command(main)

@@ -1,0 +1,30 @@
+"""``python train.py --config configs/NAME.py [--group.setting value ...]``"""
+
+import jax
+
+from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.errors import run_command
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train (or go on training) as the config and its overrides say."""
+    parser = make_parser(
+        "Pretrain a language model with LayerSkip: layer dropout and early-exit loss. A run goes on from the newest "
+        "checkpoint in its run folder."
+    )
+    config, _ = parse_config(parser, argv)
+    from layerskip_jax.plots import plot_run  # after parsing, so that --help and mistakes answer at once
+    from layerskip_jax.training import train
+
+    train(config)
+    if jax.process_index() == 0:
+        for path in plot_run(config.train.run_dir):
+            print(f"plot: {path}")
+        print(
+            f"trained: {config.train.run_dir}; next: python decode.py --checkpoint {config.train.run_dir} --prompt ..."
+        )
+
+
+def run() -> None:
+    """The installed command ``layerskip-train``."""
+    run_command(main)

@@ -1,0 +1,296 @@
+"""Every setting of the project, typed, checked when it is made, and documented where it stands.
+
+A `Config` is one experiment. Files under ``configs/`` return one from ``get_config()``, the command line
+overrides single fields (`layerskip_jax.command_line`), and the resolved result is saved in every checkpoint.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from layerskip_jax.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def setting(default: T, doc: str) -> T:
+    """Declare a dataclass field with its default and the line that ``--help`` prints (units in brackets)."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
+
+    num_layers: int = setting(12, "blocks L")
+    dim: int = setting(256, "width of the residual stream D")
+    num_heads: int = setting(4, "query heads N; dim is divided among them")
+    num_kv_heads: int = setting(4, "key and value heads K; divides num_heads")
+    ffn_dim: int = setting(688, "hidden width of the feed-forward part F")
+    vocab_size: int = setting(4096, "tokens in the vocabulary V; must be the tokenizer's")
+    rope_base: float = setting(10_000.0, "base of the rotary position frequencies")
+    norm_epsilon: float = setting(1e-5, "added to the mean square in RMSNorm")
+    tied_embedding: bool = setting(False, "use the embedding, transposed, as the head")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "type of activations and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
+            require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
+        require(
+            self.dim % (2 * self.num_heads) == 0,
+            f"model.dim {self.dim} must be a multiple of 2 * model.num_heads = {2 * self.num_heads} (rotary pairs)",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_kv_heads {self.num_kv_heads} must divide model.num_heads {self.num_heads}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDropoutConfig:
+    """LayerSkip eq. 1-4: block l is skipped, for a whole sequence, with probability S(t) D(l) p_max."""
+
+    p_max: float = setting(0.0, "drop probability of the last block at full time scale [0..1); 0 turns dropout off")
+    layer_scale: Literal["exponential", "linear"] = setting(
+        "exponential", "D(l): exponential 2^(l/(L-1)) - 1 (eq. 3), or linear l/(L-1)"
+    )
+    time_scale: Literal["exponential", "constant", "decaying"] = setting(
+        "exponential", "S(t): exponential 2^(t/(T-1)) - 1 (eq. 4, scratch), constant 1, or decaying 1 - t/(T-1)"
+    )
+    rescale: bool = setting(False, "scale a kept block's output by 1/(1-p) in training (not in the paper)")
+    form: Literal["masked", "skipping"] = setting(
+        "masked", "masked computes every block and multiplies by 0 or 1; skipping does not compute what is dropped"
+    )
+    row_groups: int = setting(4, "skipping: the batch is skipped in this many row groups; divides the microbatch")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.p_max < 1, f"layer_dropout.p_max must be in [0, 1), not {self.p_max}")
+        require(self.row_groups >= 1, f"layer_dropout.row_groups must be at least 1, not {self.row_groups}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyExitConfig:
+    """LayerSkip eq. 5-6: a weighted cross-entropy at the exits that the curriculum turns on."""
+
+    curriculum: Literal["rotational", "gradual", "all", "none"] = setting(
+        "none", "which exits have a loss at a step; none is the last layer only (an ordinary language model)"
+    )
+    dilation: int = setting(8, "R of the rotational curriculum: every R-th layer, shifted by one each step")
+    e_scale: float = setting(1.0, "weight of the exits before the last one (eq. 6)")
+    always_last: bool = setting(True, "rotational: the last layer has a loss at every step")
+
+    def __post_init__(self) -> None:
+        require(self.e_scale >= 0, f"early_exit.e_scale must not be negative, but is {self.e_scale}")
+        require(self.dilation >= 1, f"early_exit.dilation must be at least 1, not {self.dilation}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes fixed-length sequences."""
+
+    source: Literal["python_stdlib", "tfds", "text", "jsonl", "tokens"] = setting(
+        "python_stdlib",
+        "python_stdlib: this machine's standard library; tfds: a TFDS dataset; text: a folder of text files; "
+        "jsonl: a folder or file of JSON lines; tokens: what `python -m layerskip_jax.data pretokenize` wrote",
+    )
+    name: str = setting("", "tfds: the dataset, as in wikipedia/20230601.en:1.0.0")
+    path: str = setting("", "text, jsonl and tokens: the folder or file; local or gs://")
+    data_dir: str = setting("data", "where prepared TFDS datasets live; local or gs://")
+    text_key: str = setting("text", "tfds and jsonl: the field that holds the text")
+    train_split: str = setting("train", "split to train on; TFDS slicing such as train[:90%] works for tfds")
+    validation_split: str = setting("validation", "split held out for evaluation")
+    tokenizer: str = setting("data/tokenizer.model", "SentencePiece model file")
+    sequence_length: int = setting(256, "predicted tokens in a training sequence T")
+    cross_document_attention: bool = setting(False, "let attention cross document boundaries inside a sequence")
+    shuffle_window: int = setting(2048, "packed sequences shuffled together, beyond the shuffle of documents")
+    workers: int = setting(0, "processes that prepare data; 0 does it in a thread of the training process")
+
+    def __post_init__(self) -> None:
+        require(self.sequence_length >= 2, f"data.sequence_length must be at least 2, not {self.sequence_length}")
+        require(self.shuffle_window >= 1, f"data.shuffle_window must be at least 1, not {self.shuffle_window}")
+        require(self.workers >= 0, f"data.workers must not be negative, but is {self.workers}")
+        needs_path = self.source in ("text", "jsonl", "tokens")
+        require(not needs_path or bool(self.path), f"data.source {self.source!r} needs data.path")
+        require(self.source != "tfds" or bool(self.name), "data.source 'tfds' needs data.name, such as 'lm1b'")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optax optimizer and its schedule: linear warmup, then cosine decay."""
+
+    name: Literal["adamw", "lion", "adafactor", "sgd"] = setting("adamw", "optax optimizer")
+    learning_rate: float = setting(3e-4, "peak learning rate")
+    warmup_steps: int = setting(100, "linear warmup [optimizer steps]")
+    final_fraction: float = setting(0.1, "learning rate at the end, as a fraction of the peak")
+    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only (adamw and lion)")
+    beta1: float = setting(0.9, "decay of the first moment (adamw and lion); momentum of sgd")
+    beta2: float = setting(0.95, "decay of the second moment (adamw and lion)")
+    clip_norm: float = setting(1.0, "gradients are scaled down to this global norm")
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
+        require(self.clip_norm > 0, f"optimizer.clip_norm must be positive, not {self.clip_norm}")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, but is {self.warmup_steps}")
+        require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction must be in [0, 1]: {self.final_fraction}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices along each mesh axis; `layerskip_jax.sharding` says what each axis splits."""
+
+    data: int = setting(-1, "copies of the model, each with its part of the batch; -1 is whatever is left")
+    fsdp: int = setting(1, "devices that share one copy's parameters, and split the batch too")
+    tensor: int = setting(1, "devices that split heads, feed-forward width and vocabulary")
+
+    def __post_init__(self) -> None:
+        require(self.data == -1 or self.data >= 1, f"mesh.data must be -1 or at least 1, not {self.data}")
+        require(self.fsdp >= 1, f"mesh.fsdp must be at least 1, not {self.fsdp}")
+        require(self.tensor >= 1, f"mesh.tensor must be at least 1, not {self.tensor}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The run: how long, how large a step, what is written and when."""
+
+    run_dir: str = setting("runs/default", "folder of this run: checkpoints, metrics, plots; local or gs://")
+    steps: int = setting(1000, "optimizer steps T")
+    batch_size: int = setting(8, "sequences in an optimizer step, over all devices")
+    accumulate: int = setting(1, "microbatches that one optimizer step is computed in; divides batch_size")
+    seed: int = setting(0, "of initialisation, dropout and data order")
+    remat: bool = setting(False, "recompute each block in the backward pass: less memory, about a third more time")
+    loss_chunk: int = setting(256, "positions of a sequence unembedded at once in the loss; divides sequence_length")
+    log_every: int = setting(10, "steps between lines of metrics")
+    evaluate_every: int = setting(200, "steps between evaluations of every exit; the last step always has one")
+    evaluate_batches: int = setting(16, "batches in an evaluation")
+    checkpoint_every: int = setting(200, "steps between checkpoints; the last step always has one")
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
+    sample_every: int = setting(0, "steps between sample generations; 0 is never")
+    sample_prompt: str = setting("", "text that sample generations continue")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "evaluate_every"):
+            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("evaluate_batches", "checkpoint_every", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
+        require(self.sample_every >= 0, f"train.sample_every must not be negative, but is {self.sample_every}")
+        require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size {self.batch_size} must be a multiple of train.accumulate {self.accumulate}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How text is generated."""
+
+    mode: Literal["self_speculative", "autoregressive", "early_exit"] = setting(
+        "self_speculative",
+        "self_speculative: lossless, early layers draft and the rest verify; autoregressive: all layers, one token "
+        "at a time; early_exit: lossy, every token leaves at exit_layer",
+    )
+    exit_layer: int = setting(0, "E: blocks that draft (or all that run, with early_exit), 1..L; 0 is a quarter of L")
+    draft_length: int = setting(4, "d: tokens drafted in a round")
+    max_new_tokens: int = setting(128, "tokens generated after each prompt, at most")
+    temperature: float = setting(0.0, "0 is greedy")
+    top_k: int = setting(0, "sample among the k likeliest tokens only; 0 is all")
+    top_p: float = setting(1.0, "sample among the likeliest tokens that hold this probability only; 1 is all")
+    seed: int = setting(0, "of the sampling")
+    ignore_eos: bool = setting(False, "do not stop at the end-of-text token (for timing)")
+    stop: tuple[str, ...] = setting((), "strings that end the text; they are not part of it")
+
+    def __post_init__(self) -> None:
+        require(self.exit_layer >= 0, f"exit_layer must be 0 (automatic) or in 1..L, not {self.exit_layer}")
+        require(self.draft_length >= 1, f"draft_length must be at least 1, not {self.draft_length}")
+        require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        require(self.temperature >= 0, f"temperature must not be negative, but is {self.temperature}")
+        require(self.top_k >= 0, f"top_k must be 0 (off) or positive, not {self.top_k}")
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}")
+        require("" not in self.stop, "a stop string must not be empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    model: ModelConfig = ModelConfig()
+    layer_dropout: LayerDropoutConfig = LayerDropoutConfig()
+    early_exit: EarlyExitConfig = EarlyExitConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+    def __post_init__(self) -> None:
+        chunk, length = self.train.loss_chunk, self.data.sequence_length
+        require(
+            length % min(chunk, length) == 0,
+            f"train.loss_chunk {chunk} must divide data.sequence_length {length}",
+        )
+        require(
+            self.optimizer.warmup_steps <= self.train.steps,
+            f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed train.steps {self.train.steps}",
+        )
+        require(
+            self.decode.exit_layer <= self.model.num_layers,
+            f"decode.exit_layer {self.decode.exit_layer} must be in 1..{self.model.num_layers} (model.num_layers)",
+        )
+        microbatch = self.train.batch_size // self.train.accumulate
+        skips = self.layer_dropout.p_max > 0 and self.layer_dropout.form == "skipping"
+        require(
+            not skips or microbatch % self.layer_dropout.row_groups == 0,
+            f"layer_dropout.row_groups {self.layer_dropout.row_groups} must divide the microbatch of {microbatch} "
+            "sequences (train.batch_size / train.accumulate)",
+        )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the config as nested dictionaries of plain values, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any], kind: type[T], where: str = "") -> T:
+    """Rebuild a config from `to_dict`'s output; an unknown or ill-typed key raises `UserError`."""
+    hints = typing.get_type_hints(kind)
+    known = {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"unknown setting {where}{key}{nearest(key, known)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            arguments[key] = from_dict(value, typing.cast(type, hint), f"{where}{key}.")
+        else:
+            arguments[key] = check_type(value, hint, f"{where}{key}")
+    return kind(**arguments)
+
+
+def check_type(value: Any, hint: Any, name: str) -> Any:
+    """Return ``value`` as ``hint`` (int for float and list for tuple are accepted) or raise `UserError`."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{name} must be a list of strings, not {value!r}")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    plain = isinstance(hint, type) and not isinstance(hint, types.GenericAlias)
+    fits = plain and isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
+    require(fits, f"{name} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+    return value

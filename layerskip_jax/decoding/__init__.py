@@ -1,0 +1,1 @@
+"""Generation: prefill, plain decoding, early exit, and self-speculation with one KVQ cache (LayerSkip section 4.3)."""

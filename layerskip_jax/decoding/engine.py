@@ -1,0 +1,226 @@
+"""Generation on token ids: prefill the cache, then run rounds in one jitted `lax.while_loop`."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layerskip_jax.decoding.rounds import Round
+from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics
+from layerskip_jax.errors import UserError
+from layerskip_jax.model import Transformer, compute_dtype, empty_cache
+
+BUCKET = 64
+"""Prompts and capacities are rounded up to a multiple of this, so that similar requests share one compilation."""
+
+Look = Callable[[DecodeState], Sequence[bool]]
+"""Sees the state between rounds; returns which rows to end now."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What came out: the new tokens of each row (EOS included, if it was reached) and how it went."""
+
+    tokens: list[list[int]]
+    seconds: float  # of the rounds, without prefill and compilation
+    prefill_seconds: float
+    rounds: int
+    drafted: int
+    accepted: int
+    accepted_histogram: list[int]  # rounds of a row with 0, 1, ..., d accepted drafts
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted / drafted tokens; NaN where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+    @property
+    def tokens_per_round(self) -> float:
+        """New tokens in one round of one row: 1 for plain decoding, d+1 at most with self-speculation."""
+        rounds_of_rows = sum(self.accepted_histogram)
+        return self.new_tokens / rounds_of_rows if rounds_of_rows else float("nan")
+
+
+@partial(jax.jit, static_argnames=("width", "draft_length"))
+def prefill(
+    model: Transformer,
+    tokens_BS: jax.Array,
+    length_B: jax.Array,
+    limit_B: jax.Array,
+    eos: jax.Array,
+    key: jax.Array,
+    width: int,
+    draft_length: int,
+) -> DecodeState:
+    """Run the first ``width`` tokens through all blocks to fill the cache; return the state before the first round.
+
+    The head is not run: the last token of a prompt goes through the model in the first round. What a prompt shorter
+    than ``width`` leaves in later slots is overwritten before it is seen.
+    """
+    B, S = tokens_BS.shape
+    layers = empty_cache(model.config, B, S)
+    if width:
+        position_BP = jnp.tile(jnp.arange(width)[None], (B, 1))
+        x_BPD = model.embed(tokens_BS[:, :width])
+        _, layers = model.run_cached(x_BPD, position_BP, layers, 0, model.config.num_layers)
+    queries = jnp.zeros((B, draft_length + 1, model.config.dim), compute_dtype(model.config))
+    zero = jnp.zeros((), jnp.int32)
+    return DecodeState(
+        tokens_BS=tokens_BS,
+        length_B=length_B,
+        limit_B=limit_B,
+        done_B=length_B >= limit_B,
+        eos=eos,
+        cache=KVQCache(layers, queries),
+        key=key,
+        statistics=Statistics(
+            zero, zero, jnp.zeros(draft_length + 1, jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32)
+        ),
+    )
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def run_rounds(step: Round, model: Transformer, state: DecodeState, until: jax.Array) -> DecodeState:
+    """Run rounds until every row is done, or ``until`` rounds have been run in all."""
+
+    def unfinished(state: DecodeState) -> jax.Array:
+        return jnp.any(~state.done_B) & (state.statistics.rounds < until)
+
+    return jax.lax.while_loop(unfinished, lambda state: step(model, state), state)
+
+
+def _round_up(value: int) -> int:
+    return -(-value // BUCKET) * BUCKET
+
+
+def start(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    step: Round,
+    *,
+    eos: int = -1,
+    seed: int = 0,
+    max_length: int | None = None,
+) -> DecodeState:
+    """Check the prompts and prefill. ``max_length`` bounds prompt + new tokens of a row; the default just fits.
+
+    ``model`` is an `unstacked` one. Raises `UserError` for an empty prompt, an unknown token, or one that is too long.
+    """
+    if not prompts:
+        raise UserError("there is no prompt: give at least one")
+    longest = max(map(len, prompts))
+    if max_length is None:
+        max_length = longest + max_new_tokens
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {row} has no token: give at least one (the tokenizer's BOS will do)")
+        if len(prompt) + 1 > max_length:
+            raise UserError(
+                f"prompt {row} has {len(prompt)} tokens and the cache holds {max_length}, with room for one new token "
+                f"wanted: shorten the prompt or raise max_length to at least {len(prompt) + 1}"
+            )
+        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+            raise UserError(f"prompt {row} has a token outside the model's vocabulary 0..{model.config.vocab_size - 1}")
+    # The slack lets a round write d+1 tokens from any length without reaching the end of the cache.
+    capacity = _round_up(max_length + step.draft_length + 1)
+    width = min(_round_up(longest - 1), capacity)
+    tokens_BS = np.zeros((len(prompts), capacity), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BS[row, : len(prompt)] = prompt
+    length_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    limit_B = np.minimum(length_B + max_new_tokens, max_length).astype(np.int32)
+    return prefill(
+        model,
+        jnp.asarray(tokens_BS),
+        jnp.asarray(length_B),
+        jnp.asarray(limit_B),
+        jnp.int32(eos),
+        jax.random.key(seed),
+        width,
+        step.draft_length,
+    )
+
+
+def known_tokens(state: DecodeState) -> list[list[int]]:
+    """Return every row's tokens, prompt included."""
+    tokens_BS, length_B = jax.device_get((state.tokens_BS, state.length_B))
+    return [row[:length].tolist() for row, length in zip(tokens_BS, length_B, strict=True)]
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    step: Round,
+    *,
+    eos: int = -1,
+    seed: int = 0,
+    max_length: int | None = None,
+    look: Look | None = None,
+    look_every: int = 1,
+) -> Generation:
+    """Continue ``prompts`` (token ids, of any lengths) by up to ``max_new_tokens`` each, in one jitted loop.
+
+    With ``look`` the loop comes back to the host after each ``look_every`` rounds, for streaming and stop strings.
+
+    >>> from flax import nnx
+    >>> from layerskip_jax.config import ModelConfig
+    >>> from layerskip_jax.decoding.rounds import SelfSpeculative
+    >>> from layerskip_jax.decoding.sampling import Greedy
+    >>> config = ModelConfig(num_layers=2, dim=16, num_heads=2, num_kv_heads=1, ffn_dim=32, vocab_size=32)
+    >>> model = Transformer(config, rngs=nnx.Rngs(0)).unstacked()
+    >>> result = generate(model, [[1, 2, 3], [4]], 8, SelfSpeculative(Greedy(), exit_layer=1, draft_length=2))
+    >>> [len(row) for row in result.tokens]
+    [8, 8]
+    """
+    began = time.perf_counter()
+    state = start(model, prompts, max_new_tokens, step, eos=eos, seed=seed, max_length=max_length)
+    state = jax.block_until_ready(run_rounds(step, model, state, jnp.int32(0)))  # compiles; runs no round
+    prefilled = time.perf_counter()
+    if look is None:
+        state = run_rounds(step, model, state, jnp.int32(jnp.iinfo(jnp.int32).max))
+    else:
+        for looks in itertools.count(1):
+            state = run_rounds(step, model, state, jnp.int32(looks * look_every))
+            state = dataclasses.replace(state, done_B=state.done_B | jnp.asarray(look(state)))
+            if bool(jnp.all(state.done_B)):
+                break
+    state = jax.block_until_ready(state)
+    seconds = time.perf_counter() - prefilled
+    statistics = jax.device_get(state.statistics)
+    histogram = statistics.accepted_histogram_Q.tolist()
+    return Generation(
+        tokens=[row[len(prompt) :] for row, prompt in zip(known_tokens(state), prompts, strict=True)],
+        seconds=seconds,
+        prefill_seconds=prefilled - began,
+        rounds=int(statistics.rounds),
+        drafted=int(statistics.drafted),
+        accepted=sum(count * rounds for count, rounds in enumerate(histogram)),
+        accepted_histogram=histogram,
+    )
+
+
+def first_layers(model: Transformer, exit_layer: int) -> Transformer:
+    """Return the model that leaves at ``exit_layer``: blocks [0, E) of an `unstacked` model, sharing its weights."""
+    if not 1 <= exit_layer <= model.config.num_layers:
+        raise UserError(f"exit layer {exit_layer} must be in 1..{model.config.num_layers}, the model's layers")
+    graph, state = nnx.split(model)
+    early = nnx.merge(graph, state)
+    early.blocks = nnx.List(list(model.blocks)[:exit_layer])
+    early.config = dataclasses.replace(model.config, num_layers=exit_layer)
+    return early

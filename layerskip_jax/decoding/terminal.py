@@ -1,0 +1,127 @@
+"""What a person sees of a generation: text with coloured drafts, and the numbers in words."""
+
+import dataclasses
+import math
+import sys
+from typing import Any
+
+from layerskip_jax.config import DecodeConfig, ModelConfig
+from layerskip_jax.decoding.cost import predicted_speedup
+from layerskip_jax.decoding.text import Answer, Completion, Piece, TextGenerator, exit_layer_of
+
+GREEN, YELLOW, DIM, END = "\033[32m", "\033[33m", "\033[2m", "\033[0m"
+
+
+def _paint(text: str, colour: str) -> str:
+    return f"{colour}{text}{END}" if sys.stdout.isatty() else text
+
+
+def shown(completion: Completion) -> str:
+    """Return prompt and text as one, the prompt dimmed on a terminal."""
+    return f"{_paint(completion.prompt, DIM)}{completion.text}\n{'-' * 40}"
+
+
+def stream(generator: TextGenerator, prompt: str, config: DecodeConfig) -> Answer:
+    """Print one completion while it is made; with self-speculation, drafts that were accepted are green."""
+    if config.mode == "self_speculative" and sys.stdout.isatty():
+        print(_paint("drafted by the early layers and accepted", GREEN), "/", _paint("by the full model", YELLOW))
+    print(_paint(prompt, DIM), end="", flush=True)
+
+    def show(piece: Piece) -> None:
+        speculates = config.mode == "self_speculative"
+        colour = GREEN if piece.drafted else YELLOW
+        print(_paint(piece.text, colour) if speculates else piece.text, end="", flush=True)
+
+    answer = generator.generate([prompt], show)
+    print()
+    return answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The numbers of a command's generations together; NaN and None are what was not measured."""
+
+    mode: str
+    prompts: int
+    new_tokens: int
+    tokens_per_second: float
+    rounds: int
+    tokens_per_round: float
+    exit_layer: int
+    draft_length: int
+    num_layers: int
+    acceptance: float
+    accepted_histogram: list[int]
+    predicted_speedup: float
+    plain_tokens_per_second: float = math.nan
+    speedup: float = math.nan
+    identical: bool | None = None
+
+    @classmethod
+    def of(cls, answers: list[Answer], model: ModelConfig, config: DecodeConfig) -> "Report":
+        """Add up ``answers``; rates are over the rounds alone, without prefill and compilation."""
+        parts = [answer.generation for answer in answers]
+        histogram = [sum(counts) for counts in zip(*(part.accepted_histogram for part in parts), strict=True)]
+        new_tokens, rounds_of_rows = sum(part.new_tokens for part in parts), sum(histogram)
+        drafted, accepted = sum(part.drafted for part in parts), sum(part.accepted for part in parts)
+        speculates = config.mode == "self_speculative"
+        exit_layer = exit_layer_of(config, model) if config.mode != "autoregressive" else model.num_layers
+        tokens_per_round = new_tokens / rounds_of_rows
+        predicted = (
+            predicted_speedup(model, exit_layer, drafted / rounds_of_rows, tokens_per_round) if speculates else math.nan
+        )
+        return cls(
+            mode=config.mode,
+            prompts=sum(len(answer.completions) for answer in answers),
+            new_tokens=new_tokens,
+            tokens_per_second=new_tokens / sum(part.seconds for part in parts),
+            rounds=sum(part.rounds for part in parts),
+            tokens_per_round=tokens_per_round,
+            exit_layer=exit_layer,
+            draft_length=config.draft_length if speculates else 0,
+            num_layers=model.num_layers,
+            acceptance=accepted / drafted if drafted else math.nan,
+            accepted_histogram=histogram,
+            predicted_speedup=predicted,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what was measured, for JSON."""
+        values = dataclasses.asdict(self)
+        unknown = {name for name, v in values.items() if v is None or (isinstance(v, float) and math.isnan(v))}
+        return {name: value for name, value in values.items() if name not in unknown}
+
+    def text(self) -> str:
+        """Return the numbers as a few lines, with a plain word where speculation does not pay."""
+        lines = [f"{self.new_tokens} tokens from {self.prompts} prompt(s), {self.tokens_per_second:.0f} tokens/s"]
+        if self.mode == "early_exit":
+            lines.append(f"early exit after layer {self.exit_layer} of {self.num_layers}: not the full model's text")
+        if self.mode == "self_speculative":
+            lines.append(
+                f"self-speculative, exit {self.exit_layer} of {self.num_layers}, draft length {self.draft_length}: "
+                f"acceptance {self.acceptance:.1%}, {self.tokens_per_round:.2f} tokens a round, {self.rounds} rounds"
+            )
+            lines.append(_histogram(self.accepted_histogram))
+        if self.identical is not None:
+            texts = "identical texts" if self.identical else "the texts DIFFER"
+            lines.append(
+                f"plain decoding {self.plain_tokens_per_second:.0f} tokens/s; speedup {self.speedup:.2f}x "
+                f"(the cost model says {self.predicted_speedup:.2f}x); {texts}"
+            )
+        measured = self.speedup if not math.isnan(self.speedup) else self.predicted_speedup
+        if measured < 1:
+            how = "measured" if not math.isnan(self.speedup) else "by the cost model"
+            lines.append(
+                f"speculation does not pay here ({measured:.2f}x, {how}): try another --exit_layer or a smaller "
+                "--draft_length, or --mode autoregressive"
+            )
+        return "\n".join(lines)
+
+
+def _histogram(counts: list[int], width: int = 40) -> str:
+    total = max(sum(counts), 1)
+    rows = [
+        f"  {accepted:>3} accepted {count / total:6.1%} {'#' * round(width * count / total)}"
+        for accepted, count in enumerate(counts)
+    ]
+    return "\n".join(["rounds by accepted drafts:", *rows])

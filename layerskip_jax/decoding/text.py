@@ -1,0 +1,152 @@
+"""From prompts to text: the tokenizer, stop strings and streaming around the engine."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from layerskip_jax.config import DecodeConfig, ModelConfig
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.engine import Generation, first_layers, generate, known_tokens
+from layerskip_jax.decoding.rounds import Autoregressive, Round, SelfSpeculative
+from layerskip_jax.decoding.sampling import Sampler, make_sampler
+from layerskip_jax.decoding.state import DecodeState
+from layerskip_jax.errors import UserError
+from layerskip_jax.model import Transformer
+
+ROUNDS_BETWEEN_STOP_CHECKS = 8
+"""Stop strings are looked for on the host, once in so many rounds: one small transfer each time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One prompt's text: ``finish`` says what ended it."""
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    finish: Literal["eos", "stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The completions of a batch and the numbers of its generation."""
+
+    completions: list[Completion]
+    generation: Generation
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A streamed piece of text: ``drafted`` by the early layers and accepted, or else the full model's own token."""
+
+    text: str
+    drafted: bool
+
+
+def exit_layer_of(config: DecodeConfig, model: ModelConfig) -> int:
+    """Return E in 1..L: as configured, or a quarter of the layers."""
+    exit_layer = config.exit_layer or max(1, model.num_layers // 4)
+    if exit_layer > model.num_layers:
+        raise UserError(f"exit_layer {exit_layer} must be in 1..{model.num_layers}, the model's layers")
+    return exit_layer
+
+
+class TextGenerator:
+    """Generates text with an `unstacked` model in the way that a `DecodeConfig` says."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: DecodeConfig):
+        tokenizer.check_vocabulary(model.config.vocab_size)
+        self.tokenizer, self.config = tokenizer, config
+        self._eos = -1 if config.ignore_eos else tokenizer.eos_id
+        exit_layer, sampler = exit_layer_of(config, model.config), make_sampler(config)
+        self.model, self.round = model, _round_of(config.mode, sampler, exit_layer, config.draft_length)
+        if config.mode == "early_exit":
+            self.model = first_layers(model, exit_layer)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the token ids of a prompt, after the BOS that begins every training document."""
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+
+    def generate(self, prompts: Sequence[str], show: Callable[[Piece], None] | None = None) -> Answer:
+        """Continue a batch of prompts; each ends at its EOS, at a stop string or after ``max_new_tokens``.
+
+        With ``show``, the text of the first prompt is passed on round by round as it is made.
+        """
+        ids = [self.encode(prompt) for prompt in prompts]
+        stream = _Stream(self, len(ids[0])) if show and ids else None
+
+        def look(state: DecodeState) -> list[bool]:
+            if stream and show:
+                for piece in stream.pieces(state):
+                    show(piece)
+            new = [row[len(prompt) :] for row, prompt in zip(known_tokens(state), ids, strict=True)]
+            return [self.stop_at(self.text(row)) >= 0 for row in new]
+
+        generation = generate(
+            self.model,
+            ids,
+            self.config.max_new_tokens,
+            self.round,
+            eos=self._eos,
+            seed=self.config.seed,
+            look=look if show or self.config.stop else None,
+            look_every=1 if show else ROUNDS_BETWEEN_STOP_CHECKS,
+        )
+        completions = [self._complete(*row) for row in zip(prompts, generation.tokens, strict=True)]
+        return Answer(completions, dataclasses.replace(generation, tokens=[c.tokens for c in completions]))
+
+    def text(self, new: Sequence[int]) -> str:
+        """Decode generated tokens; the EOS is not part of the text."""
+        return self.tokenizer.decode([token for token in new if token != self._eos])
+
+    def stop_at(self, text: str) -> int:
+        """Return where the first stop string begins in ``text``, or -1."""
+        return min((at for at in map(text.find, self.config.stop) if at >= 0), default=-1)
+
+    def _complete(self, prompt: str, new: list[int]) -> Completion:
+        text = self.text(new)
+        stop = self.stop_at(text)
+        if stop >= 0:
+            # The fewest tokens that hold the stop string: what is kept does not depend on when it was looked for.
+            needed = next(n for n in range(1, len(new) + 1) if self.stop_at(self.text(new[:n])) >= 0)
+            return Completion(prompt, text[:stop], new[:needed], "stop")
+        return Completion(prompt, text, new, "eos" if new and new[-1] == self._eos else "length")
+
+
+def _round_of(mode: str, sampler: Sampler, exit_layer: int, draft_length: int) -> Round:
+    return SelfSpeculative(sampler, exit_layer, draft_length) if mode == "self_speculative" else Autoregressive(sampler)
+
+
+class _Stream:
+    """Turns the states of one row into pieces of text, each shown once and never taken back.
+
+    The bytes of an unfinished character, and what may be the beginning of a stop string, wait for the next round.
+    """
+
+    def __init__(self, generator: TextGenerator, prompt_length: int):
+        self._generator, self._prompt_length, self._shown = generator, prompt_length, 0
+
+    def pieces(self, state: DecodeState) -> list[Piece]:
+        new = known_tokens(state)[0][self._prompt_length :]
+        emitted, accepted = int(state.statistics.emitted_B[0]), int(state.statistics.accepted_B[0])
+        text = self._decode(new)
+        done = bool(state.done_B[0])
+        if done:
+            text = self._generator.text(new)
+        stop = self._generator.stop_at(text)
+        end = stop if stop >= 0 else len(text) - (0 if done else self._held_back(text))
+        middle = min(len(self._decode(new[: len(new) - emitted + accepted])), end)
+        pieces = []
+        for until, drafted in ((middle, True), (end, False)):
+            if until > self._shown:
+                pieces.append(Piece(text[self._shown : until], drafted))
+                self._shown = until
+        return pieces
+
+    def _decode(self, new: list[int]) -> str:
+        eos = self._generator.tokenizer.eos_id
+        return self._generator.tokenizer.decode_partial([token for token in new if token != eos])
+
+    def _held_back(self, text: str) -> int:
+        stops = self._generator.config.stop
+        return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

@@ -1,0 +1,71 @@
+"""Early-exit loss: LayerSkip eq. 5-6 as pure functions of numbers.
+
+    J(t) = sum_l w(t,l) CE(g(x_{l+1}), Y)                         (eq. 5)
+    w(t,l) = C(t,l) e(l) / sum_i C(t,i) e(i)                      (eq. 6)
+
+Index l weighs the *output* of block l, which is "exit l+1": the model that runs blocks 0..l and then the head g.
+``C`` is a `Curriculum`: any pure function of the same signature can take its place in a
+`layerskip_jax.recipe.Recipe`. t counts optimizer steps over the whole run, so a resumed run goes on where it was.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+Curriculum = Callable[[ArrayLike, int, int], jax.Array]
+"""``(step t, total_steps T, num_layers L) -> C_L``, 1 where the exit after block l has a loss at step t, else 0."""
+
+
+def exit_scale(num_layers: int, e_scale: float) -> jax.Array:
+    """``e(l) = e_scale l(l+1)/2`` for l < L-1, ``e(L-1) = (L-1) + e_scale (L-2)(L-1)/2`` (LayerSkip section 4.1.2).
+
+    Block 0 weighs nothing, later blocks weigh more; ``e_scale = 0`` leaves the ordinary loss of the last layer.
+
+    >>> exit_scale(4, 1.0).tolist()
+    [0.0, 1.0, 3.0, 6.0]
+    """
+    last = num_layers - 1
+    layer_L = jnp.arange(num_layers, dtype=jnp.float32)
+    inner_L = e_scale * layer_L * (layer_L + 1) / 2
+    return inner_L.at[last].set(last + e_scale * (last - 1) * last / 2 if last else 1.0)
+
+
+def exit_weights(enabled_L: jax.Array, scale_L: jax.Array) -> jax.Array:
+    """``w = C e / sum(C e)`` (LayerSkip eq. 6); all zero at a step whose curriculum turns no weighing exit on."""
+    weight_L = enabled_L * scale_L
+    total = jnp.sum(weight_L)
+    return weight_L / jnp.where(total > 0, total, 1)
+
+
+def rotational(dilation: int, always_last: bool = True) -> Curriculum:
+    """Every ``dilation``-th exit, shifted by one each step: on iff ``l mod R = t mod R`` (LayerSkip section 4.1.2).
+
+    Each exit is on once in R steps, about L/R at a step. With ``always_last`` the last layer is on at every step.
+    """
+
+    def curriculum(step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
+        layer_L = jnp.arange(num_layers)
+        on_L = layer_L % dilation == jnp.asarray(step) % dilation
+        return (on_L | (always_last & (layer_L == num_layers - 1))).astype(jnp.float32)
+
+    return curriculum
+
+
+def gradual(step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
+    """From the last exit down, one more every T/(2L) steps (section 4.1.2): on iff ``t >= (L-1-l) T/(2L)``."""
+    layer_L = jnp.arange(num_layers)
+    # Whole numbers on both sides: a float T/(2L) would turn an exit on a step early or late.
+    on_L = 2 * num_layers * jnp.asarray(step) >= (num_layers - 1 - layer_L) * total_steps
+    return on_L.astype(jnp.float32)
+
+
+def all_exits(step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
+    """Every exit at every step, ``C = 1``: slow, and it hurts the last layer (LayerSkip section 4.1.2)."""
+    return jnp.ones(num_layers)
+
+
+def last_only(step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
+    """The last layer only: an ordinary language model."""
+    return jnp.zeros(num_layers).at[num_layers - 1].set(1)

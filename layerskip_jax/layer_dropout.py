@@ -1,0 +1,130 @@
+"""Layer dropout: LayerSkip eq. 1-4 as pure functions of numbers, and the two forms that apply them.
+
+    x_{l+1} = x_l + M(p_{l,t}) f_l(x_l)      (eq. 1)      M is 0 with probability p, else 1
+    p_{l,t} = S(t) D(l) p_max                (eq. 2)
+
+``D`` is a `LayerScale` and ``S`` a `TimeScale`: any pure function of the same signature can take their place in a
+`layerskip_jax.recipe.Recipe`. The draw is per sequence and takes the whole block.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+LayerScale = Callable[[int], jax.Array]
+"""``num_layers -> D_L``, the drop rate of each block relative to p_max, in [0, 1]."""
+
+TimeScale = Callable[[ArrayLike, int], jax.Array]
+"""``(step t, total_steps T) -> S``, in [0, 1]; t counts optimizer steps from 0."""
+
+Rows = tuple[jax.Array, jax.Array]
+"""``(x_BTD, segments_BT)``: what a block needs to know of each row."""
+
+
+def exponential_layer_scale(num_layers: int) -> jax.Array:
+    """``D(l) = 2^{l/(L-1)} - 1`` (LayerSkip eq. 3): from 0 at the first block to 1 at the last.
+
+    >>> exponential_layer_scale(4).round(4).tolist()  # doctest: +ELLIPSIS
+    [0.0, 0.259..., 0.587..., 1.0]
+    """
+    return jnp.exp2(linear_layer_scale(num_layers)) - 1
+
+
+def linear_layer_scale(num_layers: int) -> jax.Array:
+    """``D(l) = l/(L-1)``; a model of one block has D = 0."""
+    return jnp.arange(num_layers, dtype=jnp.float32) / max(num_layers - 1, 1)
+
+
+def exponential_time_scale(step: ArrayLike, total_steps: int) -> jax.Array:
+    """``S(t) = 2^{t/(T-1)} - 1`` (LayerSkip eq. 4): for pretraining from scratch."""
+    return jnp.exp2(_progress(step, total_steps)) - 1
+
+
+def constant_time_scale(step: ArrayLike, total_steps: int) -> jax.Array:
+    """``S(t) = 1`` (LayerSkip section 4.1.1): for continual pretraining and finetuning."""
+    return jnp.ones_like(_progress(step, total_steps))
+
+
+def decaying_time_scale(step: ArrayLike, total_steps: int) -> jax.Array:
+    """``S(t) = 1 - t/(T-1)``: full dropout first, none at the end; goes with a linear layer scale and rescaling.
+
+    It comes from a later study by LayerSkip's first author ("Don't Drop Dropout", 2026), known to us second-hand.
+    """
+    return 1 - _progress(step, total_steps)
+
+
+def _progress(step: ArrayLike, total_steps: int) -> jax.Array:
+    return jnp.asarray(step, jnp.float32) / max(total_steps - 1, 1)
+
+
+LAYER_SCALES: dict[str, LayerScale] = {"exponential": exponential_layer_scale, "linear": linear_layer_scale}
+TIME_SCALES: dict[str, TimeScale] = {
+    "exponential": exponential_time_scale,
+    "constant": constant_time_scale,
+    "decaying": decaying_time_scale,
+}
+
+
+def draw_kept(key: jax.Array, drop_rate_L: jax.Array, batch: int, shards: int = 1) -> jax.Array:
+    """Draw which sequences keep which block, ``kept_LB``: False with probability ``drop_rate_L[l]``.
+
+    With ``shards`` > 1 every shard of the batch gets the same draw, so that all devices drop the same number of
+    sequences at every block and none waits for another (LayerSkip section 4.1.1 does so by a common seed).
+    """
+    rows = batch // shards
+    uniform_LR = jax.random.uniform(key, (drop_rate_L.shape[0], rows))
+    return jnp.tile(uniform_LR >= drop_rate_L[:, None], (1, shards))
+
+
+def apply_masked(
+    f: Callable[[jax.Array, jax.Array], jax.Array], rows: Rows, kept_B: jax.Array, scale: jax.Array
+) -> jax.Array:
+    """Return ``x + M scale f(x)`` (eq. 1) with every ``f`` computed: the reference that `apply_skipping` must equal."""
+    x_BTD, segments_BT = rows
+    factor_B = jnp.where(kept_B, scale, 0).astype(x_BTD.dtype)
+    return x_BTD + factor_B[:, None, None] * f(x_BTD, segments_BT)
+
+
+def apply_skipping(
+    f: Callable[[jax.Array, jax.Array], jax.Array],
+    rows: Rows,
+    kept_B: jax.Array,
+    scale: jax.Array,
+    *,
+    groups: int,
+    shards: int = 1,
+) -> jax.Array:
+    """Return what `apply_masked` returns without computing ``f`` where it is dropped, under static shapes.
+
+    Kept rows are sorted to the front of each of the ``shards`` of the batch, ``f`` runs on the first k of ``groups``
+    equal groups of rows, where k is the fewest that hold all kept rows, and the rows go back to their places. One of
+    ``groups`` + 1 branches runs, so the compute saved is the drop rate, rounded down to a group.
+    """
+    x_BTD, segments_BT = rows
+    per_shard = x_BTD.shape[0] // shards
+    group = per_shard // groups
+    kept_R = kept_B[:per_shard]  # every shard has the same draw
+    order_R = jnp.argsort(~kept_R, stable=True)
+
+    def by_shard(array: jax.Array) -> jax.Array:
+        return array.reshape(shards, per_shard, *array.shape[1:])[:, order_R]
+
+    x_SRTD, segments_SRT, kept_SR = by_shard(x_BTD), by_shard(segments_BT), by_shard(kept_B)
+
+    def run_first(count: int) -> Callable[[jax.Array], jax.Array]:
+        def branch(x_SRTD: jax.Array) -> jax.Array:
+            if count == 0:
+                return x_SRTD
+            run = count * group
+            flat_BTD = x_SRTD[:, :run].reshape(shards * run, *x_SRTD.shape[2:])
+            flat_BT = segments_SRT[:, :run].reshape(shards * run, -1)
+            out_BTD = apply_masked(f, (flat_BTD, flat_BT), kept_SR[:, :run].reshape(-1), scale)
+            return x_SRTD.at[:, :run].set(out_BTD.reshape(shards, run, *x_SRTD.shape[2:]))
+
+        return branch
+
+    needed = -(-jnp.sum(kept_R) // group)
+    out_SRTD = jax.lax.switch(needed, [run_first(count) for count in range(groups + 1)], x_SRTD)
+    return out_SRTD[:, jnp.argsort(order_R)].reshape(x_BTD.shape)

@@ -1,0 +1,210 @@
+"""A Llama-style decoder in Flax NNX, and the one forward pass of the project.
+
+Legend of shape suffixes: B batch, T positions in, S positions attended to (cache slots), D width of the residual
+stream, N query heads, K key/value heads, G = N/K, H head dimension, F feed-forward width, V vocabulary, L blocks,
+E blocks before the exit.
+
+Modules hold `nnx.Param`s and nothing else, so they are plain pytrees: `jax.jit`, `jax.grad`, `lax.scan` and
+`lax.while_loop` take them as they are. `Transformer.blocks` is one `Block` whose parameters have a leading layer
+axis (training, where a scan compiles once for all depths) or, after `unstacked`, a list of blocks (decoding, where a
+slice of a stack would copy weights).
+"""
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layerskip_jax.attention import LayerCache, attend, same_document, up_to, write_cache
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.sharding import constrain
+
+LayerStep = Callable[["Block", jax.Array, Any], tuple[jax.Array, Any]]
+"""``(block, x_BTD, inputs_l) -> (x_BTD, outputs_l)``: what happens at one block."""
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """Return the type of activations: as configured, or bfloat16 on accelerators and float32 on CPU."""
+    if config.compute_dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.compute_dtype)
+
+
+def parameter(
+    key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, gain: float = 1.0
+) -> nnx.Param:
+    """Make a float32 matrix, normal with standard deviation ``gain / sqrt(fan_in)``, and name its logical axes."""
+    return nnx.Param(jax.random.normal(key, shape) * gain * fan_in**-0.5, axes=axes)
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, epsilon: float) -> jax.Array:
+    """``x / sqrt(mean(x^2) + epsilon) * scale``, the mean in float32."""
+    x32_BTD = x_BTD.astype(jnp.float32)
+    inverse_BT1 = jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True) + epsilon)
+    return (x32_BTD * inverse_BT1 * scale_D[...][None, None]).astype(x_BTD.dtype)
+
+
+def rotate(x_BTNH: jax.Array, position_BT: jax.Array, base: float) -> jax.Array:
+    """Rotary positions (RoFormer, arXiv 2104.09864 eq. 34): dimension i pairs with i + H/2, as in Llama checkpoints."""
+    half = x_BTNH.shape[-1] // 2
+    frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1H = position_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
+    sin_BT1H, cos_BT1H = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
+    a_BTNH, b_BTNH = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = [a_BTNH * cos_BT1H - b_BTNH * sin_BT1H, b_BTNH * cos_BT1H + a_BTNH * sin_BT1H]
+    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+
+
+class Block(nnx.Module):
+    """``f_l``: attention and feed-forward with their norms, *without* the residual around the whole (eq. 1)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, N, K, H, F = config.dim, config.num_heads, config.num_kv_heads, config.head_dim, config.ffn_dim
+        # Outputs onto the residual stream start smaller, so that its variance does not grow with depth (GPT-2, 2.3).
+        out = (2 * config.num_layers) ** -0.5
+        self.attention_norm_D = nnx.Param(jnp.ones(D), axes=("embed",))
+        self.query_DNH = parameter(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), D)
+        self.key_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), D)
+        self.value_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), D)
+        self.output_NHD = parameter(rngs.params(), (N, H, D), ("heads", "head_dim", "embed"), D, out)
+        self.ffn_norm_D = nnx.Param(jnp.ones(D), axes=("embed",))
+        self.gate_DF = parameter(rngs.params(), (D, F), ("embed", "ffn"), D)
+        self.up_DF = parameter(rngs.params(), (D, F), ("embed", "ffn"), D)
+        self.down_FD = parameter(rngs.params(), (F, D), ("ffn", "embed"), F, out)
+        self.rope_base = config.rope_base
+        self.epsilon = config.norm_epsilon
+
+    def __call__(
+        self, x_BTD: jax.Array, position_BT: jax.Array, visible_BTS: jax.Array, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Return ``f_l(x)`` and the cache with the keys and values of ``position_BT`` (consecutive in each row)."""
+        dtype = x_BTD.dtype
+        h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", h_BTD, self.query_DNH[...].astype(dtype))
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.key_DKH[...].astype(dtype))
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.value_DKH[...].astype(dtype))
+        q_BTNH = rotate(q_BTNH, position_BT, self.rope_base)
+        k_BTKH = rotate(k_BTKH, position_BT, self.rope_base)
+        if cache is None:
+            keys = LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+        else:
+            keys = cache = write_cache(cache, k_BTKH, v_BTKH, position_BT[:, 0])
+        attended_BTNH = attend(q_BTNH, keys.k_BKSH.astype(dtype), keys.v_BKSH.astype(dtype), visible_BTS)
+        attention_BTD = jnp.einsum("BTNH,NHD->BTD", attended_BTNH, self.output_NHD[...].astype(dtype))
+
+        h_BTD = rms_norm(x_BTD + attention_BTD, self.ffn_norm_D, self.epsilon)
+        gate_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, self.gate_DF[...].astype(dtype))
+        up_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, self.up_DF[...].astype(dtype))
+        ffn_BTD = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...].astype(dtype))
+        return attention_BTD + ffn_BTD, cache
+
+
+def run_layers(
+    blocks: "Block | Sequence[Block]",
+    x_BTD: jax.Array,
+    step: LayerStep,
+    inputs: Any,
+    first: int = 0,
+    last: int | None = None,
+) -> tuple[jax.Array, Any]:
+    """Run blocks ``first`` to ``last`` (exclusive): ``x, outputs_l = step(block_l, x, inputs_l)`` for each.
+
+    This is the one forward pass. Training calls it on stacked blocks, where ``inputs`` and the returned outputs have
+    a leading layer axis (dropout draws and exit weights in, exit losses out). Decoding calls it on a list of blocks,
+    where both are lists (the cache in, the cache out): the draft on [0, E), the verification on [E, L).
+    """
+    if isinstance(blocks, Block):
+        if (first, last) != (0, None):
+            raise ValueError("a part of stacked blocks would copy their weights; use Transformer.unstacked()")
+        return jax.lax.scan(lambda x, layer: step(layer[0], x, layer[1]), x_BTD, (blocks, inputs))
+    outputs = []
+    for block, layer_inputs in zip(blocks[first:last], inputs, strict=True):
+        x_BTD, output = step(block, x_BTD, layer_inputs)
+        outputs.append(output)
+    return x_BTD, outputs
+
+
+class Transformer(nnx.Module):
+    """Embedding, L blocks, and the head g that every exit shares (final norm and unembedding)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, V = config.dim, config.vocab_size
+        self.embedding_VD = parameter(rngs.params(), (V, D), ("vocab", "embed"), D)
+        keys_L = jax.random.split(rngs.params(), config.num_layers)
+        self.blocks: Any = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys_L)
+        self.final_norm_D = nnx.Param(jnp.ones(D), axes=("embed",))
+        if not config.tied_embedding:
+            self.head_DV = parameter(rngs.params(), (D, V), ("embed", "vocab"), D)
+        self.config = config
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Return ``x_0``: the embeddings of ``tokens_BT``, in the compute type."""
+        x_BTD = self.embedding_VD[...][tokens_BT].astype(compute_dtype(self.config))
+        return constrain(x_BTD, "batch", "length", None)
+
+    def unembed(self, x_BTD: jax.Array) -> jax.Array:
+        """``g(x)``: final norm and head, the same for every exit; returns float32 ``logits_BTV``."""
+        h_BTD = rms_norm(x_BTD, self.final_norm_D, self.config.norm_epsilon)
+        if self.config.tied_embedding:
+            equation, head = "BTD,VD->BTV", self.embedding_VD[...]
+        else:
+            equation, head = "BTD,DV->BTV", self.head_DV[...]
+        logits_BTV = jnp.einsum(equation, h_BTD, head.astype(h_BTD.dtype), preferred_element_type=jnp.float32)
+        return constrain(logits_BTV, "batch", "length", "vocab")
+
+    def unstacked(self) -> "Transformer":
+        """Return the same model with `blocks` as a list: one copy of the weights now, none at every token."""
+        graph, state = nnx.split(self)
+        model = nnx.merge(graph, state)
+        model.blocks = nnx.List(
+            [jax.tree.map(itemgetter(layer), self.blocks) for layer in range(self.config.num_layers)]
+        )
+        return model
+
+    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+        """Return ``logits_BTV`` of the full model, without a cache."""
+        segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
+        position_BT = jnp.arange(tokens_BT.shape[1])[None]
+        visible_BTS = same_document(segments_BT)
+
+        def step(block: Block, x_BTD: jax.Array, inputs: None) -> tuple[jax.Array, None]:
+            return x_BTD + block(x_BTD, position_BT, visible_BTS)[0], None
+
+        inputs = None if isinstance(self.blocks, Block) else [None] * self.config.num_layers
+        return self.unembed(run_layers(self.blocks, self.embed(tokens_BT), step, inputs)[0])
+
+    def run_cached(
+        self, x_BTD: jax.Array, position_BT: jax.Array, cache: list[LayerCache], first: int, last: int
+    ) -> tuple[jax.Array, list[LayerCache]]:
+        """Run blocks [first, last) of an `unstacked` model at ``position_BT``, reading and writing their caches.
+
+        ``cache`` has an entry for every block of the model; the returned list too. Slots after a query's own
+        position are not seen, so what a rolled-back draft left there does not matter.
+        """
+        visible_BTS = up_to(position_BT, cache[first].k_BKSH.shape[2])
+
+        def step(block: Block, x_BTD: jax.Array, layer: LayerCache) -> tuple[jax.Array, LayerCache]:
+            delta_BTD, written = block(x_BTD, position_BT, visible_BTS, layer)
+            assert written is not None
+            return x_BTD + delta_BTD, written
+
+        x_BTD, written = run_layers(self.blocks, x_BTD, step, cache[first:last], first, last)
+        return x_BTD, [*cache[:first], *written, *cache[last:]]
+
+
+def empty_cache(config: ModelConfig, batch: int, capacity: int) -> list[LayerCache]:
+    """Return zeroed keys and values of every block for ``capacity`` positions, in the compute type."""
+    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+    dtype = compute_dtype(config)
+    return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Return the number of parameters, embedding and head included."""
+    attention = config.dim * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+    block = attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
+    tables = config.vocab_size * config.dim * (1 if config.tied_embedding else 2)
+    return config.num_layers * block + tables + config.dim

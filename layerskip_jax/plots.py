@@ -1,0 +1,105 @@
+"""Pictures of a run, drawn from what it wrote: ``python -m layerskip_jax.plots RUN``."""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from layerskip_jax.checkpoint import find_checkpoint, read_config
+from layerskip_jax.command_line import make_parser
+from layerskip_jax.config import Config
+from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.recipe import Recipe
+
+
+def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
+    """Read ``metrics.jsonl`` as ``{name: {step: value}}``; of a step that was run again, the last value counts."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"no metrics at {path}: expected a run folder that train.py wrote")
+    values: dict[str, dict[int, float]] = defaultdict(dict)
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        for name, value in record.items():
+            if isinstance(value, float):
+                values[name][record["step"]] = value
+    return values
+
+
+def plot_run(run_dir: str) -> list[Path]:
+    """Write PNG pictures to ``RUN/plots`` and return their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    config = read_config(find_checkpoint(run_dir))
+    metrics, folder = read_metrics(run_dir), Path(run_dir) / "plots"
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for name, draw in {"loss": _draw_losses, "exits": _draw_exits, "schedules": _draw_schedules}.items():
+        figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+        draw(axes, metrics, config)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=110)
+        plt.close(figure)
+    return paths
+
+
+def _draw_losses(axes: np.ndarray, metrics: dict[str, dict[int, float]], config: Config) -> None:
+    for axis, prefix, title in zip(
+        axes,
+        ("train/exit_loss/", "validation/exit_loss/"),
+        ("training loss by exit", "held-out loss by exit"),
+        strict=True,
+    ):
+        for exit_layer in range(1, config.model.num_layers + 1):
+            points = metrics.get(f"{prefix}{exit_layer}", {})
+            if points:
+                shade = _shade(exit_layer, config)
+                axis.plot(list(points), list(points.values()), color=shade, label=f"exit {exit_layer}", marker=".")
+        axis.set(title=title, xlabel="optimizer step", ylabel="cross-entropy [nats/token]")
+        if axis.lines:
+            axis.legend(ncols=2, fontsize="small")
+
+
+def _draw_exits(axes: np.ndarray, metrics: dict[str, dict[int, float]], config: Config) -> None:
+    exits = range(1, config.model.num_layers + 1)
+    last = [metrics.get(f"validation/exit_loss/{exit_layer}", {}) for exit_layer in exits]
+    loss = [points[max(points)] if points else math.nan for points in last]
+    axes[0].plot(exits, loss, marker="o")
+    axes[0].set(title="held-out loss by exit, at the end", xlabel="exit layer", ylabel="cross-entropy [nats/token]")
+    axes[1].plot(exits, np.exp(loss), marker="o")
+    axes[1].set(title="held-out perplexity by exit, at the end", xlabel="exit layer", ylabel="perplexity")
+
+
+def _draw_schedules(axes: np.ndarray, metrics: dict[str, dict[int, float]], config: Config) -> None:
+    recipe = Recipe.from_config(config)
+    for fraction in (0.0, 0.5, 1.0):
+        step = round(fraction * (config.train.steps - 1))
+        axes[0].plot(range(config.model.num_layers), recipe.drop_rates(step), marker="o", label=f"step {step}")
+    axes[0].set(title="layer dropout: drop rate (eq. 2)", xlabel="block", ylabel="probability")
+    axes[0].legend()
+    shown = min(config.train.steps, 4 * config.early_exit.dilation)
+    weights = np.stack([recipe.exit_weights(step) for step in range(shown)], axis=1)
+    image = axes[1].imshow(weights, aspect="auto", origin="lower", interpolation="nearest")
+    axes[1].set(title="early-exit loss: weights (eq. 6)", xlabel="optimizer step", ylabel="block")
+    axes[1].figure.colorbar(image, ax=axes[1])
+
+
+def _shade(exit_layer: int, config: Config) -> tuple[float, float, float]:
+    depth = exit_layer / config.model.num_layers
+    return (0.9 * (1 - depth), 0.25 + 0.3 * depth, 0.2 + 0.7 * depth)
+
+
+def main() -> None:
+    parser = make_parser("Draw the pictures of a run again, from its metrics and its config.")
+    parser.add_argument("run", metavar="RUN", help="run folder that train.py wrote")
+    for path in plot_run(parser.parse_known_options(None).run):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,55 @@
+"""The LayerSkip recipe of a run: the few pure functions that a research variant replaces.
+
+recipe = dataclasses.replace(Recipe.from_config(config), curriculum=my_curriculum)
+train(config, recipe=recipe)
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+from jax.typing import ArrayLike
+
+from layerskip_jax import early_exit, layer_dropout
+from layerskip_jax.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What happens to which layer at which step; static under jit, so its functions must be pure."""
+
+    num_layers: int
+    total_steps: int
+    p_max: float
+    layer_scale: layer_dropout.LayerScale
+    time_scale: layer_dropout.TimeScale
+    curriculum: early_exit.Curriculum
+    e_scale: float
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        exits = config.early_exit
+        curricula: dict[str, early_exit.Curriculum] = {
+            "rotational": early_exit.rotational(exits.dilation, exits.always_last),
+            "gradual": early_exit.gradual,
+            "all": early_exit.all_exits,
+            "none": early_exit.last_only,
+        }
+        return cls(
+            num_layers=config.model.num_layers,
+            total_steps=config.train.steps,
+            p_max=config.layer_dropout.p_max,
+            layer_scale=layer_dropout.LAYER_SCALES[config.layer_dropout.layer_scale],
+            time_scale=layer_dropout.TIME_SCALES[config.layer_dropout.time_scale],
+            curriculum=curricula[exits.curriculum],
+            e_scale=exits.e_scale,
+        )
+
+    def drop_rates(self, step: ArrayLike) -> jax.Array:
+        """``p_L = S(t) D(l) p_max`` (LayerSkip eq. 2)."""
+        return self.time_scale(step, self.total_steps) * self.layer_scale(self.num_layers) * self.p_max
+
+    def exit_weights(self, step: ArrayLike) -> jax.Array:
+        """``w_L`` (LayerSkip eq. 6) at optimizer step ``step``."""
+        enabled_L = self.curriculum(step, self.total_steps, self.num_layers)
+        return early_exit.exit_weights(enabled_L, early_exit.exit_scale(self.num_layers, self.e_scale))

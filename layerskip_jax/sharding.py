@@ -1,0 +1,109 @@
+"""The device mesh, and the one table that says which logical axis is split along which mesh axis.
+
+To try another layout, change `RULES` (or pass your own to `shardings_of`): nothing else names a mesh axis.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from layerskip_jax.config import Config
+from layerskip_jax.errors import UserError
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
+    # of activations
+    "batch": ("data", "fsdp"),
+    "length": None,
+    # of parameters (and vocab of logits)
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "ffn": "tensor",
+}
+
+
+def make_mesh(config: Config) -> Mesh:
+    """Return the mesh (data, fsdp, tensor) over all devices; a size that does not fit them raises `UserError`."""
+    wanted, devices = config.mesh, jax.device_count()
+    rest = wanted.fsdp * wanted.tensor
+    data = devices // rest if wanted.data == -1 else wanted.data
+    if data * rest != devices:
+        shape = f"data {wanted.data}, fsdp {wanted.fsdp}, tensor {wanted.tensor}"
+        raise UserError(f"mesh ({shape}) does not cover {devices} devices: the product of its axes must be {devices}")
+    microbatch = config.train.batch_size // config.train.accumulate
+    if microbatch % (data * wanted.fsdp):
+        raise UserError(
+            f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulate) does not divide over "
+            f"mesh.data * mesh.fsdp = {data * wanted.fsdp} devices; make it a multiple"
+        )
+    for name, size in {
+        "num_heads": config.model.num_heads,
+        "num_kv_heads": config.model.num_kv_heads,
+        "ffn_dim": config.model.ffn_dim,
+        "vocab_size": config.model.vocab_size,
+    }.items():
+        if size % wanted.tensor:
+            raise UserError(f"model.{name} {size} does not divide over mesh.tensor = {wanted.tensor} devices")
+    if config.model.dim % wanted.fsdp:
+        raise UserError(f"model.dim {config.model.dim} does not divide over mesh.fsdp = {wanted.fsdp} devices")
+    skips = config.layer_dropout.p_max > 0 and config.layer_dropout.form == "skipping"
+    if skips and microbatch // (data * wanted.fsdp) % config.layer_dropout.row_groups:
+        raise UserError(
+            f"layer_dropout.row_groups {config.layer_dropout.row_groups} must divide the "
+            f"{microbatch // (data * wanted.fsdp)} sequences of a microbatch on a device"
+        )
+    axes = ("data", "fsdp", "tensor")
+    return jax.make_mesh((data, wanted.fsdp, wanted.tensor), axes, axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Return into how many parts the batch is split."""
+    return int(np.prod([mesh.shape[axis] for axis in RULES["batch"] or ()]))
+
+
+def spec(axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:
+    """Translate logical axes to mesh axes.
+
+    >>> spec(("embed", "heads", "head_dim"))
+    PartitionSpec('fsdp', 'tensor', None)
+    """
+    return PartitionSpec(*(rules[axis] if axis else None for axis in axes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return how arrays of a batch, [B, T], lie on the mesh."""
+    return NamedSharding(mesh, spec(("batch", "length")))
+
+
+def shardings_of(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Return a `NamedSharding` for every array of ``tree``: by its logical axes for a Param, else on every device.
+
+    Optimizer moments are trees of Params too, so they lie as their parameters do. A Param with one dimension more
+    than it has names is a stack along "layers".
+    """
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return NamedSharding(mesh, PartitionSpec())
+        axes = leaf.get_metadata()["axes"]
+        stacked = ("layers",) * (leaf.ndim - len(axes))
+        return jax.tree.map(lambda _: NamedSharding(mesh, spec(stacked + axes, rules)), leaf)
+
+    return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tell the compiler how an activation lies; does nothing outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))

@@ -1,0 +1,155 @@
+"""One optimizer step and one evaluation, as pure functions: everything that is compiled for training."""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from layerskip_jax.config import Config
+from layerskip_jax.layer_dropout import apply_masked, apply_skipping, draw_kept
+from layerskip_jax.losses import Apply, Batch, Draw, exit_losses
+from layerskip_jax.model import Transformer
+from layerskip_jax.optimizer import learning_rate, make_optimizer
+from layerskip_jax.recipe import Recipe
+from layerskip_jax.sharding import batch_shards, shardings_of
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that an optimizer step changes. Dropout keys, schedules and curricula follow from ``step`` and the config."""
+
+    step: jax.Array
+    model: Transformer
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """What one optimizer step reports; losses are means per counted token [nats]."""
+
+    objective: jax.Array
+    exit_loss_L: jax.Array
+    exit_weight_L: jax.Array
+    drop_rate_L: jax.Array
+    gradient_norm: jax.Array
+    gradient_norm_L: jax.Array
+    learning_rate: jax.Array
+    tokens: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The compiled functions of a run: make a state, step it, evaluate it. Holds no state of its own."""
+
+    config: Config
+    recipe: Recipe
+    mesh: Mesh
+
+    def init(self) -> TrainState:
+        """Return the state before step 0, made on the mesh from ``config.train.seed``."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.state_shardings())()
+
+    def abstract_state(self) -> TrainState:
+        """Return the state's shapes and shardings without any array: what a checkpoint is restored into."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self._init),
+            self.state_shardings(),
+        )
+
+    def state_shardings(self) -> TrainState:
+        return shardings_of(jax.eval_shape(self._init), self.mesh)
+
+    def _init(self) -> TrainState:
+        model = Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
+        return TrainState(jnp.zeros((), jnp.int32), model, make_optimizer(self.config).init(model))
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """One optimizer step on ``batch``; compiled once for the whole run. ``state`` is donated."""
+        weight_L, drop_rate_L = self.recipe.exit_weights(state.step), self.recipe.drop_rates(state.step)
+        count = jnp.maximum(jnp.sum(batch.mask_BT), 1)
+
+        def objective(model: Transformer, micro: Batch, draw: Draw | None) -> tuple[jax.Array, jax.Array]:
+            loss_L = exit_losses(
+                model,
+                micro,
+                weight_L,
+                chunk=self.config.train.loss_chunk,
+                draw=draw,
+                apply=self._apply_dropout(),
+                remat=self.config.train.remat,
+            )
+            # Divided by the tokens of the whole batch, so that microbatches add up to exactly the large batch.
+            return jnp.sum(weight_L * loss_L) / count, loss_L / count
+
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        draw = self._draw(state.step, drop_rate_L)
+        if self.config.train.accumulate == 1:
+            (value, exit_loss_L), grads = gradient(state.model, batch, draw)
+        else:
+            parts = self._split(batch), self._split_draw(draw)
+            total = jax.eval_shape(gradient, state.model, *jax.tree.map(lambda part: part[0], parts))
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), total)
+
+            def add(total: Any, part: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, gradient(state.model, *part)), None
+
+            ((value, exit_loss_L), grads), _ = jax.lax.scan(add, zeros, parts)
+
+        updates, opt_state = make_optimizer(self.config).update(grads, state.opt_state, state.model)
+        metrics = StepMetrics(
+            objective=value,
+            exit_loss_L=exit_loss_L,
+            exit_weight_L=weight_L,
+            drop_rate_L=drop_rate_L,
+            gradient_norm=optax.global_norm(grads),
+            gradient_norm_L=_norm_by_layer(grads.blocks),
+            learning_rate=jnp.asarray(learning_rate(self.config)(state.step)),
+            tokens=count,
+        )
+        return TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt_state), metrics
+
+    @partial(jax.jit, static_argnums=0)
+    def evaluate(self, model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Return every exit's summed cross-entropy ``loss_L`` on ``batch`` and the number of tokens it sums over."""
+        ones_L = jnp.ones(self.config.model.num_layers)
+        loss_L = exit_losses(model, batch, ones_L, chunk=self.config.train.loss_chunk)
+        return loss_L, jnp.sum(batch.mask_BT)
+
+    def _draw(self, step: jax.Array, drop_rate_L: jax.Array) -> Draw | None:
+        if self.recipe.p_max == 0:
+            return None
+        key = jax.random.fold_in(jax.random.key(self.config.train.seed), step)
+        kept_LB = draw_kept(key, drop_rate_L, self.config.train.batch_size, batch_shards(self.mesh))
+        scale_L = 1 / (1 - drop_rate_L) if self.config.layer_dropout.rescale else jnp.ones_like(drop_rate_L)
+        return Draw(kept_LB, scale_L)
+
+    def _apply_dropout(self) -> Apply:
+        settings = self.config.layer_dropout
+        if settings.form == "masked":
+            return apply_masked
+        return partial(apply_skipping, groups=settings.row_groups, shards=batch_shards(self.mesh))
+
+    def _split(self, batch: Batch) -> Batch:
+        """[B, ...] -> [accumulate, B / accumulate, ...], every microbatch with rows of every shard: none moves."""
+        parts = self.config.train.accumulate
+        return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+
+    def _split_draw(self, draw: Draw | None) -> Draw | None:
+        if draw is None:
+            return None
+        parts = self.config.train.accumulate
+        kept_ALB = jnp.moveaxis(draw.kept_LB.reshape(draw.kept_LB.shape[0], -1, parts), -1, 0)
+        return Draw(kept_ALB, jnp.tile(draw.scale_L, (parts, 1)))
+
+
+def _norm_by_layer(stacked: Any) -> jax.Array:
+    squares = [jnp.sum(leaf * leaf, axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(stacked)]
+    return jnp.sqrt(sum(squares[1:], squares[0]))
