@@ -152,7 +152,6 @@ def parse_config(parser: OneLineParser, argv: Sequence[str] | None = None) -> tu
     argv = list(sys.argv[1:] if argv is None else argv)
     before = make_parser("")
     before.add_argument("--config")
-    before.add_argument("-h", "--help", action="store_true")
     early, _ = before.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     defaults = load_config_file(early.config) if early.config else Config()
     add_config_option(parser)

@@ -1,0 +1,78 @@
+"""``python -m layerskip_jax.data COMMAND --config configs/NAME.py [overrides]``"""
+
+import itertools
+import sys
+
+import numpy as np
+from etils import epath
+
+from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.config import Config
+from layerskip_jax.data.pipeline import make_batches
+from layerskip_jax.data.pretokenize import pretokenize
+from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
+from layerskip_jax.errors import UserError, nearest, run_command
+
+COMMANDS = {
+    "prepare": "open both splits (preparing the default corpus) and count their documents",
+    "tokenizer": "train a SentencePiece model of model.vocab_size pieces on the train split",
+    "pretokenize": "write the corpus as tokens, for data.source tokens; --out FOLDER",
+    "show": "print packed training rows as the model sees them, || between documents",
+}
+
+
+def main() -> None:
+    parser = make_parser("Prepare text for training. " + "; ".join(f"{k}: {v}" for k, v in COMMANDS.items()) + ".")
+    parser.add_argument("command", metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("--overwrite", action="store_true", help="tokenizer: replace the one that is there")
+    parser.add_argument("--out", metavar="FOLDER", help="pretokenize: where to write")
+    config, options = parse_config(parser)
+    if options.command == "prepare":
+        _prepare(config)
+    elif options.command == "tokenizer":
+        _tokenizer(config, options.overwrite)
+    elif options.command == "pretokenize":
+        if not options.out:
+            raise UserError("pretokenize needs --out FOLDER")
+        counts = pretokenize(config.data, options.out)
+        print(f"{options.out}: {counts['splits']}, {counts['tokens_per_second']:,.0f} tokens/s")
+        print(f"use it with --data.source tokens --data.path {options.out}")
+    elif options.command == "show":
+        _show(config)
+    else:
+        raise UserError(f"unknown command {options.command!r}{nearest(options.command, COMMANDS)}")
+
+
+def _prepare(config: Config) -> None:
+    for split in (config.data.train_split, config.data.validation_split):
+        documents = open_documents(config.data, split)
+        sizes = (len(str(documents[i]).encode("utf-8", "replace")) for i in range(len(documents)))
+        print(f"{split}: {len(documents):,} documents, {sum(sizes):,} bytes")
+
+
+def _tokenizer(config: Config, overwrite: bool) -> None:
+    path = config.data.tokenizer
+    if epath.Path(path).exists() and not overwrite:
+        Tokenizer.load(path).check_vocabulary(config.model.vocab_size)
+        print(f"{path} is there, with {config.model.vocab_size} pieces; --overwrite trains it anew")
+        return
+    documents = open_documents(config.data, config.data.train_split)
+    tokenizer = train_tokenizer(documents, path, config.model.vocab_size)
+    sample = [str(documents[i]) for i in np.linspace(0, len(documents) - 1, 20).astype(int)]
+    bytes_, tokens = sum(len(text.encode()) for text in sample), sum(len(tokenizer.encode(text)) for text in sample)
+    print(f"{path}: {tokenizer.vocab_size} pieces, {bytes_ / tokens:.2f} bytes a token")
+
+
+def _show(config: Config, rows: int = 3) -> None:
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    batches = make_batches(config, config.data.train_split, batch_size=1, seed=config.train.seed)
+    for batch in itertools.islice(batches, rows):
+        inputs, segments = batch["inputs_BT"][0], batch["segments_BT"][0]
+        cuts = np.flatnonzero(np.diff(segments)) + 1
+        documents = [tokenizer.decode(part.tolist()) for part in np.split(inputs, cuts)]
+        sys.stdout.write(" || ".join(documents) + f"\n{'-' * 40}\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

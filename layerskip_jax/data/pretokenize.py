@@ -1,0 +1,66 @@
+"""Tokenise a corpus once, into ArrayRecord: what a pod wants to read."""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from tqdm import tqdm
+
+from layerskip_jax.config import DataConfig
+from layerskip_jax.data.pipeline import document_tokens
+from layerskip_jax.data.sources import METADATA, open_documents
+from layerskip_jax.data.tokenizer import Tokenizer, fingerprint
+from layerskip_jax.errors import UserError
+
+TOKENS_PER_SHARD = 50_000_000
+
+
+def pretokenize(config: DataConfig, out: str) -> dict[str, Any]:
+    """Write both splits of ``config``'s corpus to ``out/SPLIT/*.array_record`` and return its metadata.
+
+    A record is one document: BOS, tokens, EOS. The folder appears under its name only when it is complete.
+    """
+    if config.source == "tokens":
+        raise UserError("data.source is 'tokens': this corpus is tokenised already")
+    target = epath.Path(out).expanduser()
+    if target.exists():
+        raise UserError(f"{out} exists: give --out a new folder, or remove it first")
+    tokenizer = Tokenizer.load(config.tokenizer)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+    partial = target.parent / f"{target.name}.partial"
+    if partial.exists():
+        partial.rmtree()
+    splits, began = {}, time.perf_counter()
+    for split in (config.train_split, config.validation_split):
+        splits[split] = _write_split(config, split, tokenizer, dtype, partial / split)
+    tokens = sum(counts["tokens"] for counts in splits.values())
+    metadata = {
+        "tokenizer_sha256": fingerprint(config.tokenizer),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.name,
+        "splits": splits,
+    }
+    (partial / METADATA).write_text(json.dumps(metadata, indent=1))
+    partial.rename(target)
+    return metadata | {"tokens_per_second": tokens / (time.perf_counter() - began)}
+
+
+def _write_split(
+    config: DataConfig, split: str, tokenizer: Tokenizer, dtype: np.dtype, folder: epath.Path
+) -> dict[str, int]:
+    folder.mkdir(parents=True, exist_ok=True)
+    documents, total, shard, in_shard = open_documents(config, split), 0, 0, 0
+    writer = ArrayRecordWriter(str(folder / f"{shard:05d}.array_record"), "group_size:1")
+    for index in tqdm(range(len(documents)), desc=split, unit="document", disable=None):
+        if in_shard >= TOKENS_PER_SHARD:
+            writer.close()
+            shard, in_shard = shard + 1, 0
+            writer = ArrayRecordWriter(str(folder / f"{shard:05d}.array_record"), "group_size:1")
+        tokens = document_tokens(tokenizer, str(documents[index]))
+        writer.write(tokens.astype(dtype).tobytes())
+        total, in_shard = total + len(tokens), in_shard + len(tokens)
+    writer.close()
+    return {"documents": len(documents), "tokens": total}

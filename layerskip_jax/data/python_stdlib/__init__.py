@@ -1,0 +1,1 @@
+"""The default corpus: the Python standard library on this machine, as a TFDS builder."""

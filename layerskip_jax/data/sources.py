@@ -1,0 +1,275 @@
+"""Where documents come from: random access to the texts of a split, whatever holds them.
+
+A source has ``__len__`` and ``__getitem__``, as grain wants it, and can be pickled into worker processes.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from etils import epath
+
+from layerskip_jax.config import DataConfig
+from layerskip_jax.errors import UserError, nearest
+
+Document = str | np.ndarray
+"""A text, or from the source ``tokens`` its token ids (int32)."""
+
+VALIDATION_PERCENT = 5
+
+
+class Documents(Protocol):
+    """Random access to the documents of one split."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Document: ...
+
+
+def open_documents(config: DataConfig, split: str) -> Documents:
+    """Open ``split`` of the corpus that ``config`` names; raises `UserError` where there is none, or it is empty."""
+    openers = {
+        "python_stdlib": _open_stdlib,
+        "tfds": _open_tfds,
+        "text": _open_text,
+        "jsonl": _open_jsonl,
+        "tokens": _open_tokens,
+    }
+    documents = openers[config.source](config, split)
+    if len(documents) == 0:
+        where = config.path or config.name or config.source
+        raise UserError(f"the {split!r} split of {where} is empty: there is no document to read")
+    return documents
+
+
+class _Field:
+    """One text field of a sequence of examples."""
+
+    def __init__(self, examples: Sequence[Any], key: str):
+        self._examples, self._key = examples, key
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> str:
+        value = self._examples[index][self._key]
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _open_stdlib(config: DataConfig, split: str) -> Documents:
+    import tensorflow_datasets as tfds
+
+    from layerskip_jax.data.python_stdlib.python_stdlib_dataset_builder import Builder
+
+    builder = Builder(data_dir=config.data_dir, file_format="array_record")
+    tfds.disable_progress_bar()
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    return _data_source(builder, config, split, "text")
+
+
+def _open_tfds(config: DataConfig, split: str) -> Documents:
+    import tensorflow_datasets as tfds
+
+    name, folder = config.name, epath.Path(config.data_dir).expanduser()
+    try:
+        builder = tfds.builder(name, data_dir=str(folder), try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
+        known = [*tfds.list_builders(with_community_datasets=False), *_names_in(folder)]
+        if name.split("/")[0].split(":")[0] in known:
+            raise UserError(f"TFDS cannot open {name!r} in {folder}: {error}") from error
+        raise UserError(f"TFDS knows no dataset {name!r}{nearest(name, known)}") from error
+    if not builder.data_path.exists():
+        raise UserError(
+            f"the dataset {name!r} is not prepared in {folder}: prepare it as ArrayRecord on a machine that can "
+            f"download it: tfds build {name} --data_dir {folder} --file_format array_record"
+        )
+    return _data_source(builder, config, split, config.text_key)
+
+
+def _names_in(folder: epath.Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _data_source(builder: Any, config: DataConfig, split: str, key: str) -> Documents:
+    file_format = builder.info.file_format.value if builder.info.file_format else "tfrecord"
+    if file_format != "array_record":
+        raise UserError(
+            f"{builder.info.full_name} in {config.data_dir} is stored as {file_format}, which cannot be read without "
+            f"TensorFlow: prepare it again with tfds build {builder.info.full_name} --file_format array_record"
+        )
+    splits = list(builder.info.splits)
+    if split.split("[")[0] not in splits:
+        raise UserError(f"{builder.info.full_name} has no split {split!r}: it has {', '.join(splits) or 'none'}")
+    if key not in builder.info.features:
+        raise UserError(
+            f"{builder.info.full_name} has no field {key!r} (data.text_key){nearest(key, builder.info.features)}: "
+            f"it has {', '.join(builder.info.features)}"
+        )
+    return _Field(builder.as_data_source(split=split), key)
+
+
+def _files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> tuple[list[epath.Path], bool]:
+    """Return the files at ``config.path`` and whether they already are of ``split`` alone (by a name such as train/)."""
+    root = epath.Path(config.path).expanduser()
+    if not root.exists():
+        others = [str(root.parent / name.name) for name in root.parent.iterdir()] if root.parent.is_dir() else []
+        raise UserError(f"no corpus at {config.path} (data.path){nearest(str(root), others)}")
+    if not root.is_dir():
+        return [root], False
+    for own in (root / split, *(root / f"{split}{suffix}" for suffix in suffixes)):
+        if own.exists():
+            return _walk(own, suffixes), True
+    files = _walk(root, suffixes)
+    if not files:
+        kinds = f" ending in {' or '.join(suffixes)}" if suffixes else ""
+        raise UserError(f"no files{kinds} under {config.path} (data.path)")
+    return files, False
+
+
+def _walk(path: epath.Path, suffixes: tuple[str, ...]) -> list[epath.Path]:
+    if not path.is_dir():
+        return [path]
+    inner = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    found = [file for entry in inner for file in _walk(entry, suffixes)]
+    return [file for file in found if not suffixes or file.suffix in suffixes]
+
+
+def _in_split(names: Sequence[str], split: str, config: DataConfig) -> list[int]:
+    """Return the indices whose names hash into ``split``: about 5 % validation, at least one where there are two."""
+    if split not in (config.train_split, config.validation_split):
+        raise UserError(f"{config.path} has no split {split!r}: put the files into a folder of that name")
+    ranks = [int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 for name in names]
+    held_out = {i for i, rank in enumerate(ranks) if rank < VALIDATION_PERCENT}
+    if len(names) >= 2 and not held_out:
+        held_out = {min(range(len(names)), key=lambda i: (ranks[i], names[i]))}
+    if len(names) >= 2 and len(held_out) == len(names):
+        held_out.discard(max(range(len(names)), key=lambda i: (ranks[i], names[i])))
+    wants_held_out = split == config.validation_split
+    return [i for i in range(len(names)) if (i in held_out) == wants_held_out]
+
+
+class _TextFiles:
+    def __init__(self, paths: list[str]):
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            return epath.Path(self._paths[index]).read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {self._paths[index]} as UTF-8 text: {error}") from error
+
+
+def _open_text(config: DataConfig, split: str) -> Documents:
+    files, own = _files(config, split, ())
+    paths = [str(file) for file in files]
+    if len(paths) == 1 and not own:
+        return _Paragraphs(paths[0], split, config)
+    root = str(epath.Path(config.path).expanduser())
+    chosen = range(len(paths)) if own else _in_split([path.removeprefix(root) for path in paths], split, config)
+    return _TextFiles([paths[i] for i in chosen])
+
+
+class _Paragraphs:
+    """A single file as many documents: cut at blank lines into pieces of a few thousand characters."""
+
+    def __init__(self, path: str, split: str, config: DataConfig, characters: int = 4000):
+        text = _TextFiles([path])[0]
+        pieces: list[str] = []
+        for paragraph in text.split("\n\n"):
+            if pieces and len(pieces[-1]) < characters:
+                pieces[-1] += "\n\n" + paragraph
+            else:
+                pieces.append(paragraph)
+        pieces = [piece for piece in pieces if piece.strip()]
+        self._pieces = [pieces[i] for i in _in_split([str(i) for i in range(len(pieces))], split, config)]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: int) -> str:
+        return self._pieces[index]
+
+
+class _JsonLines:
+    """Lines of JSON files, found by their offsets; a document is parsed when it is asked for."""
+
+    def __init__(self, lines: list[tuple[str, int, int]], key: str):
+        self._lines, self._key = lines, key
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> str:
+        path, number, offset = self._lines[index]
+        with epath.Path(path).open("rb") as file:
+            file.seek(offset)
+            line = file.readline()
+        try:
+            value = json.loads(line)[self._key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} line {number} is not a JSON object with a text in {self._key!r} (data.text_key): {error!r}"
+            ) from error
+        if not isinstance(value, str):
+            raise UserError(f"{path} line {number}: {self._key!r} (data.text_key) is not a text")
+        return value
+
+
+def _open_jsonl(config: DataConfig, split: str) -> Documents:
+    files, own = _files(config, split, (".jsonl", ".json"))
+    lines = []
+    for file in files:
+        offset = 0
+        with file.open("rb") as opened:
+            for number, line in enumerate(opened, 1):
+                if line.strip():
+                    lines.append((str(file), number, offset))
+                offset += len(line)
+    names = [f"{epath.Path(path).name}:{number}" for path, number, _ in lines]
+    chosen = range(len(lines)) if own else _in_split(names, split, config)
+    return _JsonLines([lines[i] for i in chosen], config.text_key)
+
+
+METADATA = "metadata.json"
+
+
+class _Tokens:
+    def __init__(self, shards: list[str], dtype: str):
+        self._records, self._dtype = grain.sources.ArrayRecordDataSource(shards), dtype
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.frombuffer(self._records[index], self._dtype).astype(np.int32)
+
+
+def read_metadata(folder: epath.Path) -> dict[str, Any]:
+    """Read what `layerskip_jax.data.pretokenize` wrote beside its shards."""
+    try:
+        return json.loads((folder / METADATA).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no pretokenized corpus at {folder} (data.path): make one with "
+            "python -m layerskip_jax.data pretokenize --out FOLDER"
+        ) from error
+
+
+def _open_tokens(config: DataConfig, split: str) -> Documents:
+    from layerskip_jax.data.tokenizer import fingerprint
+
+    folder = epath.Path(config.path).expanduser()
+    metadata = read_metadata(folder)
+    if metadata["tokenizer_sha256"] != fingerprint(config.tokenizer):
+        raise UserError(
+            f"{config.path} was made with another tokenizer than {config.tokenizer}: pretokenize it again, or name its "
+            "own tokenizer in data.tokenizer"
+        )
+    if split not in metadata["splits"]:
+        raise UserError(f"{config.path} has no split {split!r}: it has {', '.join(metadata['splits'])}")
+    return _Tokens(sorted(str(path) for path in (folder / split).glob("*.array_record")), metadata["dtype"])

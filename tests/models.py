@@ -1,0 +1,17 @@
+"""Small random models for tests, with weights large enough that logits are far from ties."""
+
+import jax
+from flax import nnx
+
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.model import Transformer
+
+
+def tiny_config(**changes) -> ModelConfig:
+    values = {"num_layers": 4, "dim": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48, "vocab_size": 61}
+    return ModelConfig(**(values | {"compute_dtype": "float32"} | changes))
+
+
+def tiny_model(seed: int = 0, **changes) -> Transformer:
+    model = Transformer(tiny_config(**changes), rngs=nnx.Rngs(seed))
+    return jax.tree.map(lambda leaf: 2 * leaf, model)

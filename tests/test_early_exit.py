@@ -1,0 +1,111 @@
+"""LayerSkip eq. 5-6: the numbers by hand, and what each curriculum promises."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerskip_jax.config import Config, EarlyExitConfig, ModelConfig, TrainConfig
+from layerskip_jax.early_exit import all_exits, exit_scale, exit_weights, gradual, last_only, rotational
+from layerskip_jax.recipe import Recipe
+
+
+def test_scale_by_hand():
+    # e(l) = s l(l+1)/2, e(L-1) = (L-1) + s (L-2)(L-1)/2, for L = 5
+    np.testing.assert_allclose(exit_scale(5, 1.0), [0, 1, 3, 6, 4 + 6])
+    np.testing.assert_allclose(exit_scale(5, 0.2), [0, 0.2, 0.6, 1.2, 4 + 0.2 * 6], rtol=1e-6)
+    np.testing.assert_allclose(exit_scale(1, 1.0), [1])
+    np.testing.assert_allclose(exit_scale(2, 1.0), [0, 1])
+
+
+@given(num_layers=st.integers(2, 64), e_scale=st.floats(0, 2))
+def test_scale_properties(num_layers, e_scale):
+    e = np.asarray(exit_scale(num_layers, e_scale))
+    assert e[0] == 0
+    assert (np.diff(e[:-1]) >= 0).all()
+    assert e[-1] >= e[:-1].max()
+    assert e[-1] > 0
+
+
+def test_weights_by_hand():
+    # eq. 6 over the exits that are on, and over no others
+    np.testing.assert_allclose(exit_weights(np.array([1.0, 0, 1, 1]), exit_scale(4, 1.0)), [0, 0, 1 / 3, 2 / 3])
+    np.testing.assert_allclose(exit_weights(np.zeros(4), exit_scale(4, 1.0)), 0)
+
+
+@given(
+    num_layers=st.integers(2, 48),
+    dilation=st.integers(1, 48),
+    step=st.integers(0, 10_000),
+    e_scale=st.floats(0.01, 2),
+)
+def test_weights_sum_to_one_over_what_is_on(num_layers, dilation, step, e_scale):
+    on = np.asarray(rotational(dilation)(step, 10_001, num_layers))
+    weight = np.asarray(exit_weights(on, exit_scale(num_layers, e_scale)))
+    assert weight.sum() == pytest.approx(1, abs=1e-5)
+    assert (weight[on == 0] == 0).all()
+    assert (weight[(on == 1) & (np.arange(num_layers) > 0)] > 0).all()
+
+
+def test_zero_e_scale_is_the_ordinary_loss():
+    np.testing.assert_allclose(exit_weights(np.ones(6), exit_scale(6, 0.0)), [0, 0, 0, 0, 0, 1])
+
+
+@given(num_layers=st.integers(1, 40), dilation=st.integers(1, 40), start=st.integers(0, 10**6))
+def test_rotation_has_each_exit_on_once_in_R_steps(num_layers, dilation, start):
+    rotation = rotational(dilation, always_last=False)
+    on = np.stack([np.asarray(rotation(start + t, 10**7, num_layers)) for t in range(dilation)])
+    assert (on.sum(0) == 1).all()
+    per_step = on.sum(1)
+    assert per_step.max() - per_step.min() <= 1
+
+
+def test_rotation_by_hand():
+    on = [np.flatnonzero(rotational(3)(t, 100, 8)).tolist() for t in range(4)]
+    assert on == [[0, 3, 6, 7], [1, 4, 7], [2, 5, 7], [0, 3, 6, 7]]
+
+
+def test_rotation_of_the_paper_has_one_inner_exit_a_step():
+    # 1.5B from scratch: L = 24, R = 23
+    counts = [int(rotational(23)(t, 50_000, 24)[:-1].sum()) for t in range(46)]
+    assert max(counts) == 1
+    assert sum(counts) == 46
+
+
+def test_gradual_by_hand():
+    # L = 4, T = 80: one more exit every T/(2L) = 10 steps, from the last down
+    first_step = [next(t for t in range(80) if gradual(t, 80, 4)[layer]) for layer in range(4)]
+    assert first_step == [30, 20, 10, 0]
+
+
+@given(num_layers=st.integers(1, 40), total=st.integers(1, 100_000))
+def test_gradual_has_all_exits_on_by_half_time(num_layers, total):
+    assert np.asarray(gradual((total + 1) // 2, total, num_layers)).all()
+    assert gradual(0, total, num_layers)[-1] == 1
+
+
+def test_all_and_none():
+    np.testing.assert_array_equal(all_exits(3, 10, 5), 1)
+    np.testing.assert_array_equal(last_only(3, 10, 5), [0, 0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("curriculum", ["rotational", "gradual", "all", "none"])
+def test_a_recipe_made_anew_goes_on_where_the_step_is(curriculum):
+    """What a resume does: the weights at step t depend on t alone, not on when the process began."""
+
+    def make():
+        exits = EarlyExitConfig(curriculum=curriculum, dilation=5, e_scale=0.2)
+        return Recipe.from_config(Config(ModelConfig(num_layers=9), early_exit=exits, train=TrainConfig(steps=400)))
+
+    whole_run = [make().exit_weights(t).tolist() for t in range(0, 40)]
+    resumed = make()
+    assert [resumed.exit_weights(t).tolist() for t in range(17, 40)] == whole_run[17:]
+
+
+def test_paper_settings_are_the_ones_of_method_section_3():
+    scratch = EarlyExitConfig(curriculum="rotational", dilation=23, e_scale=0.2)
+    recipe = Recipe.from_config(Config(ModelConfig(num_layers=24), early_exit=scratch, train=TrainConfig(steps=50_000)))
+    # step 30: 30 mod 23 = 7; e(7) = .2 * 28 = 5.6, e(23) = 23 + .2 * 253 = 73.6
+    weight = np.asarray(recipe.exit_weights(30))
+    np.testing.assert_allclose(weight[[7, 23]], [5.6 / 79.2, 73.6 / 79.2], rtol=1e-5)
+    assert np.flatnonzero(weight).tolist() == [7, 23]

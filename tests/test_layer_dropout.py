@@ -1,0 +1,144 @@
+"""LayerSkip eq. 1-4: the numbers by hand, the draw by its statistics, and the two forms against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerskip_jax import layer_dropout
+from layerskip_jax.config import Config, LayerDropoutConfig, ModelConfig, OptimizerConfig, TrainConfig
+from layerskip_jax.layer_dropout import apply_masked, apply_skipping, draw_kept
+from layerskip_jax.recipe import Recipe
+
+
+def recipe(num_layers, p_max, time_scale="exponential", layer_scale="exponential", steps=1000):
+    return Recipe.from_config(
+        Config(
+            model=ModelConfig(num_layers=num_layers),
+            layer_dropout=LayerDropoutConfig(p_max=p_max, time_scale=time_scale, layer_scale=layer_scale),
+            optimizer=OptimizerConfig(warmup_steps=0),
+            train=TrainConfig(steps=steps),
+        )
+    )
+
+
+def test_four_layers_at_half_by_hand():
+    # method.md section 1: L=4, p_max=.5 gives [0, .130, .294, .5]
+    rates = recipe(4, 0.5, "constant").drop_rates(0)
+    np.testing.assert_allclose(rates, [0, 0.130, 0.294, 0.5], atol=5e-4)
+    np.testing.assert_allclose(rates, [0, (2 ** (1 / 3) - 1) / 2, (2 ** (2 / 3) - 1) / 2, 0.5], rtol=1e-6)
+
+
+def test_mean_over_32_layers_by_hand():
+    assert float(layer_dropout.exponential_layer_scale(32).mean()) == pytest.approx(0.4445, abs=5e-5)
+
+
+@pytest.mark.parametrize("scale", layer_dropout.LAYER_SCALES.values())
+@given(num_layers=st.integers(2, 80))
+def test_layer_scale_rises_from_0_to_1(scale, num_layers):
+    D = np.asarray(scale(num_layers))
+    assert D[0] == 0
+    assert D[-1] == pytest.approx(1, abs=1e-6)
+    assert (np.diff(D) > 0).all()
+
+
+def test_linear_layer_scale_by_hand():
+    np.testing.assert_allclose(layer_dropout.linear_layer_scale(5), [0, 0.25, 0.5, 0.75, 1])
+
+
+def test_one_layer_is_never_dropped():
+    for scale in layer_dropout.LAYER_SCALES.values():
+        assert scale(1).tolist() == [0]
+
+
+def test_time_scales_by_hand():
+    T = 101
+    exponential = [float(layer_dropout.exponential_time_scale(t, T)) for t in (0, 50, 100)]
+    np.testing.assert_allclose(exponential, [0, 2**0.5 - 1, 1], atol=1e-6)
+    decaying = [float(layer_dropout.decaying_time_scale(t, T)) for t in (0, 25, 100)]
+    np.testing.assert_allclose(decaying, [1, 0.75, 0], atol=1e-6)
+    assert [float(layer_dropout.constant_time_scale(t, T)) for t in (0, 100)] == [1, 1]
+
+
+@given(t=st.integers(0, 99), p_max=st.floats(0, 0.99), layer=st.integers(0, 11))
+def test_rate_is_the_product_of_eq_2(t, p_max, layer):
+    D, S = 2 ** (layer / 11) - 1, 2 ** (t / 99) - 1
+    assert float(recipe(12, p_max, steps=100).drop_rates(t)[layer]) == pytest.approx(S * D * p_max, abs=1e-6)
+
+
+def test_linear_decaying_recipe_of_the_later_study():
+    # p = p_max l/(L-1) (1 - t/(T-1))
+    rates = recipe(5, 0.8, "decaying", "linear", steps=11).drop_rates(5)
+    np.testing.assert_allclose(rates, 0.8 * np.arange(5) / 4 * 0.5, rtol=1e-6)
+
+
+def test_draw_has_the_rates_and_is_independent_by_sequence_and_block():
+    rates = jnp.array([0.0, 0.3, 0.9])
+    kept = np.asarray(draw_kept(jax.random.key(0), rates, 40_000))
+    np.testing.assert_allclose(1 - kept.mean(1), rates, atol=0.01)
+    assert kept[0].all()
+    assert abs(np.corrcoef(kept[1], kept[2])[0, 1]) < 0.02
+    assert abs(np.corrcoef(kept[1][:-1], kept[1][1:])[0, 1]) < 0.02
+
+
+def test_every_shard_has_the_same_draw():
+    kept = np.asarray(draw_kept(jax.random.key(1), jnp.full(6, 0.5), 32, shards=4)).reshape(6, 4, 8)
+    assert (kept == kept[:, :1]).all()
+    assert 0 < kept.mean() < 1
+
+
+def f(x_BTD, segments_BT):
+    """A stand-in for a block whose rows do not mix and whose output tells rows and segments apart."""
+    return jnp.sin(3 * x_BTD) * segments_BT[..., None] + jnp.cumsum(x_BTD, axis=1)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    rate=st.floats(0, 1),
+    groups=st.sampled_from([1, 2, 4]),
+    shards=st.sampled_from([1, 2]),
+    scale=st.floats(1, 4),
+)
+def test_skipping_equals_masked(seed, rate, groups, shards, scale):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    x = jax.random.normal(keys[0], (8, 5, 3))
+    rows = x, jax.random.randint(keys[1], (8, 5), 1, 4)
+    kept = draw_kept(keys[2], jnp.array([rate]), 8, shards)[0]
+
+    def both(apply, x):
+        return jnp.sum(apply(f, (x, rows[1]), kept, jnp.float32(scale)) ** 2), apply(f, rows, kept, jnp.float32(scale))
+
+    def skipping(*arguments):
+        return apply_skipping(*arguments, groups=groups, shards=shards)
+
+    (_, out), grad = jax.value_and_grad(lambda x: both(apply_masked, x), has_aux=True)(x)
+    (_, skipped), skipped_grad = jax.value_and_grad(lambda x: both(skipping, x), has_aux=True)(x)
+    np.testing.assert_allclose(skipped, out, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(skipped_grad, grad, rtol=1e-5, atol=1e-5)
+    # A dropped row is untouched, to the bit (eq. 1 with M = 0).
+    assert (np.asarray(skipped)[~np.asarray(kept)] == np.asarray(x)[~np.asarray(kept)]).all()
+
+
+@pytest.mark.parametrize(("kept_rows", "computed"), [(0, 0), (1, 2), (2, 2), (3, 4), (8, 8)])
+def test_skipping_computes_only_groups_with_a_kept_row(kept_rows, computed):
+    seen = []
+
+    def spy(x_BTD, segments_BT):
+        jax.debug.callback(lambda x: seen.append(len(x)), x_BTD)
+        return x_BTD
+
+    kept = jnp.arange(8) < kept_rows
+    rows = jnp.ones((8, 5, 3)), jnp.ones((8, 5), jnp.int32)
+    jax.block_until_ready(jax.jit(lambda: apply_skipping(spy, rows, kept[::-1], jnp.float32(1), groups=4))())
+    jax.effects_barrier()
+    assert seen == ([computed] if computed else [])
+
+
+def test_rescale_keeps_the_expectation():
+    x = jax.random.normal(jax.random.key(0), (1, 2, 3))
+    rows = jnp.tile(x, (20_000, 1, 1)), jnp.ones((20_000, 2), jnp.int32)
+    kept = draw_kept(jax.random.key(1), jnp.array([0.6]), 20_000)[0]
+    out = apply_masked(f, rows, kept, jnp.float32(1 / (1 - 0.6)))
+    np.testing.assert_allclose(out.mean(0), (x + f(x, rows[1][:1]))[0], atol=0.1)

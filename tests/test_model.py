@@ -1,0 +1,167 @@
+"""The one forward pass: against transformers' Llama, and its promises of causality, documents, depth and cache."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny_config, tiny_model
+
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.losses import Batch, exit_losses
+from layerskip_jax.model import empty_cache, parameter_count, run_layers
+
+REFERENCE = np.load(Path(__file__).parent / "fixtures" / "llama_reference.npz")
+REFERENCE_CONFIGS = {
+    "multi_head": {"num_kv_heads": 4},
+    "grouped": {"num_kv_heads": 2, "rope_base": 5000.0},
+    "tied": {"num_kv_heads": 1, "tied_embedding": True, "norm_epsilon": 1e-3},
+}
+
+
+def reference_model(name):
+    values = {"num_layers": 3, "dim": 32, "ffn_dim": 40, "vocab_size": 37, "norm_epsilon": 1e-6}
+    model = tiny_model(**(values | REFERENCE_CONFIGS[name]))
+    config = model.config
+
+    def weight(key):
+        return jnp.asarray(REFERENCE[f"{name}/model.{key}.weight"])
+
+    def stacked(key, shape):
+        return jnp.stack([weight(f"layers.{i}.{key}").T.reshape(shape) for i in range(config.num_layers)])
+
+    D, N, K, H, F = config.dim, config.num_heads, config.num_kv_heads, config.head_dim, config.ffn_dim
+    blocks = model.blocks
+    blocks.attention_norm_D[...] = stacked("input_layernorm", (D,))
+    blocks.query_DNH[...] = stacked("self_attn.q_proj", (D, N, H))
+    blocks.key_DKH[...] = stacked("self_attn.k_proj", (D, K, H))
+    blocks.value_DKH[...] = stacked("self_attn.v_proj", (D, K, H))
+    blocks.output_NHD[...] = stacked("self_attn.o_proj", (N, H, D))
+    blocks.ffn_norm_D[...] = stacked("post_attention_layernorm", (D,))
+    blocks.gate_DF[...] = stacked("mlp.gate_proj", (D, F))
+    blocks.up_DF[...] = stacked("mlp.up_proj", (D, F))
+    blocks.down_FD[...] = stacked("mlp.down_proj", (F, D))
+    model.embedding_VD[...] = weight("embed_tokens")
+    model.final_norm_D[...] = weight("norm")
+    if not config.tied_embedding:
+        model.head_DV[...] = jnp.asarray(REFERENCE[f"{name}/lm_head.weight"]).T
+    return model
+
+
+@pytest.mark.parametrize("name", REFERENCE_CONFIGS)
+def test_logits_equal_transformers_llama(name):
+    logits = reference_model(name)(jnp.asarray(REFERENCE[f"{name}/tokens"]))
+    np.testing.assert_allclose(logits, REFERENCE[f"{name}/logits"], atol=1e-4, rtol=1e-4)
+
+
+def test_unstacked_blocks_are_the_same_model():
+    model, tokens = tiny_model(), jnp.arange(24).reshape(2, 12)
+    np.testing.assert_allclose(model.unstacked()(tokens), model(tokens), atol=1e-4)
+
+
+def test_a_part_of_stacked_blocks_is_refused():
+    with pytest.raises(ValueError, match="unstacked"):
+        run_layers(tiny_model().blocks, jnp.zeros((1, 1, 32)), lambda block, x, _: (x, None), None, 0, 2)
+
+
+@given(position=st.integers(0, 11), seed=st.integers(0, 100))
+@settings(max_examples=15)
+def test_causality_by_gradient(position, seed):
+    model, tokens = tiny_model(seed), jax.random.randint(jax.random.key(seed), (1, 12), 0, 61)
+    x_BTD = model.embed(tokens)
+
+    def logit(x_BTD):
+        segments = jnp.ones_like(tokens)
+        from layerskip_jax.attention import same_document
+
+        def step(block, x, _):
+            return x + block(x, jnp.arange(12)[None], same_document(segments))[0], None
+
+        return model.unembed(run_layers(model.blocks, x_BTD, step, None)[0])[0, position].sum()
+
+    sees = np.asarray(jnp.abs(jax.grad(logit)(x_BTD)[0]).max(-1)) > 0
+    assert sees.tolist() == [i <= position for i in range(12)]
+
+
+@given(cut=st.integers(1, 11), seed=st.integers(0, 100))
+@settings(max_examples=15)
+def test_attention_does_not_cross_documents(cut, seed):
+    """A packed document gives the logits that it gives alone; rotary positions are relative, so its place is free."""
+    model, tokens = tiny_model(seed), jax.random.randint(jax.random.key(seed), (1, 12), 0, 61)
+    segments = jnp.where(jnp.arange(12) < cut, 1, 2)[None]
+    packed = model(tokens, segments)
+    np.testing.assert_allclose(packed[:, cut:], model(tokens[:, cut:]), atol=2e-4)
+    np.testing.assert_allclose(packed[:, :cut], model(tokens[:, :cut]), atol=2e-4)
+    assert float(jnp.abs(model(tokens) - packed)[:, cut:].max()) > 1e-3  # and it would make a difference
+
+
+@given(
+    pieces=st.lists(st.integers(1, 5), min_size=1, max_size=5),
+    exit_layer=st.integers(1, 3),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=20)
+def test_draft_then_remainder_through_a_cache_equals_the_full_model(pieces, exit_layer, seed):
+    """The tokens arrive in pieces of any size, through blocks [0, E) and then [E, L)."""
+    model, length = tiny_model(seed), sum(pieces)
+    tokens = jax.random.randint(jax.random.key(seed), (2, length), 0, 61)
+    cache, unstacked, logits, start = empty_cache(model.config, 2, 32), model.unstacked(), [], 0
+    for size in pieces:
+        position = jnp.tile(start + jnp.arange(size)[None], (2, 1))
+        x, cache = unstacked.run_cached(unstacked.embed(tokens[:, start : start + size]), position, cache, 0, exit_layer)
+        x, cache = unstacked.run_cached(x, position, cache, exit_layer, 4)
+        logits.append(unstacked.unembed(x))
+        start += size
+    np.testing.assert_allclose(jnp.concatenate(logits, 1), model(tokens), atol=2e-4)
+
+
+def test_rows_of_a_cache_stand_at_their_own_positions():
+    model = tiny_model().unstacked()
+    tokens = jnp.arange(20).reshape(2, 10)
+    _, cache = model.run_cached(
+        model.embed(tokens), jnp.tile(jnp.arange(10)[None], (2, 1)), empty_cache(model.config, 2, 32), 0, 4
+    )
+    starts = jnp.array([4, 9])  # row 0 is rolled back to 4 tokens, row 1 to 9
+    new = jnp.array([[7], [8]])
+    x, _ = model.run_cached(model.embed(new), starts[:, None], cache, 0, 4)
+    for row, start in enumerate(starts.tolist()):
+        whole = jnp.concatenate([tokens[row, :start], new[row]])[None]
+        np.testing.assert_allclose(model.unembed(x)[row, 0], model(whole)[0, -1], atol=2e-4)
+
+
+def test_parameter_count():
+    for changes in ({}, {"tied_embedding": True}, {"num_layers": 7, "num_kv_heads": 4}):
+        model = tiny_model(**changes)
+        assert parameter_count(model.config) == sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+def test_parameter_count_of_the_papers_7b():
+    config = ModelConfig(32, 4096, 32, 32, 11008, 32_000)
+    assert parameter_count(config) == 6_738_415_616  # Llama 2 7B
+
+
+def test_the_same_seed_gives_the_same_model():
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), tiny_model(3), tiny_model(3))
+    assert all(jax.tree.leaves(same))
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_logits():
+    model = tiny_model(compute_dtype="bfloat16")
+    logits = model(jnp.arange(8)[None])
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+    assert logits.dtype == jnp.float32
+    assert model.embed(jnp.zeros((1, 1), int)).dtype == jnp.bfloat16
+    batch = Batch(jnp.arange(8)[None], jnp.arange(8)[None], jnp.ones((1, 8), int), jnp.ones((1, 8)))
+    assert exit_losses(model, batch, jnp.ones(4), chunk=4).dtype == jnp.float32
+
+
+def test_invalid_shapes_are_named():
+    from layerskip_jax.errors import UserError
+
+    with pytest.raises(UserError, match=r"model\.dim 30 must be a multiple"):
+        tiny_config(dim=30)
+    with pytest.raises(UserError, match=r"num_kv_heads 3 must divide"):
+        tiny_config(num_kv_heads=3)
