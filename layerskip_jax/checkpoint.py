@@ -15,6 +15,7 @@ from etils import epath
 from flax import nnx
 
 from layerskip_jax.config import Config, from_dict, to_dict
+from layerskip_jax.data.position import Position
 from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.model import Transformer
 from layerskip_jax.train_step import TrainState
@@ -65,7 +66,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 model=ocp.args.StandardSave(named_arrays(state.model)),
                 optimizer=ocp.args.StandardSave(named_arrays({"step": state.step, "state": state.opt_state})),
-                data=grain.checkpoint.CheckpointSave(data),
+                data=grain.checkpoint.CheckpointSave(Position(data)),
                 config=ocp.args.JsonSave(to_dict(self._config)),
             ),
         )
@@ -98,7 +99,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 model=ocp.args.StandardRestore(named_arrays(abstract.model)),
                 optimizer=ocp.args.StandardRestore(named_arrays(optimizer)),
-                data=grain.checkpoint.CheckpointRestore(data),
+                data=grain.checkpoint.CheckpointRestore(Position(data)),
             ),
         )
         optimizer = with_arrays(optimizer, restored["optimizer"])

@@ -8,6 +8,7 @@ Index l weighs the *output* of block l, which is "exit l+1": the model that runs
 `layerskip_jax.recipe.Recipe`. t counts optimizer steps over the whole run, so a resumed run goes on where it was.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -39,18 +40,20 @@ def exit_weights(enabled_L: jax.Array, scale_L: jax.Array) -> jax.Array:
     return weight_L / jnp.where(total > 0, total, 1)
 
 
-def rotational(dilation: int, always_last: bool = True) -> Curriculum:
+@dataclasses.dataclass(frozen=True)
+class Rotational:
     """Every ``dilation``-th exit, shifted by one each step: on iff ``l mod R = t mod R`` (LayerSkip section 4.1.2).
 
     Each exit is on once in R steps, about L/R at a step. With ``always_last`` the last layer is on at every step.
     """
 
-    def curriculum(step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
-        layer_L = jnp.arange(num_layers)
-        on_L = layer_L % dilation == jnp.asarray(step) % dilation
-        return (on_L | (always_last & (layer_L == num_layers - 1))).astype(jnp.float32)
+    dilation: int
+    always_last: bool = True
 
-    return curriculum
+    def __call__(self, step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
+        layer_L = jnp.arange(num_layers)
+        on_L = layer_L % self.dilation == jnp.asarray(step) % self.dilation
+        return (on_L | (self.always_last & (layer_L == num_layers - 1))).astype(jnp.float32)
 
 
 def gradual(step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:

@@ -77,6 +77,16 @@ def exit_losses(
     """
     position_BT = jnp.arange(batch.inputs_BT.shape[1])[None]
 
+    # Without the checkpoint, the condition would hand out the head as a residual, and the scan keep L copies of it.
+    @jax.checkpoint
+    def loss_if_on(weight: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        return jax.lax.cond(
+            weight > 0,
+            lambda x_BTD: cross_entropy(model.unembed, x_BTD, batch, chunk),
+            lambda x_BTD: jnp.zeros(()),
+            x_BTD,
+        )
+
     def step(
         block: Block, x_BTD: jax.Array, inputs: tuple[jax.Array, jax.Array | None, jax.Array | None]
     ) -> tuple[jax.Array, jax.Array]:
@@ -89,13 +99,7 @@ def exit_losses(
             x_BTD = x_BTD + f(x_BTD, batch.segments_BT)
         else:
             x_BTD = apply(f, (x_BTD, batch.segments_BT), kept_B, scale)
-        loss = jax.lax.cond(
-            weight > 0,
-            lambda x_BTD: cross_entropy(model.unembed, x_BTD, batch, chunk),
-            lambda x_BTD: jnp.zeros(()),
-            x_BTD,
-        )
-        return x_BTD, loss
+        return x_BTD, loss_if_on(weight, x_BTD)
 
     kept_LB, scale_L = (None, None) if draw is None else draw
     inputs = (weight_L, kept_LB, scale_L)

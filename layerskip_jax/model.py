@@ -184,7 +184,7 @@ class Transformer(nnx.Module):
         ``cache`` has an entry for every block of the model; the returned list too. Slots after a query's own
         position are not seen, so what a rolled-back draft left there does not matter.
         """
-        visible_BTS = up_to(position_BT, cache[first].k_BKSH.shape[2])
+        visible_BTS = up_to(position_BT, cache[0].k_BKSH.shape[2])
 
         def step(block: Block, x_BTD: jax.Array, layer: LayerCache) -> tuple[jax.Array, LayerCache]:
             delta_BTD, written = block(x_BTD, position_BT, visible_BTS, layer)

@@ -30,7 +30,7 @@ class Recipe:
     def from_config(cls, config: Config) -> Self:
         exits = config.early_exit
         curricula: dict[str, early_exit.Curriculum] = {
-            "rotational": early_exit.rotational(exits.dilation, exits.always_last),
+            "rotational": early_exit.Rotational(exits.dilation, exits.always_last),
             "gradual": early_exit.gradual,
             "all": early_exit.all_exits,
             "none": early_exit.last_only,

@@ -84,21 +84,26 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch", "length")))
 
 
-def shardings_of(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """Return a `NamedSharding` for every array of ``tree``: by its logical axes for a Param, else on every device.
+def shardings_of(tree: Any, model: nnx.Module, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Return a `NamedSharding` for every array of ``tree``: those of ``model`` by their logical axes, others whole.
 
-    Optimizer moments are trees of Params too, so they lie as their parameters do. A Param with one dimension more
-    than it has names is a stack along "layers".
+    Optimizer moments are trees of Params too, so they lie as their parameters do; a factored moment, whose shape is
+    no parameter's, lies whole on every device. A Param with one dimension more than names is a stack of "layers".
     """
+    known = {(param.get_metadata()["axes"], param.shape) for param in jax.tree.leaves(model, is_leaf=_is_param)}
 
     def of(leaf: Any) -> Any:
-        if not isinstance(leaf, nnx.Variable):
-            return NamedSharding(mesh, PartitionSpec())
+        if not _is_param(leaf) or (leaf.get_metadata()["axes"], leaf.shape) not in known:
+            return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), leaf)
         axes = leaf.get_metadata()["axes"]
         stacked = ("layers",) * (leaf.ndim - len(axes))
         return jax.tree.map(lambda _: NamedSharding(mesh, spec(stacked + axes, rules)), leaf)
 
-    return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree.map(of, tree, is_leaf=_is_param)
+
+
+def _is_param(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -64,7 +64,8 @@ class Trainer:
         )
 
     def state_shardings(self) -> TrainState:
-        return shardings_of(jax.eval_shape(self._init), self.mesh)
+        state = jax.eval_shape(self._init)
+        return shardings_of(state, state.model, self.mesh)
 
     def _init(self) -> TrainState:
         model = Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
@@ -109,12 +110,14 @@ class Trainer:
             exit_loss_L=exit_loss_L,
             exit_weight_L=weight_L,
             drop_rate_L=drop_rate_L,
-            gradient_norm=optax.global_norm(grads),
+            gradient_norm=optax.tree.norm(grads),
             gradient_norm_L=_norm_by_layer(grads.blocks),
             learning_rate=jnp.asarray(learning_rate(self.config)(state.step)),
             tokens=count,
         )
-        return TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt_state), metrics
+        state = TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt_state)
+        # Pinned, since a layout that the compiler chose would compile the next step anew.
+        return jax.lax.with_sharding_constraint(state, self.state_shardings()), metrics
 
     @partial(jax.jit, static_argnums=0)
     def evaluate(self, model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:

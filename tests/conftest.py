@@ -7,8 +7,16 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import hypothesis
 import jax
+import pytest
+from corpora import make_corpus
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Examples are the same at every run, so a red suite is a change of the code; timing is never asserted.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The settings of a small corpus with its tokenizer."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"))

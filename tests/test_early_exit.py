@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip_jax.config import Config, EarlyExitConfig, ModelConfig, TrainConfig
-from layerskip_jax.early_exit import all_exits, exit_scale, exit_weights, gradual, last_only, rotational
+from layerskip_jax.early_exit import Rotational, all_exits, exit_scale, exit_weights, gradual, last_only
 from layerskip_jax.recipe import Recipe
 
 
@@ -40,7 +40,7 @@ def test_weights_by_hand():
     e_scale=st.floats(0.01, 2),
 )
 def test_weights_sum_to_one_over_what_is_on(num_layers, dilation, step, e_scale):
-    on = np.asarray(rotational(dilation)(step, 10_001, num_layers))
+    on = np.asarray(Rotational(dilation)(step, 10_001, num_layers))
     weight = np.asarray(exit_weights(on, exit_scale(num_layers, e_scale)))
     assert weight.sum() == pytest.approx(1, abs=1e-5)
     assert (weight[on == 0] == 0).all()
@@ -53,7 +53,7 @@ def test_zero_e_scale_is_the_ordinary_loss():
 
 @given(num_layers=st.integers(1, 40), dilation=st.integers(1, 40), start=st.integers(0, 10**6))
 def test_rotation_has_each_exit_on_once_in_R_steps(num_layers, dilation, start):
-    rotation = rotational(dilation, always_last=False)
+    rotation = Rotational(dilation, always_last=False)
     on = np.stack([np.asarray(rotation(start + t, 10**7, num_layers)) for t in range(dilation)])
     assert (on.sum(0) == 1).all()
     per_step = on.sum(1)
@@ -61,13 +61,13 @@ def test_rotation_has_each_exit_on_once_in_R_steps(num_layers, dilation, start):
 
 
 def test_rotation_by_hand():
-    on = [np.flatnonzero(rotational(3)(t, 100, 8)).tolist() for t in range(4)]
+    on = [np.flatnonzero(Rotational(3)(t, 100, 8)).tolist() for t in range(4)]
     assert on == [[0, 3, 6, 7], [1, 4, 7], [2, 5, 7], [0, 3, 6, 7]]
 
 
 def test_rotation_of_the_paper_has_one_inner_exit_a_step():
     # 1.5B from scratch: L = 24, R = 23
-    counts = [int(rotational(23)(t, 50_000, 24)[:-1].sum()) for t in range(46)]
+    counts = [int(Rotational(23)(t, 50_000, 24)[:-1].sum()) for t in range(46)]
     assert max(counts) == 1
     assert sum(counts) == 46
 

@@ -1,5 +1,7 @@
 """LayerSkip eq. 1-4: the numbers by hand, the draw by its statistics, and the two forms against each other."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,22 +105,26 @@ def f(x_BTD, segments_BT):
 )
 def test_skipping_equals_masked(seed, rate, groups, shards, scale):
     keys = jax.random.split(jax.random.key(seed), 3)
-    x = jax.random.normal(keys[0], (8, 5, 3))
-    rows = x, jax.random.randint(keys[1], (8, 5), 1, 4)
+    x, segments = jax.random.normal(keys[0], (8, 5, 3)), jax.random.randint(keys[1], (8, 5), 1, 4)
     kept = draw_kept(keys[2], jnp.array([rate]), 8, shards)[0]
-
-    def both(apply, x):
-        return jnp.sum(apply(f, (x, rows[1]), kept, jnp.float32(scale)) ** 2), apply(f, rows, kept, jnp.float32(scale))
-
-    def skipping(*arguments):
-        return apply_skipping(*arguments, groups=groups, shards=shards)
-
-    (_, out), grad = jax.value_and_grad(lambda x: both(apply_masked, x), has_aux=True)(x)
-    (_, skipped), skipped_grad = jax.value_and_grad(lambda x: both(skipping, x), has_aux=True)(x)
+    out, grad = _value_and_grad(x, segments, kept, scale, 0, 1)
+    skipped, skipped_grad = _value_and_grad(x, segments, kept, scale, groups, shards)
     np.testing.assert_allclose(skipped, out, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(skipped_grad, grad, rtol=1e-5, atol=1e-5)
     # A dropped row is untouched, to the bit (eq. 1 with M = 0).
     assert (np.asarray(skipped)[~np.asarray(kept)] == np.asarray(x)[~np.asarray(kept)]).all()
+
+
+@partial(jax.jit, static_argnames=("groups", "shards"))
+def _value_and_grad(x, segments, kept, scale, groups, shards):
+    apply = partial(apply_skipping, groups=groups, shards=shards) if groups else apply_masked
+
+    def loss(x):
+        out = apply(f, (x, segments), kept, scale)
+        return jnp.sum(out**2), out
+
+    (_, out), grad = jax.value_and_grad(loss, has_aux=True)(x)
+    return out, grad
 
 
 @pytest.mark.parametrize(("kept_rows", "computed"), [(0, 0), (1, 2), (2, 2), (3, 4), (8, 8)])

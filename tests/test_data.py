@@ -1,0 +1,265 @@
+"""Sources, tokenizer and packing: nothing lost, nothing crossed, and a position that comes back exactly."""
+
+import dataclasses
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+from corpora import VOCABULARY, write_corpus
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from layerskip_jax.config import Config, DataConfig, ModelConfig
+from layerskip_jax.data.pipeline import document_tokens, make_batches
+from layerskip_jax.data.position import Position
+from layerskip_jax.data.pretokenize import pretokenize
+from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
+from layerskip_jax.errors import UserError
+
+
+def config_of(corpus, **changes):
+    return Config(model=ModelConfig(vocab_size=VOCABULARY), data=dataclasses.replace(corpus, **changes))
+
+
+def texts(data, split):
+    documents = open_documents(data, split)
+    return [documents[i] for i in range(len(documents))]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    return Tokenizer.load(corpus.tokenizer)
+
+
+# Tokenizer
+
+
+@given(text=st.text())
+@example(" leading and trailing ")
+@example("\t\r\n  \n\n")
+@example("a\u2581b\u2581\u2581 \u2581")
+@example("\x00 nul and \ufffd")
+@example("   four    spaces 漢字 🎉")
+def test_decode_gives_the_text_back(tokenizer, text):
+    text = text.encode("utf-8", "replace").decode()  # no lone surrogates: they are not text
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@given(text=st.text())
+def test_partial_decoding_only_ever_adds(tokenizer, text):
+    text = text.encode("utf-8", "replace").decode()
+    ids, before = tokenizer.encode(text), ""
+    for n in range(len(ids) + 1):
+        now = tokenizer.decode_partial(ids[:n])
+        assert now.startswith(before)
+        assert text.startswith(now)
+        before = now
+    assert before == text
+
+
+def test_training_is_deterministic_and_pickles(corpus, tokenizer, tmp_path):
+    again = train_tokenizer(open_documents(corpus, "train"), str(tmp_path / "again.model"), VOCABULARY)
+    assert again == tokenizer
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("x = 1") == tokenizer.encode("x = 1")
+
+
+def test_tokenizer_errors(corpus, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer at .*layerskip_jax.data tokenizer"):
+        Tokenizer.load(str(tmp_path / "none.model"))
+    (tmp_path / "broken.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
+        Tokenizer.load(str(tmp_path / "broken.model"))
+    with pytest.raises(UserError, match=rf"has {VOCABULARY} pieces and the model's vocabulary 999"):
+        tokenizer.check_vocabulary(999)
+    with pytest.raises(UserError, match="cannot make 50000 pieces"):
+        train_tokenizer(open_documents(corpus, "train"), str(tmp_path / "large.model"), 50_000)
+
+
+# Sources
+
+
+def test_splits_of_files_are_disjoint_complete_and_stable(corpus):
+    train, validation = texts(corpus, "train"), texts(corpus, "validation")
+    assert len(train) + len(validation) == 40
+    assert not set(train) & set(validation)
+    assert validation
+    assert texts(corpus, "validation") == validation
+
+
+def test_folders_named_after_splits_are_the_splits(tmp_path):
+    write_corpus(tmp_path / "train", 3)
+    write_corpus(tmp_path / "validation", 2, seed=1)
+    data = DataConfig(source="text", path=str(tmp_path))
+    assert (len(texts(data, "train")), len(texts(data, "validation"))) == (3, 2)
+
+
+def test_one_text_file_is_cut_at_blank_lines(tmp_path):
+    paragraphs = [f"paragraph {i} " + "word " * 400 for i in range(30)]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
+    data = DataConfig(source="text", path=str(tmp_path / "book.txt"))
+    pieces = texts(data, "train") + texts(data, "validation")
+    assert texts(data, "validation")
+    assert sorted("\n\n".join(pieces).split("\n\n")) == sorted(paragraphs)
+
+
+def test_json_lines(tmp_path):
+    lines = [{"text": f"document {i}\nwith 漢字", "other": i} for i in range(50)]
+    (tmp_path / "all.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
+    data = DataConfig(source="jsonl", path=str(tmp_path))
+    assert sorted(texts(data, "train") + texts(data, "validation")) == sorted(line["text"] for line in lines)
+    with pytest.raises(UserError, match=r"all\.jsonl line \d+ is not a JSON object with a text in 'body'"):
+        texts(dataclasses.replace(data, text_key="body"), "train")
+    (tmp_path / "all.jsonl").write_text('{"text": "good"}\n{broken\n')
+    with pytest.raises(UserError, match=r"all\.jsonl line 2 is not a JSON object"):
+        texts(data, "train") + texts(data, "validation")
+
+
+def test_python_stdlib_is_a_tfds_dataset_with_splits_by_file(tmp_path, monkeypatch):
+    from layerskip_jax.data.python_stdlib import python_stdlib_dataset_builder as stdlib
+
+    files = dict(itertools.islice(stdlib.source_files().items(), 60))
+    monkeypatch.setattr(stdlib, "source_files", lambda: files)
+    data = DataConfig(source="python_stdlib", data_dir=str(tmp_path))
+    train, validation = texts(data, "train"), texts(data, "validation")
+    assert validation
+    assert not set(train) & set(validation)
+    assert sorted(train + validation) == sorted(t for f in files.values() if (t := f.read_text("utf-8")).strip())
+    # The same files by name, through TFDS's own catalogue interface, with its slicing.
+    tfds_data = DataConfig(source="tfds", name=f"python_stdlib/{_version()}", data_dir=str(tmp_path))
+    assert texts(tfds_data, "train") == train
+    assert len(texts(tfds_data, "train[:50%]")) == round(len(train) / 2)
+    with pytest.raises(UserError, match="has no split 'test': it has train, validation"):
+        texts(tfds_data, "test")
+    with pytest.raises(UserError, match=r"has no field 'txt' \(data.text_key\); did you mean 'text'"):
+        texts(dataclasses.replace(tfds_data, text_key="txt"), "train")
+
+
+def _version():
+    import sys
+
+    return f"python{sys.version_info.major}_{sys.version_info.minor}"
+
+
+def test_source_errors(tmp_path):
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ({"source": "text", "path": str(tmp_path / "nowhere")}, r"no corpus at .*nowhere \(data.path\)"),
+        ({"source": "text", "path": str(tmp_path / "empty")}, r"no files under .*empty \(data.path\)"),
+        ({"source": "jsonl", "path": str(tmp_path / "empty")}, r"no files ending in .jsonl or .json under"),
+        ({"source": "tokens", "path": str(tmp_path / "empty")}, r"no pretokenized corpus at .*pretokenize --out"),
+        ({"source": "tfds", "name": "wikipediaa", "data_dir": str(tmp_path)}, "knows no dataset 'wikipediaa'; did you"),
+        ({"source": "tfds", "name": "lm1b", "data_dir": str(tmp_path)}, "'lm1b' is not prepared in .* tfds build lm1b"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(UserError, match=message):
+            open_documents(DataConfig(**changes), "train")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"cannot read .*latin\.txt as UTF-8"):
+        texts(DataConfig(source="text", path=str(tmp_path / "latin.txt")), "train")
+
+
+# Packing
+
+
+def packed_rows(documents, length):
+    """Pack by hand: concatenate and cut, a row of inputs, targets, segments and mask each. The oracle."""
+    stream = [(token, number) for number, document in enumerate(documents) for token in document]
+    for start in range(0, len(stream), length + 1):
+        piece = stream[start : start + length + 1]
+        numbers = sorted({number for _, number in piece})
+        tokens = [token for token, _ in piece] + [0] * (length + 1 - len(piece))
+        segments = [numbers.index(number) + 1 for _, number in piece] + [0] * (length + 1 - len(piece))
+        mask = [float(a == b != 0) for a, b in itertools.pairwise(segments)]
+        yield tokens[:-1], tokens[1:], segments[:-1], mask
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_packing_in_order_equals_packing_by_hand(corpus, tokenizer, processes):
+    config = config_of(corpus)
+    documents = [document_tokens(tokenizer, text).tolist() for text in texts(corpus, "train")]
+    expected = list(packed_rows(documents, 32))
+    parts = [
+        list(make_batches(config, "train", batch_size=4, process_index=p, process_count=processes, epochs=1, shuffle=False))
+        for p in range(processes)
+    ]
+    assert len({len(part) for part in parts}) == 1  # no process waits for another
+    rows = []
+    for batches in zip(*parts, strict=True):
+        for batch in batches:
+            columns = (batch[name].tolist() for name in ("inputs_BT", "targets_BT", "segments_BT", "mask_BT"))
+            rows += list(zip(*columns, strict=True))
+    assert rows[: len(expected)] == expected
+    assert all(not any(mask) for _, _, _, mask in rows[len(expected) :])  # filled up, and not counted
+
+
+def test_shuffled_processes_share_out_every_document_of_an_epoch(corpus, tokenizer):
+    config = config_of(corpus, sequence_length=2, shuffle_window=8)
+    seen = []
+    for process in range(2):
+        batches = make_batches(config, "train", batch_size=1, process_index=process, process_count=2, epochs=1, seed=3)
+        for batch in batches:
+            seen += [*batch["inputs_BT"].reshape(-1).tolist(), batch["targets_BT"][0, -1].item()]
+    expected = [token for text in texts(corpus, "train") for token in document_tokens(tokenizer, text).tolist()]
+    padding = len(seen) - len(expected)
+    assert 0 <= padding <= 4  # the last row of each process
+    assert sorted(seen) == sorted(expected + [0] * padding)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal_batches(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@given(stop=st.integers(0, 60), ahead=st.integers(1, 12), seed=st.integers(0, 5))
+def test_a_position_comes_back_exactly(corpus, stop, ahead, seed):
+    """Over several epochs: 38 short documents are about 40 batches of 4 rows."""
+    batches = make_batches(config_of(corpus), "train", batch_size=4, seed=seed)
+    original = iter(batches)
+    take(original, stop)
+    state = Position(original).get_state()
+    expected = take(original, ahead)
+    restored = iter(batches)
+    Position(restored).set_state(state)
+    assert_equal_batches(take(restored, ahead), expected)
+
+
+def test_order_depends_on_the_seed_and_the_epoch(corpus):
+    def first(seed, skip=0):
+        iterator = iter(make_batches(config_of(corpus), "train", batch_size=4, seed=seed))
+        take(iterator, skip)
+        return next(iterator)["inputs_BT"].tolist()
+
+    assert first(0) == first(0)
+    assert first(0) != first(1)
+
+
+def test_crossing_documents_is_a_setting(corpus):
+    batch = next(iter(make_batches(config_of(corpus, cross_document_attention=True), "train", batch_size=8)))
+    assert (batch["segments_BT"] == 1).all()
+    assert (batch["mask_BT"] == 1).all()
+    batch = next(iter(make_batches(config_of(corpus), "train", batch_size=64)))
+    assert batch["segments_BT"].max() > 1
+    assert not batch["mask_BT"].all()
+
+
+def test_pretokenized_corpus_gives_the_same_batches(corpus, tmp_path):
+    metadata = pretokenize(corpus, str(tmp_path / "tokens"))
+    assert metadata["splits"]["train"]["documents"] == len(texts(corpus, "train"))
+    tokens = {"source": "tokens", "path": str(tmp_path / "tokens")}
+    ours = iter(make_batches(config_of(corpus, **tokens), "train", batch_size=4, seed=2))
+    assert_equal_batches(take(ours, 50), take(iter(make_batches(config_of(corpus), "train", batch_size=4, seed=2)), 50))
+    with pytest.raises(UserError, match="exists: give --out a new folder"):
+        pretokenize(corpus, str(tmp_path / "tokens"))
+    train_tokenizer(open_documents(corpus, "train"), str(tmp_path / "other.model"), VOCABULARY - 1)
+    with pytest.raises(UserError, match="was made with another tokenizer"):
+        open_documents(dataclasses.replace(corpus, tokenizer=str(tmp_path / "other.model"), **tokens), "train")

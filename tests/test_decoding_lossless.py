@@ -1,0 +1,140 @@
+"""Greedy self-speculation gives greedy autoregressive decoding's tokens, one for one, in float32.
+
+2,000 cases and more: a case is one prompt with its own length, in a batch, under a model shape, an exit, a draft
+length, a limit and an EOS. How often drafts agree is varied by scaling what the blocks after the exit add.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import tiny_model
+
+from layerskip_jax.decoding.engine import first_layers, generate
+from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
+from layerskip_jax.decoding.sampling import Greedy
+
+SHAPES = [
+    {"num_layers": 1, "vocab_size": 17},
+    {"num_layers": 2, "num_kv_heads": 1},
+    {"num_layers": 3, "tied_embedding": True, "vocab_size": 97},
+    {"num_layers": 4},
+    {"num_layers": 5, "num_heads": 2, "num_kv_heads": 2, "dim": 20, "ffn_dim": 24},
+    {"num_layers": 6, "num_heads": 8, "num_kv_heads": 2, "dim": 64},
+]
+DRAFT_LENGTHS = [1, 2, 3, 4, 5, 8, 12]
+BATCHES = [1, 2, 4, 8]
+COMBINATIONS = 28
+CASES_EACH = 72
+
+
+def test_there_are_2000_cases():
+    assert COMBINATIONS * CASES_EACH >= 2000
+
+
+def with_tail(model, exit_layer, scale):
+    """Scale what the blocks from the exit on add to the residual stream: 0 makes them identities."""
+    scale_L = jnp.where(jnp.arange(model.config.num_layers) < exit_layer, 1.0, scale)
+    model.blocks.output_NHD[...] *= scale_L[:, None, None, None]
+    model.blocks.down_FD[...] *= scale_L[:, None, None]
+    return model.unstacked()
+
+
+@pytest.mark.parametrize("combination", range(COMBINATIONS))
+def test_self_speculative_equals_autoregressive(combination):
+    random = np.random.default_rng(combination)
+    shape = SHAPES[combination % len(SHAPES)]
+    exit_layer = int(random.integers(1, shape["num_layers"] + 1))
+    draft_length = DRAFT_LENGTHS[combination % len(DRAFT_LENGTHS)]
+    batch = int(random.choice(BATCHES))
+    plain, speculative = Autoregressive(Greedy()), SelfSpeculative(Greedy(), exit_layer, draft_length)
+    cases, accepted, drafted = 0, 0, 0
+    while cases < CASES_EACH:
+        scale = random.choice([0.0, 0.02, 0.2, 1.0])
+        model = with_tail(tiny_model(int(random.integers(1 << 30)), **shape), exit_layer, scale)
+        vocabulary = model.config.vocab_size
+        prompts = [random.integers(0, vocabulary, random.integers(1, 13)).tolist() for _ in range(batch)]
+        limit = int(random.integers(1, 33))
+        # max_length is fixed, so that all requests share a compilation; it cuts some rows short of the limit.
+        request = {"max_new_tokens": limit, "max_length": 40}
+        expected = generate(model, prompts, step=plain, **request)
+        if random.random() < 0.6:  # an EOS that is sure to come, anywhere
+            row = expected.tokens[random.integers(batch)]
+            request["eos"] = int(random.choice(row))
+            expected = generate(model, prompts, step=plain, **request)
+        result = generate(model, prompts, step=speculative, **request)
+        assert result.tokens == expected.tokens
+        cases, accepted, drafted = cases + batch, accepted + result.accepted, drafted + result.drafted
+        if exit_layer == model.config.num_layers or scale == 0:
+            assert result.acceptance == 1  # the draft is the full model
+    assert drafted > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:4])
+@pytest.mark.parametrize("early_exit", [False, True])
+def test_autoregressive_equals_a_plain_loop_without_a_cache(shape, early_exit):
+    """The oracle: run the whole sequence through the model for every token."""
+    model = tiny_model(5, **shape)
+    forward = jax.jit(lambda model, tokens_BT: model(tokens_BT))
+    prompts = [[3, 1, 4, 1, 5], [9], [2, 6]]
+    engine_model, oracle_model = model.unstacked(), model
+    if early_exit:
+        engine_model = first_layers(engine_model, 1)
+        oracle_model = engine_model
+    result = generate(engine_model, prompts, 20, Autoregressive(Greedy()))
+    for prompt, tokens in zip(prompts, result.tokens, strict=True):
+        known = list(prompt)
+        for _ in range(20):
+            padded = jnp.zeros((1, 25), int).at[0, : len(known)].set(jnp.array(known))
+            known.append(int(jnp.argmax(forward(oracle_model, padded)[0, len(known) - 1])))
+        assert tokens == known[len(prompt) :]
+
+
+@dataclasses.dataclass(frozen=True)
+class NeverAgrees(Greedy):
+    """A stub draft that is always wrong: the likeliest token's neighbour."""
+
+    def propose(self, logits_BV, key):
+        return (jnp.argmax(logits_BV, -1) + 1) % logits_BV.shape[-1], ()
+
+
+def test_a_draft_that_never_agrees_costs_rounds_and_nothing_else():
+    model = with_tail(tiny_model(), 2, 0.0)
+    expected = generate(model, [[1, 2], [3]], 17, Autoregressive(Greedy()))
+    result = generate(model, [[1, 2], [3]], 17, SelfSpeculative(NeverAgrees(), 2, 3))
+    assert result.tokens == expected.tokens
+    assert (result.acceptance, result.rounds, result.tokens_per_round) == (0, 17, 1)
+    assert result.accepted_histogram == [34, 0, 0, 0]
+
+
+@pytest.mark.parametrize("draft_length", [1, 3, 6])
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 4, 7, 8])
+def test_a_draft_that_always_agrees_takes_the_fewest_rounds(draft_length, new_tokens):
+    model = with_tail(tiny_model(), 2, 0.0)
+    result = generate(model, [[1, 2]], new_tokens, SelfSpeculative(Greedy(), 2, draft_length), max_length=40)
+    assert result.rounds == -(-new_tokens // (draft_length + 1))
+    assert result.new_tokens == new_tokens
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_eos_at_every_place_of_a_round(place):
+    """EOS as each of 4 drafts, and as the bonus: the row ends right after it."""
+    model = with_tail(tiny_model(8), 2, 0.0)
+    step = SelfSpeculative(Greedy(), 2, 4)
+    free = generate(model, [[7, 7]], 10, step).tokens[0]
+    result = generate(model, [[7, 7]], 10, step, eos=free[place])
+    assert result.tokens[0] == free[: free.index(free[place]) + 1]
+    assert result.rounds == 1
+
+
+def test_a_row_that_is_done_stays_as_it_is_while_others_go_on():
+    model = tiny_model(2).unstacked()
+    step = SelfSpeculative(Greedy(), 2, 3)
+    alone = [generate(model, [prompt], 30, step).tokens[0] for prompt in ([5, 6], [1])]
+    eos = alone[0][3]
+    together = generate(model, [[5, 6], [1]], 30, step, eos=eos)
+    assert together.tokens[0] == alone[0][: alone[0].index(eos) + 1]
+    expected = alone[1][: alone[1].index(eos) + 1] if eos in alone[1] else alone[1]
+    assert together.tokens[1] == expected

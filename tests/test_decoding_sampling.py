@@ -1,0 +1,152 @@
+"""Sampling: the distributions against numpy, and 100,000 speculative samples against the exact distribution."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import tiny_model
+from scipy import stats
+
+from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
+from layerskip_jax.decoding.sampling import Greedy, Stochastic
+
+SAMPLES, BATCH, VOCABULARY, NEW = 100_000, 10_000, 8, 3
+SETTINGS = [
+    Stochastic(temperature=1.0),
+    Stochastic(temperature=0.6),
+    Stochastic(temperature=1.2, top_k=3),
+    Stochastic(temperature=1.5, top_p=0.8),
+    Stochastic(temperature=1.3, top_k=6, top_p=0.9),
+]
+
+
+def exact_probabilities(logits, temperature, top_k, top_p):
+    """Temperature, top-k and top-p in plain numpy, by sorting: the oracle of `Stochastic.probabilities`."""
+    p = np.exp((logits - logits.max()) / temperature)
+    order = np.argsort(-logits, kind="stable")
+    if top_k:
+        p[order[top_k:]] = 0
+    p /= p.sum()
+    if top_p < 1:
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= top_p]] = 0
+    return p / p.sum()
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.floats(0.1, 3),
+    top_k=st.integers(0, 12),
+    top_p=st.floats(0.05, 1),
+)
+def test_probabilities_equal_numpy(seed, temperature, top_k, top_p):
+    logits = np.random.default_rng(seed).normal(size=12).astype(np.float32)
+    ours = Stochastic(temperature, top_k, top_p).probabilities(jnp.asarray(logits))
+    exact = exact_probabilities(logits.astype(np.float64), temperature, top_k, top_p)
+    # A nucleus whose edge falls within rounding of top_p may go either way.
+    edge = np.cumsum(np.sort(exact_probabilities(logits.astype(np.float64), temperature, top_k, 1.0))[::-1])
+    if np.abs(edge - top_p).min() > 1e-5:
+        np.testing.assert_allclose(ours, exact, atol=1e-5)
+    assert float(ours.sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    tiny = tiny_model(4, num_layers=2, dim=16, num_heads=1, num_kv_heads=1, ffn_dim=16, vocab_size=VOCABULARY)
+    tiny.head_DV[...] = 1.5 * tiny.head_DV[...]
+    return tiny
+
+
+def exact_distribution(model, prompt, sampler):
+    """The probability of every continuation of NEW tokens, from the full model without a cache."""
+    forward = jax.jit(lambda tokens_BT: model(tokens_BT))
+    continuations = np.array(list(itertools.product(range(VOCABULARY), repeat=NEW)))
+    sequences = np.concatenate([np.tile(prompt, (len(continuations), 1)), continuations], axis=1)
+    logits = np.asarray(forward(jnp.asarray(sequences)), np.float64)
+    total = np.ones(len(sequences))
+    for i in range(NEW):
+        at = len(prompt) + i
+        for row, sequence in enumerate(sequences):
+            p = exact_probabilities(logits[row, at - 1], sampler.temperature, sampler.top_k, sampler.top_p)
+            total[row] *= p[sequence[at]]
+    return total
+
+
+def p_value(model, step, exact):
+    """Chi-square test of SAMPLES continuations against ``exact``; outcomes expected less than 5 times are pooled."""
+    counts = np.zeros(VOCABULARY**NEW)
+    unstacked = model.unstacked()
+    for run in range(SAMPLES // BATCH):
+        rows = np.array(generate(unstacked, [[3, 1]] * BATCH, NEW, step, seed=run).tokens)
+        np.add.at(counts, rows @ VOCABULARY ** np.arange(NEW)[::-1], 1)
+    assert counts[exact < 1e-12].sum() == 0  # nothing that top-k or top-p excludes
+    expected = exact * SAMPLES
+    rare = expected < 5
+    observed, expected = ([*part[~rare], part[rare].sum()] for part in (counts, expected))
+    if expected[-1] < 5:  # too few even together
+        observed, expected = observed[:-1], expected[:-1]
+        expected = np.array(expected) * sum(observed) / sum(expected)
+    return stats.chisquare(observed, expected).pvalue
+
+
+@pytest.mark.parametrize("sampler", SETTINGS, ids=str)
+def test_speculative_samples_have_the_full_models_distribution(model, sampler):
+    exact = exact_distribution(model, [3, 1], sampler)
+    p = p_value(model, SelfSpeculative(sampler, exit_layer=1, draft_length=2), exact)
+    print(f"{sampler}: p = {p:.3f}")
+    assert p > 0.001
+
+
+def test_plain_samples_have_the_full_models_distribution(model):
+    sampler = SETTINGS[0]
+    assert p_value(model, Autoregressive(sampler), exact_distribution(model, [3, 1], sampler)) > 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class WrongResidual(Stochastic):
+    """A wrong rule put in on purpose: after a rejection it samples from p, and not from max(0, p - q)."""
+
+    def verify(self, logits_BQV, draft_Bd, evidence, drafted_B, key):
+        accepted_B, _ = super().verify(logits_BQV, draft_Bd, evidence, drafted_B, key)
+        p_BQV = self.probabilities(logits_BQV)
+        p_BV = jnp.take_along_axis(p_BQV, accepted_B[:, None, None], axis=1)[:, 0]
+        return accepted_B, jax.random.categorical(jax.random.fold_in(key, 1), jnp.log(p_BV))
+
+
+@dataclasses.dataclass(frozen=True)
+class AcceptsTooMuch(Stochastic):
+    """Another: it accepts a draft with twice the right probability."""
+
+    def verify(self, logits_BQV, draft_Bd, evidence, drafted_B, key):
+        return super().verify(logits_BQV, draft_Bd, evidence / 2, drafted_B, key)
+
+
+@pytest.mark.parametrize("wrong", [WrongResidual(), AcceptsTooMuch()], ids=str)
+def test_a_wrong_acceptance_rule_is_caught(model, wrong):
+    exact = exact_distribution(model, [3, 1], Stochastic())
+    assert p_value(model, SelfSpeculative(wrong, exit_layer=1, draft_length=2), exact) < 1e-6
+
+
+def test_a_draft_with_the_same_distribution_is_always_accepted(model):
+    result = generate(model.unstacked(), [[3, 1]] * 100, 20, SelfSpeculative(Stochastic(), 2, 4))
+    assert result.acceptance > 0.999  # p/q is 1 up to rounding
+
+
+def test_greedy_is_the_limit_of_low_temperature(model):
+    unstacked = model.unstacked()
+    greedy = generate(unstacked, [[3, 1], [2]], 20, SelfSpeculative(Greedy(), 1, 3))
+    assert generate(unstacked, [[3, 1], [2]], 20, SelfSpeculative(Stochastic(1e-4), 1, 3)).tokens == greedy.tokens
+
+
+def test_the_seed_decides_the_samples(model):
+    def sample(seed):
+        return generate(model.unstacked(), [[3]], 20, SelfSpeculative(Stochastic(), 1, 3), seed=seed).tokens
+
+    assert sample(0) == sample(0)
+    assert sample(0) != sample(1)

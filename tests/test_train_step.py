@@ -1,0 +1,216 @@
+"""The optimizer step: microbatches, meshes, remat and the skipping form against the plain one; one compilation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from models import tiny_config
+
+from layerskip_jax.config import (
+    Config,
+    DataConfig,
+    EarlyExitConfig,
+    LayerDropoutConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from layerskip_jax.errors import UserError
+from layerskip_jax.losses import Batch
+from layerskip_jax.recipe import Recipe
+from layerskip_jax.sharding import batch_sharding, make_mesh
+from layerskip_jax.train_step import Trainer
+
+ONE_DEVICE = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+PLAIN = Config(
+    model=tiny_config(vocab_size=64),
+    data=DataConfig(sequence_length=16),
+    # SGD at rate 1 without clipping: the change of the parameters is the gradient.
+    optimizer=OptimizerConfig(name="sgd", learning_rate=1.0, warmup_steps=0, clip_norm=1e9),
+    train=TrainConfig(steps=40, batch_size=16, loss_chunk=4),
+)
+LAYERSKIP = dataclasses.replace(
+    PLAIN,
+    layer_dropout=LayerDropoutConfig(p_max=0.5, time_scale="constant", rescale=True, row_groups=2),
+    early_exit=EarlyExitConfig(curriculum="rotational", dilation=3, e_scale=0.5),
+)
+
+
+def changed(config, **groups):
+    return dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **values) for group, values in groups.items()}
+    )
+
+
+def trainer_of(config, mesh=ONE_DEVICE):
+    return Trainer(config, Recipe.from_config(config), mesh)
+
+
+def make_batch(config, seed=0):
+    size, length = config.train.batch_size, config.data.sequence_length
+    keys = jax.random.split(jax.random.key(seed), 3)
+    tokens = np.asarray(jax.random.randint(keys[0], (size, length + 1), 0, config.model.vocab_size))
+    segments = np.sort(np.asarray(jax.random.randint(keys[1], (size, length), 1, 4)), axis=1)
+    mask = np.asarray(jax.random.uniform(keys[2], (size, length)) < 0.8, np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], segments, mask)
+
+
+def step_once(config, mesh=ONE_DEVICE, seed=0):
+    trainer = trainer_of(config, mesh)
+    batch = jax.tree.map(lambda a: jax.device_put(a, batch_sharding(mesh)), make_batch(config, seed))
+    with jax.set_mesh(mesh):
+        state, metrics = trainer.step(trainer.init(), batch)
+    return jax.device_get((state.model, metrics)), int(state.step)
+
+
+def assert_same(ours, theirs, tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance), ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def layerskip_step():
+    return step_once(LAYERSKIP)[0]
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_microbatches_equal_the_large_batch(layerskip_step, accumulate):
+    """With masks and drops that differ by row: the mean is over the tokens of the whole batch, not of means."""
+    split, steps = step_once(changed(LAYERSKIP, train={"accumulate": accumulate}))
+    assert_same(split, layerskip_step, 1e-5)
+    assert steps == 1  # a microbatch is not a step
+
+
+def test_remat_changes_nothing(layerskip_step):
+    assert_same(step_once(changed(LAYERSKIP, train={"remat": True}))[0], layerskip_step, 1e-5)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_skipping_form_equals_the_masked_one(layerskip_step, remat):
+    skipping = changed(LAYERSKIP, layer_dropout={"form": "skipping"}, train={"remat": remat})
+    assert_same(step_once(skipping)[0], layerskip_step, 1e-5)
+
+
+@pytest.mark.parametrize("form", ["masked", "skipping"])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_meshes_of_8_devices_equal_1_device(shape, form):
+    data, fsdp, tensor = shape
+    # Every shard of the batch has the same draw, so the one device must draw for as many shards: see draw_kept.
+    exits = changed(LAYERSKIP, layer_dropout={"p_max": 0.0})
+    mesh = make_mesh(changed(exits, mesh={"data": data, "fsdp": fsdp, "tensor": tensor}))
+    if form == "masked":
+        assert_same(step_once(exits, mesh)[0], step_once(exits)[0], 1e-5)
+    dropped = changed(LAYERSKIP, layer_dropout={"form": form, "row_groups": 1})
+    masked = changed(LAYERSKIP, layer_dropout={"form": "masked"})
+    unsharded = Mesh(np.array(jax.devices()).reshape(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    assert_same(step_once(dropped, mesh)[0], step_once(masked, unsharded)[0], 1e-5)
+
+
+def test_parameters_lie_as_the_table_says():
+    config = changed(PLAIN, mesh={"data": 2, "fsdp": 2, "tensor": 2}, optimizer={"name": "adamw"})
+    mesh = make_mesh(config)
+    state = trainer_of(config, mesh).init()
+    assert state.model.blocks.query_DNH.sharding.spec == P(None, "fsdp", "tensor", None)
+    assert state.model.embedding_VD.sharding.spec == P("tensor", "fsdp")
+    moments = jax.tree.leaves(state.opt_state, is_leaf=lambda leaf: hasattr(leaf, "blocks"))
+    model_like = [moment for moment in moments if hasattr(moment, "blocks")]
+    assert len(model_like) == 2  # Adam's two moments lie as their parameters do
+    for moment in model_like:
+        assert moment.blocks.gate_DF.sharding.spec == P(None, "fsdp", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"data": 3}, "product of its axes must be 8"),
+        ({"fsdp": 16}, "product of its axes must be 8"),
+        ({"tensor": 8}, "num_heads 4 does not divide over mesh.tensor = 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_named(mesh, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(changed(PLAIN, mesh=mesh))
+
+
+def test_a_batch_that_does_not_divide_the_mesh_is_named():
+    with pytest.raises(UserError, match=r"microbatch of 4 sequences .* does not divide over .* 8 devices"):
+        make_mesh(changed(PLAIN, train={"batch_size": 4}))
+
+
+@pytest.mark.parametrize("curriculum", ["rotational", "gradual"])
+def test_one_compilation_over_a_whole_curriculum(curriculum):
+    config = changed(LAYERSKIP, early_exit={"curriculum": curriculum, "dilation": 4}, train={"steps": 9})
+    trainer = trainer_of(config)
+    state, before = trainer.init(), Trainer.step._cache_size()
+    on = []
+    for seed in range(9):
+        state, metrics = trainer.step(state, make_batch(config, seed))
+        on.append(np.flatnonzero(metrics.exit_weight_L).tolist())
+    assert Trainer.step._cache_size() - before == 1
+    assert len({tuple(exits) for exits in on}) > 1
+    if curriculum == "rotational":  # exit 0 has weight 0 in eq. 6
+        assert on == [[3], [1, 3], [2, 3], [3], [3], [1, 3], [2, 3], [3], [3]]
+
+
+def test_metrics_name_what_happened(layerskip_step):
+    model, metrics = layerskip_step
+    assert metrics.tokens == make_batch(LAYERSKIP).mask_BT.sum()
+    np.testing.assert_allclose(metrics.objective, np.sum(metrics.exit_weight_L * metrics.exit_loss_L), rtol=1e-5)
+    np.testing.assert_allclose(metrics.drop_rate_L, 0.5 * (2 ** (np.arange(4) / 3) - 1), rtol=1e-5)
+    start = jax.device_get(trainer_of(LAYERSKIP).init().model)
+    gradient = jax.tree.map(lambda a, b: a - b, start, model)
+    norms = [np.sum(leaf**2, axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(gradient.blocks)]
+    np.testing.assert_allclose(metrics.gradient_norm_L, np.sqrt(sum(norms)), rtol=1e-3)
+    whole = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics.gradient_norm, whole, rtol=1e-3)
+
+
+def test_the_step_needs_no_more_memory_than_the_plain_one():
+    """The bar: temporary memory of the compiled step at most 1.05x, with the exits of the paper's recipe."""
+    shape = {"num_layers": 8, "dim": 64, "ffn_dim": 128, "vocab_size": 1024}
+    plain = changed(PLAIN, model=shape, data={"sequence_length": 64}, train={"loss_chunk": 16})
+    exits = changed(plain, early_exit={"curriculum": "rotational", "dilation": 7, "e_scale": 0.2})
+
+    def temporary(config):
+        trainer = trainer_of(config)
+        state = trainer.abstract_state()
+        batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), make_batch(config))
+        return Trainer.step.lower(trainer, state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    for remat in (False, True):
+        ratio = temporary(changed(exits, train={"remat": remat})) / temporary(changed(plain, train={"remat": remat}))
+        print(f"temporary memory, remat {remat}: {ratio:.3f}x")
+        assert ratio <= 1.05
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+def test_every_optimizer_lowers_the_loss(name):
+    rate = {"adamw": 1e-2, "lion": 1e-3, "adafactor": 1e-2, "sgd": 0.3}[name]
+    config = changed(LAYERSKIP, optimizer={"name": name, "learning_rate": rate, "clip_norm": 1.0})
+    trainer, batch = trainer_of(config), make_batch(config)
+    state = trainer.init()
+    first = np.asarray(trainer.evaluate(state.model, batch)[0])
+    for _ in range(12):
+        state, _ = trainer.step(state, batch)
+    assert (np.asarray(trainer.evaluate(state.model, batch)[0]) < first).all()
+
+
+def test_weight_decay_leaves_the_norms_alone():
+    from layerskip_jax.optimizer import decayed
+
+    marks = decayed(trainer_of(PLAIN).init().model)
+    norms = marks.final_norm_D, marks.blocks.attention_norm_D, marks.blocks.ffn_norm_D
+    assert jax.tree.leaves(norms) == [False] * 3
+    assert jax.tree.leaves(marks).count(True) == len(jax.tree.leaves(marks)) - 3
+
+
+def test_bad_numbers_do_not_hide(layerskip_step):
+    config = changed(PLAIN, optimizer={"learning_rate": 1e30})
+    trainer = trainer_of(config)
+    state = trainer.init()
+    for _ in range(3):
+        state, metrics = trainer.step(state, make_batch(config))
+    assert not jnp.isfinite(metrics.objective)
