@@ -1,5 +1,6 @@
 """The training loop: from a config to a trained, evaluated and saved model. Read it from top to bottom."""
 
+import contextlib
 import itertools
 import math
 import shutil
@@ -47,13 +48,14 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
     data = iter(local_batches(config, config.data.train_split))
 
-    with jax.set_mesh(mesh), Checkpoints(config) as checkpoints:
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(config))
         if jax.process_index() == 0:
             shutil.copyfile(epath.Path(config.data.tokenizer), checkpoints.folder / TOKENIZER)
         resumed = checkpoints.latest()
         state = trainer.init() if resumed is None else checkpoints.restore(resumed, trainer.abstract_state(), data)
         first = int(state.step)
-        progress = Progress(config, mesh, first)
+        progress = stack.enter_context(Progress(config, mesh, first))
         progress.say(_opening_line(config, mesh, resumed, checkpoints.changed_settings(resumed) if resumed else []))
 
         pending: StepMetrics | None = None
@@ -78,7 +80,6 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
                 progress.after_sample(done, _sample(config, state.model, tokenizer))
             if evaluates or saves or samples:
                 progress.restart_clock()
-        progress.close()
     return state
 
 
@@ -145,6 +146,7 @@ class Progress:
         self._writer = MetricsWriter(config.train.run_dir)
         self._flops, self._peak = flops_per_token(config), peak_flops()
         self._on = jax.process_index() == 0
+        self._done_here = 0
         # A bar on a terminal, lines elsewhere.
         self._bar = tqdm(
             initial=first, total=config.train.steps, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -175,6 +177,7 @@ class Progress:
                 )
                 + "lower optimizer.learning_rate or look at the data, and start again"
             )
+        self._done_here += 1
         self._tokens, self._steps = self._tokens + float(metrics.tokens), self._steps + 1
         rate = self._tokens / (time.perf_counter() - self._clock)
         mfu = rate * self._flops / self._peak
@@ -190,6 +193,8 @@ class Progress:
                     f"step {done}/{self._config.train.steps}  loss {loss:.3f}  {rate:,.0f} tok/s  MFU {mfu:.0%}  "
                     f"{left / 60:.0f} min left"
                 )
+        if self._done_here == 1:
+            self.restart_clock()  # the first step compiled
 
     def after_evaluation(self, done: int, loss_L: np.ndarray) -> None:
         self._writer.write(done, per_exit("validation/exit_loss", loss_L))
@@ -199,6 +204,9 @@ class Progress:
         self._writer.write(done, {"sample": text})
         self.say(f"step {done}  sample: {self._config.train.sample_prompt + text!r}")
 
-    def close(self) -> None:
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
         self._writer.close()

@@ -1,0 +1,176 @@
+"""The loop on real files: it learns, resumes bit for bit, and stops with one line at what the user can mend."""
+
+import dataclasses
+import hashlib
+import json
+import random
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from corpora import VOCABULARY
+
+from layerskip_jax import training
+from layerskip_jax.checkpoint import find_checkpoint, load_model, named_arrays, read_config
+from layerskip_jax.config import (
+    Config,
+    DecodeConfig,
+    EarlyExitConfig,
+    LayerDropoutConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from layerskip_jax.errors import UserError
+from layerskip_jax.plots import plot_run, read_metrics
+from layerskip_jax.training import train
+
+STEPS = 13
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return Config(
+        model=ModelConfig(4, 16, 2, 1, 24, VOCABULARY, compute_dtype="float32"),
+        layer_dropout=LayerDropoutConfig(p_max=0.3),
+        early_exit=EarlyExitConfig(curriculum="rotational", dilation=3, e_scale=0.5),
+        data=corpus,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        train=TrainConfig(
+            run_dir=str(tmp_path / "run"),
+            steps=STEPS,
+            batch_size=8,
+            loss_chunk=8,
+            log_every=1,
+            evaluate_every=5,
+            evaluate_batches=2,
+            checkpoint_every=4,
+        ),
+        decode=DecodeConfig(exit_layer=2, draft_length=2, max_new_tokens=8),
+    )
+
+
+def changed(config, group, **values):
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
+
+
+class Stopped(BaseException):
+    """Stands for whatever ends a process in the middle of a run."""
+
+
+@pytest.fixture
+def batches_seen(monkeypatch):
+    """Record a digest of every batch that training takes, and stop at a step if told to."""
+    seen, stop = [], []
+    original = training.to_devices
+
+    def to_devices(batch, mesh):
+        if stop and len(seen) == stop[0]:
+            raise Stopped
+        seen.append(hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest())
+        return original(batch, mesh)
+
+    monkeypatch.setattr(training, "to_devices", to_devices)
+    monkeypatch.setattr(training, "evaluate", lambda trainer, model: np.zeros(4))  # its batches are not training's
+    return seen, stop
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, batches_seen):
+    """10 trials, each stopped at a random step, which is seldom the step of a checkpoint."""
+    seen, stop = batches_seen
+    whole = named_arrays(jax.device_get(train(config)))
+    order = list(seen)
+    assert len(order) == STEPS
+    for trial in range(10):
+        shutil.rmtree(config.train.run_dir)
+        seen.clear()
+        stop[:] = [random.Random(trial).randrange(1, STEPS)]
+        with pytest.raises(Stopped):
+            train(config)
+        stop.clear()
+        saved = (len(seen) // config.train.checkpoint_every) * config.train.checkpoint_every
+        seen.clear()
+        resumed = named_arrays(jax.device_get(train(config)))
+        assert seen == order[saved:]
+        assert resumed.keys() == whole.keys()
+        for name, array in whole.items():
+            assert np.array_equal(resumed[name], array), f"trial {trial}: {name}"
+
+
+def test_a_run_learns_and_leaves_all_its_files(config, capsys):
+    config = changed(config, "train", sample_every=6, sample_prompt="def ", steps=24)
+    state = train(config)
+    run = Path(config.train.run_dir)
+    metrics = read_metrics(str(run))
+    first, last = (metrics["validation/exit_loss/4"][step] for step in (5, 24))
+    assert last < first
+    assert set(metrics["train/objective"]) == set(range(1, 25))
+    # Exit 1 has weight 0 (eq. 6), exit 2 has a loss when t mod 3 = 1: step number t + 1.
+    assert set(metrics["train/exit_loss/2"]) == {t + 1 for t in range(24) if t % 3 == 1}
+    assert "train/exit_loss/1" not in metrics
+    assert {"train/gradient_norm", "train/gradient_norm_of_block/3", "train/learning_rate", "train/mfu"} <= set(metrics)
+    samples = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "sample" in line]
+    assert [sample["step"] for sample in samples if "sample" in sample] == [6, 12, 18, 24]
+    assert list((run / "tensorboard").glob("events.*"))
+    pictures = plot_run(str(run))
+    assert all(picture.stat().st_size > 10_000 for picture in pictures)
+    assert sorted(int(step.name) for step in (run / "checkpoints").iterdir() if step.is_dir()) == [20, 24]
+    printed = capsys.readouterr().out
+    assert "held-out loss by exit" in printed
+    assert "sample: 'def " in printed
+
+    model, saved, tokenizer = load_model(str(run))
+    assert saved == config
+    assert tokenizer.read_bytes() == Path(config.data.tokenizer).read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(model), jax.device_get(state.model))
+    assert read_config(find_checkpoint(str(run / "checkpoints" / "20"))) == config
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(config):
+    train(changed(config, "train", steps=4))
+    with pytest.raises(UserError, match=r"gradient norm nan at step \d+; the checkpoint of step 4 in .* is good"):
+        train(changed(config, "optimizer", learning_rate=1e38))
+    model, _, _ = load_model(config.train.run_dir)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(model)))
+
+
+def test_a_checkpoint_of_another_model_is_named(config):
+    train(changed(config, "train", steps=4))
+    with pytest.raises(UserError, match=r"has model.ffn_dim 24, but the config says 32"):
+        train(changed(config, "model", ffn_dim=32))
+    with pytest.raises(UserError, match=r"trained with optimizer.name adamw, but the config says lion"):
+        train(changed(config, "optimizer", name="lion"))
+
+
+def test_changed_settings_are_said(config, capsys):
+    train(changed(config, "train", steps=4))
+    capsys.readouterr()
+    train(config)
+    assert "resuming after step 4; changed settings: train.steps 4 -> 13" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_named_before_anything_is_written(config, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = [
+        (changed(config, "data", path=str(empty)), "no files under"),
+        (changed(config, "data", tokenizer="nowhere.model"), "no tokenizer at nowhere.model"),
+        (changed(config, "model", vocab_size=VOCABULARY + 1), "the tokenizer has 340 pieces and the model's vocabulary 341"),
+        (changed(config, "train", batch_size=12), "does not divide over mesh.data"),
+    ]
+    for bad, message in cases:
+        with pytest.raises(UserError, match=message):
+            train(bad)
+        assert not Path(config.train.run_dir).exists()
+
+
+def test_checkpoint_paths_that_are_none(config, tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint at .*nowhere: there is no such folder"):
+        find_checkpoint(str(tmp_path / "nowhere"))
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"did you mean '.*quickstart'"):
+        find_checkpoint(str(tmp_path / "runs" / "quickstrat"))
+    with pytest.raises(UserError, match=r"expected a run folder with checkpoints/STEP"):
+        find_checkpoint(str(tmp_path / "runs" / "quickstart"))
