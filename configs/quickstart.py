@@ -16,21 +16,24 @@ from layerskip_jax.config import (
 
 
 def get_config() -> Config:
+    layers = 16  # deep and narrow: the draft runs few layers of many
     return Config(
-        model=ModelConfig(num_layers=8, dim=192, num_heads=4, num_kv_heads=4, ffn_dim=512, vocab_size=4096),
+        model=ModelConfig(num_layers=layers, dim=128, num_heads=2, num_kv_heads=2, ffn_dim=352, vocab_size=2048),
         layer_dropout=LayerDropoutConfig(p_max=0.1, time_scale="exponential"),
-        early_exit=EarlyExitConfig(curriculum="rotational", dilation=4, e_scale=1.0),
+        # One exit a step, without the last layer beside it: in a run this short the early exits need the whole weight.
+        early_exit=EarlyExitConfig(curriculum="rotational", dilation=layers - 1, always_last=False, e_scale=1.0),
         data=DataConfig(source="python_stdlib", sequence_length=256),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
         train=TrainConfig(
             run_dir="runs/quickstart",
-            steps=200,
-            batch_size=16,
+            steps=500,
+            batch_size=8,
             loss_chunk=64,
-            evaluate_every=100,
-            checkpoint_every=100,
-            sample_every=100,
+            log_every=20,
+            evaluate_every=125,
+            checkpoint_every=125,
+            sample_every=250,
             sample_prompt="def ",
         ),
-        decode=DecodeConfig(exit_layer=2, draft_length=4, max_new_tokens=128),
+        decode=DecodeConfig(exit_layer=4, draft_length=4, max_new_tokens=128),
     )

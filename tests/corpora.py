@@ -6,7 +6,32 @@ from layerskip_jax.config import DataConfig
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
 
-WORDS = "def return if else for while x y value index the a of self None True ( ) : = + naïve 漢字 \t".split(" ")
+WORDS = [
+    "def",
+    "return",
+    "if",
+    "else",
+    "for",
+    "while",
+    "x",
+    "y",
+    "value",
+    "index",
+    "the",
+    "a",
+    "of",
+    "self",
+    "None",
+    "True",
+    "(",
+    ")",
+    ":",
+    "=",
+    "+",
+    "naïve",
+    "漢字",
+    "\t",
+]
 VOCABULARY = 340
 
 

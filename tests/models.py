@@ -13,4 +13,3 @@ def tiny_config(**changes) -> ModelConfig:
 
 def tiny_model(seed: int = 0, **changes) -> Transformer:
     return Transformer(tiny_config(**changes), rngs=nnx.Rngs(seed))
-

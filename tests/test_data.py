@@ -184,7 +184,11 @@ def test_packing_in_order_equals_packing_by_hand(corpus, tokenizer, processes):
     documents = [document_tokens(tokenizer, text).tolist() for text in texts(corpus, "train")]
     expected = list(packed_rows(documents, 32))
     parts = [
-        list(make_batches(config, "train", batch_size=4, process_index=p, process_count=processes, epochs=1, shuffle=False))
+        list(
+            make_batches(
+                config, "train", batch_size=4, process_index=p, process_count=processes, epochs=1, shuffle=False
+            )
+        )
         for p in range(processes)
     ]
     assert len({len(part) for part in parts}) == 1  # no process waits for another

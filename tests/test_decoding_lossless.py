@@ -138,3 +138,25 @@ def test_a_row_that_is_done_stays_as_it_is_while_others_go_on():
     assert together.tokens[0] == alone[0][: alone[0].index(eos) + 1]
     expected = alone[1][: alone[1].index(eos) + 1] if eos in alone[1] else alone[1]
     assert together.tokens[1] == expected
+
+
+@pytest.mark.parametrize("exit_layer", [1, 2, 3])
+def test_acceptance_is_the_agreement_of_the_exit_with_the_full_model(exit_layer):
+    """The commonest defect of such loops costs no token, only acceptance. So count it another way.
+
+    Of the full model's own text, an exit agrees or not at each position; the rounds follow from that alone.
+    """
+    draft_length, new_tokens = 4, 120
+    model = with_tail(tiny_model(11), exit_layer, 0.3)
+    result = generate(model, [[5, 9]], new_tokens, SelfSpeculative(Greedy(), exit_layer, draft_length))
+    sequence = [5, 9, *result.tokens[0]]
+    guesses = np.asarray(jnp.argmax(first_layers(model, exit_layer)(jnp.array([sequence]))[0], -1))
+    agrees = [guesses[i] == sequence[i + 1] for i in range(1, len(sequence) - 1)]
+    expected, i = np.zeros(draft_length + 1, int), 0
+    while i < len(agrees) - draft_length:  # the last round is cut by the limit, and is left out
+        accepted = next((n for n in range(draft_length) if not agrees[i + n]), draft_length)
+        expected[accepted] += 1
+        i += accepted + 1
+    assert (np.array(result.accepted_histogram) - expected).sum() in range(5)
+    assert (np.array(result.accepted_histogram) >= expected).all()
+    assert 0 < result.acceptance < 1

@@ -97,7 +97,7 @@ def test_a_recipe_made_anew_goes_on_where_the_step_is(curriculum):
         exits = EarlyExitConfig(curriculum=curriculum, dilation=5, e_scale=0.2)
         return Recipe.from_config(Config(ModelConfig(num_layers=9), early_exit=exits, train=TrainConfig(steps=400)))
 
-    whole_run = [make().exit_weights(t).tolist() for t in range(0, 40)]
+    whole_run = [make().exit_weights(t).tolist() for t in range(40)]
     resumed = make()
     assert [resumed.exit_weights(t).tolist() for t in range(17, 40)] == whole_run[17:]
 

@@ -26,7 +26,9 @@ from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import batch_sharding, make_mesh
 from layerskip_jax.train_step import Trainer
 
-ONE_DEVICE = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+ONE_DEVICE = Mesh(
+    np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+)
 PLAIN = Config(
     model=tiny_config(vocab_size=64),
     data=DataConfig(sequence_length=16),
@@ -100,9 +102,7 @@ def test_meshes_of_8_devices_equal_1_device(shape, monkeypatch):
     """Loss, gradients and metrics, with exits and dropout, skipping on the mesh against masked on the one device."""
     data, fsdp, tensor = shape
     seeded = changed(LAYERSKIP, train={"seed": 7})
-    skipping = changed(
-        seeded, layer_dropout={"form": "skipping"}, mesh={"data": data, "fsdp": fsdp, "tensor": tensor}
-    )
+    skipping = changed(seeded, layer_dropout={"form": "skipping"}, mesh={"data": data, "fsdp": fsdp, "tensor": tensor})
     sharded = step_once(skipping, make_mesh(skipping))[0]
     # Every shard of the batch has the same draw, so the one device must draw for as many shards.
     monkeypatch.setattr(train_step, "batch_shards", lambda mesh: data * fsdp)

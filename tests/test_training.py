@@ -157,7 +157,10 @@ def test_what_does_not_fit_is_named_before_anything_is_written(config, tmp_path)
     cases = [
         (changed(config, "data", path=str(empty)), "no files under"),
         (changed(config, "data", tokenizer="nowhere.model"), "no tokenizer at nowhere.model"),
-        (changed(config, "model", vocab_size=VOCABULARY + 1), "the tokenizer has 340 pieces and the model's vocabulary 341"),
+        (
+            changed(config, "model", vocab_size=VOCABULARY + 1),
+            "the tokenizer has 340 pieces and the model's vocabulary 341",
+        ),
         (changed(config, "train", batch_size=12), "does not divide over mesh.data"),
     ]
     for bad, message in cases:

@@ -10,7 +10,7 @@ from typing import Any
 from layerskip_jax.command_line import add_settings, apply_overrides, integer, make_parser
 from layerskip_jax.config import Config, DecodeConfig
 from layerskip_jax.decoding import terminal
-from layerskip_jax.decoding.text import Answer, Completion, TextGenerator
+from layerskip_jax.decoding.text import Answer, TextGenerator
 from layerskip_jax.errors import UserError, run_command
 
 REPEATS = 3
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--batch_size", metavar="N", type=integer, default=1, help="prompts generated together")
     parser.add_argument("--compare", action="store_true", help="time plain decoding too, and compare the texts")
+    parser.add_argument("--quiet", action="store_true", help="print the numbers only, not the texts")
     parser.add_argument("--json", action="store_true", help="print JSON lines: one a prompt, then one of numbers")
     add_settings(parser, DecodeConfig())
     options = parser.parse_known_options(argv)
@@ -48,15 +49,16 @@ def main(argv: list[str] | None = None) -> None:
     generator = TextGenerator(model, tokenizer, settings)
     batches = [prompts[i : i + options.batch_size] for i in range(0, len(prompts), options.batch_size)]
 
-    streams = not options.json and not options.compare and len(prompts) == 1
+    streams = not (options.json or options.compare or options.quiet) and len(prompts) == 1
     answers = []
     for batch in batches:
         if streams:
             answers.append(terminal.stream(generator, batch[0], settings))
         else:
             answers.append(generator.generate(batch))
-            for completion in answers[-1].completions:
-                _print_completion(completion, options.json)
+            for completion in [] if options.quiet else answers[-1].completions:
+                print(json.dumps(dataclasses.asdict(completion)) if options.json else terminal.shown(completion))
+                sys.stdout.flush()
     report = terminal.Report.of(answers, model.config, settings)
     if options.compare:
         plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
@@ -85,7 +87,7 @@ def _prompts(given: list[str] | None, file: str | None, held_out: int | None, co
 
 
 def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
-    """Return the beginnings of the first ``count`` held-out documents that are long enough to have gone on."""
+    """Return the beginnings of the first ``count`` held-out documents: so many characters, or half of a short one."""
     from layerskip_jax.data.sources import open_documents
 
     if count < 1:
@@ -99,16 +101,10 @@ def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
             raise UserError(
                 "--held_out needs a source of text, and this checkpoint's corpus is of tokens: use --prompt"
             )
-        if len(text) >= 2 * characters:
-            prompts.append(text[:characters])
+        prompts.append(text[: min(characters, len(text) // 2)])
         if len(prompts) == count:
             return prompts
-    raise UserError(f"the held-out split has only {len(prompts)} documents of {2 * characters} characters or more")
-
-
-def _print_completion(completion: Completion, as_json: bool) -> None:
-    print(json.dumps(dataclasses.asdict(completion)) if as_json else terminal.shown(completion))
-    sys.stdout.flush()
+    raise UserError(f"the held-out split has only {len(prompts)} documents: give --held_out {len(prompts)} or less")
 
 
 def _compare(generator: TextGenerator, plain: TextGenerator, batches: list[list[str]]) -> dict[str, Any]:

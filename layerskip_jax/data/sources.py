@@ -111,7 +111,7 @@ def _data_source(builder: Any, config: DataConfig, split: str, key: str) -> Docu
 
 
 def _files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> tuple[list[epath.Path], bool]:
-    """Return the files at ``config.path`` and whether they already are of ``split`` alone (by a name such as train/)."""
+    """Return the files at ``config.path``, and whether they are of ``split`` alone (by a name such as train/)."""
     root = epath.Path(config.path).expanduser()
     if not root.exists():
         others = [str(root.parent / name.name) for name in root.parent.iterdir()] if root.parent.is_dir() else []

@@ -4,7 +4,7 @@ import codecs
 import hashlib
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
 
@@ -26,7 +26,7 @@ UNK, BOS, EOS = 0, 1, 2
 class Tokenizer:
     """A SentencePiece model; pickles as its bytes, so worker processes need no file."""
 
-    model: bytes
+    model: bytes = field(repr=False)
 
     @classmethod
     def load(cls, path: str) -> Self:

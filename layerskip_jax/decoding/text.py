@@ -135,9 +135,10 @@ class _Stream:
             text = self._generator.text(new)
         stop = self._generator.stop_at(text)
         end = stop if stop >= 0 else len(text) - (0 if done else self._held_back(text))
+        began = min(len(self._decode(new[: len(new) - emitted])), end)
         middle = min(len(self._decode(new[: len(new) - emitted + accepted])), end)
         pieces = []
-        for until, drafted in ((middle, True), (end, False)):
+        for until, drafted in ((began, False), (middle, True), (end, False)):
             if until > self._shown:
                 pieces.append(Piece(text[self._shown : until], drafted))
                 self._shown = until

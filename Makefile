@@ -1,0 +1,60 @@
+# Everything a newcomer needs: `make quickstart` and `make test`. Only Python 3.11 or newer is asked for.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = runs/quickstart
+CONFIG = configs/quickstart.py
+BIN = $(VENV)/bin
+export JAX_PLATFORMS ?= $(if $(ACCELERATOR),,cpu)
+
+.PHONY: help quickstart baseline test lint format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(BIN)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, and $(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+quickstart: $(BIN)/.installed  ## train a small LayerSkip model and generate with it (BASELINE=1: and a plain one beside it)
+	$(BIN)/python -m layerskip_jax.data prepare --config $(CONFIG)
+	$(BIN)/python -m layerskip_jax.data tokenizer --config $(CONFIG)
+	$(BIN)/python train.py --config $(CONFIG)
+ifdef BASELINE
+	$(BIN)/python train.py --config $(CONFIG) --early_exit.curriculum none --layer_dropout.p_max 0 --train.run_dir $(RUN)_plain
+endif
+	$(BIN)/python -m layerskip_jax.evaluation $(RUN) $(if $(BASELINE),$(RUN)_plain)
+	$(BIN)/python decode.py --checkpoint $(RUN) --prompt 'import os'
+	$(BIN)/python decode.py --checkpoint $(RUN) --held_out 8 --ignore_eos --compare --quiet
+	@echo
+	@echo 'Next:'
+	@echo '  your own prompt     $(BIN)/python decode.py --checkpoint $(RUN) --prompt "class "'
+	@echo '  another exit        $(BIN)/python decode.py --checkpoint $(RUN) --held_out 8 --compare --quiet --exit_layer 4'
+	@echo '  a plain model too   make quickstart BASELINE=1'
+	@echo '  every setting       $(BIN)/python train.py --help'
+	@echo '  pictures            $(RUN)/plots'
+
+test: $(BIN)/.installed-dev  ## run the suite (at most 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(BIN)/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(BIN)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(BIN)/.installed  ## the figures of the README's table of bars
+	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/lines_to_read.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

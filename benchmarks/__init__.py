@@ -1,0 +1,1 @@
+"""Measurements, each runnable alone; each prints its command, versions and machine."""

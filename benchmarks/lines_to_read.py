@@ -1,0 +1,41 @@
+"""How much there is to read of each loop: ``python benchmarks/lines_to_read.py``.
+
+A line counts if it holds something: blank lines do not, comments and docstrings do.
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TRAIN_LOOP = [
+    "train.py",
+    "layerskip_jax/training.py",
+    "layerskip_jax/train_step.py",
+    "layerskip_jax/losses.py",
+    "layerskip_jax/layer_dropout.py",
+    "layerskip_jax/early_exit.py",
+    "layerskip_jax/recipe.py",
+    "layerskip_jax/optimizer.py",
+]
+DECODE_LOOP = [
+    "decode.py",
+    "layerskip_jax/decoding/state.py",
+    "layerskip_jax/decoding/rounds.py",
+    "layerskip_jax/decoding/sampling.py",
+    "layerskip_jax/decoding/engine.py",
+]
+
+
+def lines_of(files: list[str]) -> int:
+    return sum(bool(line.strip()) for file in files for line in (ROOT / file).read_text().splitlines())
+
+
+def main() -> None:
+    print(f"train loop: {lines_of(TRAIN_LOOP)} lines in {', '.join(TRAIN_LOOP)}")
+    print(f"decode loop: {lines_of(DECODE_LOOP)} lines in {', '.join(DECODE_LOOP)}")
+    files = [file for file in ROOT.rglob("*.py") if not {".venv", "build"} & set(file.parts)]
+    longest = max(files, key=lambda file: len(file.read_text().splitlines()))
+    print(f"longest file: {len(longest.read_text().splitlines())} lines, {longest.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

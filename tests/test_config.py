@@ -1,0 +1,144 @@
+"""Configs: checked when made, overridden from the command line, and the same after a trip through JSON."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerskip_jax.command_line import add_settings, load_config_file, make_parser, parse_config
+from layerskip_jax.config import Config, from_dict, to_dict
+from layerskip_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def parsed(*argv):
+    return parse_config(make_parser(""), list(argv))[0]
+
+
+def test_overrides_reach_their_fields():
+    config = parsed(
+        *["--optimizer.learning_rate", "1e-3", "--train.steps=2_000", "--model.tied_embedding"],
+        *["--train.remat", "true", "--early_exit.curriculum", "gradual", "--decode.stop", "\n\n", "def"],
+    )
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.train.steps == 2000
+    assert config.model.tied_embedding
+    assert config.train.remat
+    assert config.early_exit.curriculum == "gradual"
+    assert config.decode.stop == ("\n\n", "def")
+    assert config.model == dataclasses.replace(Config().model, tied_embedding=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--optimizer.learning_rat", "1"],
+            r"unknown setting --optimizer.learning_rat; did you mean '--optimizer.lear",
+        ),
+        (["--model.num_layer=3"], r"unknown setting --model.num_layer; did you mean '--model.num_layers'"),
+        (["--train.steps", "ten"], r"--train.steps: must be a whole number, not 'ten'"),
+        (["--train.steps", "1.5"], r"--train.steps: must be a whole number, not '1.5'"),
+        (["--train.remat", "maybe"], r"--train.remat: must be true or false, not 'maybe'"),
+        (["--optimizer.learning_rate", "nan"], r"must be a finite number, not 'nan'"),
+        (["--early_exit.curriculum", "rotate"], r"must be one of rotational, .* did you mean 'rotational'"),
+        (["--model.dim", "100", "--model.num_heads", "8"], r"model.dim 100 must be a multiple of .* = 16"),
+        (["--layer_dropout.p_max", "1"], r"layer_dropout.p_max must be in \[0, 1\), not 1.0"),
+        (["--train.accumulate", "3"], r"train.batch_size 8 must be a multiple of train.accumulate 3"),
+        (["--decode.exit_layer", "13"], r"decode.exit_layer 13 must be in 1..12"),
+        (["--train.loss_chunk", "100"], r"train.loss_chunk 100 must divide data.sequence_length 256"),
+        (["--data.source", "jsonl"], r"data.source 'jsonl' needs data.path"),
+        (["--config", "configs/quickstrat.py"], r"no config file .*did you mean 'configs/quickstart.py'"),
+        (["--config"], r"--config: expected one argument"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_right_one(argv, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=message) as error:
+        parsed(*argv)
+    assert "\n" not in str(error.value)
+
+
+@given(
+    layers=st.integers(1, 100),
+    rate=st.floats(1e-9, 10),
+    stop=st.lists(st.text(min_size=1), max_size=3),
+    curriculum=st.sampled_from(["rotational", "gradual", "all", "none"]),
+)
+def test_json_gives_the_config_back(layers, rate, stop, curriculum):
+    config = Config()
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_layers=layers),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
+        early_exit=dataclasses.replace(config.early_exit, curriculum=curriculum),
+        decode=dataclasses.replace(config.decode, stop=tuple(stop)),
+    )
+    assert from_dict(json.loads(json.dumps(to_dict(config))), Config) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"num_layer": 3}}, "unknown setting model.num_layer; did you mean 'num_layers'"),
+        ({"modle": {}}, "unknown setting modle; did you mean 'model'"),
+        ({"model": {"dim": "wide"}}, "model.dim must be int, not 'wide'"),
+        ({"model": {"dim": True}}, "model.dim must be int, not True"),
+        ({"early_exit": {"curriculum": "some"}}, "early_exit.curriculum must be one of"),
+    ],
+)
+def test_a_stored_config_is_checked_like_any_other(change, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(change, Config)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.py")), ids=lambda file: file.stem)
+def test_every_shipped_config_loads_and_says_its_command(file):
+    assert isinstance(load_config_file(str(file)), Config)
+    assert f"configs/{file.name}" in file.read_text().split('"""')[1]
+
+
+def test_config_files_that_do_not_work_are_named(tmp_path):
+    for text, message in [
+        ("def get_config(: pass", "does not run: SyntaxError"),
+        ("import no_such_module", "does not run: ModuleNotFoundError"),
+        ("x = 1", r"has no get_config\(\)"),
+        ("def get_config(): return 3", "returned a int, not a layerskip_jax.config.Config"),
+    ]:
+        (tmp_path / "bad.py").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_config_file(str(tmp_path / "bad.py"))
+
+
+def test_help_explains_every_field_once():
+    parser = make_parser("")
+    add_settings(parser, Config())
+    shown = parser.format_help()
+    for group in dataclasses.fields(Config):
+        for field in dataclasses.fields(getattr(Config(), group.name)):
+            assert f"--{group.name}.{field.name} " in shown
+            assert field.metadata["doc"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train.py", "--model.num_layer", "3"],
+        ["decode.py", "--checkpoint", "nowhere", "--prompt", "x"],
+        ["-m", "layerskip_jax.data", "tokeniser"],
+    ],
+)
+def test_commands_end_with_one_line_and_status_2(command, tmp_path):
+    arguments = [str(ROOT / word) if word.endswith(".py") else word for word in command]
+    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": ""}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,201 @@
+"""Text in, text out: stop strings, EOS, streaming, and the decode command as a user calls it."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from corpora import VOCABULARY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny_model
+
+from layerskip_jax.commands import decode
+from layerskip_jax.config import (
+    Config,
+    DecodeConfig,
+    EarlyExitConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.cost import predicted_speedup
+from layerskip_jax.decoding.engine import generate, start
+from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
+from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.decoding.terminal import Report
+from layerskip_jax.decoding.text import TextGenerator
+from layerskip_jax.errors import UserError
+from layerskip_jax.training import train
+
+PROMPTS = ["def x", "", "漢字 for y"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return Tokenizer.load(corpus.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(3, vocab_size=VOCABULARY).unstacked()
+
+
+def generator(model, tokenizer, **values):
+    return TextGenerator(model, tokenizer, DecodeConfig(**({"exit_layer": 2, "max_new_tokens": 24} | values)))
+
+
+@pytest.mark.parametrize("mode", ["self_speculative", "autoregressive", "early_exit"])
+def test_texts_and_tokens_agree(model, tokenizer, mode):
+    for completion in generator(model, tokenizer, mode=mode).generate(PROMPTS).completions:
+        assert completion.text == tokenizer.decode([t for t in completion.tokens if t != tokenizer.eos_id])
+        assert completion.finish in ("length", "eos")
+        assert len(completion.tokens) == 24 or completion.finish == "eos"
+
+
+@pytest.mark.parametrize("mode", ["self_speculative", "autoregressive"])
+def test_stop_strings_cut_the_same_text_in_every_mode(model, tokenizer, mode):
+    free = generator(model, tokenizer, ignore_eos=True).generate(PROMPTS).completions
+    stop = free[0].text[5:8]
+    stopped = generator(model, tokenizer, ignore_eos=True, mode=mode, stop=(stop, "never there")).generate(PROMPTS)
+    for before, after in zip(free, stopped.completions, strict=True):
+        if stop in before.text:
+            assert after.finish == "stop"
+            assert after.text == before.text[: before.text.index(stop)]
+            assert stop in tokenizer.decode(after.tokens)
+            assert stop not in tokenizer.decode(after.tokens[:-1])
+        else:
+            assert (after.text, after.finish) == (before.text, before.finish)
+
+
+@given(seed=st.integers(0, 30), use_stop=st.booleans(), mode=st.sampled_from(["self_speculative", "autoregressive"]))
+@settings(max_examples=12)
+def test_streamed_pieces_join_to_the_text(tokenizer, seed, use_stop, mode):
+    model = tiny_model(seed, vocab_size=VOCABULARY).unstacked()
+    whole = generator(model, tokenizer, mode=mode).generate(["x"]).completions[0]
+    stop = (whole.text[4:7],) if use_stop and len(whole.text) > 7 else ()
+    pieces = []
+    streaming = generator(model, tokenizer, mode=mode, stop=stop)
+    answer = streaming.generate(["x"], pieces.append)
+    assert "".join(piece.text for piece in pieces) == answer.completions[0].text
+    assert all(piece.text for piece in pieces)
+    if mode == "autoregressive":
+        assert not any(piece.drafted for piece in pieces)
+    if not stop:
+        assert answer.completions[0] == whole
+
+
+def test_pieces_tell_drafts_from_the_full_models_tokens(model, tokenizer):
+    """With a draft that is the full model, all but the last token of a round are drafts."""
+    pieces = []
+    full = generator(model, tokenizer, exit_layer=4, draft_length=3, ignore_eos=True)
+    answer = full.generate(["x"], pieces.append)
+    drafted = sum(len(piece.text) for piece in pieces if piece.drafted)
+    assert answer.generation.acceptance == 1
+    assert 0 < drafted < len(answer.completions[0].text)
+
+
+def test_engine_refuses_what_cannot_be(model):
+    step = SelfSpeculative(Greedy(), 2, 3)
+    for prompts, more, message in [
+        ([], {}, "there is no prompt"),
+        ([[1], []], {}, "prompt 1 has no token"),
+        ([[1] * 30], {"max_length": 30}, r"prompt 0 has 30 tokens and the cache holds 30.*at least 31"),
+        ([[1, VOCABULARY]], {}, r"prompt 0 has a token outside the model's vocabulary 0\.\.339"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            start(model, prompts, 4, step, **more)
+
+
+def test_max_length_is_reached_and_not_passed(model):
+    for step in (Autoregressive(Greedy()), SelfSpeculative(Greedy(), 2, 5)):
+        result = generate(model, [[1] * 29, [1] * 3], 100, step, max_length=30)
+        assert [len(tokens) for tokens in result.tokens] == [1, 27]
+
+
+def test_cost_model_by_hand():
+    # no head: 4 drafts at a quarter of the depth cost one more pass of the model
+    config = ModelConfig(num_layers=8, vocab_size=1)
+    assert predicted_speedup(config, 2, 4, 5) == pytest.approx(2.5, rel=1e-3)
+    assert predicted_speedup(config, 8, 4, 5) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_report_says_when_speculation_does_not_pay(model, tokenizer):
+    config = DecodeConfig(exit_layer=3, draft_length=8, max_new_tokens=24)
+    answers = [TextGenerator(model, tokenizer, config).generate(["x"])]
+    report = Report.of(answers, model.config, config)
+    assert report.predicted_speedup < 1
+    assert "speculation does not pay here" in report.text()
+    assert "does not pay" not in dataclasses.replace(report, speedup=1.4, plain_tokens_per_second=1.0).text()
+    assert not any(isinstance(v, float) and math.isnan(v) for v in report.as_dict().values())
+    assert sum(report.accepted_histogram) == report.rounds
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def run_folder(corpus, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("decode") / "run")
+    train(
+        Config(
+            model=ModelConfig(4, 16, 2, 1, 24, VOCABULARY, compute_dtype="float32"),
+            early_exit=EarlyExitConfig("rotational", 3),
+            data=corpus,
+            optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+            train=TrainConfig(run_dir=folder, steps=3, batch_size=8, evaluate_batches=1, loss_chunk=8),
+            decode=DecodeConfig(exit_layer=2, draft_length=3, max_new_tokens=12),
+        )
+    )
+    return folder
+
+
+def decoded(capsys, *argv):
+    decode.main(list(argv))
+    return capsys.readouterr().out
+
+
+def test_decode_needs_only_a_checkpoint_and_a_prompt(run_folder, capsys):
+    out = decoded(capsys, "--checkpoint", run_folder, "--prompt", "def x")
+    assert out.startswith("def x")
+    assert "self-speculative, exit 2 of 4, draft length 3: acceptance" in out
+    assert "tokens/s" in out
+
+
+def test_decode_json_lines(run_folder, capsys, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "def x"}\n{"prompt": "for"}\n\n{"prompt": "if"}\n')
+    request = ["--checkpoint", run_folder, "--prompts", str(file), "--json", "--batch_size", "2", "--compare"]
+    *completions, numbers = map(json.loads, decoded(capsys, *request, "--max_new_tokens", "6").splitlines())
+    assert [completion["prompt"] for completion in completions] == ["def x", "for", "if"]
+    assert numbers["prompts"] == 3
+    assert numbers["new_tokens"] == sum(len(completion["tokens"]) for completion in completions)
+    assert numbers["identical"] is True
+    assert {"speedup", "plain_tokens_per_second", "predicted_speedup", "acceptance"} <= numbers.keys()
+    assert np.isfinite([value for value in numbers.values() if isinstance(value, float)]).all()
+
+
+def test_decode_from_held_out_text_and_early_exit(run_folder, capsys):
+    out = decoded(capsys, "--checkpoint", run_folder, "--held_out", "1", "--mode", "early_exit", "--quiet")
+    assert "early exit after layer 2 of 4: not the full model's text" in out
+
+
+def test_decode_command_errors(run_folder, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
+    base = ["--checkpoint", run_folder]
+    for argv, message in [
+        ([*base], "give the prompts in one way"),
+        ([*base, "--prompt", "a", "--held_out", "1"], "give the prompts in one way"),
+        ([*base, "--prompts", str(tmp_path / "none.txt")], "cannot read the prompts file"),
+        ([*base, "--prompts", str(tmp_path / "bad.jsonl")], "must have a JSON object with a 'prompt'"),
+        ([*base, "--prompt", "a", "--exit_layer", "5"], r"exit_layer 5 must be in 1\.\.4"),
+        ([*base, "--prompt", "a", "--draft_length", "0"], "draft_length must be at least 1"),
+        ([*base, "--prompt", "a", "--exit_layr", "2"], r"unknown setting --exit_layr; did you mean '--exit_layer'"),
+        ([*base, "--prompt", "a", "--top_p", "two"], "--top_p: must be a finite number, not 'two'"),
+        ([*base, "--prompt", "a", "--mode", "earlyexit"], "did you mean 'early_exit'"),
+        (["--checkpoint", str(tmp_path / "none"), "--prompt", "a"], "no checkpoint at"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            decode.main(argv)
