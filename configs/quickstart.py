@@ -35,5 +35,5 @@ def get_config() -> Config:
             sample_every=250,
             sample_prompt="def ",
         ),
-        decode=DecodeConfig(exit_layer=4, draft_length=4, max_new_tokens=128),
+        decode=DecodeConfig(exit_layer=3, draft_length=3, max_new_tokens=128),
     )
