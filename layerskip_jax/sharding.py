@@ -73,8 +73,8 @@ def batch_shards(mesh: Mesh) -> int:
 def spec(axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:
     """Translate logical axes to mesh axes.
 
-    >>> spec(("embed", "heads", "head_dim"))
-    PartitionSpec('fsdp', 'tensor', None)
+    >>> tuple(spec(("embed", "heads", "head_dim")))
+    ('fsdp', 'tensor', None)
     """
     return PartitionSpec(*(rules[axis] if axis else None for axis in axes))
 

@@ -10,6 +10,8 @@ import jax
 import pytest
 from corpora import make_corpus
 
+collect_ignore = ["fixtures"]  # scripts that made them, which want torch
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Examples are the same at every run, so a red suite is a change of the code; timing is never asserted.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)

@@ -146,17 +146,20 @@ def test_acceptance_is_the_agreement_of_the_exit_with_the_full_model(exit_layer)
 
     Of the full model's own text, an exit agrees or not at each position; the rounds follow from that alone.
     """
-    draft_length, new_tokens = 4, 120
-    model = with_tail(tiny_model(11), exit_layer, 0.3)
-    result = generate(model, [[5, 9]], new_tokens, SelfSpeculative(Greedy(), exit_layer, draft_length))
-    sequence = [5, 9, *result.tokens[0]]
-    guesses = np.asarray(jnp.argmax(first_layers(model, exit_layer)(jnp.array([sequence]))[0], -1))
-    agrees = [guesses[i] == sequence[i + 1] for i in range(1, len(sequence) - 1)]
-    expected, i = np.zeros(draft_length + 1, int), 0
-    while i < len(agrees) - draft_length:  # the last round is cut by the limit, and is left out
-        accepted = next((n for n in range(draft_length) if not agrees[i + n]), draft_length)
-        expected[accepted] += 1
-        i += accepted + 1
-    assert (np.array(result.accepted_histogram) - expected).sum() in range(5)
-    assert (np.array(result.accepted_histogram) >= expected).all()
-    assert 0 < result.acceptance < 1
+    draft_length, accepted, drafted = 4, 0, 0
+    for seed in range(6):
+        model = with_tail(tiny_model(seed), exit_layer, 0.3)
+        result = generate(model, [[5, seed]], 50, SelfSpeculative(Greedy(), exit_layer, draft_length))
+        sequence = [5, seed, *result.tokens[0]]
+        guesses = np.asarray(jnp.argmax(first_layers(model, exit_layer)(jnp.array([sequence]))[0], -1))
+        agrees = [guesses[i] == sequence[i + 1] for i in range(1, len(sequence) - 1)]
+        expected, i = np.zeros(draft_length + 1, int), 0
+        while i + draft_length < len(agrees):  # a round that the limit cuts short is left out
+            count = next((n for n in range(draft_length) if not agrees[i + n]), draft_length)
+            expected[count] += 1
+            i += count + 1
+        cut_short = np.array(result.accepted_histogram) - expected
+        assert (cut_short >= 0).all()
+        assert cut_short.sum() <= draft_length
+        accepted, drafted = accepted + result.accepted, drafted + result.drafted
+    assert 0.05 < accepted / drafted < 0.95  # or the test would say little
