@@ -29,7 +29,7 @@ def get_config() -> Config:
             steps=500,
             batch_size=8,
             loss_chunk=64,
-            log_every=20,
+            log_every=8,  # prime to the rotation, so that every exit is seen
             evaluate_every=125,
             checkpoint_every=125,
             sample_every=250,
