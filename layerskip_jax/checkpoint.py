@@ -16,6 +16,7 @@ from flax import nnx
 
 from layerskip_jax.config import Config, from_dict, to_dict
 from layerskip_jax.data.position import Position
+from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.model import Transformer
 from layerskip_jax.train_step import TrainState
@@ -58,6 +59,17 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Put the tokenizer beside the checkpoints, so that they need no other file; one run has one tokenizer."""
+        path = self.folder / TOKENIZER
+        if path.exists() and path.read_bytes() != tokenizer.model:
+            raise UserError(
+                f"the run {self._config.train.run_dir} was trained with another tokenizer than "
+                f"{self._config.data.tokenizer}: continue with --data.tokenizer {path}, or start a new --train.run_dir"
+            )
+        if jax.process_index() == 0:
+            path.write_bytes(tokenizer.model)
 
     def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
         """Save after the step that ``state.step`` counts; returns as soon as the arrays are copied."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import numpy as np
 
 from layerskip_jax.checkpoint import load_model
@@ -11,7 +12,7 @@ from layerskip_jax.command_line import integer, make_parser
 from layerskip_jax.config import MeshConfig
 from layerskip_jax.errors import run_command
 from layerskip_jax.recipe import Recipe
-from layerskip_jax.sharding import make_mesh
+from layerskip_jax.sharding import make_mesh, shardings_of
 from layerskip_jax.train_step import Trainer
 from layerskip_jax.training import evaluate
 
@@ -25,7 +26,9 @@ def exit_losses_of(checkpoint: str, batches: int) -> np.ndarray:
         train=dataclasses.replace(config.train, evaluate_batches=batches),
         mesh=MeshConfig(),
     )
-    return evaluate(Trainer(config, Recipe.from_config(config), make_mesh(config)), model)
+    mesh = make_mesh(config)
+    model = jax.device_put(model, shardings_of(model, model, mesh))
+    return evaluate(Trainer(config, Recipe.from_config(config), mesh), model)
 
 
 def table(losses: dict[str, np.ndarray]) -> str:

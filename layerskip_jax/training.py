@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -12,11 +11,10 @@ from functools import partial
 import grain
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from layerskip_jax.checkpoint import TOKENIZER, Checkpoints
+from layerskip_jax.checkpoint import Checkpoints
 from layerskip_jax.config import Config
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -47,11 +45,11 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     tokenizer.check_vocabulary(config.model.vocab_size)
     trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
     data = iter(local_batches(config, config.data.train_split))
+    local_batches(config, config.data.validation_split, epochs=1)  # a split that cannot be read is said now, not later
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(config))
-        if jax.process_index() == 0:
-            shutil.copyfile(epath.Path(config.data.tokenizer), checkpoints.folder / TOKENIZER)
+        checkpoints.keep_tokenizer(tokenizer)
         resumed = checkpoints.latest()
         state = trainer.init() if resumed is None else checkpoints.restore(resumed, trainer.abstract_state(), data)
         first = int(state.step)

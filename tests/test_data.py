@@ -237,6 +237,20 @@ def test_a_position_comes_back_exactly(corpus, stop, ahead, seed):
     assert_equal_batches(take(restored, ahead), expected)
 
 
+def test_worker_processes_give_batches_and_positions_too(corpus):
+    batches = make_batches(config_of(corpus, workers=1), "train", batch_size=4, seed=1)
+    original = iter(batches)
+    take(original, 5)
+    state = Position(original).get_state()
+    expected = take(original, 4)
+    restored = iter(batches)
+    Position(restored).set_state(state)
+    assert_equal_batches(take(restored, 4), expected)
+    plain = iter(make_batches(config_of(corpus), "train", batch_size=4, seed=1))
+    take(plain, 5)
+    assert_equal_batches(take(plain, 4), expected)
+
+
 def test_order_depends_on_the_seed_and_the_epoch(corpus):
     def first(seed, skip=0):
         iterator = iter(make_batches(config_of(corpus), "train", batch_size=4, seed=seed))

@@ -23,7 +23,10 @@ from layerskip_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import train_tokenizer
 from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation import exit_losses_of, table
 from layerskip_jax.plots import plot_run, read_metrics
 from layerskip_jax.training import train
 
@@ -144,6 +147,32 @@ def test_a_checkpoint_of_another_model_is_named(config):
         train(changed(config, "optimizer", name="lion"))
 
 
+def test_a_run_keeps_its_tokenizer(config, tmp_path):
+    train(changed(config, "train", steps=4))
+    train_tokenizer(_Reversed(open_documents(config.data, "train")), str(tmp_path / "other.model"), VOCABULARY)
+    with pytest.raises(UserError, match=r"was trained with another tokenizer than .*other\.model"):
+        train(changed(config, "data", tokenizer=str(tmp_path / "other.model")))
+
+
+class _Reversed:
+    def __init__(self, documents):
+        self._documents = documents
+
+    def __len__(self):
+        return len(self._documents)
+
+    def __getitem__(self, index):
+        return self._documents[index][::-1]
+
+
+def test_evaluation_of_a_checkpoint_is_that_of_the_run(config):
+    train(config)
+    at_the_end = read_metrics(config.train.run_dir)["validation/exit_loss/3"][STEPS]
+    loss_L = exit_losses_of(config.train.run_dir, batches=2)
+    assert loss_L[2] == pytest.approx(at_the_end, rel=1e-5)
+    assert "the loss at exit 2 is" in table({"run": loss_L})
+
+
 def test_changed_settings_are_said(config, capsys):
     train(changed(config, "train", steps=4))
     capsys.readouterr()
@@ -154,7 +183,10 @@ def test_changed_settings_are_said(config, capsys):
 def test_what_does_not_fit_is_named_before_anything_is_written(config, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single" / "only.txt").write_text("one document")
     cases = [
+        (changed(config, "data", path=str(tmp_path / "single")), "the 'validation' split of .*single is empty"),
         (changed(config, "data", path=str(empty)), "no files under"),
         (changed(config, "data", tokenizer="nowhere.model"), "no tokenizer at nowhere.model"),
         (

@@ -7,6 +7,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from layerskip_jax.config import Config
 from layerskip_jax.data.sources import Document, open_documents
@@ -55,6 +56,8 @@ def make_batches(
         batches = rows.batch(batch_size * process_count, drop_remainder=False)
         batches = batches.map(_OwnRows(batch_size, process_index, process_count))
     if config.data.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS(["layerskip_jax"])  # grain's worker processes read absl's flags
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
     return batches
 
