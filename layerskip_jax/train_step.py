@@ -53,7 +53,11 @@ class Trainer:
     def init(self) -> TrainState:
         """Return the state before step 0, made on the mesh from ``config.train.seed``."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._init, out_shardings=self.state_shardings())()
+            return self._init_on_mesh()
+
+    @partial(jax.jit, static_argnums=0)
+    def _init_on_mesh(self) -> TrainState:
+        return jax.lax.with_sharding_constraint(self._init(), self.state_shardings())
 
     def abstract_state(self) -> TrainState:
         """Return the state's shapes and shardings without any array: what a checkpoint is restored into."""
