@@ -6,6 +6,7 @@ reads the model alone. What is stored is data: nothing is unpickled or executed 
 
 import dataclasses
 import json
+from collections.abc import Collection
 from typing import Any
 
 import grain
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
-from layerskip_jax.config import Config, from_dict, to_dict
+from layerskip_jax.config import Config, DecodeConfig, from_dict, to_dict
 from layerskip_jax.data.position import Position
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError, nearest
@@ -22,6 +23,8 @@ from layerskip_jax.model import Transformer
 from layerskip_jax.train_step import TrainState
 
 TOKENIZER = "tokenizer.model"
+SWEPT = "decode.json"
+"""What `layerskip_jax.sweep` recommends for a run, beside its checkpoints."""
 
 
 def checkpoint_folder(config: Config) -> epath.Path:
@@ -174,3 +177,28 @@ def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(folder / "model", target)
     return with_arrays(abstract, arrays), config, folder.parent / TOKENIZER
+
+
+def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:
+    """Store `DecodeConfig` fields that were found best, and what was measured with them; return the file."""
+    file = find_checkpoint(path).parent / SWEPT
+    file.write_text(json.dumps({"decode": settings, "measured": measured}, indent=1) + "\n")
+    return file
+
+
+def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
+    """Return what `store_swept` stored, without what gives way to settings that the user has ``given``.
+
+    Mode, policy, exit and draft length go together: if the user gives one of them, none of them is taken from there.
+    """
+    file = find_checkpoint(path).parent / SWEPT
+    if not file.exists():
+        return {}
+    try:
+        settings = json.loads(file.read_text())["decode"]
+        from_dict(settings, DecodeConfig)
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+        raise UserError(f"{file} is not what python -m layerskip_jax.sweep writes ({error}): remove it") from error
+    together = {"mode", "policy", "exit_layer", "draft_length", "exits"}
+    left_out = set(given) | (together if together & set(given) else set())
+    return {name: value for name, value in settings.items() if name not in left_out}

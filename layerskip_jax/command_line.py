@@ -61,7 +61,12 @@ def add_settings(parser: argparse.ArgumentParser, defaults: Any, prefix: str = "
             "dest": name,
         }
         if typing.get_origin(hint) is tuple:
-            options |= {"nargs": "*", "type": str, "metavar": "TEXT"}
+            item = typing.get_args(hint)[0]
+            options |= {
+                "nargs": "*",
+                "type": {int: integer, str: str}[item],
+                "metavar": {int: "INT", str: "TEXT"}[item],
+            }
         elif typing.get_origin(hint) is Literal:
             options |= {"type": one_of(typing.get_args(hint)), "metavar": "{" + ",".join(typing.get_args(hint)) + "}"}
         elif hint is bool:

@@ -196,13 +196,26 @@ class TrainConfig:
 class DecodeConfig:
     """How text is generated."""
 
-    mode: Literal["self_speculative", "autoregressive", "early_exit"] = setting(
+    mode: Literal["self_speculative", "autoregressive", "prompt_lookup", "early_exit"] = setting(
         "self_speculative",
         "self_speculative: lossless, early layers draft and the rest verify; autoregressive: all layers, one token "
-        "at a time; early_exit: lossy, every token leaves at exit_layer",
+        "at a time; prompt_lookup: lossless, the text so far drafts; early_exit: lossy, every token leaves at "
+        "exit_layer, or at the first of exits where it passes exit_threshold",
+    )
+    policy: Literal["fixed", "confidence", "adaptive"] = setting(
+        "fixed",
+        "self_speculative: fixed exit_layer and draft_length; confidence: drafting also stops after a token below "
+        "draft_threshold; adaptive: exit (of exits) and draft length (up to draft_length) chosen before every round",
     )
     exit_layer: int = setting(0, "E: blocks that draft (or all that run, with early_exit), 1..L; 0 is a quarter of L")
-    draft_length: int = setting(4, "d: tokens drafted in a round")
+    draft_length: int = setting(4, "d: tokens drafted in a round, at most")
+    exits: tuple[int, ...] = setting((), "candidate exits; none is L/8, L/4, L/2 and exit_layer")
+    draft_threshold: float = setting(0.5, "policy confidence: probability below which drafting stops")
+    exit_threshold: float = setting(0.0, "mode early_exit: probability at which a token leaves; 0 is at exit_layer")
+    width_cost: float = setting(
+        0.0, "policy adaptive: what a drafted token adds to the verification's time [plain tokens]; sweep measures it"
+    )
+    weights: Literal["full", "int8"] = setting("full", "int8: weights rounded to 8 bits, not the full model's text")
     max_new_tokens: int = setting(128, "tokens generated after each prompt, at most")
     temperature: float = setting(0.0, "0 is greedy")
     top_k: int = setting(0, "sample among the k likeliest tokens only; 0 is all")
@@ -210,6 +223,7 @@ class DecodeConfig:
     seed: int = setting(0, "of the sampling")
     ignore_eos: bool = setting(False, "do not stop at the end-of-text token (for timing)")
     stop: tuple[str, ...] = setting((), "strings that end the text; they are not part of it")
+    stream_every: int = setting(1, "rounds between two looks at the text, for streaming [rounds]")
 
     def __post_init__(self) -> None:
         require(self.exit_layer >= 0, f"exit_layer must be 0 (automatic) or in 1..L, not {self.exit_layer}")
@@ -219,6 +233,12 @@ class DecodeConfig:
         require(self.top_k >= 0, f"top_k must be 0 (off) or positive, not {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}")
         require("" not in self.stop, "a stop string must not be empty")
+        rising = list(self.exits) == sorted(set(self.exits)) and min(self.exits, default=1) >= 1
+        require(rising, f"exits must rise from 1 on, not {' '.join(map(str, self.exits))}")
+        require(0 <= self.draft_threshold <= 1, f"draft_threshold must be in [0, 1], not {self.draft_threshold}")
+        require(0 <= self.exit_threshold <= 1, f"exit_threshold must be in [0, 1], not {self.exit_threshold}")
+        require(self.width_cost >= 0, f"width_cost must not be negative, but is {self.width_cost}")
+        require(self.stream_every >= 1, f"stream_every must be at least 1, not {self.stream_every}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,10 +264,11 @@ class Config:
             self.optimizer.warmup_steps <= self.train.steps,
             f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed train.steps {self.train.steps}",
         )
-        require(
-            self.decode.exit_layer <= self.model.num_layers,
-            f"decode.exit_layer {self.decode.exit_layer} must be in 1..{self.model.num_layers} (model.num_layers)",
-        )
+        for exit_layer in (self.decode.exit_layer, *self.decode.exits):
+            require(
+                exit_layer <= self.model.num_layers,
+                f"decode: exit {exit_layer} must be in 1..{self.model.num_layers} (model.num_layers)",
+            )
         microbatch = self.train.batch_size // self.train.accumulate
         skips = self.layer_dropout.p_max > 0 and self.layer_dropout.form == "skipping"
         require(
@@ -286,8 +307,8 @@ def check_type(value: Any, hint: Any, name: str) -> Any:
         require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
         return value
     if origin is tuple:
-        require(isinstance(value, list | tuple), f"{name} must be a list of strings, not {value!r}")
-        return tuple(value)
+        require(isinstance(value, list | tuple), f"{name} must be a list, not {value!r}")
+        return tuple(check_type(item, typing.get_args(hint)[0], name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     plain = isinstance(hint, type) and not isinstance(hint, types.GenericAlias)

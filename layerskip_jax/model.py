@@ -10,6 +10,7 @@ axis (training, where a scan compiles once for all depths) or, after `unstacked`
 slice of a stack would copy weights).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -18,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layerskip_jax.attention import LayerCache, attend, same_document, up_to, write_cache
+from layerskip_jax.attention import LayerCache, attend, attend_cache, same_document, write_cache
 from layerskip_jax.config import ModelConfig
+from layerskip_jax.errors import UserError
 from layerskip_jax.sharding import constrain
 
 LayerStep = Callable[["Block", jax.Array, Any], tuple[jax.Array, Any]]
@@ -78,28 +80,52 @@ class Block(nnx.Module):
         self.epsilon = config.norm_epsilon
 
     def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, visible_BTS: jax.Array, cache: LayerCache | None = None
+        self,
+        x_BTD: jax.Array,
+        position_BT: jax.Array,
+        visible_BTS: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        filled: int | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Return ``f_l(x)`` and the cache with the keys and values of ``position_BT`` (consecutive in each row)."""
+        """Return ``f_l(x)``, and the cache with the keys and values of ``position_BT`` (consecutive in each row).
+
+        Without a cache, attention sees what ``visible_BTS`` says; with one, the cache up to each position
+        (``filled`` as in `attend_cache`).
+        """
         dtype = x_BTD.dtype
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", h_BTD, self.query_DNH[...].astype(dtype))
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.key_DKH[...].astype(dtype))
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.value_DKH[...].astype(dtype))
         q_BTNH = rotate(q_BTNH, position_BT, self.rope_base)
-        k_BTKH = rotate(k_BTKH, position_BT, self.rope_base)
         if cache is None:
-            keys = LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+            assert visible_BTS is not None
+            k_BTKH, v_BTKH = self._keys_values(h_BTD, position_BT)
+            attended_BTNH = attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), visible_BTS)
         else:
-            keys = cache = write_cache(cache, k_BTKH, v_BTKH, position_BT[:, 0])
-        attended_BTNH = attend(q_BTNH, keys.k_BKSH.astype(dtype), keys.v_BKSH.astype(dtype), visible_BTS)
-        attention_BTD = jnp.einsum("BTNH,NHD->BTD", attended_BTNH, self.output_NHD[...].astype(dtype))
+            cache = write_cache(cache, *self._keys_values(h_BTD, position_BT), position_BT[:, 0])
+            attended_BTNH = attend_cache(q_BTNH, cache, position_BT, filled)
+        # As one matrix: a product over two axes makes XLA:CPU transpose the weights first, at every token.
+        attended_BTM = attended_BTNH.reshape(*attended_BTNH.shape[:2], -1)
+        output_MD = self.output_NHD[...].reshape(-1, x_BTD.shape[-1])
+        attention_BTD = attended_BTM @ output_MD.astype(dtype)
 
         h_BTD = rms_norm(x_BTD + attention_BTD, self.ffn_norm_D, self.epsilon)
         gate_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, self.gate_DF[...].astype(dtype))
         up_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, self.up_DF[...].astype(dtype))
         ffn_BTD = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...].astype(dtype))
         return attention_BTD + ffn_BTD, cache
+
+    def propagate(self, x_BTD: jax.Array, position_BT: jax.Array, cache: LayerCache) -> LayerCache:
+        """Write the keys and values of ``x`` and run nothing else (state propagation, arXiv 2207.07061 section 3.1).
+
+        This is how a token that has left before this block lets later tokens attend to it here.
+        """
+        h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
+        return write_cache(cache, *self._keys_values(h_BTD, position_BT), position_BT[:, 0])
+
+    def _keys_values(self, h_BTD: jax.Array, position_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.key_DKH[...].astype(h_BTD.dtype))
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.value_DKH[...].astype(h_BTD.dtype))
+        return rotate(k_BTKH, position_BT, self.rope_base), v_BTKH
 
 
 def run_layers(
@@ -156,13 +182,17 @@ class Transformer(nnx.Module):
         return constrain(logits_BTV, "batch", "length", "vocab")
 
     def unstacked(self) -> "Transformer":
-        """Return the same model with `blocks` as a list: one copy of the weights now, none at every token."""
+        """Return the same model with `blocks` as a list and matrices in the compute type, as decoding wants it.
+
+        One copy of the weights now, and none at every token.
+        """
         graph, state = nnx.split(self)
         model = nnx.merge(graph, state)
         model.blocks = nnx.List(
             [jax.tree.map(itemgetter(layer), self.blocks) for layer in range(self.config.num_layers)]
         )
-        return model
+        dtype = compute_dtype(self.config)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, model)
 
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
         """Return ``logits_BTV`` of the full model, without a cache."""
@@ -176,18 +206,33 @@ class Transformer(nnx.Module):
         inputs = None if isinstance(self.blocks, Block) else [None] * self.config.num_layers
         return self.unembed(run_layers(self.blocks, self.embed(tokens_BT), step, inputs)[0])
 
+    def first_layers(self, exit_layer: int) -> "Transformer":
+        """Return the model that leaves at ``exit_layer``: blocks [0, E) of an `unstacked` model, sharing weights."""
+        if not 1 <= exit_layer <= self.config.num_layers:
+            raise UserError(f"exit layer {exit_layer} must be in 1..{self.config.num_layers}, the model's layers")
+        graph, state = nnx.split(self)
+        early = nnx.merge(graph, state)
+        early.blocks = nnx.List(list(self.blocks)[:exit_layer])
+        early.config = dataclasses.replace(self.config, num_layers=exit_layer)
+        return early
+
     def run_cached(
-        self, x_BTD: jax.Array, position_BT: jax.Array, cache: list[LayerCache], first: int, last: int
+        self,
+        x_BTD: jax.Array,
+        position_BT: jax.Array,
+        cache: list[LayerCache],
+        first: int,
+        last: int,
+        *,
+        filled: int | None = None,
     ) -> tuple[jax.Array, list[LayerCache]]:
         """Run blocks [first, last) of an `unstacked` model at ``position_BT``, reading and writing their caches.
 
-        ``cache`` has an entry for every block of the model; the returned list too. Slots after a query's own
-        position are not seen, so what a rolled-back draft left there does not matter.
+        ``cache`` has an entry for every block of the model; the returned list too. ``filled`` as in `attend_cache`.
         """
-        visible_BTS = up_to(position_BT, cache[0].k_BKSH.shape[2])
 
         def step(block: Block, x_BTD: jax.Array, layer: LayerCache) -> tuple[jax.Array, LayerCache]:
-            delta_BTD, written = block(x_BTD, position_BT, visible_BTS, layer)
+            delta_BTD, written = block(x_BTD, position_BT, cache=layer, filled=filled)
             assert written is not None
             return x_BTD + delta_BTD, written
 

@@ -13,6 +13,8 @@ from models import tiny_model
 from scipy import stats
 
 from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
+from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy, Stochastic
 
@@ -95,10 +97,24 @@ def p_value(model, step, exact, samples=SAMPLES):
     return stats.chisquare(observed, expected).pvalue
 
 
+ROUNDS = [
+    SelfSpeculative(Stochastic(), ConfidenceStop(1, 3, 0.3)),
+    SelfSpeculative(Stochastic(temperature=0.8), Adaptive(1, 3, (1, 2), probe_every=2)),
+    PromptLookup(Stochastic(temperature=1.2, top_k=5), draft_length=2),
+]
+
+
+@pytest.mark.parametrize("step", ROUNDS, ids=lambda step: type(getattr(step, "policy", step)).__name__)
+def test_every_policy_samples_the_full_models_distribution(model, step):
+    p = p_value(model, step, exact_distribution(model, [3, 1], step.sampler))
+    print(f"{step}: p = {p:.3f}")
+    assert p > 0.001
+
+
 @pytest.mark.parametrize("sampler", SETTINGS, ids=str)
 def test_speculative_samples_have_the_full_models_distribution(model, sampler):
     exact = exact_distribution(model, [3, 1], sampler)
-    p = p_value(model, SelfSpeculative(sampler, exit_layer=1, draft_length=2), exact)
+    p = p_value(model, SelfSpeculative(sampler, Fixed(1, 2)), exact)
     print(f"{sampler}: p = {p:.3f}")
     assert p > 0.001
 
@@ -130,23 +146,25 @@ class AcceptsTooMuch(Stochastic):
 @pytest.mark.parametrize("wrong", [WrongResidual(), AcceptsTooMuch()], ids=str)
 def test_a_wrong_acceptance_rule_is_caught(model, wrong):
     exact = exact_distribution(model, [3, 1], Stochastic())
-    assert p_value(model, SelfSpeculative(wrong, exit_layer=1, draft_length=2), exact, samples=30_000) < 1e-6
+    assert p_value(model, SelfSpeculative(wrong, Fixed(1, 2)), exact, samples=30_000) < 1e-6
 
 
 def test_a_draft_with_the_same_distribution_is_always_accepted(model):
-    result = generate(model.unstacked(), [[3, 1]] * 100, 20, SelfSpeculative(Stochastic(), 2, 4))
+    result = generate(model.unstacked(), [[3, 1]] * 100, 20, SelfSpeculative(Stochastic(), Fixed(2, 4)))
     assert result.acceptance > 0.999  # p/q is 1 up to rounding
 
 
 def test_greedy_is_the_limit_of_low_temperature(model):
     unstacked = model.unstacked()
-    greedy = generate(unstacked, [[3, 1], [2]], 20, SelfSpeculative(Greedy(), 1, 3))
-    assert generate(unstacked, [[3, 1], [2]], 20, SelfSpeculative(Stochastic(1e-4), 1, 3)).tokens == greedy.tokens
+    greedy = generate(unstacked, [[3, 1], [2]], 20, SelfSpeculative(Greedy(), Fixed(1, 3)))
+    assert (
+        generate(unstacked, [[3, 1], [2]], 20, SelfSpeculative(Stochastic(1e-4), Fixed(1, 3))).tokens == greedy.tokens
+    )
 
 
 def test_the_seed_decides_the_samples(model):
     def sample(seed):
-        return generate(model.unstacked(), [[3]], 20, SelfSpeculative(Stochastic(), 1, 3), seed=seed).tokens
+        return generate(model.unstacked(), [[3]], 20, SelfSpeculative(Stochastic(), Fixed(1, 3)), seed=seed).tokens
 
     assert sample(0) == sample(0)
     assert sample(0) != sample(1)

@@ -23,6 +23,7 @@ from layerskip_jax.config import (
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.cost import predicted_speedup
 from layerskip_jax.decoding.engine import generate, start
+from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.terminal import Report
@@ -98,7 +99,7 @@ def test_pieces_tell_drafts_from_the_full_models_tokens(model, tokenizer):
 
 
 def test_engine_refuses_what_cannot_be(model):
-    step = SelfSpeculative(Greedy(), 2, 3)
+    step = SelfSpeculative(Greedy(), Fixed(2, 3))
     for prompts, more, message in [
         ([], {}, "there is no prompt"),
         ([[1], []], {}, "prompt 1 has no token"),
@@ -110,7 +111,7 @@ def test_engine_refuses_what_cannot_be(model):
 
 
 def test_max_length_is_reached_and_not_passed(model):
-    for step in (Autoregressive(Greedy()), SelfSpeculative(Greedy(), 2, 5)):
+    for step in (Autoregressive(Greedy()), SelfSpeculative(Greedy(), Fixed(2, 5))):
         result = generate(model, [[1] * 29, [1] * 3], 100, step, max_length=30)
         assert [len(tokens) for tokens in result.tokens] == [1, 27]
 

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
 
-from layerskip_jax.decoding.engine import first_layers
 from layerskip_jax.layer_dropout import apply_masked, draw_kept
 from layerskip_jax.losses import Batch, Draw, exit_losses
 
@@ -27,7 +26,7 @@ def plain_losses(model, batch):
     """Run a model of E layers for every E, with log-softmax over whole logits: the oracle."""
     losses = []
     for exit_layer in range(1, L + 1):
-        logits = first_layers(model.unstacked(), exit_layer)(batch.inputs_BT, batch.segments_BT)
+        logits = model.unstacked().first_layers(exit_layer)(batch.inputs_BT, batch.segments_BT)
         log_p = jax.nn.log_softmax(logits, axis=-1)
         picked = jnp.take_along_axis(log_p, batch.targets_BT[..., None], axis=-1)[..., 0]
         losses.append(-jnp.sum(picked * batch.mask_BT))

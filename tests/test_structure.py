@@ -19,10 +19,10 @@ LAYERS = [
     {"losses"},
     {"train_step"},
     {"metrics", "checkpoint"},
-    {"decoding"},
+    {"decoding", "quantization"},
     {"training", "plots"},
     {"evaluation"},
-    {"commands"},
+    {"commands", "sweep"},
 ]
 
 

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 from layerskip_jax.command_line import add_settings, apply_overrides, integer, make_parser
-from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.commands.prompts import add_prompt_options, read_prompts
+from layerskip_jax.config import DecodeConfig
 from layerskip_jax.decoding import terminal
 from layerskip_jax.decoding.text import Answer, TextGenerator
 from layerskip_jax.errors import UserError, run_command
@@ -20,14 +20,11 @@ REPEATS = 3
 def main(argv: list[str] | None = None) -> None:
     """Load a checkpoint, generate, and report; with ``--compare`` also against plain decoding."""
     parser = make_parser(
-        "Generate text from a checkpoint of train.py. Settings not given here come from the checkpoint's own config."
+        "Generate text from a checkpoint of train.py. Settings not given here are those that python -m "
+        "layerskip_jax.sweep found best and stored with the checkpoint, or else the checkpoint's own config."
     )
     parser.add_argument("--checkpoint", metavar="RUN", required=True, help="run folder, or one checkpoint in it")
-    parser.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; may be given many times")
-    parser.add_argument("--prompts", metavar="FILE", help="file of prompts: .jsonl with a 'prompt' each, or one a line")
-    parser.add_argument(
-        "--held_out", metavar="N", type=integer, help="use the beginnings of N held-out documents as prompts"
-    )
+    add_prompt_options(parser)
     parser.add_argument("--batch_size", metavar="N", type=integer, default=1, help="prompts generated together")
     parser.add_argument("--compare", action="store_true", help="time plain decoding too, and compare the texts")
     parser.add_argument("--quiet", action="store_true", help="print the numbers only, not the texts")
@@ -36,15 +33,16 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_known_options(argv)
     given = {field.name for field in dataclasses.fields(DecodeConfig)} & vars(options).keys()
 
-    from layerskip_jax.checkpoint import load_model
+    from layerskip_jax.checkpoint import load_model, swept_settings
     from layerskip_jax.data.tokenizer import Tokenizer
 
     model, config, tokenizer_path = load_model(options.checkpoint)
-    settings = apply_overrides(config.decode, {name: getattr(options, name) for name in given})
+    chosen = {name: getattr(options, name) for name in given}
+    settings = apply_overrides(config.decode, swept_settings(options.checkpoint, given) | chosen)
     tokenizer = Tokenizer.load(str(tokenizer_path))
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, not {options.batch_size}")
-    prompts = _prompts(options.prompt, options.prompts, options.held_out, config)
+    prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
     model = model.unstacked()
     generator = TextGenerator(model, tokenizer, settings)
     batches = [prompts[i : i + options.batch_size] for i in range(0, len(prompts), options.batch_size)]
@@ -64,47 +62,6 @@ def main(argv: list[str] | None = None) -> None:
         plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
         report = dataclasses.replace(report, **_compare(generator, plain, batches))
     print(json.dumps(report.as_dict()) if options.json else report.text())
-
-
-def _prompts(given: list[str] | None, file: str | None, held_out: int | None, config: Config) -> list[str]:
-    if sum(source is not None for source in (given, file, held_out)) != 1:
-        raise UserError("give the prompts in one way: --prompt TEXT (once or more), --prompts FILE or --held_out N")
-    if given is not None:
-        return given
-    if held_out is not None:
-        return _held_out(config, held_out)
-    assert file is not None
-    try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [json.loads(line)["prompt"] for line in lines] if file.endswith(".jsonl") else lines
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts file {file}: {error}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} must have a JSON object with a 'prompt' on every line: {error!r}") from error
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"{file} has no prompts: write one a line, or JSON lines with a 'prompt' text each")
-    return prompts
-
-
-def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
-    """Return the beginnings of the first ``count`` held-out documents: so many characters, or half of a short one."""
-    from layerskip_jax.data.sources import open_documents
-
-    if count < 1:
-        raise UserError(f"--held_out must be at least 1, not {count}")
-    prompts: list[str] = []
-    documents = open_documents(config.data, config.data.validation_split)
-    for index in range(len(documents)):
-        document = documents[index]
-        text = document.decode("utf-8", "replace") if isinstance(document, bytes) else document
-        if not isinstance(text, str):
-            raise UserError(
-                "--held_out needs a source of text, and this checkpoint's corpus is of tokens: use --prompt"
-            )
-        prompts.append(text[: min(characters, len(text) // 2)])
-        if len(prompts) == count:
-            return prompts
-    raise UserError(f"the held-out split has only {len(prompts)} documents: give --held_out {len(prompts)} or less")
 
 
 def _compare(generator: TextGenerator, plain: TextGenerator, batches: list[list[str]]) -> dict[str, Any]:

@@ -1,25 +1,70 @@
-"""The cost model of self-speculation: what speedup a round's acceptance buys."""
+"""The cost model of self-speculation: what a round costs, what speedup its acceptance buys, and how fast memory is.
+
+Decoding a few tokens at a time is bound by memory: a pass costs the bytes of the weights that it reads. Costs here are
+in passes of the full model for one token, so 1 is a round of plain decoding.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
 
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.model import parameter_count
+from layerskip_jax.model import compute_dtype, parameter_count
+
+
+def weight_count(config: ModelConfig) -> int:
+    """Return the weights that one token's pass reads: all but the embedding, of which it reads one row."""
+    return parameter_count(config) - (0 if config.tied_embedding else config.vocab_size * config.dim)
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Return the bytes of a weight in the compute type, in which decoding keeps them."""
+    return compute_dtype(config).itemsize
 
 
 def head_share(config: ModelConfig) -> float:
     """Return h: the head's part of the weights that one token's pass through the model reads."""
-    head = config.vocab_size * config.dim
-    return head / (parameter_count(config) - (0 if config.tied_embedding else head))
+    return config.vocab_size * config.dim / weight_count(config)
 
 
-def predicted_speedup(config: ModelConfig, exit_layer: int, drafted_per_round: float, tokens_per_round: float) -> float:
-    """``S = tokens / ((1-h)(1 + d E/L) + h(1+d))``, if a pass costs the bytes of the weights that it reads.
+def round_cost(config: ModelConfig, exit_layer: float, drafted: float, width_cost: float = 0.0) -> float:
+    """``(1-h)(1 + d E/L) + h(1+d) + w d``: the draft reads E of L blocks and the head d times, verification all once.
 
-    The draft reads E of L blocks and the head d times; the verification reads every block and the head once.
-    1 is the speed of plain decoding; below 1 speculation does not pay.
+    w (``width_cost``) is what one more position in the verification costs: 0 where weights' bytes alone count, more
+    where arithmetic does (`python -m layerskip_jax.sweep` measures it).
+
+    >>> round(round_cost(ModelConfig(num_layers=8, vocab_size=1), exit_layer=2, drafted=4), 2)
+    2.0
+    """
+    h = head_share(config)
+    return (1 - h) * (1 + drafted * exit_layer / config.num_layers) + h * (1 + drafted) + width_cost * drafted
+
+
+def predicted_speedup(
+    config: ModelConfig, exit_layer: float, drafted_per_round: float, tokens_per_round: float
+) -> float:
+    """``S = tokens / round_cost``: 1 is the speed of plain decoding; below 1 speculation does not pay.
 
     >>> config = ModelConfig(num_layers=8, vocab_size=1)
     >>> round(predicted_speedup(config, exit_layer=2, drafted_per_round=4, tokens_per_round=4), 2)
     2.0
     """
-    h, d = head_share(config), drafted_per_round
-    cost = (1 - h) * (1 + d * exit_layer / config.num_layers) + h * (1 + d)
-    return tokens_per_round / cost
+    return tokens_per_round / round_cost(config, exit_layer, drafted_per_round)
+
+
+def measured_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
+    """Read so many float32 megabytes by a matrix-vector product; return the best rate [bytes/s] of the default device.
+
+    This is the speed of the memory, if caches are smaller than what is read.
+    """
+    rows = megabytes * 2**20 // (4 * 4096)
+    matrix, vector = jnp.ones((rows, 4096)), jnp.ones(4096)
+    product = jax.jit(jnp.matmul)
+    product(matrix, vector).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        product(matrix, vector).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return matrix.nbytes / min(seconds)

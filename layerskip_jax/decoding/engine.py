@@ -9,7 +9,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from layerskip_jax.decoding.rounds import Round
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics
@@ -34,6 +33,7 @@ class Generation:
     drafted: int
     accepted: int
     accepted_histogram: list[int]  # rounds of a row with 0, 1, ..., d accepted drafts
+    exit_rounds: dict[int, int]  # rounds of the loop at each exit (tokens, where each leaves for itself)
 
     @property
     def new_tokens(self) -> int:
@@ -55,8 +55,9 @@ class Generation:
         return self.new_tokens / rounds_of_rows if rounds_of_rows else float("nan")
 
 
-@partial(jax.jit, static_argnames=("width", "draft_length"))
+@partial(jax.jit, static_argnames=("step", "width"))
 def prefill(
+    step: Round,
     model: Transformer,
     tokens_BS: jax.Array,
     length_B: jax.Array,
@@ -64,7 +65,6 @@ def prefill(
     eos: jax.Array,
     key: jax.Array,
     width: int,
-    draft_length: int,
 ) -> DecodeState:
     """Run the first ``width`` tokens through all blocks to fill the cache; return the state before the first round.
 
@@ -76,19 +76,24 @@ def prefill(
     if width:
         position_BP = jnp.tile(jnp.arange(width)[None], (B, 1))
         x_BPD = model.embed(tokens_BS[:, :width])
-        _, layers = model.run_cached(x_BPD, position_BP, layers, 0, model.config.num_layers)
-    queries = jnp.zeros((B, draft_length + 1, model.config.dim), compute_dtype(model.config))
+        _, layers = model.run_cached(x_BPD, position_BP, layers, 0, model.config.num_layers, filled=width)
+    query_BQD = jnp.zeros((B, step.draft_length + 1, model.config.dim), compute_dtype(model.config))
     zero = jnp.zeros((), jnp.int32)
     return DecodeState(
         tokens_BS=tokens_BS,
+        drafted_BS=jnp.zeros((B, S), bool),
         length_B=length_B,
         limit_B=limit_B,
         done_B=length_B >= limit_B,
         eos=eos,
-        cache=KVQCache(layers, queries),
+        cache=KVQCache(layers, [query_BQD for _ in step.exits]),
+        memory=step.start(model.config),
         key=key,
         statistics=Statistics(
-            zero, zero, jnp.zeros(draft_length + 1, jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32)
+            rounds=zero,
+            drafted=zero,
+            accepted_histogram_Q=jnp.zeros(step.draft_length + 1, jnp.int32),
+            exit_rounds_X=jnp.zeros(max(1, len(step.exits)), jnp.int32),
         ),
     )
 
@@ -117,7 +122,7 @@ def start(
     seed: int = 0,
     max_length: int | None = None,
 ) -> DecodeState:
-    """Check the prompts and prefill. ``max_length`` bounds prompt + new tokens of a row; the default just fits.
+    """Check the request and prefill. ``max_length`` bounds prompt + new tokens of a row; the default just fits.
 
     ``model`` is an `unstacked` one. Raises `UserError` for an empty prompt, an unknown token, or one that is too long.
     """
@@ -126,6 +131,9 @@ def start(
     longest = max(map(len, prompts))
     if max_length is None:
         max_length = longest + max_new_tokens
+    last = max(step.exits, default=1)
+    if last > model.config.num_layers:
+        raise UserError(f"exit layer {last} must be in 1..{model.config.num_layers}, the model's layers")
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {row} has no token: give at least one (the tokenizer's BOS will do)")
@@ -145,6 +153,7 @@ def start(
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
     limit_B = np.minimum(length_B + max_new_tokens, max_length).astype(np.int32)
     return prefill(
+        step,
         model,
         jnp.asarray(tokens_BS),
         jnp.asarray(length_B),
@@ -152,7 +161,6 @@ def start(
         jnp.int32(eos),
         jax.random.key(seed),
         width,
-        step.draft_length,
     )
 
 
@@ -180,11 +188,12 @@ def generate(
 
     >>> from flax import nnx
     >>> from layerskip_jax.config import ModelConfig
+    >>> from layerskip_jax.decoding.policies import Fixed
     >>> from layerskip_jax.decoding.rounds import SelfSpeculative
     >>> from layerskip_jax.decoding.sampling import Greedy
     >>> config = ModelConfig(num_layers=2, dim=16, num_heads=2, num_kv_heads=1, ffn_dim=32, vocab_size=32)
     >>> model = Transformer(config, rngs=nnx.Rngs(0)).unstacked()
-    >>> result = generate(model, [[1, 2, 3], [4]], 8, SelfSpeculative(Greedy(), exit_layer=1, draft_length=2))
+    >>> result = generate(model, [[1, 2, 3], [4]], 8, SelfSpeculative(Greedy(), Fixed(1, 2)))
     >>> [len(row) for row in result.tokens]
     [8, 8]
     """
@@ -203,7 +212,7 @@ def generate(
     state = jax.block_until_ready(state)
     seconds = time.perf_counter() - prefilled
     statistics = jax.device_get(state.statistics)
-    histogram = statistics.accepted_histogram_Q.tolist()
+    histogram, exits = statistics.accepted_histogram_Q.tolist(), step.exits or (model.config.num_layers,)
     return Generation(
         tokens=[row[len(prompt) :] for row, prompt in zip(known_tokens(state), prompts, strict=True)],
         seconds=seconds,
@@ -212,15 +221,5 @@ def generate(
         drafted=int(statistics.drafted),
         accepted=sum(count * rounds for count, rounds in enumerate(histogram)),
         accepted_histogram=histogram,
+        exit_rounds=dict(zip(exits, statistics.exit_rounds_X.tolist(), strict=True)),
     )
-
-
-def first_layers(model: Transformer, exit_layer: int) -> Transformer:
-    """Return the model that leaves at ``exit_layer``: blocks [0, E) of an `unstacked` model, sharing its weights."""
-    if not 1 <= exit_layer <= model.config.num_layers:
-        raise UserError(f"exit layer {exit_layer} must be in 1..{model.config.num_layers}, the model's layers")
-    graph, state = nnx.split(model)
-    early = nnx.merge(graph, state)
-    early.blocks = nnx.List(list(model.blocks)[:exit_layer])
-    early.config = dataclasses.replace(model.config, num_layers=exit_layer)
-    return early

@@ -1,16 +1,21 @@
-"""The two ways to go one round further: plain (one token), and self-speculative (draft, verify, accept, roll back).
+"""The ways to go one round further: plain (one token), and speculative (draft, verify, accept, roll back).
 
 A round is a pure function ``(model, state) -> state`` on an `unstacked` model. It keeps what `state.py` promises.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from layerskip_jax.attention import LayerCache
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.decoding.policies import DraftPolicy, Outcome, Plan
 from layerskip_jax.decoding.sampling import Sampler
-from layerskip_jax.decoding.state import DecodeState, KVQCache, emit
+from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics, emit
 from layerskip_jax.model import Transformer
 
 
@@ -21,7 +26,24 @@ class Round(Protocol):
     def draft_length(self) -> int:
         """d: the most tokens a round drafts; a round emits d+1 at most."""
 
+    @property
+    def exits(self) -> Sequence[int]:
+        """The exits whose hidden states the KVQ cache keeps."""
+
+    def start(self, model: ModelConfig) -> Any:
+        """Return `DecodeState.memory` before the first round."""
+
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState: ...
+
+
+class Verdict(NamedTuple):
+    """What a verification says of the drafts, and (if it probed) of the exits; see `policies.Outcome`."""
+
+    accepted_B: jax.Array
+    next_B: jax.Array
+    probed: jax.Array
+    agreed_XQ: jax.Array
+    reached_XQ: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +52,10 @@ class Autoregressive:
 
     sampler: Sampler
     draft_length: int = 0
+    exits: Sequence[int] = ()
+
+    def start(self, model: ModelConfig) -> Any:
+        return ()
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         token_B, position_B = state.last_token()
@@ -38,89 +64,189 @@ class Autoregressive:
         x_B1D, layers = model.run_cached(x_B1D, position_B[:, None], state.cache.layers, 0, model.config.num_layers)
         next_B = self.sampler.draw(model.unembed(x_B1D)[:, 0], draw_key)
         state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=layers))
-        none_B = jnp.zeros_like(state.length_B)
-        return _finish(state, next_B[:, None], drafted_B=none_B, accepted_B=none_B)
+        return finish_round(state, *no_drafts(state), next_B)
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfSpeculative:
-    """Blocks [0, E) draft up to d tokens, blocks [E, L) verify them in one pass (LayerSkip section 4.3)."""
+    """Blocks [0, E) draft up to d tokens, blocks [E, L) verify them in one pass (LayerSkip section 4.3).
+
+    The policy plans E and d of each round. With one candidate exit and a fixed plan there is nothing to decide while
+    the program runs; with several, the blocks between two candidates run under a condition.
+    """
 
     sampler: Sampler
-    exit_layer: int
-    draft_length: int
+    policy: DraftPolicy
+
+    @property
+    def draft_length(self) -> int:
+        return self.policy.draft_length
+
+    @property
+    def exits(self) -> Sequence[int]:
+        return self.policy.exits
+
+    def start(self, model: ModelConfig) -> Any:
+        return self.policy.start(model)
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         key, draft_key, verify_key = jax.random.split(state.key, 3)
-        _, start_B = state.last_token()
-        cache, draft_Bd, evidence, drafted_B = self._draft(model, state, draft_key)
+        plan = self.policy.plan(state.memory)
+        cache, draft_Bd, evidence, drafted_B = self._draft(model, state, plan, draft_key)
 
-        # Verify: the exit queries of all d+1 positions go through the remaining blocks at once.
-        position_BQ = start_B[:, None] + jnp.arange(self.draft_length + 1)[None]
-        x_BQD, layers = model.run_cached(
-            cache.exit_query_BQD, position_BQ, cache.layers, self.exit_layer, model.config.num_layers
-        )
-        accepted_B, next_B = self.sampler.verify(model.unembed(x_BQD), draft_Bd, evidence, drafted_B, verify_key)
+        # The narrowest verification that holds every row's drafts and the token they follow.
+        needed, narrower = jnp.max(drafted_B) + 1, 0
+        none_B, none_XQ = jnp.zeros_like(state.length_B), jnp.zeros((len(self.exits), self.draft_length + 1))
+        verdict = Verdict(none_B, none_B, jnp.bool(False), none_XQ, none_XQ)
+        for width in self.policy.verify_widths:
+            verify = partial(self._verify, model, state, plan, verify_key, width, draft_Bd, evidence, drafted_B)
+            runs = (narrower < needed) & (needed <= width) if len(self.policy.verify_widths) > 1 else True
+            cache, verdict = run_if(runs, verify, (cache, verdict))
+            narrower = width
+        accepted_B, next_B = verdict.accepted_B, verdict.next_B
 
+        outcome = Outcome(plan, ~state.done_B, drafted_B, *verdict[:1], *verdict[2:])
+        memory = self.policy.learn(state.memory, outcome)
+        state = dataclasses.replace(state, key=key, memory=memory, cache=cache)
         # Accept the agreeing prefix and the full model's own token after it; the length that results is the rollback.
-        slot_BQ = jnp.arange(self.draft_length + 1)[None]
-        drafts_BQ = jnp.pad(draft_Bd, ((0, 0), (0, 1)))
-        new_BQ = jnp.where(slot_BQ < accepted_B[:, None], drafts_BQ, next_B[:, None])
-        state = dataclasses.replace(state, key=key, cache=dataclasses.replace(cache, layers=layers))
-        return _finish(state, new_BQ, drafted_B, accepted_B)
+        return finish_round(state, draft_Bd, drafted_B, accepted_B, next_B, plan.exit_index)
 
     def _draft(
-        self, model: Transformer, state: DecodeState, key: jax.Array
+        self, model: Transformer, state: DecodeState, plan: Plan, key: jax.Array
     ) -> tuple[KVQCache, jax.Array, Any, jax.Array]:
-        """Draft until every row has d tokens or an EOS; then take each last draft through the early blocks too."""
-        token_B, start_B = state.last_token()
-        B, d = token_B.shape[0], self.draft_length
+        """Draft until every row has its tokens or an EOS, and take each last draft through the early blocks too."""
+        start_token_B, start_B = state.last_token()
+        B, d = start_token_B.shape[0], self.draft_length
 
         def early_blocks(token_B: jax.Array, slot: jax.Array, cache: KVQCache) -> tuple[jax.Array, KVQCache]:
             position_B1 = (start_B + slot)[:, None]
-            x_B1D, layers = model.run_cached(
-                model.embed(token_B[:, None]), position_B1, cache.layers, 0, self.exit_layer
-            )
-            query_BQD = jax.lax.dynamic_update_slice(cache.exit_query_BQD, x_B1D, (0, slot, 0))
-            return x_B1D, KVQCache(layers, query_BQD)
+            x_B1D, layers, queries = model.embed(token_B[:, None]), cache.layers, []
+            for index, (first, last) in enumerate(zip((0, *self.exits), self.exits, strict=False)):
+                runs = index == 0 or plan.exit_index >= index
+                x_B1D, layers = _run_blocks_if(runs, model, x_B1D, position_B1, layers, first, last)
+                queries.append(jax.lax.dynamic_update_slice(cache.exit_query_BQD[index], x_B1D, (0, slot, 0)))
+            return x_B1D, KVQCache(layers, queries)
 
-        def go_on(carry: tuple[Any, ...]) -> jax.Array:
-            slot, _, _, _, _, _, drafting_B = carry
-            return (slot < d) & jnp.any(drafting_B)
+        def one_pass(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            slot, _, cache, drafting_B, *drafts = carry
+            x_B1D, cache = early_blocks(drafts[0], slot, cache)
 
-        def draft_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            slot, token_B, cache, draft_Bd, evidence, drafted_B, drafting_B = carry
-            x_B1D, cache = early_blocks(token_B, slot, cache)
-            token_B, new_evidence = self.sampler.propose(model.unembed(x_B1D)[:, 0], jax.random.fold_in(key, slot))
-            put = lambda all_Bd, one_B: jax.lax.dynamic_update_index_in_dim(all_Bd, one_B, slot, axis=1)  # noqa: E731
-            drafted_B = drafted_B + drafting_B
-            drafting_B = drafting_B & (token_B != state.eos)
-            evidence = jax.tree.map(put, evidence, new_evidence)
-            return slot + 1, token_B, cache, put(draft_Bd, token_B), evidence, drafted_B, drafting_B
+            def propose(drafting_B: jax.Array, *drafts: Any) -> tuple[Any, ...]:
+                _, draft_Bd, evidence, drafted_B = drafts
+                logits_BV = model.unembed(x_B1D)[:, 0]
+                token_B, new_evidence = self.sampler.propose(logits_BV, jax.random.fold_in(key, slot))
+                probability_B = jnp.take_along_axis(jax.nn.softmax(logits_BV), token_B[:, None], axis=1)[:, 0]
+                put = lambda all_Bd, one_B: jax.lax.dynamic_update_index_in_dim(all_Bd, one_B, slot, axis=1)  # noqa: E731
+                goes_on_B = (token_B != state.eos) & self.policy.goes_on(state.memory, probability_B)
+                evidence = jax.tree.map(put, evidence, new_evidence)
+                return drafting_B & goes_on_B, token_B, put(draft_Bd, token_B), evidence, drafted_B + drafting_B
+
+            drafts_more = (slot < plan.draft_length) & jnp.any(drafting_B)
+            carry = jax.lax.cond(drafts_more, propose, lambda *same: same, drafting_B, *drafts)
+            return slot + 1, drafts_more, cache, *carry
 
         logits = jax.ShapeDtypeStruct((B, model.config.vocab_size), jnp.float32)
         _, evidence_shapes = jax.eval_shape(self.sampler.propose, logits, key)
         evidence = jax.tree.map(lambda s: jnp.zeros((B, d, *s.shape[1:]), s.dtype), evidence_shapes)
-        none_B = jnp.zeros(B, jnp.int32)
-        carry = (jnp.int32(0), token_B, state.cache, jnp.zeros((B, d), jnp.int32), evidence, none_B, ~state.done_B)
-        slot, token_B, cache, draft_Bd, evidence, drafted_B, _ = jax.lax.while_loop(go_on, draft_one, carry)
-        _, cache = early_blocks(token_B, slot, cache)
+        drafts = (start_token_B, jnp.zeros((B, d), jnp.int32), evidence, jnp.zeros(B, jnp.int32))
+        carry = (jnp.int32(0), jnp.bool(True), state.cache, ~state.done_B, *drafts)
+        _, _, cache, _, _, draft_Bd, evidence, drafted_B = jax.lax.while_loop(lambda carry: carry[1], one_pass, carry)
         return cache, draft_Bd, evidence, drafted_B
 
+    def _verify(
+        self,
+        model: Transformer,
+        state: DecodeState,
+        plan: Plan,
+        key: jax.Array,
+        width: int,
+        draft_Bd: jax.Array,
+        evidence: Any,
+        drafted_B: jax.Array,
+        before: tuple[KVQCache, "Verdict"],
+    ) -> tuple[KVQCache, "Verdict"]:
+        """Take the exit queries of ``width`` positions through the remaining blocks at once, and judge the drafts."""
+        cache = before[0]
+        slot_BW = jnp.arange(width)[None]
+        position_BW = state.last_token()[1][:, None] + slot_BW
+        query_BWD, layers = [query_BQD[:, :width] for query_BQD in cache.exit_query_BQD], cache.layers
+        x_BWD = query_BWD[0]
+        for index, (first, last) in enumerate(zip(self.exits, self.exits[1:], strict=False), start=1):
+            x_BWD, layers = _run_blocks_if(plan.exit_index < index, model, x_BWD, position_BW, layers, first, last)
+            query_BWD[index] = x_BWD = jnp.where(plan.exit_index < index, x_BWD, query_BWD[index])
+        x_BWD, layers = model.run_cached(x_BWD, position_BW, layers, self.exits[-1], model.config.num_layers)
+        logits_BWV = model.unembed(x_BWD)
+        draft_Bw, evidence = draft_Bd[:, : width - 1], jax.tree.map(lambda e: e[:, : width - 1], evidence)
+        accepted_B, next_B = self.sampler.verify(logits_BWV, draft_Bw, evidence, drafted_B, key)
 
-def _finish(state: DecodeState, new_BQ: jax.Array, drafted_B: jax.Array, accepted_B: jax.Array) -> DecodeState:
+        # The context of a position is the full model's own up to the first draft that it refused.
+        valid_BW = (slot_BW <= accepted_B[:, None]) & ~state.done_B[:, None]
+
+        def compare(verdict: Verdict) -> Verdict:
+            agreed, reached = [], []
+            for x_BWD in query_BWD:
+                agrees_BW = self.sampler.agreement(model.unembed(x_BWD), logits_BWV) * valid_BW
+                all_agree_BW = jnp.cumprod(agrees_BW, axis=1)
+                agreed.append(jnp.sum(all_agree_BW, axis=0))
+                before_BW = jnp.pad(all_agree_BW[:, :-1], ((0, 0), (1, 0)), constant_values=1)
+                reached.append(jnp.sum(before_BW * valid_BW, axis=0))
+            fill = lambda sums: jnp.pad(jnp.stack(sums), ((0, 0), (0, self.draft_length + 1 - width)))  # noqa: E731
+            return verdict._replace(probed=jnp.bool(True), agreed_XQ=fill(agreed), reached_XQ=fill(reached))
+
+        verdict = before[1]._replace(accepted_B=accepted_B, next_B=next_B.astype(jnp.int32))
+        verdict = run_if(self.policy.probes(state.memory), compare, verdict)
+        return dataclasses.replace(cache, layers=layers), verdict
+
+
+Carry = TypeVar("Carry")
+
+
+def run_if(condition: bool | jax.Array, run: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """Return ``run(carry)`` if ``condition`` says so, else ``carry``.
+
+    By a loop of one turn or none: a loop updates the cache in place, where XLA copies what a conditional returns.
+    """
+    if isinstance(condition, bool):
+        return run(carry) if condition else carry
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: run(carry), carry)
+
+
+def _run_blocks_if(
+    condition: bool | jax.Array,
+    model: Transformer,
+    x_BTD: jax.Array,
+    position_BT: jax.Array,
+    layers: list[LayerCache],
+    first: int,
+    last: int,
+) -> tuple[jax.Array, list[LayerCache]]:
+    """Run blocks [first, last) if ``condition`` says so, else return what came in."""
+    return run_if(
+        condition, lambda carry: model.run_cached(carry[0], position_BT, carry[1], first, last), (x_BTD, layers)
+    )
+
+
+def no_drafts(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return ``draft_Bd, drafted_B, accepted_B`` of a round that drafts nothing."""
+    none_B = jnp.zeros_like(state.length_B)
+    return none_B[:, None][:, :0], none_B, none_B
+
+
+def finish_round(
+    state: DecodeState,
+    draft_Bd: jax.Array,
+    drafted_B: jax.Array,
+    accepted_B: jax.Array,
+    next_B: jax.Array,
+    exit_index: int | jax.Array = 0,
+) -> DecodeState:
     """Emit each row's accepted drafts and the token after them, and count."""
-    active_B = ~state.done_B
-    state, emitted_B = emit(state, new_BQ, accepted_B + 1)
-    old = state.statistics
-    buckets_Q = old.accepted_histogram_Q.shape[0]
-    counted_BQ = jax.nn.one_hot(accepted_B, buckets_Q, dtype=jnp.int32) * active_B[:, None]
-    statistics = dataclasses.replace(
-        old,
+    active_B, old = ~state.done_B, state.statistics
+    counted_BQ = jax.nn.one_hot(accepted_B, draft_Bd.shape[1] + 1, dtype=jnp.int32) * active_B[:, None]
+    statistics = Statistics(
         rounds=old.rounds + 1,
         drafted=old.drafted + jnp.sum(drafted_B * active_B),
         accepted_histogram_Q=old.accepted_histogram_Q + jnp.sum(counted_BQ, axis=0),
-        accepted_B=jnp.minimum(accepted_B, emitted_B),
-        emitted_B=emitted_B,
+        exit_rounds_X=old.exit_rounds_X.at[exit_index].add(1),
     )
-    return dataclasses.replace(state, statistics=statistics)
+    return dataclasses.replace(emit(state, draft_Bd, accepted_B, next_B), statistics=statistics)

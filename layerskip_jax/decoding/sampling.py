@@ -31,6 +31,12 @@ class Sampler(Protocol):
         ``evidence`` is what `propose` returned, stacked to [B, d, ...].
         """
 
+    def certainty(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
+        """Return the evidence of drafts that were not drawn but are certain: as if `propose` could say nothing else."""
+
+    def agreement(self, exit_logits_BQV: jax.Array, logits_BQV: jax.Array) -> jax.Array:
+        """Return the probability, at each position, that a draft from the first logits is accepted by the second."""
+
 
 def _accepted_prefix(agrees_Bd: jax.Array, drafted_B: jax.Array) -> jax.Array:
     """Return how many drafts each row accepts: those before its first disagreement, ``drafted_B`` at most."""
@@ -54,6 +60,12 @@ class Greedy:
         full_BQ = jnp.argmax(logits_BQV, axis=-1)
         accepted_B = _accepted_prefix(draft_Bd == full_BQ[:, :-1], drafted_B)
         return accepted_B, jnp.take_along_axis(full_BQ, accepted_B[:, None], axis=1)[:, 0]
+
+    def certainty(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
+        return ()
+
+    def agreement(self, exit_logits_BQV: jax.Array, logits_BQV: jax.Array) -> jax.Array:
+        return (jnp.argmax(exit_logits_BQV, axis=-1) == jnp.argmax(logits_BQV, axis=-1)).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +120,13 @@ class Stochastic:
         # Rounding can leave nothing of p - q where p equals q; then p itself is the right distribution.
         rest_BV = jnp.where(jnp.sum(rest_BV, axis=-1, keepdims=True) > 0, rest_BV, p_BV)
         return accepted_B, jax.random.categorical(draw_key, jnp.log(rest_BV))
+
+    def certainty(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
+        return jax.nn.one_hot(draft_Bd, vocabulary)
+
+    def agreement(self, exit_logits_BQV: jax.Array, logits_BQV: jax.Array) -> jax.Array:
+        """``sum_x min(p(x), q(x))``: the mean of the acceptance rule over drafts (arXiv 2211.17192, Theorem 3.5)."""
+        return jnp.sum(jnp.minimum(self.probabilities(exit_logits_BQV), self.probabilities(logits_BQV)), axis=-1)
 
 
 def make_sampler(config: DecodeConfig) -> Sampler:

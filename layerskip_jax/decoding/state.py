@@ -8,6 +8,7 @@ position i sees slots up to i, and slot i is written when position i is processe
 """
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -20,11 +21,12 @@ from layerskip_jax.attention import LayerCache
 class KVQCache:
     """The one cache of both stages (LayerSkip section 4.3.3): keys and values of all blocks, and the exit queries.
 
-    ``exit_query_BQD`` holds x_E of the Q = d+1 positions of the running round: the verification starts from it.
+    ``exit_query_BQD`` holds x_E of the Q = d+1 positions of the running round, for each exit E that may draft: the
+    verification starts from it.
     """
 
     layers: list[LayerCache]
-    exit_query_BQD: jax.Array
+    exit_query_BQD: list[jax.Array]
 
 
 @flax.struct.dataclass
@@ -34,8 +36,7 @@ class Statistics:
     rounds: jax.Array  # of the loop
     drafted: jax.Array  # tokens the early layers proposed
     accepted_histogram_Q: jax.Array  # rounds of a row in which exactly 0..d drafts were accepted
-    accepted_B: jax.Array  # drafts accepted in the last round, for streaming
-    emitted_B: jax.Array  # tokens emitted in the last round, for streaming
+    exit_rounds_X: jax.Array  # rounds of the loop at each exit that may draft (or at which tokens may leave)
 
 
 @flax.struct.dataclass
@@ -43,11 +44,13 @@ class DecodeState:
     """See the module's docstring for what holds between rounds. S is the capacity, past every row's ``limit_B``."""
 
     tokens_BS: jax.Array
+    drafted_BS: jax.Array  # which of the known tokens were drafts
     length_B: jax.Array  # known tokens
     limit_B: jax.Array  # known tokens at which a row is done
     done_B: jax.Array
     eos: jax.Array  # the token that ends a row; -1 is none
     cache: KVQCache
+    memory: Any  # what a draft policy remembers from round to round
     key: jax.Array
     statistics: Statistics
 
@@ -57,22 +60,27 @@ class DecodeState:
         return jnp.take_along_axis(self.tokens_BS, position_B[:, None], axis=1)[:, 0], position_B
 
 
-def emit(state: DecodeState, new_BQ: jax.Array, count_B: jax.Array) -> tuple[DecodeState, jax.Array]:
-    """Append the first ``count_B`` tokens of ``new_BQ`` to each row, ending a row after its EOS or at its limit.
+def emit(state: DecodeState, draft_Bd: jax.Array, accepted_B: jax.Array, next_B: jax.Array) -> DecodeState:
+    """Append each row's accepted drafts and the token after them, ending a row after its EOS or at its limit.
 
-    Return the new state and how many tokens each row really got (0 for rows that were done). All Q tokens are
-    written and ``length_B`` says how many are known: the capacity leaves room for them.
+    Rows that were done get nothing. All Q = d+1 slots are written and ``length_B`` says how many are known: the
+    capacity leaves room for them.
     """
-    slot_BQ = jnp.arange(new_BQ.shape[1])[None]
-    is_eos_BQ = (new_BQ == state.eos) & (slot_BQ < count_B[:, None])
+    slot_BQ = jnp.arange(draft_Bd.shape[1] + 1)[None]
+    is_draft_BQ = slot_BQ < accepted_B[:, None]
+    new_BQ = jnp.where(is_draft_BQ, jnp.pad(draft_Bd, ((0, 0), (0, 1))), next_B[:, None])
+    is_eos_BQ = (new_BQ == state.eos) & (slot_BQ <= accepted_B[:, None])
     has_eos_B = jnp.any(is_eos_BQ, axis=1)
-    count_B = jnp.where(has_eos_B, jnp.argmax(is_eos_BQ, axis=1) + 1, count_B)
+    count_B = jnp.where(has_eos_B, jnp.argmax(is_eos_BQ, axis=1), accepted_B) + 1
     room_B = state.limit_B - state.length_B
     ends_with_eos_B = has_eos_B & (count_B <= room_B)
-    count_B = jnp.where(state.done_B, 0, jnp.minimum(count_B, room_B))
+    length_B = state.length_B + jnp.where(state.done_B, 0, jnp.minimum(count_B, room_B))
 
     write_row = jax.vmap(lambda row_S, new_Q, start: jax.lax.dynamic_update_slice(row_S, new_Q, (start,)))
-    length_B = state.length_B + count_B
-    done_B = state.done_B | ends_with_eos_B | (length_B >= state.limit_B)
-    tokens_BS = write_row(state.tokens_BS, new_BQ, state.length_B)
-    return dataclasses.replace(state, tokens_BS=tokens_BS, length_B=length_B, done_B=done_B), count_B
+    return dataclasses.replace(
+        state,
+        tokens_BS=write_row(state.tokens_BS, new_BQ, state.length_B),
+        drafted_BS=write_row(state.drafted_BS, is_draft_BQ, state.length_B),
+        length_B=length_B,
+        done_B=state.done_B | ends_with_eos_B | (length_B >= state.limit_B),
+    )

@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 from layerskip_jax.config import DecodeConfig, ModelConfig
-from layerskip_jax.decoding.cost import predicted_speedup
-from layerskip_jax.decoding.text import Answer, Completion, Piece, TextGenerator, exit_layer_of
+from layerskip_jax.decoding.cost import head_share, measured_bandwidth, round_cost, weight_bytes, weight_count
+from layerskip_jax.decoding.text import Answer, Completion, Piece, TextGenerator
 
 GREEN, YELLOW, DIM, END = "\033[32m", "\033[33m", "\033[2m", "\033[0m"
 
@@ -47,12 +47,14 @@ class Report:
     tokens_per_second: float
     rounds: int
     tokens_per_round: float
-    exit_layer: int
-    draft_length: int
     num_layers: int
+    exit_rounds: dict[int, int]  # rounds (mode early_exit: tokens) at each exit
+    drafted_per_round: float
     acceptance: float
     accepted_histogram: list[int]
     predicted_speedup: float
+    predicted_tokens_per_second: float  # by the memory's bandwidth
+    bandwidth: float  # [bytes/s]
     plain_tokens_per_second: float = math.nan
     speedup: float = math.nan
     identical: bool | None = None
@@ -62,27 +64,35 @@ class Report:
         """Add up ``answers``; rates are over the rounds alone, without prefill and compilation."""
         parts = [answer.generation for answer in answers]
         histogram = [sum(counts) for counts in zip(*(part.accepted_histogram for part in parts), strict=True)]
+        at_exit = {exit: sum(part.exit_rounds[exit] for part in parts) for exit in parts[0].exit_rounds}
         new_tokens, rounds_of_rows = sum(part.new_tokens for part in parts), sum(histogram)
+        rounds = sum(part.rounds for part in parts)
         drafted, accepted = sum(part.drafted for part in parts), sum(part.accepted for part in parts)
-        speculates = config.mode == "self_speculative"
-        exit_layer = exit_layer_of(config, model) if config.mode != "autoregressive" else model.num_layers
-        tokens_per_round = new_tokens / rounds_of_rows
-        predicted = (
-            predicted_speedup(model, exit_layer, drafted / rounds_of_rows, tokens_per_round) if speculates else math.nan
-        )
+        # The mean cost over rounds at different exits is the cost at their mean, which is linear in d E.
+        mean_exit = sum(exit * count for exit, count in at_exit.items()) / sum(at_exit.values())
+        drafted_per_round, bandwidth = drafted / rounds_of_rows, measured_bandwidth()
+        if config.mode == "early_exit":
+            cost = round_cost(model, 0, 0) - (1 - head_share(model)) * (1 - mean_exit / model.num_layers)
+        elif config.mode == "prompt_lookup":
+            cost = round_cost(model, 0, 0)
+        else:
+            cost = round_cost(model, mean_exit, drafted_per_round)
+        seconds = weight_count(model) * weight_bytes(model) / bandwidth * cost
         return cls(
             mode=config.mode,
             prompts=sum(len(answer.completions) for answer in answers),
             new_tokens=new_tokens,
             tokens_per_second=new_tokens / sum(part.seconds for part in parts),
-            rounds=sum(part.rounds for part in parts),
-            tokens_per_round=tokens_per_round,
-            exit_layer=exit_layer,
-            draft_length=config.draft_length if speculates else 0,
+            rounds=rounds,
+            tokens_per_round=new_tokens / rounds_of_rows,
             num_layers=model.num_layers,
+            exit_rounds=at_exit,
+            drafted_per_round=drafted_per_round,
             acceptance=accepted / drafted if drafted else math.nan,
             accepted_histogram=histogram,
-            predicted_speedup=predicted,
+            predicted_speedup=new_tokens / rounds_of_rows / cost,
+            predicted_tokens_per_second=new_tokens / rounds / seconds,
+            bandwidth=bandwidth,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,12 +104,18 @@ class Report:
     def text(self) -> str:
         """Return the numbers as a few lines, with a plain word where speculation does not pay."""
         lines = [f"{self.new_tokens} tokens from {self.prompts} prompt(s), {self.tokens_per_second:.0f} tokens/s"]
+        lines.append(
+            f"the memory's limit at {self.bandwidth / 1e9:.1f} GB/s: {self.predicted_tokens_per_second:.0f} tokens/s; "
+            f"measured/predicted {self.tokens_per_second / self.predicted_tokens_per_second:.2f}"
+        )
+        at_exits = ", ".join(f"{exit} of {self.num_layers} ({n})" for exit, n in self.exit_rounds.items() if n)
         if self.mode == "early_exit":
-            lines.append(f"early exit after layer {self.exit_layer} of {self.num_layers}: not the full model's text")
-        if self.mode == "self_speculative":
+            lines.append(f"lossy, not the full model's text; tokens left after layer {at_exits}")
+        if self.mode in ("self_speculative", "prompt_lookup"):
+            way = f"self-speculative, exit {at_exits}" if self.mode == "self_speculative" else "prompt lookup"
             lines.append(
-                f"self-speculative, exit {self.exit_layer} of {self.num_layers}, draft length {self.draft_length}: "
-                f"acceptance {self.acceptance:.1%}, {self.tokens_per_round:.2f} tokens a round, {self.rounds} rounds"
+                f"{way}: {self.drafted_per_round:.2f} drafts a round, acceptance {self.acceptance:.1%}, "
+                f"{self.tokens_per_round:.2f} tokens a round, {self.rounds} rounds"
             )
             lines.append(_histogram(self.accepted_histogram))
         if self.identical is not None:
@@ -109,11 +125,11 @@ class Report:
                 f"(the cost model says {self.predicted_speedup:.2f}x); {texts}"
             )
         measured = self.speedup if not math.isnan(self.speedup) else self.predicted_speedup
-        if measured < 1:
+        if measured < 1 and self.mode == "self_speculative":
             how = "measured" if not math.isnan(self.speedup) else "by the cost model"
             lines.append(
-                f"speculation does not pay here ({measured:.2f}x, {how}): try another --exit_layer or a smaller "
-                "--draft_length, or --mode autoregressive"
+                f"speculation does not pay here ({measured:.2f}x, {how}): try --policy adaptive, another "
+                "--exit_layer or a smaller --draft_length, or --mode autoregressive"
             )
         return "\n".join(lines)
 

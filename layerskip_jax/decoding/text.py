@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from layerskip_jax.config import DecodeConfig, ModelConfig
+import numpy as np
+
+from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.decoding.engine import Generation, first_layers, generate, known_tokens
-from layerskip_jax.decoding.rounds import Autoregressive, Round, SelfSpeculative
-from layerskip_jax.decoding.sampling import Sampler, make_sampler
+from layerskip_jax.decoding.configure import configured
+from layerskip_jax.decoding.engine import Generation, generate, known_tokens
 from layerskip_jax.decoding.state import DecodeState
-from layerskip_jax.errors import UserError
 from layerskip_jax.model import Transformer
 
 ROUNDS_BETWEEN_STOP_CHECKS = 8
@@ -43,14 +43,6 @@ class Piece:
     drafted: bool
 
 
-def exit_layer_of(config: DecodeConfig, model: ModelConfig) -> int:
-    """Return E in 1..L: as configured, or a quarter of the layers."""
-    exit_layer = config.exit_layer or max(1, model.num_layers // 4)
-    if exit_layer > model.num_layers:
-        raise UserError(f"exit_layer {exit_layer} must be in 1..{model.num_layers}, the model's layers")
-    return exit_layer
-
-
 class TextGenerator:
     """Generates text with an `unstacked` model in the way that a `DecodeConfig` says."""
 
@@ -58,10 +50,7 @@ class TextGenerator:
         tokenizer.check_vocabulary(model.config.vocab_size)
         self.tokenizer, self.config = tokenizer, config
         self._eos = -1 if config.ignore_eos else tokenizer.eos_id
-        exit_layer, sampler = exit_layer_of(config, model.config), make_sampler(config)
-        self.model, self.round = model, _round_of(config.mode, sampler, exit_layer, config.draft_length)
-        if config.mode == "early_exit":
-            self.model = first_layers(model, exit_layer)
+        self.model, self.round = configured(config, model)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt, after the BOS that begins every training document."""
@@ -90,7 +79,7 @@ class TextGenerator:
             eos=self._eos,
             seed=self.config.seed,
             look=look if show or self.config.stop else None,
-            look_every=1 if show else ROUNDS_BETWEEN_STOP_CHECKS,
+            look_every=self.config.stream_every if show else ROUNDS_BETWEEN_STOP_CHECKS,
         )
         completions = [self._complete(*row) for row in zip(prompts, generation.tokens, strict=True)]
         return Answer(completions, dataclasses.replace(generation, tokens=[c.tokens for c in completions]))
@@ -113,10 +102,6 @@ class TextGenerator:
         return Completion(prompt, text, new, "eos" if new and new[-1] == self._eos else "length")
 
 
-def _round_of(mode: str, sampler: Sampler, exit_layer: int, draft_length: int) -> Round:
-    return SelfSpeculative(sampler, exit_layer, draft_length) if mode == "self_speculative" else Autoregressive(sampler)
-
-
 class _Stream:
     """Turns the states of one row into pieces of text, each shown once and never taken back.
 
@@ -124,24 +109,24 @@ class _Stream:
     """
 
     def __init__(self, generator: TextGenerator, prompt_length: int):
-        self._generator, self._prompt_length, self._shown = generator, prompt_length, 0
+        self._generator, self._prompt_length = generator, prompt_length
+        self._tokens = self._shown = 0  # tokens seen, and characters passed on, so far
 
     def pieces(self, state: DecodeState) -> list[Piece]:
         new = known_tokens(state)[0][self._prompt_length :]
-        emitted, accepted = int(state.statistics.emitted_B[0]), int(state.statistics.accepted_B[0])
-        text = self._decode(new)
+        is_draft = np.asarray(state.drafted_BS[0])[self._prompt_length :]
         done = bool(state.done_B[0])
-        if done:
-            text = self._generator.text(new)
+        text = self._generator.text(new) if done else self._decode(new)
         stop = self._generator.stop_at(text)
         end = stop if stop >= 0 else len(text) - (0 if done else self._held_back(text))
-        began = min(len(self._decode(new[: len(new) - emitted])), end)
-        middle = min(len(self._decode(new[: len(new) - emitted + accepted])), end)
         pieces = []
-        for until, drafted in ((began, False), (middle, True), (end, False)):
-            if until > self._shown:
-                pieces.append(Piece(text[self._shown : until], drafted))
-                self._shown = until
+        for count in range(self._tokens + 1, len(new) + 1):
+            if count == len(new) or is_draft[count] != is_draft[count - 1]:
+                until = end if count == len(new) else min(len(self._decode(new[:count])), end)
+                if until > self._shown:
+                    pieces.append(Piece(text[self._shown : until], bool(is_draft[count - 1])))
+                    self._shown = until
+        self._tokens = len(new)
         return pieces
 
     def _decode(self, new: list[int]) -> str:

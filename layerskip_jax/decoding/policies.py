@@ -1,0 +1,211 @@
+"""Draft policies: small pure objects that say from which exit the next round drafts, and for how long.
+
+A policy is hashable (it is static under jit) and remembers nothing itself: what it learns is its *memory*, a pytree
+that the loop carries. To make one, subclass `Fixed` and override what differs. None of them can change the tokens that
+come out: every draft is verified.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.decoding.cost import round_cost
+from layerskip_jax.errors import UserError
+
+
+class Plan(NamedTuple):
+    """What the next round does. Python numbers are compiled in; arrays are decided while the program runs."""
+
+    exit_index: int | jax.Array  # into `DraftPolicy.exits`
+    draft_length: int | jax.Array  # tokens to draft, 0 to `DraftPolicy.draft_length`
+
+
+class Outcome(NamedTuple):
+    """What the round showed. X candidate exits."""
+
+    plan: Plan
+    active_B: jax.Array  # rows that were not done
+    drafted_B: jax.Array
+    accepted_B: jax.Array
+    probed: jax.Array  # whether all candidate exits were compared with the full model
+    agreed_XQ: (
+        jax.Array
+    )  # rows whose first q+1 tokens each exit drafts rightly, summed over active rows; 0 unless probed
+    reached_XQ: jax.Array  # rows whose first q it drafts rightly, and of which the next was compared
+
+
+class DraftPolicy(Protocol):
+    """What `rounds.SelfSpeculative` asks of a policy."""
+
+    @property
+    def exits(self) -> Sequence[int]:
+        """Candidate exit layers, rising, each in 1..L."""
+
+    @property
+    def draft_length(self) -> int:
+        """d: the most tokens a round drafts."""
+
+    @property
+    def verify_widths(self) -> Sequence[int]:
+        """How many positions a verification is compiled for, rising, the last one d+1; the narrowest that fits runs."""
+
+    def start(self, model: ModelConfig) -> Any:
+        """Return the memory before the first round."""
+
+    def plan(self, memory: Any) -> Plan: ...
+
+    def probes(self, memory: Any) -> bool | jax.Array:
+        """Say whether this round compares all candidate exits with the full model (the head runs once for each)."""
+
+    def goes_on(self, memory: Any, probability_B: jax.Array) -> jax.Array:
+        """Say which rows draft another token after one that the exit gave this probability (at temperature 1)."""
+
+    def learn(self, memory: Any, outcome: Outcome) -> Any:
+        """Return the memory after a round."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """Always the same exit and the same number of drafts."""
+
+    exit_layer: int
+    draft_length: int
+
+    @property
+    def exits(self) -> Sequence[int]:
+        return (self.exit_layer,)
+
+    @property
+    def verify_widths(self) -> Sequence[int]:
+        return (self.draft_length + 1,)
+
+    def start(self, model: ModelConfig) -> Any:
+        return ()
+
+    def plan(self, memory: Any) -> Plan:
+        return Plan(0, self.draft_length)
+
+    def probes(self, memory: Any) -> bool | jax.Array:
+        return False
+
+    def goes_on(self, memory: Any, probability_B: jax.Array) -> jax.Array:
+        return jnp.ones_like(probability_B, bool)
+
+    def learn(self, memory: Any, outcome: Outcome) -> Any:
+        return memory
+
+
+def three_widths(draft_length: int) -> Sequence[int]:
+    """Return 1, 1 + d/2 and 1 + d: positions to compile a verification for, where rounds differ in length.
+
+    >>> three_widths(12), three_widths(1)
+    ((1, 7, 13), (1, 2))
+    """
+    return tuple(sorted({1, 1 + draft_length // 2, 1 + draft_length}))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfidenceStop(Fixed):
+    """Stop drafting after a token that the exit gave a probability below ``threshold``."""
+
+    threshold: float = 0.5
+
+    @property
+    def verify_widths(self) -> Sequence[int]:
+        return three_widths(self.draft_length)
+
+    def goes_on(self, memory: Any, probability_B: jax.Array) -> jax.Array:
+        return probability_B >= self.threshold
+
+
+class Acceptance(NamedTuple):
+    """The memory of `Adaptive`: discounted counts as in `Outcome`, the number of rounds, and the constant costs."""
+
+    agreed_Xd: jax.Array
+    reached_Xd: jax.Array
+    rounds: jax.Array
+    cost_XQ: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive(Fixed):
+    """Before each round, choose the exit E and the draft length that promise the most tokens for their cost.
+
+    In the manner of DEL (arXiv 2504.05598), inside the loop and without recompiling:
+
+        E, n = argmax (1 + s_E(1) + ... + s_E(n)) / cost(E, n),    s_E(n) = a_E(1) ... a_E(n)
+
+    a_E(i) is the chance that draft i is accepted after i-1 were, estimated from the last ``horizon`` positions, about.
+    The exit in use shows it in every round; every ``probe_every`` rounds all candidates are compared with the full
+    model at the positions just verified, for one run of the head each. n = 0 is plain decoding; the costs are those of
+    `cost.round_cost`. ``exit_layer`` is the only candidate if there are no ``candidates``.
+    """
+
+    candidates: tuple[int, ...] = ()
+    probe_every: int = 4
+    horizon: float = 100.0
+    width_cost: float = 0.0
+
+    def __post_init__(self) -> None:
+        if list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
+            raise UserError(f"candidate exits must rise from 1 on, not {self.candidates}")
+
+    @property
+    def exits(self) -> Sequence[int]:
+        return self.candidates or (self.exit_layer,)
+
+    @property
+    def verify_widths(self) -> Sequence[int]:
+        return three_widths(self.draft_length)
+
+    def start(self, model: ModelConfig) -> Any:
+        lengths = range(self.draft_length + 1)
+        costs = [[round_cost(model, exit, d, self.width_cost) for d in lengths] for exit in self.exits]
+        none_Xd = jnp.zeros((len(self.exits), self.draft_length))
+        return Acceptance(none_Xd, none_Xd, jnp.int32(0), jnp.asarray(np.array(costs, np.float32)))
+
+    def plan(self, memory: Any) -> Plan:
+        # Where little was seen, a guess stands in: of an exit a half, of its i-th draft what the exit does in general.
+        rate_X1 = (jnp.sum(memory.agreed_Xd, 1, keepdims=True) + 1) / (jnp.sum(memory.reached_Xd, 1, keepdims=True) + 2)
+        rate_Xd = (memory.agreed_Xd + 2 * rate_X1) / (memory.reached_Xd + 2)
+        tokens_XQ = 1 + jnp.pad(jnp.cumsum(jnp.cumprod(rate_Xd, axis=1), axis=1), ((0, 0), (1, 0)))
+        best = jnp.argmax(tokens_XQ / memory.cost_XQ)
+        return Plan(best // tokens_XQ.shape[1], best % tokens_XQ.shape[1])
+
+    def probes(self, memory: Any) -> bool | jax.Array:
+        return memory.rounds % self.probe_every == 0
+
+    def learn(self, memory: Any, outcome: Outcome) -> Any:
+        d, X = self.draft_length, len(self.exits)
+        # Without a probe, the round itself: drafts before the accepted count agreed, and the one at it was refused.
+        draft_Bd = jnp.arange(d)[None]
+        accepted_B1, drafted_B1 = outcome.accepted_B[:, None], outcome.drafted_B[:, None]
+        seen_Bd = (draft_Bd <= accepted_B1) & (draft_Bd < drafted_B1) & outcome.active_B[:, None]
+        is_used_X1 = (jnp.arange(X) == outcome.plan.exit_index)[:, None]
+        of_round = [
+            is_used_X1 * jnp.sum(seen_Bd & other_Bd, axis=0)[None] for other_Bd in (draft_Bd < accepted_B1, seen_Bd)
+        ]
+        of_probe = (outcome.agreed_XQ[:, :d], outcome.reached_XQ[:, :d])
+        agreed_Xd, reached_Xd = (
+            jnp.where(outcome.probed, probe, used) for probe, used in zip(of_probe, of_round, strict=True)
+        )
+        keep_X1 = jnp.exp(-jnp.sum(reached_Xd, axis=1, keepdims=True) / self.horizon)
+        return memory._replace(
+            agreed_Xd=memory.agreed_Xd * keep_X1 + agreed_Xd,
+            reached_Xd=memory.reached_Xd * keep_X1 + reached_Xd,
+            rounds=memory.rounds + 1,
+        )
+
+
+def default_candidates(num_layers: int) -> tuple[int, ...]:
+    """Return the exits that `Adaptive` chooses among where nothing else is said: an eighth, a quarter, half of L.
+
+    >>> default_candidates(16), default_candidates(4)
+    ((2, 4, 8), (1, 2))
+    """
+    return tuple(sorted({max(1, num_layers // part) for part in (8, 4, 2)}))

@@ -1,0 +1,68 @@
+"""Prompt lookup: draft what followed the last time that the text ended like this. No early layers, no training.
+
+The baseline to hold self-speculation against, in the same interface and just as lossless.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.decoding.rounds import finish_round
+from layerskip_jax.decoding.sampling import Sampler
+from layerskip_jax.decoding.state import DecodeState
+from layerskip_jax.model import Transformer
+
+
+def look_up(tokens_BS: jax.Array, length_B: jax.Array, longest: int, draft_length: int) -> tuple[jax.Array, jax.Array]:
+    """Return ``draft_Bd`` and ``drafted_B``: what followed the latest of the longest earlier matches of a row's end.
+
+    A match is of the last 1 to ``longest`` tokens; without one nothing is drafted. Past the end of the text the draft
+    goes on with its own beginning, as periodic text does.
+
+    >>> tokens = jnp.array([[5, 1, 2, 3, 4, 1, 2, 0]])
+    >>> [a.tolist() for a in look_up(tokens, jnp.array([7]), longest=3, draft_length=3)]
+    [[[3, 4, 1]], [3]]
+    """
+    slot_1S, length_B1 = jnp.arange(tokens_BS.shape[1])[None], length_B[:, None]
+    matches_BS = (slot_1S >= 1) & (slot_1S < length_B1)  # a match may end before any slot with a known token
+    score_BS = jnp.zeros(tokens_BS.shape, jnp.int32)
+    for back in range(1, longest + 1):
+        end_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(length_B1 - back, 0), axis=1)
+        matches_BS &= (jnp.roll(tokens_BS, back, axis=1) == end_B1) & (slot_1S >= back)
+        score_BS += matches_BS
+    best_B1 = jnp.argmax(score_BS * tokens_BS.shape[1] + slot_1S, axis=1)[:, None]
+    found_B1 = jnp.take_along_axis(score_BS, best_B1, axis=1) > 0
+    slot_Bd = best_B1 + jnp.arange(draft_length)[None] % jnp.where(found_B1, length_B1 - best_B1, 1)
+    return jnp.take_along_axis(tokens_BS, slot_Bd, axis=1), jnp.where(found_B1[:, 0], draft_length, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLookup:
+    """Draft by `look_up`, and verify through all blocks in one pass."""
+
+    sampler: Sampler
+    draft_length: int
+    longest: int = 3
+    exits: Sequence[int] = ()
+
+    def start(self, model: ModelConfig) -> Any:
+        return ()
+
+    def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
+        key, verify_key = jax.random.split(state.key)
+        token_B, position_B = state.last_token()
+        draft_Bd, drafted_B = look_up(state.tokens_BS, state.length_B, self.longest, self.draft_length)
+        drafted_B = jnp.where(state.done_B, 0, drafted_B)
+        token_BQ = jnp.concatenate([token_B[:, None], draft_Bd], axis=1)
+        slot_BQ = jnp.arange(self.draft_length + 1)[None]
+        x_BQD, layers = model.run_cached(
+            model.embed(token_BQ), position_B[:, None] + slot_BQ, state.cache.layers, 0, model.config.num_layers
+        )
+        evidence = self.sampler.certainty(draft_Bd, model.config.vocab_size)
+        accepted_B, next_B = self.sampler.verify(model.unembed(x_BQD), draft_Bd, evidence, drafted_B, verify_key)
+        state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=layers))
+        return finish_round(state, draft_Bd, drafted_B, accepted_B, next_B)

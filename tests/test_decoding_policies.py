@@ -1,0 +1,246 @@
+"""Draft policies, prompt lookup and confident exits: what they choose, by hand and against oracles."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import tiny_config, tiny_model
+from test_decoding_lossless import NeverAgrees, with_tail
+
+from layerskip_jax.decoding.confident_exit import ConfidentExit
+from layerskip_jax.decoding.engine import generate, run_rounds, start
+from layerskip_jax.decoding.policies import Acceptance, Adaptive, ConfidenceStop, Fixed, Outcome, Plan
+from layerskip_jax.decoding.prompt_lookup import PromptLookup, look_up
+from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
+from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.errors import UserError
+
+PROMPTS = [[1, 2, 3], [4]]
+
+
+def test_confidence_stop_drafts_one_token_if_never_sure_and_all_if_always_sure():
+    model = tiny_model(1).unstacked()
+    never = generate(model, PROMPTS, 30, SelfSpeculative(Greedy(), ConfidenceStop(2, 5, 1.0)))
+    always = generate(model, PROMPTS, 30, SelfSpeculative(Greedy(), ConfidenceStop(2, 5, 0.0)))
+    assert sum(never.accepted_histogram[2:]) == 0
+    assert never.drafted == sum(never.accepted_histogram)
+    assert always == dataclasses.replace(
+        generate(model, PROMPTS, 30, SelfSpeculative(Greedy(), Fixed(2, 5))),
+        seconds=always.seconds,
+        prefill_seconds=always.prefill_seconds,
+    )
+
+
+def test_adaptive_plans_by_the_formula():
+    policy = Adaptive(2, 3, candidates=(1, 2))
+    agreed = jnp.array([[9.0, 4.0, 2.0], [18.0, 17.0, 16.0]])
+    reached = jnp.array([[18.0, 9.0, 4.0], [19.0, 18.0, 17.0]])
+    cost = np.array([[1.0, 1.2, 1.4, 1.6], [1.0, 1.4, 1.8, 2.2]])
+    promised = {}
+    for exit_index in range(2):
+        rate = (agreed[exit_index].sum() + 1) / (reached[exit_index].sum() + 2)
+        survival = 1.0
+        tokens = 1.0
+        promised[exit_index, 0] = 1.0
+        for length in range(1, 4):
+            seen = reached[exit_index, length - 1]
+            survival *= float((agreed[exit_index, length - 1] + 2 * rate) / (seen + 2))
+            tokens += survival
+            promised[exit_index, length] = tokens / cost[exit_index, length]
+    plan = policy.plan(Acceptance(agreed, reached, jnp.int32(5), jnp.asarray(cost)))
+    assert (int(plan.exit_index), int(plan.draft_length)) == max(promised, key=promised.get) == (1, 3)
+
+
+def test_adaptive_learns_by_hand():
+    policy = Adaptive(2, 3, candidates=(1, 2), horizon=1e9)
+    none = jnp.zeros((2, 4))
+    # Rows: 2 of 3 drafts accepted; all 3 accepted; one that is done.
+    outcome = Outcome(
+        Plan(jnp.int32(1), jnp.int32(3)),
+        active_B=jnp.array([True, True, False]),
+        drafted_B=jnp.array([3, 3, 3]),
+        accepted_B=jnp.array([2, 3, 1]),
+        probed=jnp.bool(False),
+        agreed_XQ=none,
+        reached_XQ=none,
+    )
+    memory = policy.learn(policy.start(tiny_config()), outcome)
+    assert memory.agreed_Xd.tolist() == [[0, 0, 0], [2, 2, 1]]
+    assert memory.reached_Xd.tolist() == [[0, 0, 0], [2, 2, 2]]
+    probe = outcome._replace(probed=jnp.bool(True), agreed_XQ=none + 1, reached_XQ=none + 2)
+    memory = policy.learn(memory, probe)
+    np.testing.assert_allclose(memory.agreed_Xd, [[1, 1, 1], [3, 3, 2]], rtol=1e-5)
+    assert int(memory.rounds) == 2
+
+
+@pytest.mark.parametrize("good_exit", [1, 2, 3])
+def test_adaptive_finds_the_exit_that_is_always_right(good_exit):
+    """Blocks after ``good_exit`` add nothing, so it and later exits are right; it is the cheapest of them."""
+    model = with_tail(tiny_model(2), good_exit, 0.0)
+    step = SelfSpeculative(Greedy(), Adaptive(2, 4, candidates=(1, 2, 3), probe_every=2))
+    result = generate(model, [[1, 2]], 120, step)
+    assert max(result.exit_rounds, key=result.exit_rounds.get) == good_exit
+    assert result.rounds < 60
+
+
+def test_adaptive_falls_back_to_plain_decoding_where_no_draft_is_right():
+    result = generate(tiny_model(2).unstacked(), [[1, 2]], 60, SelfSpeculative(NeverAgrees(), Adaptive(1, 6)))
+    assert result.drafted < 12
+    assert result.accepted == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder(Adaptive):
+    """Probes always, drafts from the last candidate, forgets nothing: its memory is the sum of all probes."""
+
+    probe_every: int = 1
+    horizon: float = 1e9
+
+    def plan(self, memory):
+        return Plan(jnp.int32(len(self.exits) - 1), jnp.int32(self.draft_length))
+
+
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_probes_count_what_each_exit_would_have_drafted(used):
+    """Whatever exit is in use, against the exits run alone on the text that came out."""
+    exits, d = (1, 2, 3), 3
+
+    class FromExit(Recorder):
+        def plan(self, memory):
+            return Plan(jnp.int32(used), jnp.int32(d))
+
+    model = with_tail(tiny_model(7), 2, 0.15)
+    step = SelfSpeculative(Greedy(), FromExit(1, d, exits))
+    state = start(model, [[1, 2]], 60, step)
+    state = run_rounds(step, model, state, jnp.int32(0))
+    lengths = [int(state.length_B[0])]
+    for round_number in range(1, 12):
+        state = run_rounds(step, model, state, jnp.int32(round_number))
+        lengths.append(int(state.length_B[0]))
+    sequence = np.asarray(state.tokens_BS[0, : lengths[-1]])
+    agreed, reached = np.zeros((3, d)), np.zeros((3, d))
+    for row, exit_layer in enumerate(exits):
+        guesses = np.asarray(jnp.argmax(model.first_layers(exit_layer)(jnp.asarray(sequence)[None])[0], -1))
+        for before, after in itertools.pairwise(lengths):
+            for depth, position in enumerate(range(before, after)[:d]):
+                reached[row, depth] += 1
+                if guesses[position - 1] != sequence[position]:
+                    break
+                agreed[row, depth] += 1
+    np.testing.assert_allclose(state.memory.agreed_Xd, agreed, rtol=1e-5)
+    np.testing.assert_allclose(state.memory.reached_Xd, reached, rtol=1e-5)
+
+
+def test_candidates_must_rise_and_be_in_the_model():
+    for candidates in [(2, 1), (1, 1), (0, 1)]:
+        with pytest.raises(UserError, match="must rise from 1 on"):
+            Adaptive(1, 2, candidates)
+    with pytest.raises(UserError, match=r"exit layer 9 must be in 1\.\.4"):
+        generate(tiny_model().unstacked(), [[1]], 2, SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 9))))
+
+
+STEPS = {
+    "autoregressive": Autoregressive(Greedy()),
+    "fixed": SelfSpeculative(Greedy(), Fixed(2, 4)),
+    "confidence": SelfSpeculative(Greedy(), ConfidenceStop(2, 4, 0.1)),
+    "adaptive": SelfSpeculative(Greedy(), Adaptive(2, 4, (1, 2, 3))),
+    "prompt_lookup": PromptLookup(Greedy(), 4),
+    "confident_exit": ConfidentExit(Greedy(), (1, 2, 4), 0.1),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_rounds_copy_neither_cache_nor_weights(step, batch):
+    """The compiled loop's temporary memory is a small part of the cache, so the cache is updated where it lies."""
+    model = tiny_model(dim=64, num_heads=4, num_kv_heads=4, ffn_dim=128, vocab_size=128).unstacked()
+    state = start(model, [[1, 2]] * batch, 8, step, max_length=8000)
+    memory = run_rounds.lower(step, model, state, jnp.int32(1)).compile().memory_analysis()
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
+    print(f"temporary memory: {memory.temp_size_in_bytes / cache_bytes:.3f} of the cache's {cache_bytes} bytes")
+    # Attention reads one block's prefix at a time, of 4 blocks, keys and values: an eighth each.
+    assert memory.temp_size_in_bytes < 0.4 * cache_bytes
+
+
+@pytest.mark.parametrize("name", ["adaptive", "confidence"])
+def test_a_generation_compiles_its_rounds_once(name):
+    model, step = tiny_model().unstacked(), STEPS[name]
+    generate(model, PROMPTS, 30, step)
+    compiled = run_rounds._cache_size()
+    generate(model, [[5, 6], [7, 8, 9]], 30, step, seed=3)
+    assert run_rounds._cache_size() == compiled
+
+
+def plain_look_up(tokens, longest, draft_length):
+    """The oracle of `look_up`: try the longest match first, the latest place first."""
+    for size in range(min(longest, len(tokens) - 1), 0, -1):
+        for end in range(len(tokens) - 1, size - 1, -1):
+            if tokens[end - size : end] == tokens[-size:]:
+                period = len(tokens) - end
+                return [tokens[end + i % period] for i in range(draft_length)]
+    return None
+
+
+@given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=14), longest=st.integers(1, 4), length=st.integers(1, 5))
+def test_look_up_equals_a_plain_search(tokens, longest, length):
+    padded = jnp.array([[*tokens, *[1] * (16 - len(tokens))]])
+    draft, drafted = look_up(padded, jnp.array([len(tokens)]), longest, length)
+    expected = plain_look_up(tokens, longest, length)
+    assert int(drafted[0]) == (0 if expected is None else length)
+    if expected is not None:
+        assert draft[0].tolist() == expected
+
+
+def test_prompt_lookup_accepts_repetition():
+    """Where the next token depends on the last alone, text is periodic, and after one period all drafts are right."""
+    model = with_tail(tiny_model(4), 0, 0.0)
+    result = generate(model, [[1, 2]], 120, PromptLookup(Greedy(), 4))
+    different = len(set(result.tokens[0]))
+    assert result.rounds <= different + -(-(120 - different) // 5) + 1
+
+
+def confident_oracle(model, prompt, exits, threshold, new_tokens):
+    """Early exit without a cache: entry l holds the hidden states that came to block l, frozen where a token left."""
+    entries = [np.zeros((0, model.config.dim), np.float32) for _ in range(model.config.num_layers)]
+    known, used = list(prompt), []
+    for position in range(len(prompt) + new_tokens - 1):
+        x, left, token = np.asarray(model.embed(jnp.array([[known[position]]])))[0, 0], None, None
+        for layer, block in enumerate(model.blocks):
+            entries[layer] = np.concatenate([entries[layer], x[None]])
+            if left is None:
+                n = position + 1
+                visible = jnp.tril(jnp.ones((n, n), bool))[None]
+                x = x + np.asarray(block(jnp.asarray(entries[layer])[None], jnp.arange(n)[None], visible)[0])[0, -1]
+            prefill = position < len(prompt) - 1  # prompts are prefilled by all blocks
+            if left is None and not prefill and layer + 1 in exits:
+                logits = model.unembed(jnp.asarray(x)[None, None])[0, 0]
+                if float(jnp.max(jax.nn.softmax(logits))) >= threshold or layer + 1 == model.config.num_layers:
+                    left, token = layer + 1, int(jnp.argmax(logits))
+        if left is not None:
+            known.append(token)
+            used.append(left)
+    return known[len(prompt) :], used
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.045, 0.06, 0.09, 1.0])
+def test_confident_exit_equals_an_oracle_without_a_cache(threshold):
+    model, exits = tiny_model(6).unstacked(), (1, 3, 4)
+    prompts = [[3, 1, 4], [9]]
+    result = generate(model, prompts, 12, ConfidentExit(Greedy(), exits, threshold))
+    expected = [confident_oracle(model, prompt, exits, threshold, 12) for prompt in prompts]
+    assert result.tokens == [tokens for tokens, _ in expected]
+    used = [exit_layer for _, row in expected for exit_layer in row]
+    assert result.exit_rounds == {exit_layer: used.count(exit_layer) for exit_layer in exits}
+
+
+def test_confident_exit_at_its_ends():
+    model = tiny_model(3).unstacked()
+    full = generate(model, PROMPTS, 20, Autoregressive(Greedy()))
+    assert generate(model, PROMPTS, 20, ConfidentExit(Greedy(), (1, 2, 4), 1.1)).tokens == full.tokens
+    first = generate(model, PROMPTS, 20, ConfidentExit(Greedy(), (2, 4), 0.0))
+    assert first.exit_rounds == {2: 40, 4: 0}
