@@ -227,7 +227,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         require(self.exit_layer >= 0, f"exit_layer must be 0 (automatic) or in 1..L, not {self.exit_layer}")
-        require(self.draft_length >= 1, f"draft_length must be at least 1, not {self.draft_length}")
+        require(1 <= self.draft_length < 64, f"draft_length must be in 1..63, not {self.draft_length}")
         require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         require(self.temperature >= 0, f"temperature must not be negative, but is {self.temperature}")
         require(self.top_k >= 0, f"top_k must be 0 (off) or positive, not {self.top_k}")

@@ -90,7 +90,7 @@ class Block(nnx.Module):
         """Return ``f_l(x)``, and the cache with the keys and values of ``position_BT`` (consecutive in each row).
 
         Without a cache, attention sees what ``visible_BTS`` says; with one, the cache up to each position
-        (``filled`` as in `attend_cache`).
+        (``filled``, for positions from 0 on, as in `attend_cache`).
         """
         dtype = x_BTD.dtype
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
@@ -99,9 +99,10 @@ class Block(nnx.Module):
         if cache is None:
             assert visible_BTS is not None
             k_BTKH, v_BTKH = self._keys_values(h_BTD, position_BT)
-            attended_BTNH = attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), visible_BTS)
+            attended_BTNH = attend(q_BTNH, [k_BTKH.swapaxes(1, 2)], [v_BTKH.swapaxes(1, 2)], visible_BTS)
         else:
-            cache = write_cache(cache, *self._keys_values(h_BTD, position_BT), position_BT[:, 0])
+            start_B = position_BT[:, 0] if filled is None else None
+            cache = write_cache(cache, *self._keys_values(h_BTD, position_BT), start_B)
             attended_BTNH = attend_cache(q_BTNH, cache, position_BT, filled)
         # As one matrix: a product over two axes makes XLA:CPU transpose the weights first, at every token.
         attended_BTM = attended_BTNH.reshape(*attended_BTNH.shape[:2], -1)
@@ -228,7 +229,7 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, list[LayerCache]]:
         """Run blocks [first, last) of an `unstacked` model at ``position_BT``, reading and writing their caches.
 
-        ``cache`` has an entry for every block of the model; the returned list too. ``filled`` as in `attend_cache`.
+        ``cache`` has an entry for every block of the model; the returned list too. ``filled`` as in `Block`.
         """
 
         def step(block: Block, x_BTD: jax.Array, layer: LayerCache) -> tuple[jax.Array, LayerCache]:
@@ -242,9 +243,8 @@ class Transformer(nnx.Module):
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int) -> list[LayerCache]:
     """Return zeroed keys and values of every block for ``capacity`` positions, in the compute type."""
-    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-    dtype = compute_dtype(config)
-    return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+    K, H, dtype = config.num_kv_heads, config.head_dim, compute_dtype(config)
+    return [LayerCache.empty(batch, K, capacity, H, dtype) for _ in range(config.num_layers)]
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
 
+from layerskip_jax import sweep
+from layerskip_jax.checkpoint import SWEPT, find_checkpoint, swept_settings
 from layerskip_jax.commands import decode
 from layerskip_jax.config import (
     Config,
@@ -21,7 +24,7 @@ from layerskip_jax.config import (
     TrainConfig,
 )
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.decoding.cost import predicted_speedup
+from layerskip_jax.decoding.cost import predicted_speedup, round_cost
 from layerskip_jax.decoding.engine import generate, start
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -161,7 +164,9 @@ def decoded(capsys, *argv):
 def test_decode_needs_only_a_checkpoint_and_a_prompt(run_folder, capsys):
     out = decoded(capsys, "--checkpoint", run_folder, "--prompt", "def x")
     assert out.startswith("def x")
-    assert "self-speculative, exit 2 of 4, draft length 3: acceptance" in out
+    assert "self-speculative, exit 2 of 4 (" in out
+    assert "drafts a round, acceptance" in out
+    assert "measured/predicted" in out
     assert "tokens/s" in out
 
 
@@ -180,7 +185,7 @@ def test_decode_json_lines(run_folder, capsys, tmp_path):
 
 def test_decode_from_held_out_text_and_early_exit(run_folder, capsys):
     out = decoded(capsys, "--checkpoint", run_folder, "--held_out", "1", "--mode", "early_exit", "--quiet")
-    assert "early exit after layer 2 of 4: not the full model's text" in out
+    assert "lossy, not the full model's text; tokens left after layer 2 of 4" in out
 
 
 def test_decode_command_errors(run_folder, tmp_path):
@@ -192,7 +197,7 @@ def test_decode_command_errors(run_folder, tmp_path):
         ([*base, "--prompts", str(tmp_path / "none.txt")], "cannot read the prompts file"),
         ([*base, "--prompts", str(tmp_path / "bad.jsonl")], "must have a JSON object with a 'prompt'"),
         ([*base, "--prompt", "a", "--exit_layer", "5"], r"exit_layer 5 must be in 1\.\.4"),
-        ([*base, "--prompt", "a", "--draft_length", "0"], "draft_length must be at least 1"),
+        ([*base, "--prompt", "a", "--draft_length", "0"], r"draft_length must be in 1\.\.63"),
         ([*base, "--prompt", "a", "--exit_layr", "2"], r"unknown setting --exit_layr; did you mean '--exit_layer'"),
         ([*base, "--prompt", "a", "--top_p", "two"], "--top_p: must be a finite number, not 'two'"),
         ([*base, "--prompt", "a", "--mode", "earlyexit"], "did you mean 'early_exit'"),
@@ -200,3 +205,78 @@ def test_decode_command_errors(run_folder, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             decode.main(argv)
+
+
+# The sweep
+
+
+def test_sweep_measures_recommends_and_stores(run_folder, capsys):
+    request = ["--checkpoint", run_folder, "--prompt", "def x", "--max_new_tokens", "6", "--repeats", "1"]
+    before = decoded(capsys, "--checkpoint", run_folder, "--prompt", "def x", "--json").splitlines()[0]
+    sweep.main([*request, "--try_exits", "1", "3", "--try_lengths", "2", "--json"])
+    *ways, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [way["settings"]["mode"] for way in ways[:3]] == ["autoregressive", "self_speculative", "self_speculative"]
+    assert [(w["settings"]["exit_layer"], w["settings"]["draft_length"]) for w in ways[1:3]] == [(1, 2), (3, 2)]
+    assert [way["settings"]["policy"] for way in ways[3:]] == ["adaptive", "fixed"]
+    assert all(way["identical"] for way in ways)
+    assert (Path(run_folder) / "plots" / "sweep.png").stat().st_size > 10_000
+
+    stored = swept_settings(run_folder, set())
+    assert stored == last["recommended"]
+    assert decoded(capsys, "--checkpoint", run_folder, "--prompt", "def x", "--json").splitlines()[0] == before
+    assert "exit_layer" not in swept_settings(run_folder, {"draft_length"})
+    (find_checkpoint(run_folder).parent / SWEPT).write_text("{}")
+    with pytest.raises(UserError, match=r"decode\.json is not what python -m layerskip_jax\.sweep writes"):
+        decode.main(["--checkpoint", run_folder, "--prompt", "a"])
+    (find_checkpoint(run_folder).parent / SWEPT).unlink()
+
+
+def test_sweep_errors(run_folder):
+    for argv, message in [
+        (["--try_exits", "5"], r"--try_exits must be in 1\.\.4"),
+        (["--try_lengths", "0"], "--try_lengths and --repeats at least 1"),
+        (["--try_lengths", "64"], r"draft_length must be in 1\.\.63"),
+        (["--prompt", "a", "--held_out", "2"], "give the prompts in one way"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            sweep.main(["--checkpoint", run_folder, *argv])
+
+
+def test_width_cost_is_fitted():
+    model = ModelConfig(num_layers=8, vocab_size=1)
+    rounds = [(exit_layer, d) for exit_layer in (1, 2, 4) for d in (2, 4, 8)]
+    measurements = [
+        sweep.Measurement({"exit_layer": e}, 0, 0, 0, 0, d, round_cost(model, e, d, width_cost=0.07), True)
+        for e, d in rounds
+    ]
+    assert sweep.fitted_width_cost(model, measurements) == pytest.approx(0.07)
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_streaming_in_chunks_of_rounds_gives_the_same_text_and_colours(model, tokenizer, every):
+    def streamed(stream_every):
+        pieces = []
+        generator(model, tokenizer, ignore_eos=True, stream_every=stream_every).generate(["x"], pieces.append)
+        return "".join(("G" if piece.drafted else "Y") * len(piece.text) for piece in pieces)
+
+    assert streamed(every) == streamed(2)
+
+
+def test_every_mode_and_policy_is_a_setting(model, tokenizer):
+    full = generator(model, tokenizer, mode="autoregressive").generate(PROMPTS).completions
+    lossless = [{"policy": "confidence", "draft_threshold": 0.1}, {"policy": "adaptive"}, {"mode": "prompt_lookup"}]
+    for values in lossless:
+        assert generator(model, tokenizer, **values).generate(PROMPTS).completions == full
+    lossy = generator(model, tokenizer, mode="early_exit", exit_threshold=0.05, exits=(1,))
+    answer = lossy.generate(PROMPTS)
+    assert set(answer.generation.exit_rounds) == {1, 4}
+    report = Report.of([answer], model.config, lossy.config)
+    assert "lossy" in report.text()
+    assert report.predicted_speedup > 1
+
+
+def test_exits_are_checked(model, tokenizer):
+    with pytest.raises(UserError, match="exits must rise from 1 on, not 3 2"):
+        DecodeConfig(exits=(3, 2))
+    with pytest.raises(UserError, match=r"exits 2 9 must be in 1\.\.4"):
+        generator(model, tokenizer, policy="adaptive", exits=(2, 9))

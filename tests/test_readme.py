@@ -6,21 +6,27 @@ from pathlib import Path
 
 import pytest
 
+from layerskip_jax import sweep
 from layerskip_jax.command_line import add_settings, make_parser, parse_config
+from layerskip_jax.commands.prompts import add_prompt_options
 from layerskip_jax.config import DecodeConfig
+from layerskip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+DOCS = [code for page in sorted((ROOT / "docs").glob("*.md")) for code in blocks("python", page.read_text())]
+
+
+@pytest.mark.parametrize("code", [*blocks("python"), *DOCS])
 def test_python_runs(code):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
@@ -35,22 +41,16 @@ def test_commands_are_what_the_programs_take(command, monkeypatch):
         parse_config(make_parser(""), [word for word in words[2:] if word != "--help"])
     elif words[1] == "decode.py":
         parser = make_parser("")
-        known = {
-            "--checkpoint",
-            "--prompt",
-            "--prompts",
-            "--held_out",
-            "--batch_size",
-            "--compare",
-            "--quiet",
-            "--json",
-        }
+        add_prompt_options(parser)
         source = (ROOT / "layerskip_jax/commands/decode.py").read_text()
-        for option in known:
+        for option in ("--checkpoint", "--batch_size", "--compare", "--quiet", "--json"):
             assert f'"{option}"' in source
             parser.add_argument(option, nargs="?")
         add_settings(parser, DecodeConfig())
         parser.parse_known_options(words[2:])
+    elif words[2] == "layerskip_jax.sweep":
+        with pytest.raises(UserError, match="no checkpoint at nowhere"):  # so the rest was understood
+            sweep.main(["nowhere" if word == "runs/quickstart" else word for word in words[3:]])
     else:
         assert words[1:3] == ["-m", "layerskip_jax.data"]
         assert words[3] in (ROOT / "layerskip_jax/data/__main__.py").read_text()

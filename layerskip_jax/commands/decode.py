@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from layerskip_jax.checkpoint import load_model, swept_settings
     from layerskip_jax.data.tokenizer import Tokenizer
+    from layerskip_jax.quantization import with_weights
 
     model, config, tokenizer_path = load_model(options.checkpoint)
     chosen = {name: getattr(options, name) for name in given}
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, not {options.batch_size}")
     prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
-    model = model.unstacked()
+    model = with_weights(model.unstacked(), settings.weights)
     generator = TextGenerator(model, tokenizer, settings)
     batches = [prompts[i : i + options.batch_size] for i in range(0, len(prompts), options.batch_size)]
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from layerskip_jax.attention import LayerCache
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.decoding.rounds import finish_round, no_drafts, run_if
+from layerskip_jax.decoding.conditional import run_if
+from layerskip_jax.decoding.rounds import finish_round, no_drafts
 from layerskip_jax.decoding.sampling import Sampler
 from layerskip_jax.decoding.state import DecodeState
 from layerskip_jax.model import Block, Transformer, run_layers

@@ -5,9 +5,16 @@ from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, DraftPolicy, Fixed, default_candidates
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, Round, SelfSpeculative
-from layerskip_jax.decoding.sampling import make_sampler
+from layerskip_jax.decoding.sampling import Greedy, Sampler, Stochastic
 from layerskip_jax.errors import UserError
 from layerskip_jax.model import Transformer
+
+
+def make_sampler(config: DecodeConfig) -> Sampler:
+    """Return the sampler that ``config`` asks for: `Greedy` at temperature 0."""
+    if config.temperature == 0:
+        return Greedy()
+    return Stochastic(config.temperature, config.top_k, config.top_p)
 
 
 def exit_layer_of(config: DecodeConfig, num_layers: int) -> int:

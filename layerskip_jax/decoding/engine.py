@@ -10,49 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerskip_jax.decoding.request import BUCKET, Generation, check_request
 from layerskip_jax.decoding.rounds import Round
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics
-from layerskip_jax.errors import UserError
 from layerskip_jax.model import Transformer, compute_dtype, empty_cache
-
-BUCKET = 64
-"""Prompts and capacities are rounded up to a multiple of this, so that similar requests share one compilation."""
 
 Look = Callable[[DecodeState], Sequence[bool]]
 """Sees the state between rounds; returns which rows to end now."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What came out: the new tokens of each row (EOS included, if it was reached) and how it went."""
-
-    tokens: list[list[int]]
-    seconds: float  # of the rounds, without prefill and compilation
-    prefill_seconds: float
-    rounds: int
-    drafted: int
-    accepted: int
-    accepted_histogram: list[int]  # rounds of a row with 0, 1, ..., d accepted drafts
-    exit_rounds: dict[int, int]  # rounds of the loop at each exit (tokens, where each leaves for itself)
-
-    @property
-    def new_tokens(self) -> int:
-        return sum(map(len, self.tokens))
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.new_tokens / self.seconds
-
-    @property
-    def acceptance(self) -> float:
-        """Accepted / drafted tokens; NaN where nothing was drafted."""
-        return self.accepted / self.drafted if self.drafted else float("nan")
-
-    @property
-    def tokens_per_round(self) -> float:
-        """New tokens in one round of one row: 1 for plain decoding, d+1 at most with self-speculation."""
-        rounds_of_rows = sum(self.accepted_histogram)
-        return self.new_tokens / rounds_of_rows if rounds_of_rows else float("nan")
 
 
 @partial(jax.jit, static_argnames=("step", "width"))
@@ -78,7 +42,6 @@ def prefill(
         x_BPD = model.embed(tokens_BS[:, :width])
         _, layers = model.run_cached(x_BPD, position_BP, layers, 0, model.config.num_layers, filled=width)
     query_BQD = jnp.zeros((B, step.draft_length + 1, model.config.dim), compute_dtype(model.config))
-    zero = jnp.zeros((), jnp.int32)
     return DecodeState(
         tokens_BS=tokens_BS,
         drafted_BS=jnp.zeros((B, S), bool),
@@ -90,8 +53,8 @@ def prefill(
         memory=step.start(model.config),
         key=key,
         statistics=Statistics(
-            rounds=zero,
-            drafted=zero,
+            rounds=jnp.int32(0),
+            drafted=jnp.int32(0),
             accepted_histogram_Q=jnp.zeros(step.draft_length + 1, jnp.int32),
             exit_rounds_X=jnp.zeros(max(1, len(step.exits)), jnp.int32),
         ),
@@ -126,24 +89,9 @@ def start(
 
     ``model`` is an `unstacked` one. Raises `UserError` for an empty prompt, an unknown token, or one that is too long.
     """
-    if not prompts:
-        raise UserError("there is no prompt: give at least one")
-    longest = max(map(len, prompts))
-    if max_length is None:
-        max_length = longest + max_new_tokens
-    last = max(step.exits, default=1)
-    if last > model.config.num_layers:
-        raise UserError(f"exit layer {last} must be in 1..{model.config.num_layers}, the model's layers")
-    for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(f"prompt {row} has no token: give at least one (the tokenizer's BOS will do)")
-        if len(prompt) + 1 > max_length:
-            raise UserError(
-                f"prompt {row} has {len(prompt)} tokens and the cache holds {max_length}, with room for one new token "
-                f"wanted: shorten the prompt or raise max_length to at least {len(prompt) + 1}"
-            )
-        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-            raise UserError(f"prompt {row} has a token outside the model's vocabulary 0..{model.config.vocab_size - 1}")
+    longest = max(map(len, prompts), default=0)
+    max_length = longest + max_new_tokens if max_length is None else max_length
+    check_request(model.config, prompts, max_length, step)
     # The slack lets a round write d+1 tokens from any length without reaching the end of the cache.
     capacity = _round_up(max_length + step.draft_length + 1)
     width = min(_round_up(longest - 1), capacity)

@@ -100,13 +100,14 @@ class Fixed:
         return memory
 
 
-def three_widths(draft_length: int) -> Sequence[int]:
-    """Return 1, 1 + d/2 and 1 + d: positions to compile a verification for, where rounds differ in length.
+def doubling_widths(draft_length: int) -> Sequence[int]:
+    """Return 1, 2, 3, 5, 9, ... and d+1: positions to compile a verification for, where rounds differ in length.
 
-    >>> three_widths(12), three_widths(1)
-    ((1, 7, 13), (1, 2))
+    >>> doubling_widths(6), doubling_widths(1)
+    ((1, 2, 3, 5, 7), (1, 2))
     """
-    return tuple(sorted({1, 1 + draft_length // 2, 1 + draft_length}))
+    drafts = [1 << doublings for doublings in range(draft_length.bit_length()) if 1 << doublings < draft_length]
+    return (1, *(1 + draft for draft in drafts), 1 + draft_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ class ConfidenceStop(Fixed):
 
     @property
     def verify_widths(self) -> Sequence[int]:
-        return three_widths(self.draft_length)
+        return doubling_widths(self.draft_length)
 
     def goes_on(self, memory: Any, probability_B: jax.Array) -> jax.Array:
         return probability_B >= self.threshold
@@ -161,11 +162,15 @@ class Adaptive(Fixed):
 
     @property
     def verify_widths(self) -> Sequence[int]:
-        return three_widths(self.draft_length)
+        return doubling_widths(self.draft_length)
 
     def start(self, model: ModelConfig) -> Any:
-        lengths = range(self.draft_length + 1)
-        costs = [[round_cost(model, exit, d, self.width_cost) for d in lengths] for exit in self.exits]
+        # A verification costs the width that is compiled, not the one that is wanted.
+        wide = [next(w for w in self.verify_widths if w > d) - 1 for d in range(self.draft_length + 1)]
+        costs = [
+            [round_cost(model, exit, d) + self.width_cost * wide[d] for d in range(self.draft_length + 1)]
+            for exit in self.exits
+        ]
         none_Xd = jnp.zeros((len(self.exits), self.draft_length))
         return Acceptance(none_Xd, none_Xd, jnp.int32(0), jnp.asarray(np.array(costs, np.float32)))
 

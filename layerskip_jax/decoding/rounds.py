@@ -4,15 +4,15 @@ A round is a pure function ``(model, state) -> state`` on an `unstacked` model. 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from layerskip_jax.attention import LayerCache
 from layerskip_jax.config import ModelConfig
+from layerskip_jax.decoding.conditional import run_blocks_if, run_if
 from layerskip_jax.decoding.policies import DraftPolicy, Outcome, Plan
 from layerskip_jax.decoding.sampling import Sampler
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics, emit
@@ -71,8 +71,7 @@ class Autoregressive:
 class SelfSpeculative:
     """Blocks [0, E) draft up to d tokens, blocks [E, L) verify them in one pass (LayerSkip section 4.3).
 
-    The policy plans E and d of each round. With one candidate exit and a fixed plan there is nothing to decide while
-    the program runs; with several, the blocks between two candidates run under a condition.
+    The policy plans E and d of each round; the blocks between two candidate exits run under a condition.
     """
 
     sampler: Sampler
@@ -123,7 +122,7 @@ class SelfSpeculative:
             x_B1D, layers, queries = model.embed(token_B[:, None]), cache.layers, []
             for index, (first, last) in enumerate(zip((0, *self.exits), self.exits, strict=False)):
                 runs = index == 0 or plan.exit_index >= index
-                x_B1D, layers = _run_blocks_if(runs, model, x_B1D, position_B1, layers, first, last)
+                x_B1D, layers = run_blocks_if(runs, model, x_B1D, position_B1, layers, first, last)
                 queries.append(jax.lax.dynamic_update_slice(cache.exit_query_BQD[index], x_B1D, (0, slot, 0)))
             return x_B1D, KVQCache(layers, queries)
 
@@ -172,7 +171,7 @@ class SelfSpeculative:
         query_BWD, layers = [query_BQD[:, :width] for query_BQD in cache.exit_query_BQD], cache.layers
         x_BWD = query_BWD[0]
         for index, (first, last) in enumerate(zip(self.exits, self.exits[1:], strict=False), start=1):
-            x_BWD, layers = _run_blocks_if(plan.exit_index < index, model, x_BWD, position_BW, layers, first, last)
+            x_BWD, layers = run_blocks_if(plan.exit_index < index, model, x_BWD, position_BW, layers, first, last)
             query_BWD[index] = x_BWD = jnp.where(plan.exit_index < index, x_BWD, query_BWD[index])
         x_BWD, layers = model.run_cached(x_BWD, position_BW, layers, self.exits[-1], model.config.num_layers)
         logits_BWV = model.unembed(x_BWD)
@@ -196,34 +195,6 @@ class SelfSpeculative:
         verdict = before[1]._replace(accepted_B=accepted_B, next_B=next_B.astype(jnp.int32))
         verdict = run_if(self.policy.probes(state.memory), compare, verdict)
         return dataclasses.replace(cache, layers=layers), verdict
-
-
-Carry = TypeVar("Carry")
-
-
-def run_if(condition: bool | jax.Array, run: Callable[[Carry], Carry], carry: Carry) -> Carry:
-    """Return ``run(carry)`` if ``condition`` says so, else ``carry``.
-
-    By a loop of one turn or none: a loop updates the cache in place, where XLA copies what a conditional returns.
-    """
-    if isinstance(condition, bool):
-        return run(carry) if condition else carry
-    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: run(carry), carry)
-
-
-def _run_blocks_if(
-    condition: bool | jax.Array,
-    model: Transformer,
-    x_BTD: jax.Array,
-    position_BT: jax.Array,
-    layers: list[LayerCache],
-    first: int,
-    last: int,
-) -> tuple[jax.Array, list[LayerCache]]:
-    """Run blocks [first, last) if ``condition`` says so, else return what came in."""
-    return run_if(
-        condition, lambda carry: model.run_cached(carry[0], position_BT, carry[1], first, last), (x_BTD, layers)
-    )
 
 
 def no_drafts(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from layerskip_jax.config import DecodeConfig
-
 
 class Sampler(Protocol):
     """What the rounds ask of a sampler. Q = d+1 positions are verified, d tokens were drafted."""
@@ -127,10 +125,3 @@ class Stochastic:
     def agreement(self, exit_logits_BQV: jax.Array, logits_BQV: jax.Array) -> jax.Array:
         """``sum_x min(p(x), q(x))``: the mean of the acceptance rule over drafts (arXiv 2211.17192, Theorem 3.5)."""
         return jnp.sum(jnp.minimum(self.probabilities(exit_logits_BQV), self.probabilities(logits_BQV)), axis=-1)
-
-
-def make_sampler(config: DecodeConfig) -> Sampler:
-    """Return the sampler that ``config`` asks for: `Greedy` at temperature 0."""
-    if config.temperature == 0:
-        return Greedy()
-    return Stochastic(config.temperature, config.top_k, config.top_p)

@@ -1,0 +1,148 @@
+"""The adaptive policy against fixed settings on three kinds of prompt: ``python benchmarks/adaptive.py RUN``.
+
+RUN is a run folder of train.py on Python code (``make quickstart``). Code: the beginnings of held-out documents; prose:
+docstrings out of them; tables: literals in a regular pattern. For each kind all pairs of exit and draft length, the
+adaptive policy over the same exits, confidence stops and prompt lookup are timed in turn, texts compared with plain
+decoding's. Then the lossy exit by confidence: how much of the full model's text is kept, for which speed.
+"""
+
+import argparse
+import ast
+import dataclasses
+import json
+import platform
+import statistics
+
+import flax
+import jax
+import numpy as np
+
+from layerskip_jax.checkpoint import load_model
+from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.configure import configured
+from layerskip_jax.decoding.engine import generate
+from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.model import Transformer
+from layerskip_jax.sweep import fitted_width_cost, measure
+
+LENGTHS = (2, 4, 6, 8)
+TABLES = [
+    "".join(f"    {key!r}: {value},\n" for key, value in zip("abcdefghij", range(start, start + 10)))
+    for start in (1, 20, 300, 4000)
+] + ["".join(f"{name}_{i} = {i}\n" for i in range(8)) for name in ("ERROR", "x", "FLAG", "OP")]
+
+
+def prompts_of_kinds(config: Config, per_kind: int) -> dict[str, list[str]]:
+    """Return prompts of each kind; code and prose are out of held-out documents."""
+    documents = open_documents(config.data, config.data.validation_split)
+    code, prose = [], []
+    for index in range(len(documents)):
+        document = documents[index]
+        text = document.decode("utf-8", "replace") if isinstance(document, bytes) else str(document)
+        code.append(text[: min(200, len(text) // 2)])
+        try:
+            docstring = ast.get_docstring(ast.parse(text)) or ""
+        except SyntaxError:
+            continue
+        if len(docstring) > 200:
+            prose.append('"""' + docstring[:200])
+    return {
+        "code": code[:per_kind],
+        "prose": prose[:per_kind],
+        "tables": [f"TABLE = {{\n{t}" for t in TABLES[:per_kind]],
+    }
+
+
+def exit_curve(model: Transformer, prompts: list[list[int]], config: DecodeConfig, repeats: int) -> list[dict]:
+    """Accuracy and speed of exit by confidence: per step along the full model's own text, against its next token."""
+    rows = []
+    plain = dataclasses.replace(config, mode="autoregressive")
+    full = [generate(model, [p], config.max_new_tokens, configured(plain, model)[1]) for p in prompts]
+    for threshold in (0.3, 0.5, 0.7, 0.9, 0.99):
+        lossy = dataclasses.replace(config, mode="early_exit", exit_threshold=threshold)
+        step = configured(lossy, model)[1]
+        ratios, right, counted = [], 0, 0
+        for _ in range(repeats + 1):
+            theirs = [generate(model, [p], config.max_new_tokens, configured(plain, model)[1]) for p in prompts]
+            ours = [generate(model, [p], config.max_new_tokens, step) for p in prompts]
+            ratios.append(sum(g.seconds for g in theirs) / sum(g.seconds for g in ours))
+        for prompt, text in zip(prompts, full, strict=True):
+            for cut in range(0, len(text.tokens[0]), 8):
+                known = [*prompt, *text.tokens[0][:cut]]
+                one = generate(model, [known], 1, step, max_length=1024).tokens[0]
+                right, counted = right + (one == text.tokens[0][cut : cut + 1]), counted + 1
+        exits = {exit_layer: sum(g.exit_rounds[exit_layer] for g in ours) for exit_layer in ours[0].exit_rounds}
+        rows.append(
+            {"threshold": threshold, "same_next_token": right / counted, "speedup": statistics.median(ratios[1:]),
+             "exits": exits}
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--prompts", type=int, default=4, help="of each kind")
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--exits", type=int, nargs="+", help="candidates (default: L/8, 3L/16, L/4, 3L/8)")
+    parser.add_argument("--json", action="store_true", help="print JSON lines only")
+    parser.add_argument("--no_curve", action="store_true", help="leave the exit by confidence out")
+    options = parser.parse_args()
+    model, config, tokenizer_path = load_model(options.run)
+    if config.data.source != "python_stdlib":
+        raise UserError(
+            f"{options.run} was trained on {config.data.source}: this benchmark wants a model of Python code"
+        )
+    tokenizer, model = Tokenizer.load(str(tokenizer_path)), model.unstacked()
+    layers = config.model.num_layers
+    exits = options.exits or sorted({max(1, layers * sixteenths // 16) for sixteenths in (2, 3, 4, 6)})
+    base = dataclasses.replace(
+        config.decode, mode="self_speculative", policy="fixed", max_new_tokens=options.new_tokens, ignore_eos=True
+    )
+    fixed = [dataclasses.replace(base, exit_layer=e, draft_length=d) for e in exits for d in LENGTHS]
+    kinds = prompts_of_kinds(config, options.prompts)
+    tokens = {kind: [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts] for kind, texts in kinds.items()}
+    # What a wider verification costs on this machine: from a first look at the code prompts.
+    width_cost = fitted_width_cost(config.model, measure(model, tokens["code"], fixed, 1)[1:])
+    others = {
+        "adaptive": dataclasses.replace(
+            base, policy="adaptive", exit_layer=exits[0], exits=tuple(exits), draft_length=max(LENGTHS),
+            width_cost=width_cost,
+        ),
+        "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[1], draft_length=max(LENGTHS)),
+        "prompt_lookup": dataclasses.replace(base, mode="prompt_lookup", draft_length=max(LENGTHS)),
+    }  # fmt: skip
+    ways = [f"E={w.exit_layer} d={w.draft_length}" for w in fixed] + list(others)
+    if not options.json:
+        print(f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}")
+        print(f"{jax.device_count()} {jax.devices()[0].device_kind}; {options.prompts} prompts of a kind, "
+              f"{options.new_tokens} tokens each; width cost {width_cost:.3f}")  # fmt: skip
+    speedups = {}
+    for kind, prompts in tokens.items():
+        measured = measure(model, prompts, [*fixed, *others.values()], options.repeats)
+        speedups[kind] = np.array([m.speedup for m in measured[1:]])
+        acceptance = dict(zip(ways, (m.acceptance for m in measured[1:]), strict=True))
+        best = int(np.argmax(speedups[kind][: len(fixed)]))
+        row = {
+            "kind": kind, "plain_tokens_per_second": measured[0].tokens_per_second, "best_fixed": ways[best],
+            "best_fixed_speedup": speedups[kind][best], "best_acceptance": acceptance[ways[best]],
+            **{name: speedups[kind][len(fixed) + i] for i, name in enumerate(others)},
+            "adaptive/best_fixed": speedups[kind][len(fixed)] / speedups[kind][best], "bar": 1.0,
+            "identical": all(m.identical for m in measured),
+        }  # fmt: skip
+        print(json.dumps(row))
+    # One setting for all three: the time of all kinds together, each weighed by plain decoding's.
+    together = 3 / sum(1 / speedup for speedup in speedups.values())
+    one = int(np.argmax(together[: len(fixed)]))
+    print(json.dumps({"one_fixed_for_all": ways[one], "speedup": together[one], "adaptive": together[len(fixed)],
+                      "adaptive/one_fixed": together[len(fixed)] / together[one], "bar": 1.1}))  # fmt: skip
+    if not options.no_curve:
+        for row in exit_curve(model, tokens["code"], base, options.repeats):
+            print(json.dumps({"exit_by_confidence": row}))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,218 @@
+"""Our decoding beside Hugging Face transformers, on CPU: ``python benchmarks/peers.py [--models small] [--json]``.
+
+The same random weights, prompt, machine and run; float32, greedy, batch 1, 64 tokens in and 256 out, no EOS. Plain
+decoding, and self-speculation from exit 4 with 6 drafts: ours, and transformers' ``assistant_early_exit``. How often
+drafts are accepted is set by ``--tails``: the factor on what the blocks after the exit add to the residual stream.
+Compilation is left out (ours in the warm-up); prefill counts on both sides. Needs ``pip install torch transformers``,
+and a machine that does nothing else: torch's threads spin for each other, and another busy process makes it crawl.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.policies import Fixed
+from layerskip_jax.decoding.request import Generation
+from layerskip_jax.decoding.rounds import Autoregressive, Round, SelfSpeculative
+from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.model import Transformer
+
+try:
+    import torch
+    import transformers
+except ImportError as error:
+    raise SystemExit(f"{error}: this benchmark compares with transformers; pip install torch transformers") from None
+
+LIBRARIES = jax, flax, torch, transformers
+MODELS = {
+    "small": ModelConfig(12, 256, 4, 4, 688, 4096, compute_dtype="float32"),
+    "large": ModelConfig(16, 768, 12, 12, 2048, 32000, compute_dtype="float32"),
+}
+EXIT_LAYER, DRAFT_LENGTH = 4, 6
+PROMPT, NEW_TOKENS = 64, 256
+STEPS: dict[str, Round] = {
+    "plain": Autoregressive(Greedy()),
+    "speculative": SelfSpeculative(Greedy(), Fixed(exit_layer=EXIT_LAYER, draft_length=DRAFT_LENGTH)),
+}
+BARS = {"small": {"plain": 3.0, "speculative": 4.0}, "large": {"plain": 1.6, "speculative": 2.5}}
+BAR_TAIL = 0.02  # of speculation's bars: at 0 every draft is accepted, which no trained model gives
+
+
+def with_tail(model: Transformer, scale: float) -> Transformer:
+    """Scale what the blocks from the exit on add to the residual stream: 0 makes them identities."""
+    scale_L = jnp.where(jnp.arange(model.config.num_layers) < EXIT_LAYER, 1.0, scale)
+    model.blocks.output_NHD[...] *= scale_L[:, None, None, None]
+    model.blocks.down_FD[...] *= scale_L[:, None, None]
+    return model.unstacked()
+
+
+def as_llama(model: Transformer) -> transformers.LlamaForCausalLM:
+    """Return the same weights as a transformers model, set up to draft as we do."""
+    config = model.config
+    llama_config = transformers.LlamaConfig(
+        num_hidden_layers=config.num_layers,
+        hidden_size=config.dim,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        intermediate_size=config.ffn_dim,
+        vocab_size=config.vocab_size,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+        rms_norm_eps=config.norm_epsilon,
+        tie_word_embeddings=config.tied_embedding,
+        bos_token_id=None,
+        eos_token_id=None,  # so that no token ends the text
+        attn_implementation="sdpa",
+    )
+    llama = transformers.LlamaForCausalLM(llama_config)
+    head_VD = model.embedding_VD[...] if config.tied_embedding else model.head_DV[...].T
+    weights = {"lm_head": head_VD, "model.embed_tokens": model.embedding_VD[...], "model.norm": model.final_norm_D[...]}
+    for layer, block in enumerate(model.blocks):
+        # Our matrices have their inputs in front; those of torch's Linear have their outputs there.
+        of_block = {
+            "input_layernorm": block.attention_norm_D[...],
+            "self_attn.q_proj": block.query_DNH[...].reshape(config.dim, -1).T,
+            "self_attn.k_proj": block.key_DKH[...].reshape(config.dim, -1).T,
+            "self_attn.v_proj": block.value_DKH[...].reshape(config.dim, -1).T,
+            "self_attn.o_proj": block.output_NHD[...].reshape(-1, config.dim).T,
+            "post_attention_layernorm": block.ffn_norm_D[...],
+            "mlp.gate_proj": block.gate_DF[...].T,
+            "mlp.up_proj": block.up_DF[...].T,
+            "mlp.down_proj": block.down_FD[...].T,
+        }
+        weights |= {f"model.layers.{layer}.{name}": weight for name, weight in of_block.items()}
+    llama.load_state_dict({f"{name}.weight": torch.tensor(np.asarray(weight)) for name, weight in weights.items()})
+
+    # Drafting is read from the model's own generation_config; these as arguments of generate() are silently ignored.
+    llama.generation_config.num_assistant_tokens = DRAFT_LENGTH
+    llama.generation_config.num_assistant_tokens_schedule = "constant"
+    llama.generation_config.assistant_confidence_threshold = 0.0  # its 0.4 would end most drafts after one token
+    return llama.eval()
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def equal_tokens(a: list[int], b: list[int]) -> int:
+    """Return how many leading tokens are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+@torch.no_grad()
+def compare(name: str, tail: float, repeats: int) -> list[dict[str, Any]]:
+    """Time the four ways in turn, ``repeats`` times after a warm-up."""
+    model = with_tail(Transformer(MODELS[name], rngs=nnx.Rngs(0)), tail)
+    llama = as_llama(model)
+    prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, PROMPT).tolist()
+    tokens_BT = torch.tensor([prompt])
+    difference = np.abs(llama(tokens_BT).logits.numpy() - np.asarray(model(jnp.array([prompt])))).max()
+    if difference > 1e-3:
+        raise SystemExit(f"{name}, tail {tail}: the models are not the same, logits differ by {difference:.2g}")
+
+    # Their speed is that of their best number of threads: on a busy machine OpenMP's barriers can make two far slower.
+    threads: dict[int | None, int] = {}
+    for early_exit in (None, EXIT_LAYER):
+        trials = {}
+        for count in {1, os.cpu_count() or 1}:
+            torch.set_num_threads(count)
+            trial = partial(llama.generate, tokens_BT, max_new_tokens=48, assistant_early_exit=early_exit)
+            trials[count] = min(_seconds(trial) for _ in range(3))
+        threads[early_exit] = min(trials, key=lambda count: trials[count])
+
+    def theirs(early_exit: int | None) -> tuple[list[int], float]:
+        torch.set_num_threads(threads[early_exit])
+        began = time.perf_counter()
+        output_BT = llama.generate(tokens_BT, max_new_tokens=NEW_TOKENS, assistant_early_exit=early_exit)
+        return output_BT[0, PROMPT:].tolist(), NEW_TOKENS / (time.perf_counter() - began)
+
+    def ours(step: Round) -> tuple[Generation, float]:
+        generation = generate(model, [prompt], NEW_TOKENS, step)
+        return generation, generation.new_tokens / (generation.seconds + generation.prefill_seconds)
+
+    their_speeds: dict[str, list[float]] = {decoding: [] for decoding in STEPS}
+    our_speeds: dict[str, list[float]] = {decoding: [] for decoding in STEPS}
+    texts, generations = {}, {}
+    for _ in range(repeats + 1):  # the first turn is the warm-up
+        for decoding, early_exit in {"plain": None, "speculative": EXIT_LAYER}.items():
+            texts[decoding], speed = theirs(early_exit)
+            their_speeds[decoding].append(speed)
+        for decoding, step in STEPS.items():
+            generations[decoding], speed = ours(step)
+            our_speeds[decoding].append(speed)
+
+    rows = []
+    for decoding, generation in generations.items():
+        pairs = list(zip(our_speeds[decoding], their_speeds[decoding], strict=True))[1:]
+        rows.append(
+            {
+                "model": name,
+                "tail": tail,
+                "their_threads": threads[None if decoding == "plain" else EXIT_LAYER],
+                "decoding": decoding,
+                "their_tokens_per_second": statistics.median(their_speed for _, their_speed in pairs),
+                "our_tokens_per_second": statistics.median(our_speed for our_speed, _ in pairs),
+                "ratio": statistics.median(our_speed / their_speed for our_speed, their_speed in pairs),
+                "bar": BARS[name][decoding] if decoding == "plain" or tail == BAR_TAIL else None,
+                "our_acceptance": generation.acceptance if generation.drafted else None,
+                # Texts, as counts of equal leading tokens: near-ties may part the libraries, and neither from itself.
+                "ours_is_theirs": equal_tokens(generation.tokens[0], texts[decoding]),
+                "theirs_is_their_plain": equal_tokens(texts[decoding], texts["plain"]),
+                "ours_is_our_plain": equal_tokens(generation.tokens[0], generations["plain"].tokens[0]),
+            }
+        )
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print(f"\n{rows[0]['model']}, tail {rows[0]['tail']:g}: tokens/s; texts by equal leading tokens of {NEW_TOKENS}")
+    print("             theirs     ours   ratio     bar  acceptance  ours = theirs  theirs = plain  ours = plain")
+    for row in rows:
+        bar = f"{row['bar']:.1f}x" if row["bar"] else "-"
+        acceptance = f"{row['our_acceptance']:.3f}" if row["our_acceptance"] is not None else "-"
+        print(
+            f"{row['decoding']:11} {row['their_tokens_per_second']:7.1f}  {row['our_tokens_per_second']:7.1f}  "
+            f"{row['ratio']:5.2f}x  {bar:>6}  {acceptance:>10}  "
+            f"{row['ours_is_theirs']:13}  {row['theirs_is_their_plain']:14}  {row['ours_is_our_plain']:12}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--tails", nargs="+", type=float, default=[0.0, BAR_TAIL], help="how much later blocks matter")
+    parser.add_argument("--repeats", type=int, default=3, help="timings of each of the four ways, in turn")
+    parser.add_argument("--json", action="store_true", help="print one JSON line per row and nothing else")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # where torch runs
+    transformers.logging.set_verbosity_error()  # its own drafting calls a form of generate() that it deprecates
+    if not args.json:
+        print(f"Python {platform.python_version()}", *(f"{m.__name__} {m.__version__}" for m in LIBRARIES), sep=", ")
+        machine = f"{os.cpu_count()} CPUs, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the start"
+        print(f"{machine}; {args.repeats} repeats")
+    for name in args.models:
+        for tail in args.tails:
+            rows = compare(name, tail, args.repeats)
+            if args.json:
+                print("\n".join(map(json.dumps, rows)), flush=True)
+            else:
+                print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

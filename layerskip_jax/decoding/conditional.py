@@ -1,0 +1,37 @@
+"""Conditions that leave the cache where it lies."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from layerskip_jax.attention import LayerCache
+from layerskip_jax.model import Transformer
+
+Carry = TypeVar("Carry")
+
+
+def run_if(condition: bool | jax.Array, run: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """Return ``run(carry)`` if ``condition`` says so, else ``carry``.
+
+    By a loop of one turn or none: a loop updates the cache in place, where XLA copies what a conditional returns.
+    """
+    if isinstance(condition, bool):
+        return run(carry) if condition else carry
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: run(carry), carry)
+
+
+def run_blocks_if(
+    condition: bool | jax.Array,
+    model: Transformer,
+    x_BTD: jax.Array,
+    position_BT: jax.Array,
+    layers: list[LayerCache],
+    first: int,
+    last: int,
+) -> tuple[jax.Array, list[LayerCache]]:
+    """Run blocks [first, last) if ``condition`` says so, else return what came in."""
+    return run_if(
+        condition, lambda carry: model.run_cached(carry[0], position_BT, carry[1], first, last), (x_BTD, layers)
+    )

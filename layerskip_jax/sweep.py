@@ -1,0 +1,246 @@
+"""Which exit and draft length are fastest for a checkpoint: ``python -m layerskip_jax.sweep --checkpoint RUN``.
+
+Times every pair side by side on the same prompts, prints and draws the result, and stores the recommended setting with
+the checkpoint, where ``decode.py`` finds it.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from layerskip_jax.checkpoint import find_checkpoint, load_model, store_swept
+from layerskip_jax.command_line import add_settings, apply_overrides, integer, make_parser
+from layerskip_jax.commands.prompts import add_prompt_options, read_prompts
+from layerskip_jax.config import DecodeConfig, ModelConfig
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.configure import configured
+from layerskip_jax.decoding.cost import predicted_speedup, round_cost
+from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.request import Generation
+from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.model import Transformer
+from layerskip_jax.quantization import with_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One way of decoding over all prompts: medians over the repeats, side by side with plain decoding."""
+
+    settings: dict[str, Any]
+    tokens_per_second: float
+    speedup: float
+    acceptance: float
+    tokens_per_round: float
+    drafted_per_round: float
+    round_cost: float  # measured [plain tokens]
+    identical: bool
+
+    def predicted_speedup(self, model: ModelConfig) -> float:
+        """By the bytes of the weights alone; for a fixed exit."""
+        return predicted_speedup(model, self.settings["exit_layer"], self.drafted_per_round, self.tokens_per_round)
+
+
+def measure(
+    model: Transformer, prompts: Sequence[Sequence[int]], ways: Sequence[DecodeConfig], repeats: int, eos: int = -1
+) -> list[Measurement]:
+    """Time each of ``ways`` and plain decoding in turn, ``repeats`` times, after one run of each that compiles.
+
+    Tokens/s are of the rounds alone, one prompt at a time; ``speedup`` is the median of ratios within a repeat.
+    """
+    configs = [dataclasses.replace(ways[0], mode="autoregressive"), *ways]
+    steps = [configured(config, model) for config in configs]
+    runs: list[list[list[Generation]]] = []
+    with tqdm(total=(repeats + 1) * len(steps), desc="sweep", leave=False) as bar:
+        for _ in range(repeats + 1):
+            turn = []
+            for config, (run_model, step) in zip(configs, steps, strict=True):
+                new = config.max_new_tokens
+                turn.append([generate(run_model, [p], new, step, eos=eos, seed=config.seed) for p in prompts])
+                bar.update()
+            runs.append(turn)
+    rates = [[sum(g.new_tokens for g in way) / sum(g.seconds for g in way) for way in turn] for turn in runs[1:]]
+    plain_tokens = [g.tokens for g in runs[0][0]]
+    measurements = []
+    for index, config in enumerate(configs):
+        of_way = runs[-1][index]
+        rounds, drafted = sum(g.rounds for g in of_way), sum(g.drafted for g in of_way)
+        tokens = sum(g.new_tokens for g in of_way)
+        speedup = statistics.median(turn[index] / turn[0] for turn in rates)
+        measurements.append(
+            Measurement(
+                settings={name: getattr(config, name) for name in ("mode", "policy", "exit_layer", "draft_length")},
+                tokens_per_second=statistics.median(turn[index] for turn in rates),
+                speedup=speedup,
+                acceptance=sum(g.accepted for g in of_way) / drafted if drafted else float("nan"),
+                tokens_per_round=tokens / rounds,
+                drafted_per_round=drafted / rounds,
+                round_cost=tokens / rounds / speedup,
+                identical=all([g.tokens for g in turn[index]] == plain_tokens for turn in runs),
+            )
+        )
+    return measurements
+
+
+def fitted_width_cost(model: ModelConfig, measurements: Iterable[Measurement]) -> float:
+    """Return w of `cost.round_cost` that fits the measured rounds best (least squares), 0 at least."""
+    over = fraction = 0.0
+    for m in measurements:
+        by_bytes = round_cost(model, m.settings["exit_layer"], m.drafted_per_round)
+        over += m.drafted_per_round * (m.round_cost - by_bytes)
+        fraction += m.drafted_per_round**2
+    return max(0.0, over / fraction)
+
+
+def sweep(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    settings: DecodeConfig,
+    exits: Sequence[int],
+    draft_lengths: Sequence[int],
+    repeats: int,
+    eos: int = -1,
+) -> tuple[list[Measurement], list[Measurement], float]:
+    """Return plain decoding and every pair of exit and length; then the finalists against plain; and w.
+
+    The finalists are the fastest pair, the adaptive policy over the same exits up to the greatest length, and prompt
+    lookup.
+    """
+    fixed = dataclasses.replace(settings, mode="self_speculative", policy="fixed")
+    pairs = [dataclasses.replace(fixed, exit_layer=e, draft_length=d) for e in exits for d in draft_lengths]
+    grid = measure(model, prompts, pairs, repeats, eos)
+    width_cost = fitted_width_cost(model.config, grid[1:])
+    best = max(grid[1:], key=lambda m: m.tokens_per_second)
+    longest = max(draft_lengths)
+    finalists = [
+        dataclasses.replace(fixed, **best.settings),
+        dataclasses.replace(
+            fixed,
+            policy="adaptive",
+            exit_layer=best.settings["exit_layer"],
+            exits=tuple(exits),
+            draft_length=longest,
+            width_cost=width_cost,
+        ),
+        dataclasses.replace(fixed, mode="prompt_lookup", draft_length=longest),
+    ]
+    return grid, measure(model, prompts, finalists, repeats, eos), width_cost
+
+
+def table(model: ModelConfig, grid: list[Measurement], finals: list[Measurement]) -> str:
+    """Lay the measurements out as text."""
+    lines = [f"plain decoding {grid[0].tokens_per_second:.0f} tokens/s"]
+    lines.append("  exit  drafts  tokens/s  speedup  predicted  measured/predicted  acceptance  tokens/round")
+    for m in grid[1:]:
+        predicted = m.predicted_speedup(model)
+        lines.append(
+            f"  {m.settings['exit_layer']:>4}  {m.settings['draft_length']:>6}  {m.tokens_per_second:8.0f}"
+            f"  {m.speedup:6.2f}x  {predicted:8.2f}x  {m.speedup / predicted:18.2f}  {m.acceptance:10.1%}"
+            f"  {m.tokens_per_round:12.2f}" + ("" if m.identical else "  texts DIFFER")
+        )
+    for m in finals[1:]:
+        way = m.settings["policy"] if m.settings["mode"] == "self_speculative" else m.settings["mode"]
+        lines.append(
+            f"{way:>14}  {m.tokens_per_second:8.0f}  {m.speedup:6.2f}x  acceptance {m.acceptance:.1%}, "
+            f"{m.tokens_per_round:.2f} tokens/round" + ("" if m.identical else "  texts DIFFER")
+        )
+    return "\n".join(lines)
+
+
+def plot(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[int], file: Path) -> None:
+    """Draw tokens/s and acceptance over exit and draft length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    names = {"tokens_per_second": "tokens/s", "acceptance": "acceptance (accepted / drafted)"}
+    for axis, (name, title) in zip(axes, names.items(), strict=True):
+        value_Ed = np.array([getattr(m, name) for m in grid[1:]]).reshape(len(exits), len(draft_lengths))
+        if min(value_Ed.shape) > 1:
+            filled = axis.contourf(draft_lengths, exits, value_Ed, levels=12, cmap="viridis")
+            figure.colorbar(filled, ax=axis)
+        for row, exit_layer in enumerate(exits):
+            for column, length in enumerate(draft_lengths):
+                text = f"{value_Ed[row, column]:.2f}" if name == "acceptance" else f"{value_Ed[row, column]:.0f}"
+                axis.annotate(
+                    text,
+                    (length, exit_layer),
+                    ha="center",
+                    color="white",
+                    fontsize="small",
+                    bbox={"facecolor": "black", "alpha": 0.4, "edgecolor": "none", "pad": 1},
+                )
+        axis.set(title=title, xlabel="draft length d", ylabel="exit layer E", xticks=draft_lengths, yticks=exits)
+        axis.margins(0.08)
+    figure.suptitle(f"plain decoding: {grid[0].tokens_per_second:.0f} tokens/s")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(
+        "Time exits and draft lengths of a checkpoint on prompts, and store the fastest lossless way with it."
+    )
+    parser.add_argument("--checkpoint", metavar="RUN", required=True, help="run folder, or one checkpoint in it")
+    add_prompt_options(parser)
+    parser.add_argument(
+        "--try_exits", metavar="E", type=integer, nargs="+", help="exits (default: L/8, L/4, 3L/8, L/2)"
+    )
+    parser.add_argument(
+        "--try_lengths", metavar="D", type=integer, nargs="+", default=[2, 4, 6, 8], help="draft lengths"
+    )
+    parser.add_argument("--repeats", metavar="N", type=integer, default=3, help="timed runs of each (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON lines: one a way, then the recommendation")
+    parser.add_argument("--no_store", action="store_true", help="do not store the recommendation")
+    add_settings(parser, DecodeConfig())
+    options = parser.parse_known_options(argv)
+    given = {field.name for field in dataclasses.fields(DecodeConfig)} & vars(options).keys()
+
+    model, config, tokenizer_path = load_model(options.checkpoint)
+    settings = apply_overrides(config.decode, {name: getattr(options, name) for name in given})
+    layers = config.model.num_layers
+    exits = sorted(set(options.try_exits or [max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4)]))
+    lengths = sorted(set(options.try_lengths))
+    if exits[0] < 1 or exits[-1] > layers or lengths[0] < 1 or options.repeats < 1:
+        raise UserError(f"--try_exits must be in 1..{layers}, --try_lengths and --repeats at least 1")
+    tokenizer = Tokenizer.load(str(tokenizer_path))
+    held_out = options.held_out if options.prompt or options.prompts or options.held_out else 8
+    texts = read_prompts(options.prompt, options.prompts, held_out, config)
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    eos = -1 if settings.ignore_eos else tokenizer.eos_id
+    model = with_weights(model.unstacked(), settings.weights)
+    grid, finals, width_cost = sweep(model, prompts, settings, exits, lengths, options.repeats, eos)
+
+    winner = max(finals[:3], key=lambda m: m.tokens_per_second)
+    chosen = winner.settings | {"width_cost": width_cost}
+    if chosen["policy"] == "adaptive":
+        chosen["exits"] = exits
+    measured = {"tokens_per_second": winner.tokens_per_second, "speedup": winner.speedup, "prompts": len(prompts)}
+    if options.json:
+        for m in [*grid, *finals[1:]]:
+            print(json.dumps(dataclasses.asdict(m)))
+        print(json.dumps({"recommended": chosen, "measured": measured}))
+    else:
+        print(table(config.model, grid, finals))
+        said = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        print(f"recommended: {said} ({winner.speedup:.2f}x plain decoding)")
+    run = find_checkpoint(options.checkpoint).parent.parent
+    plot(grid, exits, lengths, Path(run) / "plots" / "sweep.png")
+    if not options.json:
+        print(f"plot: {run}/plots/sweep.png")
+    if not options.no_store:
+        file = store_swept(options.checkpoint, chosen, measured)
+        if not options.json:
+            print(f"stored: {file}; decode.py uses it by default")
+
+
+if __name__ == "__main__":
+    run_command(main)
