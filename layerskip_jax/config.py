@@ -264,10 +264,10 @@ class Config:
             self.optimizer.warmup_steps <= self.train.steps,
             f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed train.steps {self.train.steps}",
         )
-        for exit_layer in (self.decode.exit_layer, *self.decode.exits):
+        for name, exits in (("exit_layer", (self.decode.exit_layer,)), ("exits", self.decode.exits)):
             require(
-                exit_layer <= self.model.num_layers,
-                f"decode: exit {exit_layer} must be in 1..{self.model.num_layers} (model.num_layers)",
+                max(exits, default=1) <= self.model.num_layers,
+                f"decode.{name} {' '.join(map(str, exits))} must be in 1..{self.model.num_layers} (model.num_layers)",
             )
         microbatch = self.train.batch_size // self.train.accumulate
         skips = self.layer_dropout.p_max > 0 and self.layer_dropout.form == "skipping"

@@ -217,7 +217,7 @@ def test_sweep_measures_recommends_and_stores(run_folder, capsys):
     *ways, last = map(json.loads, capsys.readouterr().out.splitlines())
     assert [way["settings"]["mode"] for way in ways[:3]] == ["autoregressive", "self_speculative", "self_speculative"]
     assert [(w["settings"]["exit_layer"], w["settings"]["draft_length"]) for w in ways[1:3]] == [(1, 2), (3, 2)]
-    assert [way["settings"]["policy"] for way in ways[3:]] == ["adaptive", "fixed"]
+    assert [way["settings"]["policy"] for way in ways[3:]] == ["fixed", "adaptive", "fixed"]
     assert all(way["identical"] for way in ways)
     assert (Path(run_folder) / "plots" / "sweep.png").stat().st_size > 10_000
 
@@ -233,9 +233,9 @@ def test_sweep_measures_recommends_and_stores(run_folder, capsys):
 
 def test_sweep_errors(run_folder):
     for argv, message in [
-        (["--try_exits", "5"], r"--try_exits must be in 1\.\.4"),
-        (["--try_lengths", "0"], "--try_lengths and --repeats at least 1"),
-        (["--try_lengths", "64"], r"draft_length must be in 1\.\.63"),
+        (["--prompt", "a", "--try_exits", "5"], r"--try_exits must be in 1\.\.4"),
+        (["--prompt", "a", "--try_lengths", "0"], "--try_lengths and --repeats at least 1"),
+        (["--prompt", "a", "--try_lengths", "64"], r"draft_length must be in 1\.\.63"),
         (["--prompt", "a", "--held_out", "2"], "give the prompts in one way"),
     ]:
         with pytest.raises(UserError, match=message):
