@@ -22,3 +22,10 @@ hypothesis.settings.load_profile("suite")
 def corpus(tmp_path_factory):
     """The settings of a small corpus with its tokenizer."""
     return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_programs():
+    """Let go of a module's compiled programs: each maps memory, and Linux ends a process at 65,530 maps."""
+    yield
+    jax.clear_caches()

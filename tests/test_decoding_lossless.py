@@ -100,6 +100,7 @@ def test_speculative_rounds_equal_autoregressive(combination, monkeypatch):
                 assert result.acceptance == 1  # the draft is the full model
         cases += batch
     assert drafted > 0
+    jax.clear_caches()  # a few thousand maps of memory for these programs, see `release_programs`
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:4])
