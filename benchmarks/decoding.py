@@ -65,14 +65,13 @@ class WithoutQueries(SelfSpeculative):
     The draft then need not take its last token through the early blocks, but here it does; `cost` corrects for it.
     """
 
-    def _verify(self, model, state, plan, key, width, draft_Bd, evidence, drafted_B, before):
-        token_B, start_B = state.last_token()
-        token_BW = jnp.concatenate([token_B[:, None], draft_Bd], axis=1)[:, :width]
-        position_BW = start_B[:, None] + jnp.arange(width)[None]
+    def _verify(self, model, state, plan, key, position, draft_Bd, evidence, drafted_B, before):
+        token_B, _ = state.last_token()
+        token_BW = jnp.concatenate([token_B[:, None], draft_Bd], axis=1)[:, : position.index_BT.shape[1]]
         cache, first = before[0], self.exits[0]
-        x_BWD, layers = model.run_cached(model.embed(token_BW), position_BW, cache.layers, 0, first)
+        x_BWD, layers = model.run_cached(model.embed(token_BW), position, cache.layers, 0, first)
         cache = dataclasses.replace(cache, layers=layers, exit_query_BQD=[x_BWD])
-        return super()._verify(model, state, plan, key, width, draft_Bd, evidence, drafted_B, (cache, before[1]))
+        return super()._verify(model, state, plan, key, position, draft_Bd, evidence, drafted_B, (cache, before[1]))
 
 
 def with_tail(config: ModelConfig, exit_layer: int, tail: float) -> Transformer:

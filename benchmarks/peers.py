@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import flax
@@ -57,7 +58,7 @@ def with_tail(model: Transformer, scale: float) -> Transformer:
     scale_L = jnp.where(jnp.arange(model.config.num_layers) < EXIT_LAYER, 1.0, scale)
     model.blocks.output_NHD[...] *= scale_L[:, None, None, None]
     model.blocks.down_FD[...] *= scale_L[:, None, None]
-    return model.unstacked()
+    return model
 
 
 def as_llama(model: Transformer) -> transformers.LlamaForCausalLM:
@@ -80,7 +81,8 @@ def as_llama(model: Transformer) -> transformers.LlamaForCausalLM:
     llama = transformers.LlamaForCausalLM(llama_config)
     head_VD = model.embedding_VD[...] if config.tied_embedding else model.head_DV[...].T
     weights = {"lm_head": head_VD, "model.embed_tokens": model.embedding_VD[...], "model.norm": model.final_norm_D[...]}
-    for layer, block in enumerate(model.blocks):
+    for layer in range(config.num_layers):
+        block = jax.tree.map(itemgetter(layer), model.blocks)
         # Our matrices have their inputs in front; those of torch's Linear have their outputs there.
         of_block = {
             "input_layernorm": block.attention_norm_D[...],
@@ -118,7 +120,7 @@ def equal_tokens(a: list[int], b: list[int]) -> int:
 def compare(name: str, tail: float, repeats: int) -> list[dict[str, Any]]:
     """Time the four ways in turn, ``repeats`` times after a warm-up."""
     model = with_tail(Transformer(MODELS[name], rngs=nnx.Rngs(0)), tail)
-    llama = as_llama(model)
+    llama, model = as_llama(model), model.unstacked()
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, PROMPT).tolist()
     tokens_BT = torch.tensor([prompt])
     difference = np.abs(llama(tokens_BT).logits.numpy() - np.asarray(model(jnp.array([prompt])))).max()

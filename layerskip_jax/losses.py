@@ -75,7 +75,7 @@ def exit_losses(
     One forward pass (eq. 1) serves all exits; the loss after block l sits in the scan's body under a condition, so
     one compiled program serves every step of a curriculum and an exit that is off costs nothing (eq. 5).
     """
-    position_BT = jnp.arange(batch.inputs_BT.shape[1])[None]
+    position = model.positions(jnp.arange(batch.inputs_BT.shape[1])[None])
 
     # Without the checkpoint, the condition would hand out the head as a residual, and the scan keep L copies of it.
     @jax.checkpoint
@@ -93,7 +93,7 @@ def exit_losses(
         weight, kept_B, scale = inputs
 
         def f(x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
-            return block(x_BTD, position_BT, same_document(segments_BT))[0]
+            return block(x_BTD, position, same_document(segments_BT))[0]
 
         if kept_B is None or scale is None:
             x_BTD = x_BTD + f(x_BTD, batch.segments_BT)

@@ -12,8 +12,9 @@ slice of a stack would copy weights).
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +50,30 @@ def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, epsilon: float) -> jax.Array:
     return (x32_BTD * inverse_BT1 * scale_D[...][None, None]).astype(x_BTD.dtype)
 
 
-def rotate(x_BTNH: jax.Array, position_BT: jax.Array, base: float) -> jax.Array:
-    """Rotary positions (RoFormer, arXiv 2104.09864 eq. 34): dimension i pairs with i + H/2, as in Llama checkpoints."""
-    half = x_BTNH.shape[-1] // 2
-    frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1H = position_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
-    sin_BT1H, cos_BT1H = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
+class Positions(NamedTuple):
+    """Where tokens stand, with the sines and cosines of their rotary angles, which all blocks share."""
+
+    index_BT: jax.Array
+    sin_BT1H: jax.Array
+    cos_BT1H: jax.Array
+
+    @classmethod
+    def at(cls, index_BT: jax.Array, head_dim: int, base: float) -> "Positions":
+        """``angle_i = index * base^(-2i/H)``, for i below H/2 (RoFormer, arXiv 2104.09864 section 3.2.2)."""
+        half = head_dim // 2
+        frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        angle_BT1H = index_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
+        # Without the barrier XLA fuses them into every use, and computes them anew in each block.
+        return cls(index_BT, *jax.lax.optimization_barrier((jnp.sin(angle_BT1H), jnp.cos(angle_BT1H))))
+
+    def first(self, count: int) -> "Positions":
+        """Return the first ``count`` positions of each row."""
+        return Positions(*(array[:, :count] for array in self))
+
+
+def rotate(x_BTNH: jax.Array, position: Positions) -> jax.Array:
+    """Rotary positions (RoFormer, eq. 34): dimension i pairs with i + H/2, as in Llama checkpoints."""
+    _, sin_BT1H, cos_BT1H = position
     a_BTNH, b_BTNH = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = [a_BTNH * cos_BT1H - b_BTNH * sin_BT1H, b_BTNH * cos_BT1H + a_BTNH * sin_BT1H]
     return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
@@ -76,57 +95,95 @@ class Block(nnx.Module):
         self.gate_DF = parameter(rngs.params(), (D, F), ("embed", "ffn"), D)
         self.up_DF = parameter(rngs.params(), (D, F), ("embed", "ffn"), D)
         self.down_FD = parameter(rngs.params(), (F, D), ("ffn", "embed"), F, out)
-        self.rope_base = config.rope_base
         self.epsilon = config.norm_epsilon
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        position_BT: jax.Array,
+        position: Positions,
         visible_BTS: jax.Array | None = None,
         cache: LayerCache | None = None,
         filled: int | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Return ``f_l(x)``, and the cache with the keys and values of ``position_BT`` (consecutive in each row).
+        """Return ``f_l(x)``, and the cache with the keys and values of ``position`` (consecutive in each row).
 
         Without a cache, attention sees what ``visible_BTS`` says; with one, the cache up to each position
         (``filled``, for positions from 0 on, as in `attend_cache`).
         """
         dtype = x_BTD.dtype
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", h_BTD, self.query_DNH[...].astype(dtype))
-        q_BTNH = rotate(q_BTNH, position_BT, self.rope_base)
+        q_BTNH, k_BTKH, v_BTKH = self.queries_keys_values(h_BTD)
+        q_BTNH, k_BTKH = rotate(q_BTNH, position), rotate(k_BTKH, position)
         if cache is None:
             assert visible_BTS is not None
-            k_BTKH, v_BTKH = self._keys_values(h_BTD, position_BT)
             attended_BTNH = attend(q_BTNH, [k_BTKH.swapaxes(1, 2)], [v_BTKH.swapaxes(1, 2)], visible_BTS)
         else:
-            start_B = position_BT[:, 0] if filled is None else None
-            cache = write_cache(cache, *self._keys_values(h_BTD, position_BT), start_B)
-            attended_BTNH = attend_cache(q_BTNH, cache, position_BT, filled)
+            start_B = position.index_BT[:, 0] if filled is None else None
+            cache = write_cache(cache, k_BTKH, v_BTKH, start_B)
+            attended_BTNH = attend_cache(q_BTNH, cache, position.index_BT, filled)
         # As one matrix: a product over two axes makes XLA:CPU transpose the weights first, at every token.
         attended_BTM = attended_BTNH.reshape(*attended_BTNH.shape[:2], -1)
         output_MD = self.output_NHD[...].reshape(-1, x_BTD.shape[-1])
         attention_BTD = attended_BTM @ output_MD.astype(dtype)
 
         h_BTD = rms_norm(x_BTD + attention_BTD, self.ffn_norm_D, self.epsilon)
-        gate_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, self.gate_DF[...].astype(dtype))
-        up_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, self.up_DF[...].astype(dtype))
+        gate_BTF, up_BTF = self.gate_up(h_BTD)
         ffn_BTD = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...].astype(dtype))
         return attention_BTD + ffn_BTD, cache
 
-    def propagate(self, x_BTD: jax.Array, position_BT: jax.Array, cache: LayerCache) -> LayerCache:
+    def propagate(self, x_BTD: jax.Array, position: Positions, cache: LayerCache) -> LayerCache:
         """Write the keys and values of ``x`` and run nothing else (state propagation, arXiv 2207.07061 section 3.1).
 
         This is how a token that has left before this block lets later tokens attend to it here.
         """
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
-        return write_cache(cache, *self._keys_values(h_BTD, position_BT), position_BT[:, 0])
+        _, k_BTKH, v_BTKH = self.queries_keys_values(h_BTD)
+        return write_cache(cache, rotate(k_BTKH, position), v_BTKH, position.index_BT[:, 0])
 
-    def _keys_values(self, h_BTD: jax.Array, position_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.key_DKH[...].astype(h_BTD.dtype))
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.value_DKH[...].astype(h_BTD.dtype))
-        return rotate(k_BTKH, position_BT, self.rope_base), v_BTKH
+    def queries_keys_values(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return ``q_BTNH, k_BTKH, v_BTKH``, not yet rotated."""
+        project = partial(jnp.einsum, "BTD,DNH->BTNH", h_BTD)
+        q_BTNH, k_BTKH, v_BTKH = (
+            project(matrix[...].astype(h_BTD.dtype)) for matrix in (self.query_DNH, self.key_DKH, self.value_DKH)
+        )
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def gate_up(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return ``gate_BTF, up_BTF`` of SwiGLU."""
+        dtype = h_BTD.dtype
+        return h_BTD @ self.gate_DF[...].astype(dtype), h_BTD @ self.up_DF[...].astype(dtype)
+
+
+class DecodingBlock(Block):
+    """A block whose matrices that read the same input lie side by side, so that they are one product.
+
+    A product of a few tokens costs a fixed part and the reading of the weights. (Training keeps them apart: under
+    tensor parallelism each has its own split.)
+    """
+
+    def __init__(self, block: Block):
+        D, N, H = block.query_DNH.shape
+        self.query_heads, self.head_dim = N, H
+        beside = lambda *matrices: nnx.Param(  # noqa: E731
+            jnp.concatenate([matrix[...].reshape(D, -1) for matrix in matrices], axis=1)
+        )
+        self.attention_norm_D, self.ffn_norm_D = block.attention_norm_D, block.ffn_norm_D
+        self.query_key_value_DM = beside(block.query_DNH, block.key_DKH, block.value_DKH)
+        self.output_NHD = block.output_NHD
+        self.gate_up_DM = beside(block.gate_DF, block.up_DF)
+        self.down_FD = block.down_FD
+        self.epsilon = block.epsilon
+
+    def queries_keys_values(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        together_BTM = h_BTD @ self.query_key_value_DM[...].astype(h_BTD.dtype)
+        together_BTNH = together_BTM.reshape(*h_BTD.shape[:2], -1, self.head_dim)
+        q_BTNH, keys_values_BTKH = jnp.split(together_BTNH, [self.query_heads], axis=2)
+        k_BTKH, v_BTKH = jnp.split(keys_values_BTKH, 2, axis=2)
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def gate_up(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gate_BTF, up_BTF = jnp.split(h_BTD @ self.gate_up_DM[...].astype(h_BTD.dtype), 2, axis=-1)
+        return gate_BTF, up_BTF
 
 
 def run_layers(
@@ -167,6 +224,10 @@ class Transformer(nnx.Module):
             self.head_DV = parameter(rngs.params(), (D, V), ("embed", "vocab"), D)
         self.config = config
 
+    def positions(self, index_BT: jax.Array) -> Positions:
+        """Return what the blocks want to know of positions ``index_BT``."""
+        return Positions.at(index_BT, self.config.head_dim, self.config.rope_base)
+
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Return ``x_0``: the embeddings of ``tokens_BT``, in the compute type."""
         x_BTD = self.embedding_VD[...][tokens_BT].astype(compute_dtype(self.config))
@@ -183,26 +244,24 @@ class Transformer(nnx.Module):
         return constrain(logits_BTV, "batch", "length", "vocab")
 
     def unstacked(self) -> "Transformer":
-        """Return the same model with `blocks` as a list and matrices in the compute type, as decoding wants it.
+        """Return the same model with `blocks` as a list of `DecodingBlock`s and matrices in the compute type.
 
         One copy of the weights now, and none at every token.
         """
-        graph, state = nnx.split(self)
-        model = nnx.merge(graph, state)
-        model.blocks = nnx.List(
-            [jax.tree.map(itemgetter(layer), self.blocks) for layer in range(self.config.num_layers)]
-        )
-        dtype = compute_dtype(self.config)
-        return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, model)
+        dtype, layers = compute_dtype(self.config), range(self.config.num_layers)
+        cast = partial(jax.tree.map, lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf)
+        model = nnx.merge(*nnx.split(self))
+        model.blocks = nnx.List([DecodingBlock(cast(jax.tree.map(itemgetter(layer), self.blocks))) for layer in layers])
+        return cast(model)
 
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
         """Return ``logits_BTV`` of the full model, without a cache."""
         segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
-        position_BT = jnp.arange(tokens_BT.shape[1])[None]
+        position = self.positions(jnp.arange(tokens_BT.shape[1])[None])
         visible_BTS = same_document(segments_BT)
 
         def step(block: Block, x_BTD: jax.Array, inputs: None) -> tuple[jax.Array, None]:
-            return x_BTD + block(x_BTD, position_BT, visible_BTS)[0], None
+            return x_BTD + block(x_BTD, position, visible_BTS)[0], None
 
         inputs = None if isinstance(self.blocks, Block) else [None] * self.config.num_layers
         return self.unembed(run_layers(self.blocks, self.embed(tokens_BT), step, inputs)[0])
@@ -220,20 +279,20 @@ class Transformer(nnx.Module):
     def run_cached(
         self,
         x_BTD: jax.Array,
-        position_BT: jax.Array,
+        position: Positions,
         cache: list[LayerCache],
         first: int,
         last: int,
         *,
         filled: int | None = None,
     ) -> tuple[jax.Array, list[LayerCache]]:
-        """Run blocks [first, last) of an `unstacked` model at ``position_BT``, reading and writing their caches.
+        """Run blocks [first, last) of an `unstacked` model at ``position``, reading and writing their caches.
 
         ``cache`` has an entry for every block of the model; the returned list too. ``filled`` as in `Block`.
         """
 
         def step(block: Block, x_BTD: jax.Array, layer: LayerCache) -> tuple[jax.Array, LayerCache]:
-            delta_BTD, written = block(x_BTD, position_BT, cache=layer, filled=filled)
+            delta_BTD, written = block(x_BTD, position, cache=layer, filled=filled)
             assert written is not None
             return x_BTD + delta_BTD, written
 

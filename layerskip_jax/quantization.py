@@ -11,12 +11,9 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.model import Transformer
 
 OUTPUT_AXES = {
-    "query_DNH": (1, 2),
-    "key_DKH": (1, 2),
-    "value_DKH": (1, 2),
+    "query_key_value_DM": (1,),
     "output_NHD": (2,),
-    "gate_DF": (1,),
-    "up_DF": (1,),
+    "gate_up_DM": (1,),
     "down_FD": (1,),
     "head_DV": (1,),
 }

@@ -214,7 +214,8 @@ def confident_oracle(model, prompt, exits, threshold, new_tokens):
             if left is None:
                 n = position + 1
                 visible = jnp.tril(jnp.ones((n, n), bool))[None]
-                x = x + np.asarray(block(jnp.asarray(entries[layer])[None], jnp.arange(n)[None], visible)[0])[0, -1]
+                positions = model.positions(jnp.arange(n)[None])
+                x = x + np.asarray(block(jnp.asarray(entries[layer])[None], positions, visible)[0])[0, -1]
             prefill = position < len(prompt) - 1  # prompts are prefilled by all blocks
             if left is None and not prefill and layer + 1 in exits:
                 logits = model.unembed(jnp.asarray(x)[None, None])[0, 0]

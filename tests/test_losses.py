@@ -96,7 +96,7 @@ def test_dropout_in_the_scan_is_eq_1():
         x = model.embed(one.inputs_BT)
         for layer, block in enumerate(blocks):
             if draw.kept_LB[layer, row]:
-                delta = block(x, jnp.arange(T)[None], same_document(one.segments_BT))[0]
+                delta = block(x, model.positions(jnp.arange(T)[None]), same_document(one.segments_BT))[0]
                 x = x + draw.scale_L[layer] * delta
             log_p = jax.nn.log_softmax(model.unembed(x), axis=-1)
             picked = jnp.take_along_axis(log_p, one.targets_BT[..., None], axis=-1)[..., 0]

@@ -77,7 +77,7 @@ def _influence(model, tokens, position):
 
     def logits_at(x_BTD):
         def step(block, x, _):
-            return x + block(x, jnp.arange(tokens.shape[1])[None], visible)[0], None
+            return x + block(x, model.positions(jnp.arange(tokens.shape[1])[None]), visible)[0], None
 
         return model.unembed(run_layers(model.blocks, x_BTD, step, None)[0])[0, position].sum()
 
@@ -123,7 +123,7 @@ def test_draft_then_remainder_through_a_cache_equals_the_full_model(pieces, exit
     tokens = jax.random.randint(jax.random.key(seed), (2, length), 0, 61)
     cache, unstacked, logits, start = empty_cache(model.config, 2, 32), model.unstacked(), [], 0
     for size in pieces:
-        position = jnp.tile(start + jnp.arange(size)[None], (2, 1))
+        position = unstacked.positions(jnp.tile(start + jnp.arange(size)[None], (2, 1)))
         piece, cache = _draft_then_rest(unstacked, tokens[:, start : start + size], position, cache, exit_layer)
         logits.append(piece)
         start += size
@@ -141,12 +141,11 @@ def _draft_then_rest(model, tokens, position, cache, exit_layer):
 def test_rows_of_a_cache_stand_at_their_own_positions():
     model = tiny_model().unstacked()
     tokens = jnp.arange(20).reshape(2, 10)
-    _, cache = model.run_cached(
-        model.embed(tokens), jnp.tile(jnp.arange(10)[None], (2, 1)), empty_cache(model.config, 2, 32), 0, 4
-    )
+    position = model.positions(jnp.tile(jnp.arange(10)[None], (2, 1)))
+    _, cache = model.run_cached(model.embed(tokens), position, empty_cache(model.config, 2, 32), 0, 4)
     starts = jnp.array([4, 9])  # row 0 is rolled back to 4 tokens, row 1 to 9
     new = jnp.array([[7], [8]])
-    x, _ = model.run_cached(model.embed(new), starts[:, None], cache, 0, 4)
+    x, _ = model.run_cached(model.embed(new), model.positions(starts[:, None]), cache, 0, 4)
     for row, start in enumerate(starts.tolist()):
         whole = jnp.concatenate([tokens[row, :start], new[row]])[None]
         np.testing.assert_allclose(model.unembed(x)[row, 0], model(whole)[0, -1], atol=1e-4)

@@ -60,9 +60,9 @@ def test_speculation_is_lossless_on_int8_weights(policy):
 def test_full_weights_are_left_alone():
     model = tiny_model().unstacked()
     assert with_weights(model, "full") is model
-    before = np.asarray(model.blocks[0].gate_DF[...])
+    before = np.asarray(model.blocks[0].gate_up_DM[...])
     quantized(model)
-    np.testing.assert_array_equal(model.blocks[0].gate_DF[...], before)
+    np.testing.assert_array_equal(model.blocks[0].gate_up_DM[...], before)
 
 
 def test_without_qwix_one_line_says_what_to_install(monkeypatch):

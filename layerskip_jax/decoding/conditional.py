@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.attention import LayerCache
-from layerskip_jax.model import Transformer
+from layerskip_jax.model import Positions, Transformer
 
 Carry = TypeVar("Carry")
 
@@ -26,12 +26,10 @@ def run_blocks_if(
     condition: bool | jax.Array,
     model: Transformer,
     x_BTD: jax.Array,
-    position_BT: jax.Array,
+    position: Positions,
     layers: list[LayerCache],
     first: int,
     last: int,
 ) -> tuple[jax.Array, list[LayerCache]]:
     """Run blocks [first, last) if ``condition`` says so, else return what came in."""
-    return run_if(
-        condition, lambda carry: model.run_cached(carry[0], position_BT, carry[1], first, last), (x_BTD, layers)
-    )
+    return run_if(condition, lambda carry: model.run_cached(carry[0], position, carry[1], first, last), (x_BTD, layers))

@@ -18,7 +18,7 @@ from layerskip_jax.decoding.conditional import run_if
 from layerskip_jax.decoding.rounds import finish_round, no_drafts
 from layerskip_jax.decoding.sampling import Sampler
 from layerskip_jax.decoding.state import DecodeState
-from layerskip_jax.model import Block, Transformer, run_layers
+from layerskip_jax.model import Block, Positions, Transformer, run_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +39,15 @@ class ConfidentExit:
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         token_B, position_B = state.last_token()
-        position_B1 = position_B[:, None]
+        position = model.positions(position_B[:, None])
         key, draw_key = jax.random.split(state.key)
         # Whoever has left, and rows that were done before, only pass their keys and values on.
         nowhere_B = jnp.full_like(token_B, len(self.exits))
         way = _Way(model.embed(token_B[:, None]), state.cache.layers, state.done_B, token_B, nowhere_B)
         for index, (first, last) in enumerate(zip((0, *self.exits), self.exits, strict=False)):
             all_left = jnp.all(way.left_B)
-            blocks = partial(self._run, model, position_B1, first, last, index, jax.random.fold_in(draw_key, index))
-            way = run_if(all_left, partial(_pass_on, model, position_B1, first, last), way)
+            blocks = partial(self._run, model, position, first, last, index, jax.random.fold_in(draw_key, index))
+            way = run_if(all_left, partial(_pass_on, model, position, first, last), way)
             way = run_if(~all_left, blocks, way)
         state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=way.layers))
         return finish_round(state, *no_drafts(state), way.next_B, way.exit_B)
@@ -55,7 +55,7 @@ class ConfidentExit:
     def _run(
         self,
         model: Transformer,
-        position_B1: jax.Array,
+        position: Positions,
         first: int,
         last: int,
         index: int,
@@ -65,7 +65,7 @@ class ConfidentExit:
         """Run blocks [first, last) for the rows that are left, and let those go that are sure of their token."""
 
         def step(block: Block, x_B1D: jax.Array, layer: LayerCache) -> tuple[jax.Array, LayerCache]:
-            delta_B1D, written = block(x_B1D, position_B1, cache=layer)
+            delta_B1D, written = block(x_B1D, position, cache=layer)
             assert written is not None
             return jnp.where(way.left_B[:, None, None], x_B1D, x_B1D + delta_B1D), written
 
@@ -93,8 +93,8 @@ class _Way(NamedTuple):
     exit_B: jax.Array  # index of the exit at which a row left
 
 
-def _pass_on(model: Transformer, position_B1: jax.Array, first: int, last: int, way: _Way) -> _Way:
+def _pass_on(model: Transformer, position: Positions, first: int, last: int, way: _Way) -> _Way:
     """Write the keys and values of blocks [first, last) and run nothing else of them."""
     blocks = zip(model.blocks[first:last], way.layers[first:last], strict=True)
-    written = [block.propagate(way.x_B1D, position_B1, layer) for block, layer in blocks]
+    written = [block.propagate(way.x_B1D, position, layer) for block, layer in blocks]
     return way._replace(layers=[*way.layers[:first], *written, *way.layers[last:]])

@@ -38,9 +38,9 @@ def prefill(
     B, S = tokens_BS.shape
     layers = empty_cache(model.config, B, S)
     if width:
-        position_BP = jnp.tile(jnp.arange(width)[None], (B, 1))
+        position = model.positions(jnp.tile(jnp.arange(width)[None], (B, 1)))
         x_BPD = model.embed(tokens_BS[:, :width])
-        _, layers = model.run_cached(x_BPD, position_BP, layers, 0, model.config.num_layers, filled=width)
+        _, layers = model.run_cached(x_BPD, position, layers, 0, model.config.num_layers, filled=width)
     query_BQD = jnp.zeros((B, step.draft_length + 1, model.config.dim), compute_dtype(model.config))
     return DecodeState(
         tokens_BS=tokens_BS,

@@ -58,9 +58,9 @@ class PromptLookup:
         draft_Bd, drafted_B = look_up(state.tokens_BS, state.length_B, self.longest, self.draft_length)
         drafted_B = jnp.where(state.done_B, 0, drafted_B)
         token_BQ = jnp.concatenate([token_B[:, None], draft_Bd], axis=1)
-        slot_BQ = jnp.arange(self.draft_length + 1)[None]
+        position = model.positions(position_B[:, None] + jnp.arange(self.draft_length + 1)[None])
         x_BQD, layers = model.run_cached(
-            model.embed(token_BQ), position_B[:, None] + slot_BQ, state.cache.layers, 0, model.config.num_layers
+            model.embed(token_BQ), position, state.cache.layers, 0, model.config.num_layers
         )
         evidence = self.sampler.certainty(draft_Bd, model.config.vocab_size)
         accepted_B, next_B = self.sampler.verify(model.unembed(x_BQD), draft_Bd, evidence, drafted_B, verify_key)

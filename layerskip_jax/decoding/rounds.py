@@ -16,7 +16,7 @@ from layerskip_jax.decoding.conditional import run_blocks_if, run_if
 from layerskip_jax.decoding.policies import DraftPolicy, Outcome, Plan
 from layerskip_jax.decoding.sampling import Sampler
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics, emit
-from layerskip_jax.model import Transformer
+from layerskip_jax.model import Positions, Transformer
 
 
 class Round(Protocol):
@@ -61,7 +61,8 @@ class Autoregressive:
         token_B, position_B = state.last_token()
         key, draw_key = jax.random.split(state.key)
         x_B1D = model.embed(token_B[:, None])
-        x_B1D, layers = model.run_cached(x_B1D, position_B[:, None], state.cache.layers, 0, model.config.num_layers)
+        position = model.positions(position_B[:, None])
+        x_B1D, layers = model.run_cached(x_B1D, position, state.cache.layers, 0, model.config.num_layers)
         next_B = self.sampler.draw(model.unembed(x_B1D)[:, 0], draw_key)
         state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=layers))
         return finish_round(state, *no_drafts(state), next_B)
@@ -95,10 +96,13 @@ class SelfSpeculative:
 
         # The narrowest verification that holds every row's drafts and the token they follow.
         needed, narrower = jnp.max(drafted_B) + 1, 0
+        position = model.positions(state.last_token()[1][:, None] + jnp.arange(self.draft_length + 1)[None])
         none_B, none_XQ = jnp.zeros_like(state.length_B), jnp.zeros((len(self.exits), self.draft_length + 1))
         verdict = Verdict(none_B, none_B, jnp.bool(False), none_XQ, none_XQ)
         for width in self.policy.verify_widths:
-            verify = partial(self._verify, model, state, plan, verify_key, width, draft_Bd, evidence, drafted_B)
+            verify = partial(
+                self._verify, model, state, plan, verify_key, position.first(width), draft_Bd, evidence, drafted_B
+            )
             runs = (narrower < needed) & (needed <= width) if len(self.policy.verify_widths) > 1 else True
             cache, verdict = run_if(runs, verify, (cache, verdict))
             narrower = width
@@ -118,11 +122,11 @@ class SelfSpeculative:
         B, d = start_token_B.shape[0], self.draft_length
 
         def early_blocks(token_B: jax.Array, slot: jax.Array, cache: KVQCache) -> tuple[jax.Array, KVQCache]:
-            position_B1 = (start_B + slot)[:, None]
+            position = model.positions((start_B + slot)[:, None])
             x_B1D, layers, queries = model.embed(token_B[:, None]), cache.layers, []
             for index, (first, last) in enumerate(zip((0, *self.exits), self.exits, strict=False)):
                 runs = index == 0 or plan.exit_index >= index
-                x_B1D, layers = run_blocks_if(runs, model, x_B1D, position_B1, layers, first, last)
+                x_B1D, layers = run_blocks_if(runs, model, x_B1D, position, layers, first, last)
                 queries.append(jax.lax.dynamic_update_slice(cache.exit_query_BQD[index], x_B1D, (0, slot, 0)))
             return x_B1D, KVQCache(layers, queries)
 
@@ -158,22 +162,21 @@ class SelfSpeculative:
         state: DecodeState,
         plan: Plan,
         key: jax.Array,
-        width: int,
+        position: Positions,
         draft_Bd: jax.Array,
         evidence: Any,
         drafted_B: jax.Array,
         before: tuple[KVQCache, "Verdict"],
     ) -> tuple[KVQCache, "Verdict"]:
-        """Take the exit queries of ``width`` positions through the remaining blocks at once, and judge the drafts."""
-        cache = before[0]
+        """Take the exit queries of W positions through the remaining blocks at once, and judge the drafts."""
+        cache, width = before[0], position.index_BT.shape[1]
         slot_BW = jnp.arange(width)[None]
-        position_BW = state.last_token()[1][:, None] + slot_BW
         query_BWD, layers = [query_BQD[:, :width] for query_BQD in cache.exit_query_BQD], cache.layers
         x_BWD = query_BWD[0]
         for index, (first, last) in enumerate(zip(self.exits, self.exits[1:], strict=False), start=1):
-            x_BWD, layers = run_blocks_if(plan.exit_index < index, model, x_BWD, position_BW, layers, first, last)
+            x_BWD, layers = run_blocks_if(plan.exit_index < index, model, x_BWD, position, layers, first, last)
             query_BWD[index] = x_BWD = jnp.where(plan.exit_index < index, x_BWD, query_BWD[index])
-        x_BWD, layers = model.run_cached(x_BWD, position_BW, layers, self.exits[-1], model.config.num_layers)
+        x_BWD, layers = model.run_cached(x_BWD, position, layers, self.exits[-1], model.config.num_layers)
         logits_BWV = model.unembed(x_BWD)
         draft_Bw, evidence = draft_Bd[:, : width - 1], jax.tree.map(lambda e: e[:, : width - 1], evidence)
         accepted_B, next_B = self.sampler.verify(logits_BWV, draft_Bw, evidence, drafted_B, key)
@@ -193,7 +196,9 @@ class SelfSpeculative:
             return verdict._replace(probed=jnp.bool(True), agreed_XQ=fill(agreed), reached_XQ=fill(reached))
 
         verdict = before[1]._replace(accepted_B=accepted_B, next_B=next_B.astype(jnp.int32))
-        verdict = run_if(self.policy.probes(state.memory), compare, verdict)
+        # A condition proper: out of a loop of one turn or none, XLA would take the heads, and run them in every round.
+        probes = self.policy.probes(state.memory)
+        verdict = jax.lax.cond(probes, compare, lambda same: same, verdict) if probes is not False else verdict
         return dataclasses.replace(cache, layers=layers), verdict
 
 
