@@ -43,10 +43,11 @@ endif
 test: $(BIN)/.installed-dev  ## run the suite (20 minutes or so on 2 cores)
 	$(BIN)/python -m pytest -n 2
 
-lint: $(BIN)/.installed-dev  ## ruff and mypy
+lint: $(BIN)/.installed-dev  ## ruff, mypy and shellcheck
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources --check-sourced tpu/pod tpu/worker.sh .ci/run
 
 format: $(BIN)/.installed-dev
 	$(BIN)/ruff format .

@@ -1,0 +1,180 @@
+"""A repository with the real tpu/ scripts beside a stand-in cloud (fixtures/stand_in_gcloud.py), for tests to use."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
+SETTINGS = {"POD_NAME": "my-run", "POD_PROJECT": "my-project", "POD_ZONE": "us-east5-b", "POD_ACCELERATOR": "v6e-16"}
+TRAIN = ["--", "--config", "configs/some.py", "--train.run_dir", "gs://bucket/run"]
+
+# What train.py is to the scripts: it takes options, lasts, saves at SIGTERM, and ends with a status.
+TRAIN_PY = """
+import json, os, pathlib, signal, sys, time
+home = pathlib.Path(os.environ["HOME"])
+def save(*_):
+    (home / "saved").touch()
+    if not (home / "stubborn").exists():
+        sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+(home / "options.json").write_text(json.dumps(sys.argv[1:]))
+print("step 1", flush=True)
+while not (home / "finish").exists():
+    time.sleep(0.02)
+sys.exit(int((home / "finish").read_text()))
+"""
+
+# The python3 of a worker: pip and uv, as strict as they need to be.
+WORKER_PYTHON = f"""#!/usr/bin/env bash
+case "$*" in
+  "-m pip install --quiet --user uv") ;;
+  "-m uv venv --quiet --python 3.12 "*)
+    mkdir -p "$7/bin"
+    printf '#!/bin/sh\\nexec {sys.executable} -S "$@"\\n' > "$7/bin/python"
+    chmod +x "$7/bin/python" ;;
+  "-m uv pip install --quiet --python $HOME/layerskip_jax_venv/bin/python --editable $HOME/layerskip_jax[tpu]")
+    [ -f "$HOME/layerskip_jax/pyproject.toml" ] ;;
+  *) echo "python3 was not meant to be called with: $*" >&2; exit 2 ;;
+esac
+"""
+
+
+class Cloud:
+    """A repository with the real scripts, the stand-in cloud, and tpu/pod to call."""
+
+    def __init__(self, folder):
+        self.repository, self.folder = folder / "a repository", folder / "cloud"
+        path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
+        bare = {key: value for key, value in os.environ.items() if not key.startswith(("POD_", "GIT_"))}
+        self.environment = {**bare, **SETTINGS, "PATH": path, "CLOUD": str(self.folder)}
+
+    @classmethod
+    def new(cls, folder):
+        cloud = cls(folder)
+        for directory in (cloud.folder / "worker_bin", folder / "bin", cloud.repository / "configs"):
+            directory.mkdir(parents=True)
+        shutil.copytree(ROOT / "tpu", cloud.repository / "tpu")
+        (cloud.repository / ".gitignore").write_text("build/\n")
+        (cloud.repository / "pyproject.toml").write_text("")
+        (cloud.repository / "train.py").write_text(TRAIN_PY)
+        (cloud.repository / "configs/some.py").write_text("")
+        cloud.git("init", "--quiet", "--template=")
+        cloud.git("add", "--all")
+        for file, text in {
+            folder / "bin/gcloud": f'#!/bin/sh\nexec {sys.executable} -S {FIXTURES}/stand_in_gcloud.py "$@"\n',
+            cloud.folder / "worker_bin/python3": WORKER_PYTHON,
+        }.items():
+            file.write_text(text)
+            file.chmod(0o755)
+        return cloud
+
+    def git(self, *words):
+        return subprocess.run(["git", *words], cwd=self.repository, check=True, capture_output=True, text=True).stdout
+
+    def start(self, *words, **environment):
+        return subprocess.Popen(
+            [str(self.repository / "tpu/pod"), *words],
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def pod(self, *words, status=0, **environment):
+        process = self.start(*words, **environment)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == status, output
+        return output
+
+    def refused(self, *words, status=2, **environment):
+        """The one line that a failing command ends with."""
+        output = self.pod(*words, status=status, **environment)
+        lines = [line for line in output.splitlines() if line.startswith("error:")]
+        assert lines
+        assert status == 1 or output.splitlines() == lines[-1:]
+        return lines[-1].removeprefix("error: ")
+
+    def calls(self, command=""):
+        file = self.folder / "calls.jsonl"
+        calls = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [call for call in calls if f"compute tpus {command}" in " ".join(call)]
+
+    def forget_calls(self):
+        (self.folder / "calls.jsonl").unlink(missing_ok=True)
+
+    @property
+    def state(self):
+        return json.loads((self.folder / "state.json").read_text())
+
+    def preempt(self, node="my-run", queued=False):
+        self.kill_runs(node)
+        state = self.state
+        state["nodes"][node] = "PREEMPTED"
+        if queued:
+            state["queued"]["my-run"]["state"] = "SUSPENDED"
+        (self.folder / "state.json").write_text(json.dumps(state))
+
+    def fault(self, command, message, **more):
+        (self.folder / "faults.json").write_text(json.dumps([{"command": command, "message": message, **more}]))
+
+    def homes(self):
+        return sorted(self.folder.glob("my-run*/worker-*"))
+
+    def write(self, name, text=""):
+        for home in self.homes():
+            (home / name).write_text(text)
+
+    def options(self):
+        return [json.loads((home / "options.json").read_text()) for home in self.homes()]
+
+    def wait_for(self, pattern, count, seconds=20):
+        for _ in range(seconds * 50):
+            found = sorted(self.folder.glob(pattern))
+            if len(found) == count:
+                return found
+            time.sleep(0.02)
+        raise AssertionError(f"{pattern}: {found}, not {count}")
+
+    def kill_runs(self, node="*", worker="*"):
+        for file in self.folder.glob(f"{node}/{worker}/layerskip_jax_run/pid"):
+            pid = file.read_text().strip()
+            running = subprocess.run(["ps", "-p", pid, "-o", "args="], capture_output=True, text=True)
+            if "train.py --config" in running.stdout:
+                subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory):
+    """A cloud with nothing in it, and one with a slice on which all is installed: made once, copied for each test."""
+    empty, full = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("full")
+    for folder in (empty, full):
+        Cloud.new(folder)
+    cloud = Cloud(full)
+    cloud.pod("create")
+    cloud.pod("install")
+    cloud.forget_calls()
+    return empty, full
+
+
+def copied(template, folder):
+    shutil.copytree(template, folder, dirs_exist_ok=True)
+    cloud = Cloud(folder)
+    yield cloud
+    cloud.kill_runs()
+
+
+@pytest.fixture
+def cloud(templates, tmp_path):
+    yield from copied(templates[0], tmp_path)
+
+
+@pytest.fixture
+def installed(templates, tmp_path):
+    yield from copied(templates[1], tmp_path)

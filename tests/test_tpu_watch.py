@@ -1,0 +1,100 @@
+"""tpu/pod watch: preemptions, errors and broken connections in the middle of a run."""
+
+import json
+
+import stand_in_cloud
+from stand_in_cloud import TRAIN
+
+templates, cloud = stand_in_cloud.templates, stand_in_cloud.cloud
+
+
+def finish(cloud, process, status=0):
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == status, output
+    return output
+
+
+def test_watch_makes_a_preempted_slice_anew_and_ends_with_the_run(cloud):
+    process = cloud.start("watch", "--poll=0", "--spot", *TRAIN)
+    cloud.wait_for("*/*/options.json", 2)
+    cloud.preempt()
+    cloud.wait_for("*/*/options.json", 0)  # the old disks are gone
+    cloud.wait_for("*/*/options.json", 2)
+    assert cloud.options() == 2 * [TRAIN[1:]]
+    cloud.write("finish", "0")
+    output = finish(cloud, process)
+    assert "my-run is PREEMPTED: making it anew" in output
+    assert output.rstrip().endswith("tpu/pod: the run has ended")
+    assert len(cloud.calls("tpu-vm create")) == 2
+    assert all("--spot" in call for call in cloud.calls("tpu-vm create"))
+    assert "--quiet" in cloud.calls("tpu-vm delete")[0]
+
+
+def test_watch_waits_in_line_and_goes_on_with_all_slices(cloud):
+    process = cloud.start("watch", "--poll=0", "--slices=2", *TRAIN)
+    cloud.wait_for("*/*/options.json", 4)
+    cloud.preempt("my-run-1", queued=True)
+    cloud.wait_for("*/*/options.json", 0)
+    cloud.wait_for("*/*/options.json", 4)
+    cloud.write("finish", "0")
+    output = finish(cloud, process)
+    assert "my-run is WAITING_FOR_RESOURCES" in output or "my-run is PROVISIONING: waiting" in output
+    assert "my-run is SUSPENDED: making it anew" in output
+    assert len(cloud.calls("queued-resources create")) == 2
+
+
+def test_watch_launches_again_after_an_error_and_gives_up_in_the_end(cloud):
+    process = cloud.start("watch", "--poll=0", "--retries=1", "--grace=1", *TRAIN)
+    homes = [file.parent for file in cloud.wait_for("*/*/options.json", 2)]
+    for _ in range(2):
+        cloud.wait_for("*/*/options.json", 2)
+        for home in homes:
+            (home / "options.json").unlink()
+        (homes[0] / "finish").write_text("3")  # one worker fails, the other waits for it
+        cloud.wait_for("*/worker-0/layerskip_jax_run/exit", 1)
+        (homes[0] / "finish").unlink(missing_ok=True)
+    output = finish(cloud, process, status=1)
+    assert "state: ended 3" in output
+    assert "(1 of 1 failures allowed)" in output
+    assert output.rstrip().endswith("watch gives up after 2 failures, and my-run may still cost money")
+
+
+def test_watch_outlives_a_quota_error_a_broken_connection_and_a_failed_look(cloud):
+    message = "Quota limit 'TPUS_PER_PROJECT' has been exceeded. Limit: 0 in region us-east5."
+    faults = [
+        {"command": "tpu-vm create", "message": message},
+        {"command": "tpu-vm list", "message": "UNAVAILABLE"},
+        {"command": "ssh", "message": "Connection refused", "status": 255, "worker": 1, "times": 2},
+    ]
+    (cloud.folder / "faults.json").write_text(json.dumps(faults))
+    process = cloud.start("watch", "--poll=0", *TRAIN)
+    cloud.wait_for("*/*/options.json", 2)
+    cloud.write("finish", "0")
+    output = finish(cloud, process)
+    assert message in output
+    assert "the state of my-run is not known" in output
+    assert "create failed (1 of 5 failures allowed)" in output
+    assert "not every worker of my-run answers" in output
+
+
+def test_a_quota_error_ends_create_and_a_watch_without_retries(cloud):
+    cloud.fault("tpu-vm create", "Quota limit exceeded", times=2)
+    assert cloud.refused("create", status=1).startswith("my-run was not created: gcloud's message is above")
+    output = cloud.pod("watch", "--poll=0", "--retries=0", *TRAIN, status=1)
+    assert "Quota limit exceeded" in output
+    assert "create failed; watch gives up after 1 failures" in output
+
+
+def test_watch_respects_a_stop_by_hand(cloud):
+    process = cloud.start("watch", "--poll=0", *TRAIN)
+    cloud.wait_for("*/*/options.json", 2)
+    cloud.pod("stop")
+    output = finish(cloud, process, status=1)
+    assert output.rstrip().endswith("error: the run was ended by tpu/pod stop, so watch ends too")
+
+
+def test_watch_gives_up_on_workers_that_have_never_answered(cloud):
+    cloud.fault("ssh", "Permission denied (publickey)", status=255, times=9)
+    output = cloud.pod("watch", "--poll=0", "--retries=1", *TRAIN, status=1)
+    assert "Permission denied (publickey)" in output
+    assert output.rstrip().endswith("gives up after 2 failures, and my-run may still cost money")
