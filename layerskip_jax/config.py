@@ -151,13 +151,15 @@ class OptimizerConfig:
 class MeshConfig:
     """How many devices along each mesh axis; `layerskip_jax.sharding` says what each axis splits."""
 
-    data: int = setting(-1, "copies of the model, each with its part of the batch; -1 is whatever is left")
+    data: int = setting(-1, "copies of the model, each with its part of the batch, across slices; -1 is what is left")
     fsdp: int = setting(1, "devices that share one copy's parameters, and split the batch too")
+    sequence: int = setting(1, "devices that split each sequence, for long contexts, and share parameters too")
     tensor: int = setting(1, "devices that split heads, feed-forward width and vocabulary")
 
     def __post_init__(self) -> None:
         require(self.data == -1 or self.data >= 1, f"mesh.data must be -1 or at least 1, not {self.data}")
         require(self.fsdp >= 1, f"mesh.fsdp must be at least 1, not {self.fsdp}")
+        require(self.sequence >= 1, f"mesh.sequence must be at least 1, not {self.sequence}")
         require(self.tensor >= 1, f"mesh.tensor must be at least 1, not {self.tensor}")
 
 

@@ -1,29 +1,34 @@
 """The device mesh, and the one table that says which logical axis is split along which mesh axis.
 
-To try another layout, change `RULES` (or pass your own to `shardings_of`): nothing else names a mesh axis.
+To try another layout, change `RULES` with one line in a config file: nothing else names a mesh axis. So
+``sharding.RULES["embed"] = None`` keeps whole parameters on every device, and
+``sharding.RULES["ffn"] = ("tensor", "sequence")`` splits the feed-forward width over both axes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError
 
-Rules = Mapping[str, str | tuple[str, ...] | None]
+Rules = dict[str, str | tuple[str, ...] | None]
+
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 RULES: Rules = {
     # of activations
     "batch": ("data", "fsdp"),
-    "length": None,
+    "length": "sequence",
     # of parameters (and vocab of logits)
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -31,14 +36,39 @@ RULES: Rules = {
 }
 
 
-def make_mesh(config: Config) -> Mesh:
-    """Return the mesh (data, fsdp, tensor) over all devices; a size that does not fit them raises `UserError`."""
-    wanted, devices = config.mesh, jax.device_count()
-    rest = wanted.fsdp * wanted.tensor
-    data = devices // rest if wanted.data == -1 else wanted.data
-    if data * rest != devices:
-        shape = f"data {wanted.data}, fsdp {wanted.fsdp}, tensor {wanted.tensor}"
-        raise UserError(f"mesh ({shape}) does not cover {devices} devices: the product of its axes must be {devices}")
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return the mesh (data, fsdp, sequence, tensor) over ``devices``, all of them by default.
+
+    Where they lie on several TPU slices, the data axis crosses the slices (over the data-center network, DCN) and the
+    others stay within one. A size that does not fit raises `UserError`.
+    """
+    devices = jax.devices() if devices is None else devices
+    wanted, slices = config.mesh, len({getattr(device, "slice_index", 0) for device in devices})
+    rest = wanted.fsdp * wanted.sequence * wanted.tensor
+    data = len(devices) // rest if wanted.data == -1 else wanted.data
+    shape = (data, wanted.fsdp, wanted.sequence, wanted.tensor)
+    if data * rest != len(devices):
+        sizes = f"data {wanted.data}, fsdp {wanted.fsdp}, sequence {wanted.sequence}, tensor {wanted.tensor}"
+        raise UserError(
+            f"mesh ({sizes}) does not cover {len(devices)} devices: the product of its axes must be {len(devices)}"
+        )
+    if data % slices:
+        raise UserError(f"mesh.data = {data} must be a multiple of the {slices} slices, which only it crosses")
+    _check_divides(config, data)
+    within_slice = mesh_utils.create_device_mesh if slices == 1 else _across_slices(slices)
+    return Mesh(within_slice(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _across_slices(slices: int) -> Callable[..., Any]:
+    def create(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Any:
+        of_slice = (shape[0] // slices, *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1, 1), devices)
+
+    return create
+
+
+def _check_divides(config: Config, data: int) -> None:
+    wanted, parameters = config.mesh, config.mesh.fsdp * config.mesh.sequence
     microbatch = config.train.batch_size // config.train.accumulate
     if microbatch % (data * wanted.fsdp):
         raise UserError(
@@ -53,20 +83,25 @@ def make_mesh(config: Config) -> Mesh:
     }.items():
         if size % wanted.tensor:
             raise UserError(f"model.{name} {size} does not divide over mesh.tensor = {wanted.tensor} devices")
-    if config.model.dim % wanted.fsdp:
-        raise UserError(f"model.dim {config.model.dim} does not divide over mesh.fsdp = {wanted.fsdp} devices")
+    if config.model.dim % parameters:
+        raise UserError(
+            f"model.dim {config.model.dim} does not divide over mesh.fsdp * mesh.sequence = {parameters} devices"
+        )
+    if config.data.sequence_length % wanted.sequence:
+        raise UserError(
+            f"data.sequence_length {config.data.sequence_length} does not divide over mesh.sequence = "
+            f"{wanted.sequence} devices"
+        )
     skips = config.layer_dropout.p_max > 0 and config.layer_dropout.form == "skipping"
     if skips and microbatch // (data * wanted.fsdp) % config.layer_dropout.row_groups:
         raise UserError(
             f"layer_dropout.row_groups {config.layer_dropout.row_groups} must divide the "
             f"{microbatch // (data * wanted.fsdp)} sequences of a microbatch on a device"
         )
-    axes = ("data", "fsdp", "tensor")
-    return jax.make_mesh((data, wanted.fsdp, wanted.tensor), axes, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Return into how many parts the batch is split."""
+    """Return into how many parts the rows of a batch are split."""
     return int(np.prod([mesh.shape[axis] for axis in RULES["batch"] or ()]))
 
 

@@ -1,0 +1,55 @@
+"""Continual pretraining of Llama3.2 1B.
+
+LayerSkip table 1: p_max 0.1, S = 1, rotational R = 8, e_scale 0.1, 839B tokens.
+The paper gives no learning rate and no batch for it; those of Llama2 7B stand in.
+
+Command:  python train.py --config configs/continual_llama32_1b.py --train.run_dir gs://BUCKET/runs/continual_llama32_1b
+          --data.path gs://BUCKET/tokens --data.tokenizer gs://BUCKET/tokenizer.model
+Fits:     python tpu/compile_ahead.py --config configs/continual_llama32_1b.py --topology v5e:4x8
+"""
+
+from layerskip_jax.config import (
+    Config,
+    DataConfig,
+    DecodeConfig,
+    EarlyExitConfig,
+    LayerDropoutConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(
+            num_layers=16,
+            dim=2048,
+            num_heads=32,
+            num_kv_heads=8,
+            ffn_dim=8192,
+            vocab_size=128_256,
+            rope_base=500_000.0,
+            tied_embedding=True,
+        ),
+        layer_dropout=LayerDropoutConfig(p_max=0.1, time_scale="constant"),
+        early_exit=EarlyExitConfig(curriculum="rotational", dilation=8, e_scale=0.1),
+        data=DataConfig(
+            source="tokens",
+            path="gs://your-bucket/tokens",
+            tokenizer="gs://your-bucket/tokenizer.model",
+            sequence_length=4096,
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=500),
+        mesh=MeshConfig(fsdp=32),
+        train=TrainConfig(
+            run_dir="gs://your-bucket/runs/continual_llama32_1b",
+            steps=50_000,
+            batch_size=256,
+            remat=True,
+            evaluate_every=1000,
+            checkpoint_every=1000,
+        ),
+        decode=DecodeConfig(exit_layer=4, draft_length=6),
+    )
