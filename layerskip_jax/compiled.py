@@ -1,0 +1,249 @@
+"""Reads what a compiled program will do out of its text: products, and what goes between devices, loops counted.
+
+XLA's own cost analysis counts the body of a loop once. Here a loop counts as often as it turns (the constant that its
+condition compares with), and a conditional as often as the caller says.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+
+Choice = Callable[[str, int], Sequence[float]]
+"""``(op_name, branches) -> how often each branch of a conditional runs``, 1 in all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str  # all that follows the operands
+    is_root: bool
+
+    def attribute(self, pattern: str) -> str:
+        found = re.search(pattern, self.rest)
+        return found.group(1) if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Bytes that a device receives through one kind of collective."""
+
+    kind: str
+    overlapped: bool  # runs beside other work
+    between_slices: bool
+
+    def __str__(self) -> str:
+        where = " between slices" if self.between_slices else ""
+        return f"{self.kind}{where}{'' if self.overlapped else ', waited for'}"
+
+
+@dataclasses.dataclass
+class Work:
+    """What one device does in one run of a program."""
+
+    flops: float = 0.0
+    received: dict[Transfer, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, other: "Work", times: float = 1.0) -> None:
+        self.flops += times * other.flops
+        for transfer, size in other.received.items():
+            self.received[transfer] = self.received.get(transfer, 0.0) + times * size
+
+
+class Program:
+    """The computations of an optimized module. ``slices`` split the devices, numbered slice by slice, evenly."""
+
+    def __init__(self, text: str, slices: int = 1):
+        self._computations: dict[str, dict[str, Instruction]] = {}
+        self._text, self._slices = {}, slices
+        entry = re.search(r"^ENTRY %?([\w.\-]+)", text, flags=re.M)
+        if entry is None:
+            raise ValueError("this is no text of a compiled program: it has no ENTRY")
+        self._entry = entry.group(1)
+        partitions = re.search(r"num_partitions=(\d+)", text)
+        self._devices = int(partitions.group(1)) if partitions else 1
+        for block in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, flags=re.M | re.S):
+            parsed = [_instruction(line) for line in block.group(2).splitlines()]
+            self._computations[block.group(1)] = {one.name: one for one in parsed if one}
+            self._text[block.group(1)] = block.group(2)
+
+    def work(self, choose: Choice) -> Work:
+        """Count one run. ``choose`` says how often a conditional takes each branch."""
+        return self._of_computation(self._entry, choose)
+
+    def _of_computation(self, name: str, choose: Choice) -> Work:
+        work, chains = Work(), set[str]()
+        for one in self._computations[name].values():
+            if one.opcode == "while":
+                condition, body = (one.attribute(rf"{part}=%?([\w.\-]+)") for part in ("condition", "body"))
+                work.add(self._of_computation(body, choose), self._turns(condition, body))
+            elif one.opcode == "conditional":
+                branches = re.findall(r"%?([\w.\-]+)", one.attribute(r"branch_computations=\{([^}]*)\}"))
+                branches = branches or [one.attribute(rf"{which}_computation=%?([\w.\-]+)") for which in ("false", "true")]
+                often = choose(one.attribute(r'op_name="([^"]*)"'), len(branches))
+                for branch, times in zip(branches, often, strict=True):
+                    work.add(self._of_computation(branch, choose), times)
+            else:
+                self._add_instruction(work, name, one, chains, choose)
+        return work
+
+    def _add_instruction(self, work: Work, name: str, one: Instruction, chains: set[str], choose: Choice) -> None:
+        if one.opcode in ("convolution", "dot"):
+            work.flops += self._product(name, one)
+        elif one.opcode.removesuffix("-start") in COLLECTIVES:
+            self._receive(work, name, one, overlapped=one.opcode.endswith("-start"))
+        elif one.opcode in ("fusion", "call", "async-start"):
+            called = one.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)")
+            for inner in self._computations[called].values():
+                if inner.opcode in COLLECTIVES:
+                    # A gather that is spread over several fusions shows in each, under one channel: it is one.
+                    channel = inner.attribute(r"channel_id=(\d+)")
+                    if channel not in chains:
+                        self._receive(work, called, inner, overlapped="AsyncCollective" in self._text[called]
+                                      or called.startswith("async_collective") or one.opcode == "async-start")  # fmt: skip
+                    chains.add(channel)
+                else:
+                    self._add_instruction(work, called, inner, chains, choose)
+
+    def _turns(self, condition: str, body: str) -> int:
+        """Return ``limit / step`` of a loop that counts from 0; XLA may have unrolled it, so the step is not always 1."""
+        tests, steps = self._computations[condition], self._computations[body]
+        limit = max([1, *(_constant(one) for one in tests.values())])
+        compare = next((one for one in tests.values() if one.opcode == "compare"), None)
+        counter = tests.get(compare.operands[0]) if compare else None
+        root = next(one for one in steps.values() if one.is_root)
+        if counter is None or counter.opcode != "get-tuple-element" or root.opcode != "tuple":
+            return limit
+        counted = steps[root.operands[int(counter.attribute(r"index=(\d+)"))]]
+        by = [_constant(steps[operand]) for operand in counted.operands if operand in steps]
+        return -(-limit // max([1, *by])) if counted.opcode == "add" else limit
+
+    def _product(self, computation: str, one: Instruction) -> float:
+        known = self._computations[computation]
+        left, right = (_dimensions(known[operand].shape) for operand in one.operands[:2])
+        out = _dimensions(one.shape)
+        if one.opcode == "dot":
+            contracted = re.findall(r"\d+", one.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
+            return 2.0 * math.prod(out) * math.prod(left[int(axis)] for axis in contracted)
+        return _convolution(left, right, out, one)
+
+    def _receive(self, work: Work, computation: str, one: Instruction, overlapped: bool) -> None:
+        kind, known = one.opcode.removesuffix("-start"), self._computations[computation]
+        size = sum(_bytes(known[operand].shape) for operand in one.operands if operand in known)
+        group = self._group(one.rest)
+        n = max(len(group), 1)
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # the fusion keeps a device's own part alone
+        received = {
+            "all-gather": size * (n - 1),
+            "reduce-scatter": size * (n - 1) / n,
+            "all-reduce": 2 * size * (n - 1) / n,
+            "all-to-all": size * (n - 1) / n,
+            "collective-permute": size,
+        }[kind]
+        per_slice = self._devices // self._slices
+        crosses = len({device // per_slice for device in group}) > 1
+        transfer = Transfer(kind, overlapped, crosses)
+        work.received[transfer] = work.received.get(transfer, 0.0) + received
+
+    def _group(self, rest: str) -> list[int]:
+        """Return the devices of the first group that exchanges something (of a permutation: of its first pair)."""
+        if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
+            pairs = [list(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", found.group(1))]
+            per_slice = self._devices // self._slices
+            return next((pair for pair in pairs if pair[0] // per_slice != pair[1] // per_slice), pairs[0])
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+            sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
+            ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+            taken = set(re.findall(r"'(\w+)'", found.group(2)))
+            return ids[tuple(slice(None) if name in taken else 0 for name in sizes)].reshape(-1).tolist()
+        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+            dimensions = list(map(int, found.group(3).split(",")))
+            order = list(map(int, found.group(4).split(","))) if found.group(4) else range(len(dimensions))
+            ids = np.arange(math.prod(dimensions)).reshape(dimensions).transpose(*order)
+            return ids.reshape(int(found.group(1)), int(found.group(2)))[0].tolist()
+        if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+            return list(map(int, found.group(1).split(",")))
+        return list(range(self._devices))
+
+
+def _instruction(line: str) -> Instruction | None:
+    found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
+    if not found:
+        return None
+    start = found.end()
+    end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
+    shape = line[start:end]
+    opcode = re.match(r"\s*([\w\-]+)\(", line[end:])
+    if not opcode:
+        return None
+    first = end + opcode.end()
+    last = _closing(line, first - 1)
+    operands = re.findall(r"%([\w.\-]+)", line[first : last - 1]) or [line[first : last - 1]]
+    return Instruction(found.group(1), shape, opcode.group(1), tuple(operands), line[last:], "ROOT " in line[: found.end()])
+
+
+def _constant(one: Instruction) -> int:
+    """Return the value of a constant whole number, 0 for anything else."""
+    is_number = one.opcode == "constant" and re.fullmatch(r"-?\d+", one.operands[0])
+    return int(one.operands[0]) if is_number else 0
+
+
+def _closing(line: str, start: int) -> int:
+    """Return the index after the parenthesis that closes the one at ``start``."""
+    depth = 0
+    for index in range(start, len(line)):
+        depth += {"(": 1, ")": -1}.get(line[index], 0)
+        if depth == 0:
+            return index + 1
+    return len(line)
+
+
+def _dimensions(shape: str) -> list[int]:
+    found = re.match(r"\(*\w+\[([\d,]*)\]", shape)
+    return [int(size) for size in found.group(1).split(",") if size] if found else []
+
+
+def _bytes(shape: str) -> float:
+    """Return the size of an array, or of all arrays of a tuple.
+
+    >>> _bytes("(bf16[2,3]{1,0}, f32[])")
+    16
+    """
+    return sum(
+        ITEM_BYTES.get(kind, 4) * math.prod(int(size) for size in sizes.split(",") if size)
+        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    )
+
+
+def _convolution(left: list[int], right: list[int], out: list[int], one: Instruction) -> float:
+    """Count a product in the form that XLA:TPU gives it: ``2 x`` the pairs of elements that really meet.
+
+    Along a spatial dimension, an output position and a kernel position meet where the padded, dilated input has an
+    element of its own. So a batch of products, which becomes a convolution with a padded window, counts once.
+    """
+    inputs, kernel, outputs = re.split(r"_|->", one.attribute(r"dim_labels=([\w>\-]+)"))
+    spatial = [label for label in inputs if label.isdigit()]
+    window = {key: value for key, value in re.findall(r"(\w+)=([\w\-]+)", one.attribute(r"window=\{([^}]*)\}"))}
+
+    def of(key: str, default: str) -> list[str]:
+        return window[key].split("x") if key in window else [default] * len(spatial)
+
+    met = 1.0
+    for label in sorted(spatial):
+        place = int(label)
+        low = int(of("pad", "0_0")[place].split("_")[0])
+        stride, base, dilate = (int(of(key, "1")[place]) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        size, taps, places = left[inputs.index(label)], right[kernel.index(label)], out[outputs.index(label)]
+        at = np.arange(places)[:, None] * stride + np.arange(taps)[None] * dilate - low
+        met *= np.count_nonzero((at >= 0) & (at < (size - 1) * base + 1) & (at % base == 0))
+    batch, features = out[outputs.index("b")], out[outputs.index("f")]
+    return 2.0 * met * batch * features * right[kernel.index("i")]
