@@ -12,6 +12,7 @@ TRAIN_LOOP = [
     "layerskip_jax/train_step.py",
     "layerskip_jax/losses.py",
     "layerskip_jax/layer_dropout.py",
+    "layerskip_jax/skipping.py",
     "layerskip_jax/early_exit.py",
     "layerskip_jax/recipe.py",
     "layerskip_jax/optimizer.py",

@@ -44,7 +44,7 @@ def get_config() -> Config:
             run_dir="gs://your-bucket/runs/continual_llama2_13b",
             steps=50_000,
             batch_size=256,
-            remat=True,
+            remat="full",
             evaluate_every=1000,
             checkpoint_every=1000,
         ),

@@ -46,7 +46,7 @@ def get_config() -> Config:
             run_dir="gs://your-bucket/runs/continual_llama3_8b",
             steps=50_000,
             batch_size=128,
-            remat=True,
+            remat="full",
             evaluate_every=1000,
             checkpoint_every=1000,
         ),

@@ -45,7 +45,7 @@ def get_config() -> Config:
             run_dir="gs://your-bucket/runs/scratch_7b",
             steps=50_000,
             batch_size=128,
-            remat=True,
+            remat="full",
             evaluate_every=1000,
             checkpoint_every=1000,
         ),

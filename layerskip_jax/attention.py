@@ -1,4 +1,4 @@
-"""Attention in one function, and the cache of keys and values that decoding reads."""
+"""Attention: over whole documents in training, by the backend that fits, and over a cache of keys and values."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,6 +7,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from layerskip_jax.errors import UserError
+from layerskip_jax.sharding import on_each_device, target_platform
+
+SPLASH_TILE = 128
+"""Lanes of a TPU vector: splash attention works on tiles of so many positions."""
+
+SAVED_OUTPUT = "attention output"
+"""What splash attention calls its output and its logarithms, for a remat policy that keeps them."""
 
 
 class LayerCache(NamedTuple):
@@ -55,6 +65,92 @@ def attend(
     )
     assert isinstance(out_BKMH, jax.Array)
     return out_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def attend_documents(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, backend: str
+) -> jax.Array:
+    """Attend to earlier positions, itself included, of the same document; returns ``out_BTNH``.
+
+    ``backend`` is `ModelConfig.attention`, and the choice is made while the program is traced.
+    """
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    match choose_backend(backend, target_platform(), T, H, q_BTNH.dtype):
+        case "splash":
+            return attend_splash(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        case "cudnn":
+            # cuDNN skips what is not causal by itself. Documents reach it as a bias, [B, 1, T, T] in the compute
+            # type: the packed layout that would do without takes a fixed number of documents in every row.
+            same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+            return jax.nn.dot_product_attention(
+                q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, implementation="cudnn"
+            )
+        case _:
+            return attend(q_BTNH, [k_BTKH.swapaxes(1, 2)], [v_BTKH.swapaxes(1, 2)], same_document(segments_BT))
+
+
+def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype: jnp.dtype) -> str:
+    """Return splash, cudnn or xla: ``asked``, or for auto the platform's own where it takes these shapes.
+
+    >>> choose_backend("auto", "tpu", 4096, 128, jnp.bfloat16), choose_backend("auto", "tpu", 100, 128, jnp.bfloat16)
+    ('splash', 'xla')
+
+    Raises `UserError` when ``asked`` by name and not possible.
+    """
+    own = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+    backend = own.get(platform, "xla") if asked == "auto" else asked
+    needs = {
+        "splash": {
+            f"a TPU, not {platform}": platform == "tpu",
+            f"data.sequence_length in multiples of {SPLASH_TILE}, not {length}": length % SPLASH_TILE == 0,
+        },
+        "cudnn": {
+            f"a GPU, not {platform}": platform in ("gpu", "cuda"),
+            f"model.compute_dtype bfloat16, not {jnp.dtype(dtype).name}": dtype == jnp.bfloat16,
+            f"an even data.sequence_length, not {length}": length % 2 == 0,
+            f"model.dim / model.num_heads in multiples of 8 up to 128, not {head_dim}": (
+                head_dim % 8 == 0 and head_dim <= 128
+            ),
+        },
+    }
+    unmet = [need for need, met in needs.get(backend, {}).items() if not met]
+    if unmet and asked != "auto":
+        raise UserError(f"model.attention {asked} needs {unmet[0]}; or use auto, which takes what fits")
+    return "xla" if unmet else backend
+
+
+def attend_splash(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """Attend by the splash kernel for TPU, each device to its own sequences and heads, without scores in memory.
+
+    Tiles that lie after the diagonal are not computed; those between two documents are. ``interpret`` runs the kernel
+    in slow motion elsewhere.
+    """
+
+    def on_device(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        _, T, N, H = q_BTNH.shape
+        tile = max(size for size in (SPLASH_TILE, 2 * SPLASH_TILE, 4 * SPLASH_TILE) if T % size == 0)
+        # Made here, where the number of heads is a device's own. Grouped queries are its own affair too.
+        kernel = splash_attention.make_splash_mha_single_device(
+            splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * N),
+            block_sizes=splash_attention.BlockSizes(
+                block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
+            ),
+            residual_checkpoint_name=SAVED_OUTPUT,
+            interpret=interpret,
+        )
+        # The kernel does not divide by sqrt(H). In float32, so that bfloat16 is rounded once.
+        scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
+        out_BNTH = jax.vmap(kernel)(
+            *(array.swapaxes(1, 2) for array in (scaled_BTNH, k_BTKH, v_BTKH)),
+            splash_attention.SegmentIds(segments_BT, segments_BT),
+        )
+        return out_BNTH.swapaxes(1, 2)
+
+    queries, keys = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
+    split = on_each_device(on_device, [queries, keys, keys, ("batch", "length")], queries)
+    return split(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
 def same_document(segments_BT: jax.Array) -> jax.Array:

@@ -98,7 +98,7 @@ class Checkpoints:
         saved = read_config(self.folder / str(step))
         for field in dataclasses.fields(saved.model):
             old, new = getattr(saved.model, field.name), getattr(self._config.model, field.name)
-            if old != new and field.name != "compute_dtype":
+            if old != new and field.name not in ("compute_dtype", "attention"):
                 raise UserError(
                     f"the checkpoint {self.folder / str(step)} has model.{field.name} {old}, but the config says "
                     f"{new}: continue with --model.{field.name} {old}, or start a new run with another --train.run_dir"

@@ -41,6 +41,9 @@ class ModelConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "type of activations and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU"
     )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = setting(
+        "auto", "attention in training: splash is a TPU kernel, cudnn a GPU one; auto takes the device's, where it fits"
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
@@ -172,7 +175,12 @@ class TrainConfig:
     batch_size: int = setting(8, "sequences in an optimizer step, over all devices")
     accumulate: int = setting(1, "microbatches that one optimizer step is computed in; divides batch_size")
     seed: int = setting(0, "of initialisation, dropout and data order")
-    remat: bool = setting(False, "recompute each block in the backward pass: less memory, about a third more time")
+    remat: Literal["none", "dots", "full", "offload"] = setting(
+        "none",
+        "what the backward pass computes again. none: nothing, all is kept; dots: all but the products with weights, "
+        "which are kept: little more time, half the memory or so; full: each block, of which only the input is kept: a "
+        "third more time; offload: as full, with the inputs kept in the host's memory",
+    )
     loss_chunk: int = setting(256, "positions of a sequence unembedded at once in the loss; divides sequence_length")
     log_every: int = setting(10, "steps between lines of metrics")
     evaluate_every: int = setting(200, "steps between evaluations of every exit; the last step always has one")

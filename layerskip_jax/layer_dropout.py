@@ -1,4 +1,4 @@
-"""Layer dropout: LayerSkip eq. 1-4 as pure functions of numbers, and the two forms that apply them.
+"""Layer dropout: LayerSkip eq. 1-4 as pure functions of numbers, and the plain form that applies them.
 
     x_{l+1} = x_l + M(p_{l,t}) f_l(x_l)      (eq. 1)      M is 0 with probability p, else 1
     p_{l,t} = S(t) D(l) p_max                (eq. 2)
@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ TimeScale = Callable[[ArrayLike, int], jax.Array]
 
 Rows = tuple[jax.Array, jax.Array]
 """``(x_BTD, segments_BT)``: what a block needs to know of each row."""
+
+BlockFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]
+"""``(weights, x_BTD, segments_BT) -> f(x)`` for any number of rows, which do not mix."""
 
 
 def exponential_layer_scale(num_layers: int) -> jax.Array:
@@ -78,53 +82,8 @@ def draw_kept(key: jax.Array, drop_rate_L: jax.Array, batch: int, shards: int = 
     return jnp.tile(uniform_LR >= drop_rate_L[:, None], (1, shards))
 
 
-def apply_masked(
-    f: Callable[[jax.Array, jax.Array], jax.Array], rows: Rows, kept_B: jax.Array, scale: jax.Array
-) -> jax.Array:
-    """Return ``x + M scale f(x)`` (eq. 1) with every ``f`` computed: the reference that `apply_skipping` must equal."""
+def apply_masked(f: BlockFunction, weights: Any, rows: Rows, kept_B: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return ``x + M scale f(x)`` (eq. 1) with every ``f`` computed: what `skipping.apply_skipping` must equal."""
     x_BTD, segments_BT = rows
     factor_B = jnp.where(kept_B, scale, 0).astype(x_BTD.dtype)
-    return x_BTD + factor_B[:, None, None] * f(x_BTD, segments_BT)
-
-
-def apply_skipping(
-    f: Callable[[jax.Array, jax.Array], jax.Array],
-    rows: Rows,
-    kept_B: jax.Array,
-    scale: jax.Array,
-    *,
-    groups: int,
-    shards: int = 1,
-) -> jax.Array:
-    """Return what `apply_masked` returns without computing ``f`` where it is dropped, under static shapes.
-
-    Kept rows are sorted to the front of each of the ``shards`` of the batch, ``f`` runs on the first k of ``groups``
-    equal groups of rows, where k is the fewest that hold all kept rows, and the rows go back to their places. One of
-    ``groups`` + 1 branches runs, so the compute saved is the drop rate, rounded down to a group.
-    """
-    x_BTD, segments_BT = rows
-    per_shard = x_BTD.shape[0] // shards
-    group = per_shard // groups
-    kept_R = kept_B[:per_shard]  # every shard has the same draw
-    order_R = jnp.argsort(~kept_R, stable=True)
-
-    def by_shard(array: jax.Array) -> jax.Array:
-        return array.reshape(shards, per_shard, *array.shape[1:])[:, order_R]
-
-    x_SRTD, segments_SRT, kept_SR = by_shard(x_BTD), by_shard(segments_BT), by_shard(kept_B)
-
-    def run_first(count: int) -> Callable[[jax.Array], jax.Array]:
-        def branch(x_SRTD: jax.Array) -> jax.Array:
-            if count == 0:
-                return x_SRTD
-            run = count * group
-            flat_BTD = x_SRTD[:, :run].reshape(shards * run, *x_SRTD.shape[2:])
-            flat_BT = segments_SRT[:, :run].reshape(shards * run, -1)
-            out_BTD = apply_masked(f, (flat_BTD, flat_BT), kept_SR[:, :run].reshape(-1), scale)
-            return x_SRTD.at[:, :run].set(out_BTD.reshape(shards, run, *x_SRTD.shape[2:]))
-
-        return branch
-
-    needed = -(-jnp.sum(kept_R) // group)
-    out_SRTD = jax.lax.switch(needed, [run_first(count) for count in range(groups + 1)], x_SRTD)
-    return out_SRTD[:, jnp.argsort(order_R)].reshape(x_BTD.shape)
+    return x_BTD + factor_B[:, None, None] * f(weights, x_BTD, segments_BT)

@@ -5,13 +5,27 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from layerskip_jax.attention import same_document
-from layerskip_jax.layer_dropout import Rows, apply_masked
+from layerskip_jax.attention import SAVED_OUTPUT
+from layerskip_jax.layer_dropout import BlockFunction, Rows, apply_masked
 from layerskip_jax.model import Block, Transformer, run_layers
 
-Apply = Callable[[Callable[[jax.Array, jax.Array], jax.Array], Rows, jax.Array, jax.Array], jax.Array]
-"""``(f, (x_BTD, segments_BT), kept_B, scale) -> x_BTD``: eq. 1 in one of the forms of `layer_dropout`."""
+Apply = Callable[[BlockFunction, Block, Rows, jax.Array, jax.Array], jax.Array]
+"""``(f, block, (x_BTD, segments_BT), kept_B, scale) -> x_BTD``: eq. 1, in the masked or the skipping form."""
+
+
+BLOCK_INPUT = "block input"
+KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(SAVED_OUTPUT),
+)
+INPUTS_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[BLOCK_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 
 class Batch(NamedTuple):
@@ -68,14 +82,13 @@ def exit_losses(
     chunk: int,
     draw: Draw | None = None,
     apply: Apply = apply_masked,
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """Return ``loss_L``: the summed cross-entropy of every exit whose weight is not zero, 0 for the others.
 
     One forward pass (eq. 1) serves all exits; the loss after block l sits in the scan's body under a condition, so
     one compiled program serves every step of a curriculum and an exit that is off costs nothing (eq. 5).
     """
-    position = model.positions(jnp.arange(batch.inputs_BT.shape[1])[None])
 
     # Without the checkpoint, the condition would hand out the head as a residual, and the scan keep L copies of it.
     @jax.checkpoint
@@ -87,21 +100,27 @@ def exit_losses(
             x_BTD,
         )
 
+    def f(block: Block, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        # Positions are made here, as each device makes its own, and JAX takes them out of the scan.
+        return block(x_BTD, model.positions(jnp.arange(x_BTD.shape[1])[None]), segments_BT)[0]
+
+    if remat == "dots":
+        f = jax.checkpoint(f, policy=KEEP_PRODUCTS, prevent_cse=False)
+
     def step(
         block: Block, x_BTD: jax.Array, inputs: tuple[jax.Array, jax.Array | None, jax.Array | None]
     ) -> tuple[jax.Array, jax.Array]:
         weight, kept_B, scale = inputs
-
-        def f(x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
-            return block(x_BTD, position, same_document(segments_BT))[0]
-
+        x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
         if kept_B is None or scale is None:
-            x_BTD = x_BTD + f(x_BTD, batch.segments_BT)
+            x_BTD = x_BTD + f(block, x_BTD, batch.segments_BT)
         else:
-            x_BTD = apply(f, (x_BTD, batch.segments_BT), kept_B, scale)
+            x_BTD = apply(f, block, (x_BTD, batch.segments_BT), kept_B, scale)
         return x_BTD, loss_if_on(weight, x_BTD)
 
+    if remat in ("full", "offload"):
+        step = jax.checkpoint(step, policy=INPUTS_TO_HOST if remat == "offload" else None, prevent_cse=False)
     kept_LB, scale_L = (None, None) if draw is None else draw
     inputs = (weight_L, kept_LB, scale_L)
-    _, loss_L = run_layers(model.blocks, model.embed(batch.inputs_BT), jax.checkpoint(step) if remat else step, inputs)
+    _, loss_L = run_layers(model.blocks, model.embed(batch.inputs_BT), step, inputs)
     return loss_L

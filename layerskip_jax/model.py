@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layerskip_jax.attention import LayerCache, attend, attend_cache, same_document, write_cache
+from layerskip_jax.attention import LayerCache, attend_cache, attend_documents, write_cache
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.sharding import constrain
+from layerskip_jax.sharding import constrain, target_platform
 
 LayerStep = Callable[["Block", jax.Array, Any], tuple[jax.Array, Any]]
 """``(block, x_BTD, inputs_l) -> (x_BTD, outputs_l)``: what happens at one block."""
@@ -32,7 +32,7 @@ LayerStep = Callable[["Block", jax.Array, Any], tuple[jax.Array, Any]]
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """Return the type of activations: as configured, or bfloat16 on accelerators and float32 on CPU."""
     if config.compute_dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if target_platform() == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
 
 
@@ -95,28 +95,28 @@ class Block(nnx.Module):
         self.gate_DF = parameter(rngs.params(), (D, F), ("embed", "ffn"), D)
         self.up_DF = parameter(rngs.params(), (D, F), ("embed", "ffn"), D)
         self.down_FD = parameter(rngs.params(), (F, D), ("ffn", "embed"), F, out)
-        self.epsilon = config.norm_epsilon
+        self.epsilon, self.attention = config.norm_epsilon, config.attention
 
     def __call__(
         self,
         x_BTD: jax.Array,
         position: Positions,
-        visible_BTS: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
         cache: LayerCache | None = None,
         filled: int | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Return ``f_l(x)``, and the cache with the keys and values of ``position`` (consecutive in each row).
 
-        Without a cache, attention sees what ``visible_BTS`` says; with one, the cache up to each position
-        (``filled``, for positions from 0 on, as in `attend_cache`).
+        Without a cache, attention sees what came before in the same document (``segments_BT``); with one, the cache up
+        to each position (``filled``, for positions from 0 on, as in `attend_cache`).
         """
         dtype = x_BTD.dtype
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
         q_BTNH, k_BTKH, v_BTKH = self.queries_keys_values(h_BTD)
         q_BTNH, k_BTKH = rotate(q_BTNH, position), rotate(k_BTKH, position)
         if cache is None:
-            assert visible_BTS is not None
-            attended_BTNH = attend(q_BTNH, [k_BTKH.swapaxes(1, 2)], [v_BTKH.swapaxes(1, 2)], visible_BTS)
+            assert segments_BT is not None
+            attended_BTNH = attend_documents(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.attention)
         else:
             start_B = position.index_BT[:, 0] if filled is None else None
             cache = write_cache(cache, k_BTKH, v_BTKH, start_B)
@@ -172,7 +172,7 @@ class DecodingBlock(Block):
         self.output_NHD = block.output_NHD
         self.gate_up_DM = beside(block.gate_DF, block.up_DF)
         self.down_FD = block.down_FD
-        self.epsilon = block.epsilon
+        self.epsilon, self.attention = block.epsilon, block.attention
 
     def queries_keys_values(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         together_BTM = h_BTD @ self.query_key_value_DM[...].astype(h_BTD.dtype)
@@ -258,10 +258,9 @@ class Transformer(nnx.Module):
         """Return ``logits_BTV`` of the full model, without a cache."""
         segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
         position = self.positions(jnp.arange(tokens_BT.shape[1])[None])
-        visible_BTS = same_document(segments_BT)
 
         def step(block: Block, x_BTD: jax.Array, inputs: None) -> tuple[jax.Array, None]:
-            return x_BTD + block(x_BTD, position, visible_BTS)[0], None
+            return x_BTD + block(x_BTD, position, segments_BT)[0], None
 
         inputs = None if isinstance(self.blocks, Block) else [None] * self.config.num_layers
         return self.unembed(run_layers(self.blocks, self.embed(tokens_BT), step, inputs)[0])

@@ -147,3 +147,44 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def target_platform() -> str:
+    """Return the platform that a program is traced for: that of the mesh in force, or else JAX's default.
+
+    They differ when a program is compiled for a TPU on a machine without one.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def on_each_device(
+    f: Callable[..., Any],
+    inputs: Sequence[tuple[str | None, ...]],
+    output: tuple[str | None, ...],
+    along: Sequence[str] | None = None,
+) -> Callable[..., Any]:
+    """Return ``f`` as every device runs it on its own part of the arguments, whose logical axes ``inputs`` names.
+
+    Axes of an argument or of the output hold for all arrays in it; () is whole on every device. The work is shared out
+    along the mesh axes of the logical axes ``along`` (None: all mesh axes); the others stay the compiler's. Outside
+    `jax.set_mesh`, or where a surrounding call has shared it out already, this is ``f``.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    taken = free if along is None else free & {axis for name in along for axis in _mesh_axes(name)}
+    if mesh.empty or mesh.size == 1 or not taken:
+        return f
+
+    def split(axes: tuple[str | None, ...]) -> PartitionSpec:
+        return PartitionSpec(
+            *(tuple(mesh_axis for mesh_axis in _mesh_axes(axis) if mesh_axis in taken) for axis in axes)
+        )
+
+    in_specs = tuple(split(axes) for axes in inputs)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=split(output), axis_names=taken, check_vma=False)
+
+
+def _mesh_axes(logical: str | None) -> tuple[str, ...]:
+    axes = RULES[logical] if logical else None
+    return (axes,) if isinstance(axes, str) else axes or ()

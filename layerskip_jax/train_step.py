@@ -12,12 +12,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from layerskip_jax.config import Config
-from layerskip_jax.layer_dropout import apply_masked, apply_skipping, draw_kept
+from layerskip_jax.layer_dropout import apply_masked, draw_kept
 from layerskip_jax.losses import Apply, Batch, Draw, exit_losses
 from layerskip_jax.model import Transformer
 from layerskip_jax.optimizer import learning_rate, make_optimizer
 from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import batch_shards, shardings_of
+from layerskip_jax.skipping import apply_skipping
 
 
 @flax.struct.dataclass
@@ -142,7 +143,7 @@ class Trainer:
         settings = self.config.layer_dropout
         if settings.form == "masked":
             return apply_masked
-        return partial(apply_skipping, groups=settings.row_groups, shards=batch_shards(self.mesh))
+        return partial(apply_skipping, groups=settings.row_groups)
 
     def _split(self, batch: Batch) -> Batch:
         """[B, ...] -> [accumulate, B / accumulate, ...], every microbatch with rows of every shard: none moves."""

@@ -24,12 +24,12 @@ def parsed(*argv):
 def test_overrides_reach_their_fields():
     config = parsed(
         *["--optimizer.learning_rate", "1e-3", "--train.steps=2_000", "--model.tied_embedding"],
-        *["--train.remat", "true", "--early_exit.curriculum", "gradual", "--decode.stop", "\n\n", "def"],
+        *["--train.remat", "full", "--early_exit.curriculum", "gradual", "--decode.stop", "\n\n", "def"],
     )
     assert config.optimizer.learning_rate == 1e-3
     assert config.train.steps == 2000
     assert config.model.tied_embedding
-    assert config.train.remat
+    assert config.train.remat == "full"
     assert config.early_exit.curriculum == "gradual"
     assert config.decode.stop == ("\n\n", "def")
     assert config.model == dataclasses.replace(Config().model, tied_embedding=True)
@@ -45,7 +45,7 @@ def test_overrides_reach_their_fields():
         (["--model.num_layer=3"], r"unknown setting --model.num_layer; did you mean '--model.num_layers'"),
         (["--train.steps", "ten"], r"--train.steps: must be a whole number, not 'ten'"),
         (["--train.steps", "1.5"], r"--train.steps: must be a whole number, not '1.5'"),
-        (["--train.remat", "maybe"], r"--train.remat: must be true or false, not 'maybe'"),
+        (["--model.tied_embedding", "maybe"], r"--model.tied_embedding: must be true or false, not 'maybe'"),
         (["--optimizer.learning_rate", "nan"], r"must be a finite number, not 'nan'"),
         (["--early_exit.curriculum", "rotate"], r"must be one of rotational, .* did you mean 'rotational'"),
         (["--model.dim", "100", "--model.num_heads", "8"], r"model.dim 100 must be a multiple of .* = 16"),

@@ -213,9 +213,8 @@ def confident_oracle(model, prompt, exits, threshold, new_tokens):
             entries[layer] = np.concatenate([entries[layer], x[None]])
             if left is None:
                 n = position + 1
-                visible = jnp.tril(jnp.ones((n, n), bool))[None]
                 positions = model.positions(jnp.arange(n)[None])
-                x = x + np.asarray(block(jnp.asarray(entries[layer])[None], positions, visible)[0])[0, -1]
+                x = x + np.asarray(block(jnp.asarray(entries[layer])[None], positions, jnp.ones((1, n), int))[0])[0, -1]
             prefill = position < len(prompt) - 1  # prompts are prefilled by all blocks
             if left is None and not prefill and layer + 1 in exits:
                 logits = model.unembed(jnp.asarray(x)[None, None])[0, 0]

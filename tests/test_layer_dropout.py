@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from layerskip_jax import layer_dropout
 from layerskip_jax.config import Config, LayerDropoutConfig, ModelConfig, OptimizerConfig, TrainConfig
-from layerskip_jax.layer_dropout import apply_masked, apply_skipping, draw_kept
+from layerskip_jax.layer_dropout import apply_masked, draw_kept
 from layerskip_jax.recipe import Recipe
+from layerskip_jax.skipping import apply_skipping
 
 
 def recipe(num_layers, p_max, time_scale="exponential", layer_scale="exponential", steps=1000):
@@ -91,60 +92,63 @@ def test_every_shard_has_the_same_draw():
     assert 0 < kept.mean() < 1
 
 
-def f(x_BTD, segments_BT):
+def f(weights, x_BTD, segments_BT):
     """A stand-in for a block whose rows do not mix and whose output tells rows and segments apart."""
-    return jnp.sin(3 * x_BTD) * segments_BT[..., None] + jnp.cumsum(x_BTD, axis=1)
+    return jnp.sin(3 * x_BTD * weights[None, None]) * segments_BT[..., None] + jnp.cumsum(x_BTD, axis=1)
 
 
-@given(
-    seed=st.integers(0, 1000),
-    rate=st.floats(0, 1),
-    groups=st.sampled_from([1, 2, 4]),
-    shards=st.sampled_from([1, 2]),
-    scale=st.floats(1, 4),
-)
-def test_skipping_equals_masked(seed, rate, groups, shards, scale):
-    keys = jax.random.split(jax.random.key(seed), 3)
+@given(seed=st.integers(0, 1000), rate=st.floats(0, 1), groups=st.sampled_from([1, 2, 4, 8]), scale=st.floats(1, 4))
+def test_skipping_equals_masked(seed, rate, groups, scale):
+    keys = jax.random.split(jax.random.key(seed), 4)
     x, segments = jax.random.normal(keys[0], (8, 5, 3)), jax.random.randint(keys[1], (8, 5), 1, 4)
-    kept = draw_kept(keys[2], jnp.array([rate]), 8, shards)[0]
-    out, grad = _value_and_grad(x, segments, kept, scale, 0, 1)
-    skipped, skipped_grad = _value_and_grad(x, segments, kept, scale, groups, shards)
+    kept, weights = draw_kept(keys[2], jnp.array([rate]), 8)[0], jax.random.uniform(keys[3], (3,), minval=0.5)
+    out, grads = _value_and_grad(weights, x, segments, kept, scale, 0)
+    skipped, skipped_grads = _value_and_grad(weights, x, segments, kept, scale, groups)
     np.testing.assert_allclose(skipped, out, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(skipped_grad, grad, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(skipped_grads, grads, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     # A dropped row is untouched, to the bit (eq. 1 with M = 0).
     assert (np.asarray(skipped)[~np.asarray(kept)] == np.asarray(x)[~np.asarray(kept)]).all()
+    evaluated = _value(weights, x, segments, kept, scale, groups)
+    np.testing.assert_allclose(evaluated, skipped, rtol=1e-6, atol=1e-6)
 
 
-@partial(jax.jit, static_argnames=("groups", "shards"))
-def _value_and_grad(x, segments, kept, scale, groups, shards):
-    apply = partial(apply_skipping, groups=groups, shards=shards) if groups else apply_masked
+def _apply(weights, x, segments, kept, scale, groups):
+    apply = partial(apply_skipping, groups=groups) if groups else apply_masked
+    return apply(f, weights, (x, segments), kept, scale)
 
-    def loss(x):
-        out = apply(f, (x, segments), kept, scale)
+
+_value = jax.jit(_apply, static_argnames="groups")
+
+
+@partial(jax.jit, static_argnames="groups")
+def _value_and_grad(weights, x, segments, kept, scale, groups):
+    def loss(weights, x):
+        out = _apply(weights, x, segments, kept, scale, groups)
         return jnp.sum(out**2), out
 
-    (_, out), grad = jax.value_and_grad(loss, has_aux=True)(x)
-    return out, grad
+    (_, out), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(weights, x)
+    return out, grads
 
 
 @pytest.mark.parametrize(("kept_rows", "computed"), [(0, 0), (1, 2), (2, 2), (3, 4), (8, 8)])
 def test_skipping_computes_only_groups_with_a_kept_row(kept_rows, computed):
     seen = []
 
-    def spy(x_BTD, segments_BT):
+    def spy(weights, x_BTD, segments_BT):
         jax.debug.callback(lambda x: seen.append(len(x)), x_BTD)
         return x_BTD
 
     kept = jnp.arange(8) < kept_rows
     rows = jnp.ones((8, 5, 3)), jnp.ones((8, 5), jnp.int32)
-    jax.block_until_ready(jax.jit(lambda: apply_skipping(spy, rows, kept[::-1], jnp.float32(1), groups=4))())
+    jax.block_until_ready(jax.jit(lambda: apply_skipping(spy, None, rows, kept[::-1], jnp.float32(1), groups=4))())
     jax.effects_barrier()
-    assert seen == ([computed] if computed else [])
+    assert seen == [2] * (computed // 2)
 
 
 def test_rescale_keeps_the_expectation():
-    x = jax.random.normal(jax.random.key(0), (1, 2, 3))
+    x, weights = jax.random.normal(jax.random.key(0), (1, 2, 3)), jnp.ones(3)
     rows = jnp.tile(x, (20_000, 1, 1)), jnp.ones((20_000, 2), jnp.int32)
     kept = draw_kept(jax.random.key(1), jnp.array([0.6]), 20_000)[0]
-    out = apply_masked(f, rows, kept, jnp.float32(1 / (1 - 0.6)))
-    np.testing.assert_allclose(out.mean(0), (x + f(x, rows[1][:1]))[0], atol=0.1)
+    out = apply_masked(f, weights, rows, kept, jnp.float32(1 / (1 - 0.6)))
+    np.testing.assert_allclose(out.mean(0), (x + f(weights, x, rows[1][:1]))[0], atol=0.1)

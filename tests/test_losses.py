@@ -88,15 +88,13 @@ def test_dropout_in_the_scan_is_eq_1():
     model, batch = tiny_model(4), make_batch(4)
     draw = Draw(draw_kept(jax.random.key(0), jnp.full(L, 0.5), B), jnp.array([1.0, 1.5, 1.0, 2.0]))
     losses = exit_losses(model, batch, jnp.ones(L), chunk=4, draw=draw, apply=apply_masked)
-    from layerskip_jax.attention import same_document
-
     blocks, expected = model.unstacked().blocks, np.zeros(L)
     for row in range(B):
         one = jax.tree.map(lambda a, row=row: a[row : row + 1], batch)
         x = model.embed(one.inputs_BT)
         for layer, block in enumerate(blocks):
             if draw.kept_LB[layer, row]:
-                delta = block(x, model.positions(jnp.arange(T)[None]), same_document(one.segments_BT))[0]
+                delta = block(x, model.positions(jnp.arange(T)[None]), one.segments_BT)[0]
                 x = x + draw.scale_L[layer] * delta
             log_p = jax.nn.log_softmax(model.unembed(x), axis=-1)
             picked = jnp.take_along_axis(log_p, one.targets_BT[..., None], axis=-1)[..., 0]

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_config, tiny_model
 
-from layerskip_jax.attention import same_document
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
 from layerskip_jax.losses import Batch, exit_losses
@@ -73,11 +72,10 @@ def test_a_part_of_stacked_blocks_is_refused():
 @jax.jit
 def _influence(model, tokens, position):
     """The gradient of the logits at one position with respect to every position's embedding."""
-    visible = same_document(jnp.ones_like(tokens))
 
     def logits_at(x_BTD):
         def step(block, x, _):
-            return x + block(x, model.positions(jnp.arange(tokens.shape[1])[None]), visible)[0], None
+            return x + block(x, model.positions(jnp.arange(tokens.shape[1])[None]), jnp.ones_like(tokens))[0], None
 
         return model.unembed(run_layers(model.blocks, x_BTD, step, None)[0])[0, position].sum()
 

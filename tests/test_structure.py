@@ -14,7 +14,7 @@ LAYERS = [
     {"errors"},
     {"config"},
     {"command_line", "sharding", "attention", "layer_dropout", "early_exit"},
-    {"model", "recipe", "optimizer"},
+    {"model", "recipe", "optimizer", "skipping"},
     {"data"},
     {"losses"},
     {"train_step"},

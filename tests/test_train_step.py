@@ -27,7 +27,7 @@ from layerskip_jax.sharding import batch_sharding, make_mesh
 from layerskip_jax.train_step import Trainer
 
 ONE_DEVICE = Mesh(
-    np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+    np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), ("data", "fsdp", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 3
 )
 PLAIN = Config(
     model=tiny_config(vocab_size=64),
@@ -41,6 +41,8 @@ LAYERSKIP = dataclasses.replace(
     layer_dropout=LayerDropoutConfig(p_max=0.5, time_scale="constant", rescale=True, row_groups=2),
     early_exit=EarlyExitConfig(curriculum="rotational", dilation=3, e_scale=0.5),
 )
+
+REMATS = ["dots", "full", "offload"]
 
 
 def changed(config, **groups):
@@ -87,11 +89,12 @@ def test_microbatches_equal_the_large_batch(layerskip_step, accumulate):
     assert steps == 1  # a microbatch is not a step
 
 
-def test_remat_changes_nothing(layerskip_step):
-    assert_same(step_once(changed(LAYERSKIP, train={"remat": True}))[0], layerskip_step, 1e-5)
+@pytest.mark.parametrize("remat", REMATS)
+def test_remat_changes_nothing(layerskip_step, remat):
+    assert_same(step_once(changed(LAYERSKIP, train={"remat": remat}))[0], layerskip_step, 1e-5)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", *REMATS])
 def test_the_skipping_form_equals_the_masked_one(layerskip_step, remat):
     skipping = changed(LAYERSKIP, layer_dropout={"form": "skipping"}, train={"remat": remat})
     assert_same(step_once(skipping)[0], layerskip_step, 1e-5)
@@ -203,7 +206,7 @@ def test_the_step_needs_no_more_memory_than_the_plain_one():
         batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), make_batch(config))
         return Trainer.step.lower(trainer, state, batch).compile().memory_analysis().temp_size_in_bytes
 
-    for remat in (False, True):
+    for remat in ("none", "dots", "full"):
         ratio = temporary(changed(exits, train={"remat": remat})) / temporary(changed(plain, train={"remat": remat}))
         print(f"temporary memory, remat {remat}: {ratio:.3f}x")
         assert ratio <= 1.05

@@ -1,0 +1,59 @@
+"""Programs for a TPU, compiled by its own compiler on any machine; skipped where libtpu is not installed.
+
+``pip install libtpu`` in the version that ``jax[tpu]`` names, then
+``TPU_SKIP_MDS_QUERY=1 python -m pytest tests/test_tpu_compiler.py``.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from layerskip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from layerskip_jax.losses import Batch
+from layerskip_jax.recipe import Recipe
+from layerskip_jax.sharding import batch_sharding
+from layerskip_jax.train_step import Trainer
+
+pytest.importorskip("libtpu")
+MODEL = ModelConfig(num_layers=4, dim=512, num_heads=4, num_kv_heads=2, ffn_dim=1024, vocab_size=2048)
+CONFIG = Config(
+    model=MODEL,
+    data=DataConfig(sequence_length=512),
+    mesh=MeshConfig(1, 2, 2),
+    optimizer=OptimizerConfig(warmup_steps=0),
+    train=TrainConfig(batch_size=8),
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    return Mesh(np.array(devices).reshape(1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def compiled_step(config, mesh):
+    trainer = Trainer(config, Recipe.from_config(config), mesh)
+    shape = (config.train.batch_size, config.data.sequence_length)
+    batch = Batch(
+        *(
+            jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+            for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+        )
+    )
+    with jax.set_mesh(mesh):
+        return Trainer.step.lower(trainer, trainer.abstract_state(), batch).compile()
+
+
+def test_a_step_for_a_tpu_has_the_splash_kernel_forward_and_backward(mesh):
+    text = compiled_step(CONFIG, mesh).as_text()
+    for kernel in ("splash_mha_fwd_segmented", "splash_mha_dq_segmented", "splash_mha_dkv_segmented"):
+        assert kernel in text
+    assert "tpu_custom_call" in text
+    # bfloat16, chosen by the mesh: the machine that compiles is a CPU.
+    assert "bf16[" in text
