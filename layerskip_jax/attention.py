@@ -148,8 +148,9 @@ def attend_splash(
         )
         return out_BNTH.swapaxes(1, 2)
 
-    queries, keys = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
-    split = on_each_device(on_device, [queries, keys, keys, ("batch", "length")], queries)
+    # Whole sequences, and of them some heads: where a mesh splits sequences, each becomes whole on its way here.
+    queries, keys = ("batch", None, "attended_heads", None), ("batch", None, "attended_kv_heads", None)
+    split = on_each_device(on_device, [queries, keys, keys, ("batch", None)], queries)
     return split(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 

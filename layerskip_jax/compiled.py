@@ -87,7 +87,9 @@ class Program:
                 work.add(self._of_computation(body, choose), self._turns(condition, body))
             elif one.opcode == "conditional":
                 branches = re.findall(r"%?([\w.\-]+)", one.attribute(r"branch_computations=\{([^}]*)\}"))
-                branches = branches or [one.attribute(rf"{which}_computation=%?([\w.\-]+)") for which in ("false", "true")]
+                branches = branches or [
+                    one.attribute(rf"{which}_computation=%?([\w.\-]+)") for which in ("false", "true")
+                ]
                 often = choose(one.attribute(r'op_name="([^"]*)"'), len(branches))
                 for branch, times in zip(branches, often, strict=True):
                     work.add(self._of_computation(branch, choose), times)
@@ -107,14 +109,16 @@ class Program:
                     # A gather that is spread over several fusions shows in each, under one channel: it is one.
                     channel = inner.attribute(r"channel_id=(\d+)")
                     if channel not in chains:
-                        self._receive(work, called, inner, overlapped="AsyncCollective" in self._text[called]
-                                      or called.startswith("async_collective") or one.opcode == "async-start")  # fmt: skip
+                        self._receive(work, called, inner, one.opcode == "async-start" or self._is_overlapped(called))
                     chains.add(channel)
                 else:
                     self._add_instruction(work, called, inner, chains, choose)
 
+    def _is_overlapped(self, fusion: str) -> bool:
+        return fusion.startswith("async_collective") or "AsyncCollective" in self._text[fusion]
+
     def _turns(self, condition: str, body: str) -> int:
-        """Return ``limit / step`` of a loop that counts from 0; XLA may have unrolled it, so the step is not always 1."""
+        """Return ``limit / step`` of a loop that counts from 0; where XLA has unrolled it, the step is not 1."""
         tests, steps = self._computations[condition], self._computations[body]
         limit = max([1, *(_constant(one) for one in tests.values())])
         compare = next((one for one in tests.values() if one.opcode == "compare"), None)
@@ -188,7 +192,9 @@ def _instruction(line: str) -> Instruction | None:
     first = end + opcode.end()
     last = _closing(line, first - 1)
     operands = re.findall(r"%([\w.\-]+)", line[first : last - 1]) or [line[first : last - 1]]
-    return Instruction(found.group(1), shape, opcode.group(1), tuple(operands), line[last:], "ROOT " in line[: found.end()])
+    return Instruction(
+        found.group(1), shape, opcode.group(1), tuple(operands), line[last:], "ROOT " in line[: found.end()]
+    )
 
 
 def _constant(one: Instruction) -> int:
@@ -232,7 +238,7 @@ def _convolution(left: list[int], right: list[int], out: list[int], one: Instruc
     """
     inputs, kernel, outputs = re.split(r"_|->", one.attribute(r"dim_labels=([\w>\-]+)"))
     spatial = [label for label in inputs if label.isdigit()]
-    window = {key: value for key, value in re.findall(r"(\w+)=([\w\-]+)", one.attribute(r"window=\{([^}]*)\}"))}
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", one.attribute(r"window=\{([^}]*)\}")))
 
     def of(key: str, default: str) -> list[str]:
         return window[key].split("x") if key in window else [default] * len(spatial)

@@ -1,6 +1,7 @@
 """Cross-entropy at the exits, computed inside the scan over layers, without ever holding [batch, length, vocab]."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,11 +11,14 @@ from jax.ad_checkpoint import checkpoint_name
 from layerskip_jax.attention import SAVED_OUTPUT
 from layerskip_jax.layer_dropout import BlockFunction, Rows, apply_masked
 from layerskip_jax.model import Block, Transformer, run_layers
+from layerskip_jax.sharding import mesh_size
 
 Apply = Callable[[BlockFunction, Block, Rows, jax.Array, jax.Array], jax.Array]
 """``(f, block, (x_BTD, segments_BT), kept_B, scale) -> x_BTD``: eq. 1, in the masked or the skipping form."""
 
 
+EXIT_LOSS = "exit_loss"
+"""The scope of the conditions that turn exits on, in the text of a compiled program."""
 BLOCK_INPUT = "block input"
 KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -48,7 +52,7 @@ def cross_entropy(unembed: Callable[[jax.Array], jax.Array], x_BTD: jax.Array, b
     """Return the sum over counted positions of ``-log softmax(g(x))[target]`` [nats].
 
     Only ``chunk`` positions of each sequence are unembedded at once, in the backward pass too, where the logits are
-    computed again. ``chunk`` divides T or exceeds it.
+    computed again. ``chunk`` divides T or exceeds it, and the devices that a sequence is split over divide it.
     """
     B, T = x_BTD.shape[:2]
     chunk = min(chunk, T)
@@ -65,7 +69,10 @@ def cross_entropy(unembed: Callable[[jax.Array], jax.Array], x_BTD: jax.Array, b
         return of_chunk(x_BTD, batch.targets_BT, batch.mask_BT)
 
     def chunks(array: jax.Array) -> jax.Array:
-        return array.reshape(B, T // chunk, chunk, *array.shape[2:]).swapaxes(0, 1)
+        # Of every part of a sequence that is split over devices, some of its positions: none moves.
+        parts = mesh_size("length")
+        array = array.reshape(B, parts, T // chunk, chunk // parts, *array.shape[2:])
+        return jnp.moveaxis(array, 2, 0).reshape(T // chunk, B, chunk, *array.shape[4:])
 
     def add(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         return total + of_chunk(*piece), None
@@ -93,12 +100,13 @@ def exit_losses(
     # Without the checkpoint, the condition would hand out the head as a residual, and the scan keep L copies of it.
     @jax.checkpoint
     def loss_if_on(weight: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        return jax.lax.cond(
-            weight > 0,
-            lambda x_BTD: cross_entropy(model.unembed, x_BTD, batch, chunk),
-            lambda x_BTD: jnp.zeros(()),
-            x_BTD,
-        )
+        with jax.named_scope(EXIT_LOSS):
+            return jax.lax.cond(
+                weight > 0,
+                lambda x_BTD: cross_entropy(partial(model.unembed, head_DV=model.head()), x_BTD, batch, chunk),
+                lambda x_BTD: jnp.zeros(()),
+                x_BTD,
+            )
 
     def f(block: Block, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         # Positions are made here, as each device makes its own, and JAX takes them out of the scan.

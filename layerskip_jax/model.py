@@ -233,10 +233,20 @@ class Transformer(nnx.Module):
         x_BTD = self.embedding_VD[...][tokens_BT].astype(compute_dtype(self.config))
         return constrain(x_BTD, "batch", "length", None)
 
-    def unembed(self, x_BTD: jax.Array) -> jax.Array:
+    def head(self) -> jax.Array:
+        """Return the matrix ``head_DV`` of g in the compute type, whole on every device but for a split vocabulary.
+
+        For many uses: a loss in chunks would gather it at every chunk, and scatter its gradient.
+        """
+        head_DV = self.embedding_VD[...].T if self.config.tied_embedding else self.head_DV[...]
+        return constrain(head_DV.astype(compute_dtype(self.config)), None, "vocab")
+
+    def unembed(self, x_BTD: jax.Array, head_DV: jax.Array | None = None) -> jax.Array:
         """``g(x)``: final norm and head, the same for every exit; returns float32 ``logits_BTV``."""
         h_BTD = rms_norm(x_BTD, self.final_norm_D, self.config.norm_epsilon)
-        if self.config.tied_embedding:
+        if head_DV is not None:
+            equation, head = "BTD,DV->BTV", head_DV
+        elif self.config.tied_embedding:
             equation, head = "BTD,VD->BTV", self.embedding_VD[...]
         else:
             equation, head = "BTD,DV->BTV", self.head_DV[...]

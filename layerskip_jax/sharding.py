@@ -5,6 +5,7 @@ To try another layout, change `RULES` with one line in a config file: nothing el
 ``sharding.RULES["ffn"] = ("tensor", "sequence")`` splits the feed-forward width over both axes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ RULES: Rules = {
     # of activations
     "batch": ("data", "fsdp"),
     "length": "sequence",
+    "attended_heads": ("tensor", "sequence"),
+    "attended_kv_heads": ("tensor", "sequence"),
     # of parameters (and vocab of logits)
     "layers": None,
     "vocab": "tensor",
@@ -75,14 +78,14 @@ def _check_divides(config: Config, data: int) -> None:
             f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulate) does not divide over "
             f"mesh.data * mesh.fsdp = {data * wanted.fsdp} devices; make it a multiple"
         )
-    for name, size in {
-        "num_heads": config.model.num_heads,
-        "num_kv_heads": config.model.num_kv_heads,
-        "ffn_dim": config.model.ffn_dim,
-        "vocab_size": config.model.vocab_size,
-    }.items():
-        if size % wanted.tensor:
-            raise UserError(f"model.{name} {size} does not divide over mesh.tensor = {wanted.tensor} devices")
+    for name in ("num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
+        size, over = getattr(config.model, name), {"mesh.tensor": wanted.tensor}
+        if "heads" in name:  # attention splits heads where the rest splits sequences
+            over |= {"mesh.sequence": wanted.sequence} if wanted.sequence > 1 else {}
+        if size % math.prod(over.values()):
+            raise UserError(
+                f"model.{name} {size} does not divide over {' * '.join(over)} = {math.prod(over.values())} devices"
+            )
     if config.model.dim % parameters:
         raise UserError(
             f"model.dim {config.model.dim} does not divide over mesh.fsdp * mesh.sequence = {parameters} devices"
@@ -91,6 +94,10 @@ def _check_divides(config: Config, data: int) -> None:
         raise UserError(
             f"data.sequence_length {config.data.sequence_length} does not divide over mesh.sequence = "
             f"{wanted.sequence} devices"
+        )
+    if config.train.loss_chunk % wanted.sequence:
+        raise UserError(
+            f"train.loss_chunk {config.train.loss_chunk} does not divide over mesh.sequence = {wanted.sequence} devices"
         )
     skips = config.layer_dropout.p_max > 0 and config.layer_dropout.form == "skipping"
     if skips and microbatch // (data * wanted.fsdp) % config.layer_dropout.row_groups:
@@ -147,6 +154,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def mesh_size(logical: str) -> int:
+    """Return over how many devices of the mesh in force a logical axis is split; 1 outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical) if axis in mesh.shape)
 
 
 def target_platform() -> str:

@@ -10,7 +10,7 @@ from layerskip_jax import attention
 from layerskip_jax.attention import attend_documents, attend_splash, choose_backend
 from layerskip_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.sharding import make_mesh, target_platform
+from layerskip_jax.sharding import AXES, make_mesh, target_platform
 
 
 def inputs(seed, B, T, N, K, H, dtype=jnp.float32):
@@ -128,9 +128,7 @@ def test_the_mesh_says_what_a_program_is_for():
     """Not the default backend: a program for a TPU is compiled on machines that have none."""
     assert target_platform() == "cpu"
     device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    mesh = jax.sharding.AbstractMesh(
-        (4, 1, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3, abstract_device=device
-    )
+    mesh = jax.sharding.AbstractMesh((4, 1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 4, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         assert target_platform() == "tpu"
         model = tiny_model(compute_dtype="auto")

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh
 from layerskip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.losses import Batch
 from layerskip_jax.recipe import Recipe
-from layerskip_jax.sharding import batch_sharding
+from layerskip_jax.sharding import AXES, batch_sharding
 from layerskip_jax.train_step import Trainer
 
 pytest.importorskip("libtpu")
@@ -24,7 +24,7 @@ MODEL = ModelConfig(num_layers=4, dim=512, num_heads=4, num_kv_heads=2, ffn_dim=
 CONFIG = Config(
     model=MODEL,
     data=DataConfig(sequence_length=512),
-    mesh=MeshConfig(1, 2, 2),
+    mesh=MeshConfig(1, 2, 1, 2),
     optimizer=OptimizerConfig(warmup_steps=0),
     train=TrainConfig(batch_size=8),
 )
@@ -34,7 +34,7 @@ CONFIG = Config(
 def mesh():
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    return Mesh(np.array(devices).reshape(1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.array(devices).reshape(1, 2, 1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def compiled_step(config, mesh):

@@ -23,11 +23,13 @@ from layerskip_jax.config import (
 from layerskip_jax.errors import UserError
 from layerskip_jax.losses import Batch
 from layerskip_jax.recipe import Recipe
-from layerskip_jax.sharding import batch_sharding, make_mesh
+from layerskip_jax.sharding import AXES, batch_sharding, make_mesh
 from layerskip_jax.train_step import Trainer
 
 ONE_DEVICE = Mesh(
-    np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), ("data", "fsdp", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 3
+    np.array(jax.devices()[:1]).reshape(1, 1, 1, 1),
+    ("data", "fsdp", "sequence", "tensor"),
+    axis_types=(AxisType.Auto,) * 4,
 )
 PLAIN = Config(
     model=tiny_config(vocab_size=64),
@@ -100,16 +102,16 @@ def test_the_skipping_form_equals_the_masked_one(layerskip_step, remat):
     assert_same(step_once(skipping)[0], layerskip_step, 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (2, 2, 2, 1)])
 def test_meshes_of_8_devices_equal_1_device(shape, monkeypatch):
     """Loss, gradients and metrics, with exits and dropout, skipping on the mesh against masked on the one device."""
-    data, fsdp, tensor = shape
+    batch_shards = shape[0] * shape[1]
     seeded = changed(LAYERSKIP, train={"seed": 7})
-    skipping = changed(seeded, layer_dropout={"form": "skipping"}, mesh={"data": data, "fsdp": fsdp, "tensor": tensor})
+    skipping = changed(seeded, layer_dropout={"form": "skipping"}, mesh=dict(zip(AXES, shape, strict=True)))
     sharded = step_once(skipping, make_mesh(skipping))[0]
     # Every shard of the batch has the same draw, so the one device must draw for as many shards.
-    monkeypatch.setattr(train_step, "batch_shards", lambda mesh: data * fsdp)
-    assert_same(sharded, step_once(changed(seeded, mesh={"data": data, "fsdp": fsdp}))[0], 1e-5)
+    monkeypatch.setattr(train_step, "batch_shards", lambda mesh: batch_shards)
+    assert_same(sharded, step_once(changed(seeded, mesh={"data": shape[0], "fsdp": shape[1]}))[0], 1e-5)
 
 
 def test_parameters_lie_as_the_table_says():
