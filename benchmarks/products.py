@@ -1,12 +1,13 @@
 """Count the operations of matrix products in a compiled step: ``python benchmarks/products.py``.
 
 XLA's own count takes a loop's body once; this one multiplies by the trip counts that the compiler knows, and by a given
-one where it does not (the loop over kept rows). Of a conditional it takes the dearest branch. The step has a loss at
-every exit, so that what an exit costs is seen.
+one where it does not (the loop over kept rows). Of a conditional it takes the dearest branch or the cheapest, and the
+difference is what the exits cost.
 """
 
 import dataclasses
 import re
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ DOT = re.compile(r" dot\(%?([\w.-]+), .*lhs_contracting_dims=\{([\d,]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
-def products(text: str, unknown_trips: float) -> float:
+def products(text: str, unknown_trips: float, branch: Callable[[Iterator[float]], float] = max) -> float:
     """Return the FLOP of all dot operations that a run of the HLO module ``text`` makes."""
     bodies: dict[str, list[str]] = {}
     top, lines = "", []
@@ -58,7 +59,7 @@ def products(text: str, unknown_trips: float) -> float:
         if " conditional(" in line:
             branches = re.search(r"branch_computations=\{([^}]*)\}", line)
             names = branches[1].split(",") if branches else re.findall(r"(?:true|false)_computation=%?([\w.-]+)", line)
-            return max(of(name.strip().lstrip("%")) for name in names)
+            return branch(of(name.strip().lstrip("%")) for name in names)
         called = re.search(r"(?:calls|to_apply)=%?([\w.-]+)", line)
         return of(called[1]) if called and called[1] in bodies else 0.0
 
@@ -80,28 +81,28 @@ def compiled_text(config: Config) -> str:
 
 
 def main() -> None:
-    model, tokens = PLAIN.model, PLAIN.train.batch_size * PLAIN.data.sequence_length
-    head = model.dim * model.vocab_size * tokens
+    model = PLAIN.model
+    exit_DV = model.num_layers * model.dim * model.vocab_size * PLAIN.train.batch_size * PLAIN.data.sequence_length
     exits = EarlyExitConfig(curriculum="all", e_scale=0.2)
-    print(f"{'':24}  GFLOP of products   of them per exit, in D V a token")
     for remat in ("none", "dots", "full"):
         train = dataclasses.replace(PLAIN.train, remat=remat)
-        plain = dataclasses.replace(PLAIN, train=train)
-        # Without a loss that is worth anything, the same step has a vocabulary of one token.
-        small = dataclasses.replace(plain, model=dataclasses.replace(model, vocab_size=1))
-        every = products(compiled_text(dataclasses.replace(plain, early_exit=exits)), 0)
-        without = products(compiled_text(dataclasses.replace(small, early_exit=exits)), 0)
-        print(
-            f"{'all exits, remat ' + remat:24}  {every / 1e9:17.1f}   {(every - without) / model.num_layers / head:.2f}"
-        )
+        text = compiled_text(dataclasses.replace(PLAIN, train=train, early_exit=exits))
+        on, off = (products(text, 0, branch) for branch in (max, min))
+        each = (on - off) / exit_DV
+        print(f"all exits, remat {remat}: {on / 1e9:.1f} GFLOP of products; an exit {each:.2f} D V a token")
     rows = PLAIN.train.batch_size
     dropout = LayerDropoutConfig(0.8, "linear", "constant", form="skipping", row_groups=rows)
     for remat in ("none", "dots", "full"):
-        train = dataclasses.replace(PLAIN.train, remat=remat)
-        text = compiled_text(dataclasses.replace(PLAIN, layer_dropout=dropout, train=train))
-        whole = products(compiled_text(dataclasses.replace(PLAIN, train=train)), 0)
+        plain = dataclasses.replace(PLAIN, train=dataclasses.replace(PLAIN.train, remat=remat))
+
+        def last_exit(config: Config, kept: float) -> float:
+            text = compiled_text(config)
+            off = products(text, kept, min)
+            return off + (products(text, kept, max) - off) / model.num_layers
+
+        whole = last_exit(plain, 0)
         for kept in (rows, rows / 2, 0):
-            share = products(text, kept) / whole
+            share = last_exit(dataclasses.replace(plain, layer_dropout=dropout), kept) / whole
             print(f"skipping, remat {remat}, {kept:g} of {rows} rows kept: {share:.3f} of the step without dropout")
 
 

@@ -146,7 +146,9 @@ def exit_losses(
         x_BTD = constrain(x_BTD, "batch", "length", None)
         return block(x_BTD, model.positions(jnp.arange(x_BTD.shape[1])[None]), segments_BT)[0]
 
-    if remat == "dots":
+    # The skipping form copies what it keeps to its place, so there the products alone are kept, and computing the rest
+    # again takes less time.
+    if remat == "dots" or (draw is not None and apply is not apply_masked):
         f = jax.checkpoint(f, policy=KEEP_PRODUCTS, prevent_cse=False)
 
     def step(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
 
+from benchmarks.products import products
 from layerskip_jax.layer_dropout import apply_masked, draw_kept
 from layerskip_jax.losses import Batch, Draw, exit_losses
 
@@ -81,6 +82,22 @@ def test_no_array_of_batch_length_vocabulary_forward_or_backward(chunk, holds):
     gradient = jax.grad(lambda m: exit_losses(m, batch, jnp.ones(L), chunk=chunk).objective)
     largest = max(np.prod(shape) for shape in all_shapes(jax.make_jaxpr(gradient)(model).jaxpr) if V in shape)
     assert (largest >= B * T * V) == holds
+
+
+@pytest.mark.parametrize(("remat", "cost"), [("none", 6), ("dots", 6), ("full", 8)])
+def test_what_an_exit_multiplies(remat, cost):
+    """6 D V operations a token, forward and backward; 8 where inputs alone are kept. An exit that is off has none."""
+    model, batch = tiny_model(), make_batch()
+
+    def multiplied(branch):
+        def objective(model, weight):
+            return exit_losses(model, batch, weight, chunk=4, remat=remat).objective
+
+        text = jax.jit(jax.grad(objective)).lower(model, jnp.ones(L)).compile().as_text()
+        return products(text, unknown_trips=0, branch=branch)
+
+    difference = multiplied(max) - multiplied(min)  # between the branches of the conditions
+    assert difference == cost * model.config.dim * V * B * T * L
 
 
 def test_dropout_in_the_scan_is_eq_1():
