@@ -1,9 +1,10 @@
 """What layer dropout saves: ``python benchmarks/dropout_saves.py [--rounds 8] [--remat none dots full]``.
 
-Step times without dropout, with the masked form and with the skipping form, in turn in one run. A recipe of the later
-study: linear in depth, constant in time here, so that every step has the same rates. The bar: with a mean drop rate of
-r, a step of the skipping form takes at most 1 - 0.8 r of a step without dropout. The head, the embedding and the
-optimizer cannot be skipped, so 1 - r times the blocks' share is the arithmetic's own limit.
+Times of a step without dropout, with the masked form and with the skipping form, in turn in one run; processor times
+too, which other work on the machine disturbs less. The recipe is linear in depth and, so that all steps have the same
+rates, constant in time. The bar: where a share r of all blocks is dropped, a step of the skipping form takes at most
+1 - 0.8 r of a step without dropout. The head, the embedding and the optimizer cannot be skipped: the arithmetic's own
+limit is 1 - r times the blocks' share. `benchmarks/products.py` counts what the compiled program multiplies.
 """
 
 import argparse
@@ -62,26 +63,33 @@ def main() -> None:
         states[name], metrics = trainer.step(trainer.init(), batch)
         jax.block_until_ready(metrics)
     seconds: dict[str, list[float]] = {name: [] for name in configs}
+    cores: dict[str, list[float]] = {name: [] for name in configs}
     dropped: dict[str, list[float]] = {name: [] for name in configs}
     for step in range(options.rounds):
         for name, trainer in trainers.items():
             if configs[name].layer_dropout.p_max > 0:  # what this step will drop, from the step's own draw
                 draw = trainer._draw(states[name].step, trainer.recipe.drop_rates(step))
                 dropped[name].append(1 - float(draw.kept_LB.mean()))
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             states[name], metrics = trainer.step(states[name], batch)
             jax.block_until_ready(metrics)
             seconds[name].append(time.perf_counter() - began)
+            cores[name].append(time.process_time() - worked)
 
     some = next(iter(configs.values()))
     head = 6 * some.model.dim * VOCABULARY / flops_per_token(some)
-    print(f"{'remat: form':20} median step  of without  dropped    bar    limit of the arithmetic  temporary memory")
+    print(
+        f"{'remat: form':20} median step  of without  of its CPU time  dropped    bar    limit of the "
+        "arithmetic  temporary memory"
+    )
     for name, times in seconds.items():
-        without = seconds[f"{name.split(':')[0]}: without"]
-        ratio = statistics.median(a / b for a, b in zip(times, without, strict=True))
+        without = f"{name.split(':')[0]}: without"
+        ratio, work = (
+            statistics.median(a / b for a, b in zip(of[name], of[without], strict=True)) for of in (seconds, cores)
+        )
         r = statistics.mean(dropped[name]) if dropped[name] else 0.0
         print(
-            f"{name:20} {statistics.median(times):9.3f} s  {ratio:9.3f}x  {r:7.1%}  {1 - 0.8 * r:5.3f}  "
+            f"{name:20} {statistics.median(times):9.3f} s  {ratio:9.3f}x  {work:14.3f}x  {r:7.1%}  {1 - 0.8 * r:5.3f}  "
             f"{1 - r * (1 - head):10.3f}                   {memory[name] / 2**20:9.1f} MiB"
         )
 

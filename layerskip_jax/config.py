@@ -178,8 +178,8 @@ class TrainConfig:
     remat: Literal["none", "dots", "full", "offload"] = setting(
         "none",
         "what the backward pass computes again. none: nothing, all is kept; dots: all but the products with weights, "
-        "which are kept: little more time, half the memory or so; full: each block, of which only the input is kept: a "
-        "third more time; offload: as full, with the inputs kept in the host's memory",
+        "which are kept: about the same time, half the memory or less; full: each block, of which only the input is "
+        "kept: up to a third more time; offload: as full, with the inputs kept in the host's memory",
     )
     loss_chunk: int = setting(256, "positions of a sequence unembedded at once in the loss; divides sequence_length")
     log_every: int = setting(10, "steps between lines of metrics")

@@ -1,8 +1,7 @@
 """Cross-entropy at the exits, computed inside the scan over layers, without ever holding [batch, length, vocab]."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from layerskip_jax.attention import SAVED_OUTPUT
 from layerskip_jax.layer_dropout import BlockFunction, Rows, apply_masked
 from layerskip_jax.model import Block, Transformer, run_layers
-from layerskip_jax.sharding import mesh_size
+from layerskip_jax.sharding import constrain, mesh_size
 
 Apply = Callable[[BlockFunction, Block, Rows, jax.Array, jax.Array], jax.Array]
 """``(f, block, (x_BTD, segments_BT), kept_B, scale) -> x_BTD``: eq. 1, in the masked or the skipping form."""
@@ -19,6 +18,7 @@ Apply = Callable[[BlockFunction, Block, Rows, jax.Array, jax.Array], jax.Array]
 
 EXIT_LOSS = "exit_loss"
 """The scope of the conditions that turn exits on, in the text of a compiled program."""
+
 BLOCK_INPUT = "block input"
 KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -48,37 +48,82 @@ class Draw(NamedTuple):
     scale_L: jax.Array
 
 
-def cross_entropy(unembed: Callable[[jax.Array], jax.Array], x_BTD: jax.Array, batch: Batch, chunk: int) -> jax.Array:
-    """Return the sum over counted positions of ``-log softmax(g(x))[target]`` [nats].
+class ExitLosses(NamedTuple):
+    """What the exits say of a batch: ``objective = sum_l weight_l loss_l`` (eq. 5), and summed losses [nats]."""
 
-    Only ``chunk`` positions of each sequence are unembedded at once, in the backward pass too, where the logits are
-    computed again. ``chunk`` divides T or exceeds it, and the devices that a sequence is split over divide it.
+    objective: jax.Array
+    loss_L: jax.Array
+
+
+def cross_entropy(logits_BCV: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
+    """Return the sum over counted positions of ``-log softmax(logits)[target]`` [nats]."""
+    # A comparison in place of a gather: it fuses, and it works when the vocabulary is split over devices.
+    is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[:, :, None]
+    target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
+    return jnp.sum((jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC) * mask_BC)
+
+
+def exit_loss(
+    model: Transformer, x_BTD: jax.Array, batch: Batch, chunk: int, weight: jax.Array, of_x: bool, d_head: Any
+) -> tuple[jax.Array, Any, Any]:
+    """Return an exit's summed loss, and the gradients of ``weight`` times it that are asked for.
+
+    They are ``(d_x_BTD, d_norm_D)`` (``of_x``), and ``d_head``, added to the one that comes in (None: not asked for).
+    Only ``chunk`` positions of each sequence are unembedded at once; it divides T or exceeds it.
     """
     B, T = x_BTD.shape[:2]
     chunk = min(chunk, T)
+    norm_D, kept_head = model.head()
+    axes = kept_head.get_metadata()["axes"]
+    # Whole on every device but for a split vocabulary, before the loop: else each chunk would gather it, and scatter
+    # its gradient.
+    whole = tuple(axis if axis == "vocab" else None for axis in axes)
+    head = jax.tree.map(lambda matrix: constrain(matrix.astype(x_BTD.dtype), *whole), kept_head)
 
-    @jax.checkpoint
-    def of_chunk(x_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
-        logits_BCV = unembed(x_BCD)
-        # A comparison in place of a gather: it fuses, and it works when the vocabulary is split over devices.
-        is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[:, :, None]
-        target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
-        return jnp.sum((jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC) * mask_BC)
+    def add(carry: tuple[jax.Array, Any, Any], piece: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        (total, d_norm_D, d_head), (x_BCD, *labels) = carry, piece
 
-    if chunk == T:
-        return of_chunk(x_BTD, batch.targets_BT, batch.mask_BT)
+        def of_chunk(x_BCD: jax.Array, norm_D: Any, head: Any) -> jax.Array:
+            return cross_entropy(model.unembed(x_BCD, (norm_D, head)), *labels)
+
+        if not of_x and d_head is None:
+            return (total + of_chunk(x_BCD, norm_D, head), None, None), None
+        loss, pullback = jax.vjp(of_chunk, x_BCD, norm_D, head)
+        d_x_BCD, more_norm_D, more_head = pullback(weight)
+        d_norm_D = jax.tree.map(jnp.add, d_norm_D, more_norm_D) if of_x else None
+        if d_head is not None:
+            d_head = jax.tree.map(jnp.add, d_head, more_head)
+        return (total + loss, d_norm_D, d_head), d_x_BCD if of_x else None
+
+    parts = mesh_size("length")  # of a sequence that lies on several devices, a chunk takes some of each part
 
     def chunks(array: jax.Array) -> jax.Array:
-        # Of every part of a sequence that is split over devices, some of its positions: none moves.
-        parts = mesh_size("length")
         array = array.reshape(B, parts, T // chunk, chunk // parts, *array.shape[2:])
         return jnp.moveaxis(array, 2, 0).reshape(T // chunk, B, chunk, *array.shape[4:])
 
-    def add(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        return total + of_chunk(*piece), None
+    def joined(d_x: jax.Array) -> jax.Array:
+        d_x = d_x.reshape(T // chunk, B, parts, chunk // parts, -1)
+        return jnp.moveaxis(d_x, 0, 2).reshape(x_BTD.shape)
 
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head) if d_head is not None else None
+    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, norm_D) if of_x else None, zeros
     pieces = (chunks(x_BTD), chunks(batch.targets_BT), chunks(batch.mask_BT))
-    return jax.lax.scan(add, jnp.zeros(()), pieces)[0]
+    (loss, d_norm_D, more), d_x = jax.lax.scan(add, start, pieces)
+    if d_head is not None:  # lies as the head does
+        d_head = jax.tree.map(lambda a, b: a + constrain(b, *axes), d_head, more)
+    return loss, (joined(d_x), d_norm_D) if of_x else None, d_head
+
+
+@jax.custom_vjp
+def with_gradient(value: jax.Array, at: Any, gradient: Any) -> jax.Array:
+    """Return ``value``, to whose own gradient one with respect to ``at`` is added that is known already."""
+    return value
+
+
+with_gradient.defvjp(
+    lambda value, at, gradient: (value, gradient),
+    lambda gradient, d: (d, jax.tree.map(lambda leaf: (d * leaf).astype(leaf.dtype), gradient), None),
+)
 
 
 def exit_losses(
@@ -90,45 +135,62 @@ def exit_losses(
     draw: Draw | None = None,
     apply: Apply = apply_masked,
     remat: str = "none",
-) -> jax.Array:
-    """Return ``loss_L``: the summed cross-entropy of every exit whose weight is not zero, 0 for the others.
+    train: bool = True,
+) -> ExitLosses:
+    """Return the objective, and the loss of every exit whose weight is not zero (0 for the others).
 
     One forward pass (eq. 1) serves all exits; the loss after block l sits in the scan's body under a condition, so
-    one compiled program serves every step of a curriculum and an exit that is off costs nothing (eq. 5).
+    one compiled program serves every step of a curriculum and an exit that is off costs nothing (eq. 5). Gradients are
+    those of the objective, and with ``train`` they are computed on the way: each exit's own for ``x`` waits for the
+    backward pass; that of the head, which all exits share, is summed up through the scan. So a token costs an exit
+    6 D V operations, where logits computed again would make it 8 (as they do where ``remat`` keeps inputs alone).
     """
+    fixed = jax.lax.stop_gradient(model)
+    recomputes = remat in ("full", "offload")
 
-    # Without the checkpoint, the condition would hand out the head as a residual, and the scan keep L copies of it.
-    @jax.checkpoint
-    def loss_if_on(weight: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    def if_on(weight: jax.Array, x_BTD: jax.Array, of_x: bool, d_head: Any) -> Any:
+        def on(x_BTD: jax.Array, d_head: Any) -> Any:
+            return exit_loss(fixed, x_BTD, batch, chunk, weight, of_x, d_head)
+
+        def off(x_BTD: jax.Array, d_head: Any) -> Any:
+            nothing = jax.tree.map(jnp.zeros_like, (x_BTD, fixed.final_norm_D)) if of_x else None
+            return jnp.zeros(()), nothing, d_head
+
         with jax.named_scope(EXIT_LOSS):
-            return jax.lax.cond(
-                weight > 0,
-                lambda x_BTD: cross_entropy(partial(model.unembed, head_DV=model.head()), x_BTD, batch, chunk),
-                lambda x_BTD: jnp.zeros(()),
-                x_BTD,
-            )
+            return jax.lax.cond(weight > 0, on, off, jax.lax.stop_gradient(x_BTD), d_head)
 
     def f(block: Block, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         # Positions are made here, as each device makes its own, and JAX takes them out of the scan.
+        x_BTD = constrain(x_BTD, "batch", "length", None)
         return block(x_BTD, model.positions(jnp.arange(x_BTD.shape[1])[None]), segments_BT)[0]
 
-    if remat == "dots":
+    # The skipping form copies what it keeps to its place, so there the products alone are kept, and computing the rest
+    # again takes less time.
+    if remat == "dots" or (draw is not None and apply is not apply_masked):
         f = jax.checkpoint(f, policy=KEEP_PRODUCTS, prevent_cse=False)
 
     def step(
-        block: Block, x_BTD: jax.Array, inputs: tuple[jax.Array, jax.Array | None, jax.Array | None]
-    ) -> tuple[jax.Array, jax.Array]:
-        weight, kept_B, scale = inputs
+        block: Block, carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, jax.Array | None, jax.Array | None]
+    ) -> tuple[Any, ExitLosses]:
+        (x_BTD, d_head), (weight, kept_B, scale) = carry, inputs
         x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
         if kept_B is None or scale is None:
             x_BTD = x_BTD + f(block, x_BTD, batch.segments_BT)
         else:
             x_BTD = apply(f, block, (x_BTD, batch.segments_BT), kept_B, scale)
-        return x_BTD, loss_if_on(weight, x_BTD)
+        loss, of_x, d_head = if_on(weight, x_BTD, train and not recomputes, d_head)
+        if not train:
+            return (x_BTD, d_head), ExitLosses(weight * loss, loss)
+        if recomputes:
+            # Apart from the head's, so that the forward pass leaves this out, and the recomputation that.
+            _, of_x, _ = if_on(weight, x_BTD, True, None)
+        return (x_BTD, d_head), ExitLosses(with_gradient(weight * loss, (x_BTD, model.final_norm_D), of_x), loss)
 
-    if remat in ("full", "offload"):
+    if recomputes:
         step = jax.checkpoint(step, policy=INPUTS_TO_HOST if remat == "offload" else None, prevent_cse=False)
+    d_head = jax.tree.map(jnp.zeros_like, fixed.head()[1]) if train else None
     kept_LB, scale_L = (None, None) if draw is None else draw
-    inputs = (weight_L, kept_LB, scale_L)
-    _, loss_L = run_layers(model.blocks, model.embed(batch.inputs_BT), step, inputs)
-    return loss_L
+    start, inputs = (model.embed(batch.inputs_BT), d_head), (weight_L, kept_LB, scale_L)
+    (_, d_head), (objective_L, loss_L) = run_layers(model.blocks, start, step, inputs)
+    objective = jnp.sum(objective_L)
+    return ExitLosses(with_gradient(objective, model.head()[1], d_head) if train else objective, loss_L)

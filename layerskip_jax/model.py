@@ -25,8 +25,12 @@ from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
 from layerskip_jax.sharding import constrain, target_platform
 
-LayerStep = Callable[["Block", jax.Array, Any], tuple[jax.Array, Any]]
-"""``(block, x_BTD, inputs_l) -> (x_BTD, outputs_l)``: what happens at one block."""
+LayerStep = Callable[["Block", Any, Any], tuple[Any, Any]]
+"""``(block, x, inputs_l) -> (x, outputs_l)``: what happens at one block; x is ``x_BTD``, or goes with it in a tuple."""
+
+
+Head = tuple[nnx.Param, nnx.Param]
+"""The parameters of g: ``final_norm_D``, and ``head_DV`` (or ``embedding_VD``, if tied)."""
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -188,12 +192,12 @@ class DecodingBlock(Block):
 
 def run_layers(
     blocks: "Block | Sequence[Block]",
-    x_BTD: jax.Array,
+    x: Any,
     step: LayerStep,
     inputs: Any,
     first: int = 0,
     last: int | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Any, Any]:
     """Run blocks ``first`` to ``last`` (exclusive): ``x, outputs_l = step(block_l, x, inputs_l)`` for each.
 
     This is the one forward pass. Training calls it on stacked blocks, where ``inputs`` and the returned outputs have
@@ -203,12 +207,12 @@ def run_layers(
     if isinstance(blocks, Block):
         if (first, last) != (0, None):
             raise ValueError("a part of stacked blocks would copy their weights; use Transformer.unstacked()")
-        return jax.lax.scan(lambda x, layer: step(layer[0], x, layer[1]), x_BTD, (blocks, inputs))
+        return jax.lax.scan(lambda x, layer: step(layer[0], x, layer[1]), x, (blocks, inputs))
     outputs = []
     for block, layer_inputs in zip(blocks[first:last], inputs, strict=True):
-        x_BTD, output = step(block, x_BTD, layer_inputs)
+        x, output = step(block, x, layer_inputs)
         outputs.append(output)
-    return x_BTD, outputs
+    return x, outputs
 
 
 class Transformer(nnx.Module):
@@ -233,24 +237,17 @@ class Transformer(nnx.Module):
         x_BTD = self.embedding_VD[...][tokens_BT].astype(compute_dtype(self.config))
         return constrain(x_BTD, "batch", "length", None)
 
-    def head(self) -> jax.Array:
-        """Return the matrix ``head_DV`` of g in the compute type, whole on every device but for a split vocabulary.
+    def head(self) -> Head:
+        """Return the parameters of g: the final norm, and the head or the embedding that serves as one."""
+        return self.final_norm_D, self.embedding_VD if self.config.tied_embedding else self.head_DV
 
-        For many uses: a loss in chunks would gather it at every chunk, and scatter its gradient.
-        """
-        head_DV = self.embedding_VD[...].T if self.config.tied_embedding else self.head_DV[...]
-        return constrain(head_DV.astype(compute_dtype(self.config)), None, "vocab")
-
-    def unembed(self, x_BTD: jax.Array, head_DV: jax.Array | None = None) -> jax.Array:
+    def unembed(self, x_BTD: jax.Array, head: Head | None = None) -> jax.Array:
         """``g(x)``: final norm and head, the same for every exit; returns float32 ``logits_BTV``."""
-        h_BTD = rms_norm(x_BTD, self.final_norm_D, self.config.norm_epsilon)
-        if head_DV is not None:
-            equation, head = "BTD,DV->BTV", head_DV
-        elif self.config.tied_embedding:
-            equation, head = "BTD,VD->BTV", self.embedding_VD[...]
-        else:
-            equation, head = "BTD,DV->BTV", self.head_DV[...]
-        logits_BTV = jnp.einsum(equation, h_BTD, head.astype(h_BTD.dtype), preferred_element_type=jnp.float32)
+        norm_D, matrix = head or self.head()
+        h_BTD = rms_norm(x_BTD, norm_D, self.config.norm_epsilon)
+        equation = "BTD,VD->BTV" if self.config.tied_embedding else "BTD,DV->BTV"
+        weights = matrix[...].astype(h_BTD.dtype)
+        logits_BTV = jnp.einsum(equation, h_BTD, weights, preferred_element_type=jnp.float32)
         return constrain(logits_BTV, "batch", "length", "vocab")
 
     def unstacked(self) -> "Transformer":

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError
@@ -149,11 +149,15 @@ def _is_param(leaf: Any) -> bool:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tell the compiler how an activation lies; does nothing outside `jax.set_mesh`."""
+    """Tell the compiler how an activation lies along the mesh axes that are its own.
+
+    Does nothing outside `jax.set_mesh`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    free = _free_axes(mesh)
+    if mesh.size == 1 or not free:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    return jax.lax.with_sharding_constraint(x, _split(axes, free))
 
 
 def mesh_size(logical: str) -> int:
@@ -184,18 +188,21 @@ def on_each_device(
     `jax.set_mesh`, or where a surrounding call has shared it out already, this is ``f``.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    free = _free_axes(mesh)
     taken = free if along is None else free & {axis for name in along for axis in _mesh_axes(name)}
-    if mesh.empty or mesh.size == 1 or not taken:
+    if mesh.size == 1 or not taken:
         return f
+    in_specs = tuple(_split(axes, taken) for axes in inputs)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=_split(output, taken), axis_names=taken, check_vma=False)
 
-    def split(axes: tuple[str | None, ...]) -> PartitionSpec:
-        return PartitionSpec(
-            *(tuple(mesh_axis for mesh_axis in _mesh_axes(axis) if mesh_axis in taken) for axis in axes)
-        )
 
-    in_specs = tuple(split(axes) for axes in inputs)
-    return jax.shard_map(f, in_specs=in_specs, out_specs=split(output), axis_names=taken, check_vma=False)
+def _free_axes(mesh: AbstractMesh) -> set[str]:
+    """Return the mesh axes along which the compiler shares work out: all that `on_each_device` has not taken."""
+    return {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+
+
+def _split(axes: tuple[str | None, ...], along: set[str]) -> PartitionSpec:
+    return PartitionSpec(*(tuple(axis for axis in _mesh_axes(logical) if axis in along) for logical in axes))
 
 
 def _mesh_axes(logical: str | None) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ class Trainer:
         count = jnp.maximum(jnp.sum(batch.mask_BT), 1)
 
         def objective(model: Transformer, micro: Batch, draw: Draw | None) -> tuple[jax.Array, jax.Array]:
-            loss_L = exit_losses(
+            total, loss_L = exit_losses(
                 model,
                 micro,
                 weight_L,
@@ -93,7 +93,7 @@ class Trainer:
                 remat=self.config.train.remat,
             )
             # Divided by the tokens of the whole batch, so that microbatches add up to exactly the large batch.
-            return jnp.sum(weight_L * loss_L) / count, loss_L / count
+            return total / count, loss_L / count
 
         gradient = jax.value_and_grad(objective, has_aux=True)
         draw = self._draw(state.step, drop_rate_L)
@@ -128,8 +128,8 @@ class Trainer:
     def evaluate(self, model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Return every exit's summed cross-entropy ``loss_L`` on ``batch`` and the number of tokens it sums over."""
         ones_L = jnp.ones(self.config.model.num_layers)
-        loss_L = exit_losses(model, batch, ones_L, chunk=self.config.train.loss_chunk)
-        return loss_L, jnp.sum(batch.mask_BT)
+        losses = exit_losses(model, batch, ones_L, chunk=self.config.train.loss_chunk, train=False)
+        return losses.loss_L, jnp.sum(batch.mask_BT)
 
     def _draw(self, step: jax.Array, drop_rate_L: jax.Array) -> Draw | None:
         if self.recipe.p_max == 0:

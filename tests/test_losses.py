@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
 
+from benchmarks.products import products
 from layerskip_jax.layer_dropout import apply_masked, draw_kept
 from layerskip_jax.losses import Batch, Draw, exit_losses
 
@@ -37,21 +38,21 @@ def plain_losses(model, batch):
 @settings(max_examples=12)
 def test_every_exit_equals_the_model_cut_there(seed, chunk):
     model, batch = tiny_model(seed), make_batch(seed)
-    losses = jax.jit(exit_losses, static_argnames="chunk")(model, batch, jnp.ones(L), chunk=chunk)
+    losses = jax.jit(exit_losses, static_argnames="chunk")(model, batch, jnp.ones(L), chunk=chunk).loss_L
     np.testing.assert_allclose(losses, jax.jit(plain_losses)(model, batch), rtol=1e-5)
 
 
 def test_gradients_equal_the_plain_ones():
     model, batch, weight = tiny_model(1), make_batch(1), jnp.array([0.1, 0.0, 0.3, 0.6])
-    ours = jax.jit(jax.grad(lambda m: jnp.sum(weight * exit_losses(m, batch, weight, chunk=4))))(model)
+    ours = jax.jit(jax.grad(lambda m: exit_losses(m, batch, weight, chunk=4).objective))(model)
     plain = jax.jit(jax.grad(lambda m: jnp.sum(weight * plain_losses(m, batch))))(model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), ours, plain)
 
 
 def test_exits_that_are_off_are_zero_and_change_nothing():
     model, batch = tiny_model(2), make_batch(2)
-    every = exit_losses(model, batch, jnp.ones(L), chunk=4)
-    some = exit_losses(model, batch, jnp.array([0, 0.5, 0, 0.5]), chunk=4)
+    every = exit_losses(model, batch, jnp.ones(L), chunk=4).loss_L
+    some = exit_losses(model, batch, jnp.array([0, 0.5, 0, 0.5]), chunk=4).loss_L
     np.testing.assert_allclose(some, every * jnp.array([0, 1, 0, 1]), rtol=1e-6)
 
 
@@ -60,7 +61,7 @@ def test_index_l_supervises_the_output_of_block_l(layer):
     """A known mistake is to supervise the input of block l, which leaves the last block without a gradient."""
     model, batch = tiny_model(3), make_batch(3)
     weight = jnp.zeros(L).at[layer].set(1)
-    grads = jax.grad(lambda m: jnp.sum(exit_losses(m, batch, weight, chunk=4)))(model)
+    grads = jax.grad(lambda m: exit_losses(m, batch, weight, chunk=4).objective)(model)
     norm_L = jnp.abs(grads.blocks.down_FD[...]).max((1, 2))
     assert (norm_L > 0).tolist() == [l <= layer for l in range(L)]  # noqa: E741
 
@@ -78,16 +79,32 @@ def all_shapes(jaxpr):
 @pytest.mark.parametrize(("chunk", "holds"), [(4, False), (12, True)])
 def test_no_array_of_batch_length_vocabulary_forward_or_backward(chunk, holds):
     model, batch = tiny_model(), make_batch()
-    gradient = jax.grad(lambda m: jnp.sum(exit_losses(m, batch, jnp.ones(L), chunk=chunk)))
+    gradient = jax.grad(lambda m: exit_losses(m, batch, jnp.ones(L), chunk=chunk).objective)
     largest = max(np.prod(shape) for shape in all_shapes(jax.make_jaxpr(gradient)(model).jaxpr) if V in shape)
     assert (largest >= B * T * V) == holds
+
+
+@pytest.mark.parametrize(("remat", "cost"), [("none", 6), ("dots", 6), ("full", 8)])
+def test_what_an_exit_multiplies(remat, cost):
+    """6 D V operations a token, forward and backward; 8 where inputs alone are kept. An exit that is off has none."""
+    model, batch = tiny_model(), make_batch()
+
+    def multiplied(branch):
+        def objective(model, weight):
+            return exit_losses(model, batch, weight, chunk=4, remat=remat).objective
+
+        text = jax.jit(jax.grad(objective)).lower(model, jnp.ones(L)).compile().as_text()
+        return products(text, unknown_trips=0, branch=branch)
+
+    difference = multiplied(max) - multiplied(min)  # between the branches of the conditions
+    assert difference == cost * model.config.dim * V * B * T * L
 
 
 def test_dropout_in_the_scan_is_eq_1():
     """Against a loop over blocks that skips, sequence by sequence, what the draw says."""
     model, batch = tiny_model(4), make_batch(4)
     draw = Draw(draw_kept(jax.random.key(0), jnp.full(L, 0.5), B), jnp.array([1.0, 1.5, 1.0, 2.0]))
-    losses = exit_losses(model, batch, jnp.ones(L), chunk=4, draw=draw, apply=apply_masked)
+    losses = exit_losses(model, batch, jnp.ones(L), chunk=4, draw=draw, apply=apply_masked).loss_L
     blocks, expected = model.unstacked().blocks, np.zeros(L)
     for row in range(B):
         one = jax.tree.map(lambda a, row=row: a[row : row + 1], batch)

@@ -172,7 +172,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     assert logits.dtype == jnp.float32
     assert model.embed(jnp.zeros((1, 1), int)).dtype == jnp.bfloat16
     batch = Batch(jnp.arange(8)[None], jnp.arange(8)[None], jnp.ones((1, 8), int), jnp.ones((1, 8)))
-    assert exit_losses(model, batch, jnp.ones(4), chunk=4).dtype == jnp.float32
+    assert exit_losses(model, batch, jnp.ones(4), chunk=4).objective.dtype == jnp.float32
 
 
 def test_invalid_shapes_are_named():

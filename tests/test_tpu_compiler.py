@@ -4,6 +4,7 @@
 ``TPU_SKIP_MDS_QUERY=1 python -m pytest tests/test_tpu_compiler.py``.
 """
 
+import dataclasses
 import os
 
 import jax
@@ -13,7 +14,15 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from layerskip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from layerskip_jax.config import (
+    Config,
+    DataConfig,
+    LayerDropoutConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from layerskip_jax.losses import Batch
 from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import AXES, batch_sharding
@@ -50,10 +59,27 @@ def compiled_step(config, mesh):
         return Trainer.step.lower(trainer, trainer.abstract_state(), batch).compile()
 
 
+SPLASH = ("splash_mha_fwd_segmented", "splash_mha_dq_segmented", "splash_mha_dkv_segmented")
+
+
 def test_a_step_for_a_tpu_has_the_splash_kernel_forward_and_backward(mesh):
     text = compiled_step(CONFIG, mesh).as_text()
-    for kernel in ("splash_mha_fwd_segmented", "splash_mha_dq_segmented", "splash_mha_dkv_segmented"):
-        assert kernel in text
     assert "tpu_custom_call" in text
+    assert [kernel for kernel in SPLASH if kernel not in text] == []
     # bfloat16, chosen by the mesh: the machine that compiles is a CPU.
     assert "bf16[" in text
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_skipping_form_compiles_around_the_kernel(mesh, remat):
+    dropout = LayerDropoutConfig(0.5, "linear", "constant", form="skipping", row_groups=4)
+    train = dataclasses.replace(CONFIG.train, remat=remat)
+    text = compiled_step(dataclasses.replace(CONFIG, layer_dropout=dropout, train=train), mesh).as_text()
+    assert [kernel for kernel in SPLASH if kernel not in text] == []
+
+
+def test_offloaded_inputs_lie_in_the_hosts_memory(mesh):
+    train = dataclasses.replace(CONFIG.train, remat="offload")
+    memory = compiled_step(dataclasses.replace(CONFIG, train=train), mesh).memory_analysis()
+    rows = CONFIG.train.batch_size // 2  # of a device; bfloat16
+    assert memory.host_temp_size_in_bytes == 2 * MODEL.num_layers * rows * CONFIG.data.sequence_length * MODEL.dim

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,38 @@ def test_meshes_of_8_devices_equal_1_device(shape, monkeypatch):
     # Every shard of the batch has the same draw, so the one device must draw for as many shards.
     monkeypatch.setattr(train_step, "batch_shards", lambda mesh: batch_shards)
     assert_same(sharded, step_once(changed(seeded, mesh={"data": shape[0], "fsdp": shape[1]}))[0], 1e-5)
+
+
+def test_a_loop_over_kept_rows_talks_to_no_device_that_has_other_rows():
+    """No row moves, and gradients are not added up at every turn: what the bodies send goes along tensor only."""
+    config = changed(
+        LAYERSKIP, layer_dropout={"form": "skipping"}, mesh={"data": 2, "fsdp": 2, "tensor": 2}, train={"batch_size": 8}
+    )
+    mesh = make_mesh(config)
+    trainer = trainer_of(config, mesh)
+    batch = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding(mesh)), make_batch(config)
+    )
+    with jax.set_mesh(mesh):
+        text = Trainer.step.lower(trainer, trainer.abstract_state(), batch).compile().as_text()
+    sent = [line for line in text.splitlines() if "shard_map/while" in line and COLLECTIVE.search(line)]
+    assert sent  # tensor parallelism adds up the parts of every row
+    for line in sent:
+        assert device_groups(line) == [[0, 1], [2, 3], [4, 5], [6, 7]], line
+
+
+COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+
+
+def device_groups(line):
+    """Return ``replica_groups`` of an HLO line, which writes them out or as a reshaped (and transposed) range."""
+    written = re.search(r"replica_groups=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}", line)
+    if written:
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", written[1])]
+    shape, range_shape, order = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line).groups()
+    ids = np.arange(8).reshape([int(n) for n in range_shape.split(",")])
+    ids = ids.transpose([int(n) for n in order.split(",")]) if order else ids
+    return ids.reshape([int(n) for n in shape.split(",")]).tolist()
 
 
 def test_parameters_lie_as_the_table_says():
