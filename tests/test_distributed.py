@@ -15,7 +15,7 @@ import pytest
 from corpora import VOCABULARY
 
 from layerskip_jax import training
-from layerskip_jax.checkpoint import load_model, named_arrays
+from layerskip_jax.checkpoint import Checkpoints, load_model, named_arrays
 from layerskip_jax.config import (
     Config,
     DecodeConfig,
@@ -30,6 +30,9 @@ from layerskip_jax.config import (
 )
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.metrics import read_records
+from layerskip_jax.recipe import Recipe
+from layerskip_jax.sharding import make_mesh
+from layerskip_jax.train_step import Trainer
 
 ROOT = Path(__file__).parent.parent
 STEPS, STOPPED = 8, 5
@@ -37,7 +40,7 @@ STEPS, STOPPED = 8, 5
 # votes are counted one step later.
 WORKER = """
     import os, signal, sys
-    from layerskip_jax import training
+    from layerskip_jax import plots, training
     from layerskip_jax.commands import train
 
     steps, to_devices = [], training.to_devices
@@ -49,6 +52,7 @@ WORKER = """
         return to_devices(batch, mesh)
 
     training.to_devices = to_devices_and_signal
+    plots.plot_run = lambda run_dir: []  # they take longer than the training
     train.run()
 """
 
@@ -95,7 +99,10 @@ def free_port():
 def start(config, process, port, timeout=60, **environment):
     """Start process ``process`` of two."""
     here = DistributedConfig(f"localhost:{port}", 2, process, timeout)
-    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    devices = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_llvm_disable_expensive_passes=true",
+    }
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(WORKER), *words(dataclasses.replace(config, distributed=here))],
         stdout=subprocess.PIPE,
@@ -142,7 +149,10 @@ class BothParts:
 
 
 def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, monkeypatch, capsys):
-    """The parameters after a stop and a resume equal those of one process of 8 devices to 1e-6."""
+    """The parameters after a stop and a resume equal those of one process of 8 devices to 1e-6, not bit for bit.
+
+    The largest difference seen is 1.2e-7: gradients are summed over processes in another order than over devices.
+    """
     port = free_port()
     stopped = finish(start(config, 0, port), start(config, 1, port, SIGNAL_AT="4"), status=143)
     run = Path(config.train.run_dir)
@@ -160,7 +170,8 @@ def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, monke
     assert len(list((run / "tensorboard").iterdir())) == 2  # one for each start
     assert [record["step"] for record in read_records(str(run)) if "sample" in record] == [STEPS]
 
-    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(tmp_path / "alone")))
+    train_alone = dataclasses.replace(config.train, run_dir=str(tmp_path / "alone"), sample_every=0)
+    alone = dataclasses.replace(config, train=train_alone)
     original = training.local_batches
     monkeypatch.setattr(
         training,
@@ -170,7 +181,8 @@ def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, monke
     reference = named_arrays(jax.device_get(training.train(alone).model))
     trained = named_arrays(jax.device_get(load_model(str(run))[0]))
     difference = max(float(np.abs(trained[name] - array).max()) for name, array in reference.items())
-    print(f"largest difference of a parameter: {difference:.1e}")
+    with capsys.disabled():
+        print(f"largest difference of a parameter: {difference:.1e}")
     assert difference <= 1e-6
     ours, theirs = (
         {(r["step"], n): v for r in read_records(d) for n, v in r.items() if n.startswith("validation")}
@@ -179,10 +191,14 @@ def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, monke
     assert ours == pytest.approx(theirs, rel=1e-5)
 
     monkeypatch.undo()
-    capsys.readouterr()
-    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=STEPS + 1, sample_every=0))
-    assert int(training.train(longer).step) == STEPS + 1  # one process goes on from the checkpoint of two
-    assert "2 -> 1 processes, so the data start from the beginning" in capsys.readouterr().out
+    with jax.set_mesh(make_mesh(config)), Checkpoints(config) as checkpoints:
+        trainer = Trainer(config, Recipe.from_config(config), make_mesh(config))
+        data = iter(training.local_batches(config, "train"))
+        state = checkpoints.restore(STEPS, trainer.abstract_state(), data)
+        assert int(state.step) == STEPS
+        assert "2 -> 1 processes, so the data start from the beginning" in checkpoints.changes(STEPS)[0]
+    restored = named_arrays(jax.device_get(state.model))
+    assert all(np.array_equal(restored[name], array) for name, array in trained.items())
 
 
 def test_what_fails_on_one_process_is_said_by_both(config):
@@ -195,15 +211,10 @@ def test_what_fails_on_one_process_is_said_by_both(config):
     assert not Path(config.train.run_dir).exists()
 
 
-@pytest.mark.parametrize(
-    ("process", "line"),
-    [
-        (0, r"error: waited 3 s (distributed.timeout) at {}: fewer than 2 processes have come"),
-        (1, r"error: waited 3 s (distributed.timeout) for process 0 of 2 at {}: Connection refused"),
-    ],
-)
-def test_a_process_that_never_comes_is_waited_for_so_long(config, process, line):
-    port, began = free_port(), time.monotonic()
-    ((_, stderr),) = finish(start(config, process, port, timeout=3), status=2, within=30)
-    assert stderr == line.format(f"localhost:{port}") + "\n"
+def test_a_process_that_never_comes_is_waited_for_so_long(config):
+    first, second, began = free_port(), free_port(), time.monotonic()
+    runs = finish(start(config, 0, first, timeout=3), start(config, 1, second, timeout=3), status=2, within=30)
+    waited = "error: waited 3 s (distributed.timeout)"
+    assert runs[0][1] == f"{waited} at localhost:{first}: fewer than 2 processes have come\n"
+    assert runs[1][1] == f"{waited} for process 0 of 2 at localhost:{second}: Connection refused\n"
     assert time.monotonic() - began < 30
