@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
-from layerskip_jax.config import Config, DecodeConfig, from_dict, to_dict
+from layerskip_jax.config import Config, DecodeConfig, experiment, from_dict
 from layerskip_jax.data.position import Position
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError, nearest
@@ -63,16 +63,19 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
 
-    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Put the tokenizer beside the checkpoints, so that they need no other file; one run has one tokenizer."""
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise `UserError` if the run has another tokenizer already: one run has one."""
         path = self.folder / TOKENIZER
         if path.exists() and path.read_bytes() != tokenizer.model:
             raise UserError(
                 f"the run {self._config.train.run_dir} was trained with another tokenizer than "
                 f"{self._config.data.tokenizer}: continue with --data.tokenizer {path}, or start a new --train.run_dir"
             )
+
+    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Put the tokenizer beside the checkpoints, so that they need no other file."""
         if jax.process_index() == 0:
-            path.write_bytes(tokenizer.model)
+            (self.folder / TOKENIZER).write_bytes(tokenizer.model)
 
     def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
         """Save after the step that ``state.step`` counts; returns as soon as the arrays are copied."""
@@ -82,7 +85,7 @@ class Checkpoints:
                 model=ocp.args.StandardSave(named_arrays(state.model)),
                 optimizer=ocp.args.StandardSave(named_arrays({"step": state.step, "state": state.opt_state})),
                 data=grain.checkpoint.CheckpointSave(Position(data)),
-                config=ocp.args.JsonSave(to_dict(self._config)),
+                config=ocp.args.JsonSave(experiment(self._config)),
             ),
         )
 
@@ -93,7 +96,8 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
         """Restore into the shapes and shardings of ``abstract``, and set ``data`` to where it was.
 
-        Raises `UserError` when the checkpoint holds another model.
+        After a change of the number of processes each has another part of the data, which then starts from its
+        beginning. Raises `UserError` when the checkpoint holds another model.
         """
         saved = read_config(self.folder / str(step))
         for field in dataclasses.fields(saved.model):
@@ -109,27 +113,35 @@ class Checkpoints:
                 f"the config says {self._config.optimizer.name}: their states differ; keep {saved.optimizer.name}"
             )
         optimizer = {"step": abstract.step, "state": abstract.opt_state}
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(named_arrays(abstract.model)),
-                optimizer=ocp.args.StandardRestore(named_arrays(optimizer)),
-                data=grain.checkpoint.CheckpointRestore(Position(data)),
-            ),
-        )
+        items = {
+            "model": ocp.args.StandardRestore(named_arrays(abstract.model)),
+            "optimizer": ocp.args.StandardRestore(named_arrays(optimizer)),
+        }
+        if self._processes(step) == jax.process_count():
+            items["data"] = grain.checkpoint.CheckpointRestore(Position(data))
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         optimizer = with_arrays(optimizer, restored["optimizer"])
         model = with_arrays(abstract.model, restored["model"])
         return TrainState(step=optimizer["step"], model=model, opt_state=optimizer["state"])
 
-    def changed_settings(self, step: int) -> list[str]:
-        """Return a line for every setting that differs from those the checkpoint was made with."""
-        old, new = to_dict(read_config(self.folder / str(step))), to_dict(self._config)
-        return [
+    def _processes(self, step: int) -> int:
+        """Return how many processes made a checkpoint: each saved its own position in its own part of the data."""
+        return len(list((self.folder / str(step) / "data").glob("process_*-of-*.json")))
+
+    def changes(self, step: int) -> list[str]:
+        """Return what is said of going on from a checkpoint: changed settings, another number of processes."""
+        old, new = experiment(read_config(self.folder / str(step))), experiment(self._config)
+        changed = [
             f"{group}.{name} {old[group][name]} -> {value}"
             for group, settings in new.items()
             for name, value in settings.items()
             if old[group][name] != value
         ]
+        said = [f"changed settings: {', '.join(changed)}"] if changed else []
+        before, now = self._processes(step), jax.process_count()
+        if before != now:
+            said.append(f"{before} -> {now} processes, so the data start from the beginning in another order")
+        return said
 
 
 def find_checkpoint(path: str) -> epath.Path:

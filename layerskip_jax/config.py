@@ -167,6 +167,35 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run, one a host, find each other: no part of the experiment, and never saved with it."""
+
+    coordinator_address: str = setting("", "HOST:PORT of process 0; none: TPU pods, GKE, Slurm and Open MPI say it")
+    num_processes: int = setting(0, "processes of the run; 0: as the cluster says, 1: this one alone")
+    process_id: int = setting(-1, "which of them this one is, from 0; -1: as the cluster says")
+    timeout: int = setting(300, "how long the processes wait for each other at the start [seconds]")
+
+    def __post_init__(self) -> None:
+        address, count, process = self.coordinator_address, self.num_processes, self.process_id
+        require(self.timeout >= 1, f"distributed.timeout must be at least 1, not {self.timeout}")
+        if address:
+            host, _, port = address.rpartition(":")
+            require(
+                bool(host) and port.isdigit(), f"distributed.coordinator_address must be HOST:PORT, not {address!r}"
+            )
+            require(
+                0 <= process < count,
+                f"distributed.coordinator_address wants distributed.num_processes too, and distributed.process_id "
+                f"below it from 0 on, not {count} and {process}",
+            )
+        else:
+            require(
+                count in (0, 1) and process == -1,
+                "distributed.num_processes and distributed.process_id want distributed.coordinator_address too",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The run: how long, how large a step, what is written and when."""
 
@@ -189,13 +218,19 @@ class TrainConfig:
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
     sample_every: int = setting(0, "steps between sample generations; 0 is never")
     sample_prompt: str = setting("", "text that sample generations continue")
+    profile_step: int = setting(
+        0, "first step of a profiler trace in RUN_DIR/profile; 0 is none (SIGUSR1 starts one too)"
+    )
+    profile_steps: int = setting(3, "steps in a profiler trace")
+    hang_seconds: int = setting(1800, "print all stacks once if no step finishes for so long; 0 is never [seconds]")
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "evaluate_every"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("evaluate_batches", "checkpoint_every", "keep_checkpoints"):
+        for name in ("evaluate_batches", "checkpoint_every", "keep_checkpoints", "profile_steps"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
-        require(self.sample_every >= 0, f"train.sample_every must not be negative, but is {self.sample_every}")
+        for name in ("sample_every", "profile_step", "hang_seconds"):
+            require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}")
         require(
             self.batch_size % self.accumulate == 0,
             f"train.batch_size {self.batch_size} must be a multiple of train.accumulate {self.accumulate}",
@@ -263,6 +298,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     decode: DecodeConfig = DecodeConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self) -> None:
         chunk, length = self.train.loss_chunk, self.data.sequence_length
@@ -291,6 +327,11 @@ class Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the config as nested dictionaries of plain values, ready for JSON."""
     return dataclasses.asdict(config)
+
+
+def experiment(config: Config) -> dict[str, Any]:
+    """Return `to_dict` without what belongs to the machines of the moment: what a checkpoint keeps."""
+    return {group: settings for group, settings in to_dict(config).items() if group != "distributed"}
 
 
 def from_dict(values: Mapping[str, Any], kind: type[T], where: str = "") -> T:

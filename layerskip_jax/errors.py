@@ -9,6 +9,15 @@ class UserError(Exception):
     """Something the user can mend; its text is one line that says what is wrong and what would be right."""
 
 
+class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
+    """A signal has ended a run between two steps, with everything saved."""
+
+    def __init__(self, signal: int, message: str):
+        super().__init__(message)
+        self.status = 128 + signal
+        """The exit status, as a shell would report the signal: 130 for SIGINT, 143 for SIGTERM."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known word, or ``""`` when none is close.
 
@@ -19,13 +28,23 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def report(error: BaseException) -> int:
+    """Say on stderr, in one line, what has ended a command; return its exit status. Raises what is a bug again."""
+    if isinstance(error, UserError):
+        line, status = f"error: {' '.join(str(error).split())}", 2
+    elif isinstance(error, Interrupted):
+        line, status = str(error), error.status
+    elif isinstance(error, KeyboardInterrupt):
+        line, status = "stopped by the keyboard; the last complete checkpoint, if any, is intact", 130
+    else:
+        raise error
+    print(line, file=sys.stderr, flush=True)
+    return status
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's ``main``; a `UserError` becomes one line on stderr and exit status 2."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped by the keyboard; the last complete checkpoint, if any, is intact", file=sys.stderr)
-        sys.exit(130)
+    except (UserError, Interrupted, KeyboardInterrupt) as error:
+        sys.exit(report(error))

@@ -1,61 +1,16 @@
-"""What a run reports: metrics to JSON lines and TensorBoard, and the model FLOPs utilisation (MFU)."""
+"""What a run reports, as JSON lines and to TensorBoard."""
 
+import contextlib
 import json
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from layerskip_jax.config import Config
-from layerskip_jax.model import parameter_count
 from layerskip_jax.train_step import StepMetrics
-
-PEAK_FLOPS = {
-    # bfloat16 FLOP/s of a chip, from its maker's data sheet
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def flops_per_token(config: Config) -> float:
-    """``6 N + 12 L D T`` [FLOP a trained token]: the standard rule (PaLM, arXiv 2204.02311, appendix B).
-
-    N leaves the embedding table out, which is looked up and not multiplied. Exits and dropout do not enter, so MFU
-    compares with the same model trained plainly.
-    """
-    model = config.model
-    lookup = 0 if model.tied_embedding else model.vocab_size * model.dim
-    multiplied = parameter_count(model) - lookup
-    return 6 * multiplied + 12 * model.num_layers * model.dim * config.data.sequence_length
-
-
-def peak_flops(seconds: float = 0.3) -> float:
-    """Return the peak of all devices together [FLOP/s]: the data sheet's, or where there is none a measured product's.
-
-    A CPU has no useful data sheet, so the best of repeated float32 products of 1024 x 1024 matrices stands in for it.
-    """
-    kind = jax.devices()[0].device_kind
-    if kind in PEAK_FLOPS:
-        return PEAK_FLOPS[kind] * jax.device_count()
-    multiply = jax.jit(jnp.matmul)
-    a = jax.block_until_ready(multiply(jnp.ones((1024, 1024)), jnp.ones((1024, 1024))))
-    best, end = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        jax.block_until_ready(multiply(a, a))
-        best = min(best, time.perf_counter() - began)
-    return 2 * 1024**3 / best
 
 
 class MetricsWriter:
@@ -86,6 +41,19 @@ class MetricsWriter:
         if self._active:
             self._file.close()
             self._board.close()
+
+
+def read_records(run_dir: str) -> list[dict[str, Any]]:
+    """Return the lines of ``RUN_DIR/metrics.jsonl``, in order; none where there is no file yet.
+
+    A line that a killed process left half written is passed over.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def per_exit(prefix: str, loss_L: np.ndarray) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Pictures of a run, drawn from what it wrote: ``python -m layerskip_jax.plots RUN``."""
 
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from layerskip_jax.checkpoint import find_checkpoint, read_config
 from layerskip_jax.command_line import make_parser
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.metrics import read_records
 from layerskip_jax.recipe import Recipe
 
 
@@ -20,8 +20,7 @@ def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
     if not path.is_file():
         raise UserError(f"no metrics at {path}: expected a run folder that train.py wrote")
     values: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for record in read_records(run_dir):
         for name, value in record.items():
             if isinstance(value, float):
                 values[name][record["step"]] = value

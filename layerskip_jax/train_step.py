@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.config import Config
 from layerskip_jax.layer_dropout import apply_masked, draw_kept
@@ -122,14 +122,16 @@ class Trainer:
         )
         state = TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt_state)
         # Pinned, since a layout that the compiler chose would compile the next step anew.
-        return jax.lax.with_sharding_constraint(state, self.state_shardings()), metrics
+        whole = NamedSharding(self.mesh, PartitionSpec())  # so that every process can read them
+        return jax.lax.with_sharding_constraint((state, metrics), (self.state_shardings(), whole))
 
     @partial(jax.jit, static_argnums=0)
     def evaluate(self, model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Return every exit's summed cross-entropy ``loss_L`` on ``batch`` and the number of tokens it sums over."""
         ones_L = jnp.ones(self.config.model.num_layers)
         losses = exit_losses(model, batch, ones_L, chunk=self.config.train.loss_chunk, train=False)
-        return losses.loss_L, jnp.sum(batch.mask_BT)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.lax.with_sharding_constraint((losses.loss_L, jnp.sum(batch.mask_BT)), whole)
 
     def _draw(self, step: jax.Array, drop_rate_L: jax.Array) -> Draw | None:
         if self.recipe.p_max == 0:

@@ -3,8 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import jax
@@ -25,7 +28,7 @@ from layerskip_jax.config import (
 )
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import train_tokenizer
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import Interrupted, UserError
 from layerskip_jax.evaluation import exit_losses_of, table
 from layerskip_jax.plots import plot_run, read_metrics
 from layerskip_jax.training import train
@@ -102,6 +105,65 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, batches_
             assert np.array_equal(resumed[name], array), f"trial {trial}: {name}"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_and_no_step_is_done_twice(config, batches_seen, monkeypatch, capsys, number):
+    seen, _ = batches_seen
+    whole = named_arrays(jax.device_get(train(config)))
+    order = list(seen)
+    shutil.rmtree(config.train.run_dir)
+    seen.clear()
+    with monkeypatch.context() as patch:
+        original = training.to_devices
+
+        def to_devices(batch, mesh):
+            if len(seen) == 5:
+                os.kill(os.getpid(), number)
+            return original(batch, mesh)
+
+        patch.setattr(training, "to_devices", to_devices)
+        with pytest.raises(Interrupted, match="ended after step 6, which is saved") as stop:
+            train(config)
+    assert stop.value.status == 128 + number
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = named_arrays(jax.device_get(train(config)))
+    assert "resuming after step 6" in capsys.readouterr().out
+    assert seen == order
+    for name, array in whole.items():
+        assert np.array_equal(resumed[name], array), name
+
+
+def test_a_source_that_blocks_has_its_stack_printed(config, monkeypatch, capfd):
+    config = changed(config, "train", steps=2, hang_seconds=1)
+    original = training.local_batches
+
+    class Blocked:
+        """Batches of which the second comes late."""
+
+        def __init__(self, batches):
+            self._batches, self.get_state, self._given = batches, batches.get_state, 0
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self._given += 1
+            if self._given == 2:
+                time.sleep(1.5)
+            return next(self._batches)
+
+    def local_batches(config, split, epochs=None):
+        return original(config, split, epochs) if epochs else Blocked(iter(original(config, split)))
+
+    train(config)  # compiles, so that this is no hang
+    shutil.rmtree(config.train.run_dir)
+    monkeypatch.setattr(training, "local_batches", local_batches)
+    capfd.readouterr()
+    train(config)
+    said = capfd.readouterr().err
+    assert "no step has finished for 1 s (train.hang_seconds)" in said
+    assert "in __next__" in said
+
+
 def test_a_run_learns_and_leaves_all_its_files(config, capsys):
     config = changed(config, "train", sample_every=6, sample_prompt="def ", steps=24)
     state = train(config)
@@ -114,6 +176,10 @@ def test_a_run_learns_and_leaves_all_its_files(config, capsys):
     assert set(metrics["train/exit_loss/2"]) == {t + 1 for t in range(24) if t % 3 == 1}
     assert "train/exit_loss/1" not in metrics
     assert {"train/gradient_norm", "train/gradient_norm_of_block/3", "train/learning_rate", "train/mfu"} <= set(metrics)
+    assert set(metrics["train/hfu"]) == set(range(1, 25))
+    assert 0 < metrics["run/goodput"][24] < 1
+    seconds = sum(points[24] for name, points in metrics.items() if name.startswith("run/seconds/"))
+    assert metrics["run/seconds/training"][24] == pytest.approx(metrics["run/goodput"][24] * seconds)
     samples = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "sample" in line]
     assert [sample["step"] for sample in samples if "sample" in sample] == [6, 12, 18, 24]
     assert list((run / "tensorboard").glob("events.*"))

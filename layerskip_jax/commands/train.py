@@ -3,6 +3,7 @@
 import jax
 
 from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.distributed import joined
 from layerskip_jax.errors import run_command
 
 
@@ -13,16 +14,16 @@ def main(argv: list[str] | None = None) -> None:
         "checkpoint in its run folder."
     )
     config, _ = parse_config(parser, argv)
-    from layerskip_jax.plots import plot_run  # after parsing, so that --help and mistakes answer at once
-    from layerskip_jax.training import train
+    with joined(config.distributed):
+        from layerskip_jax.plots import plot_run  # after parsing, so that --help and mistakes answer at once
+        from layerskip_jax.training import train
 
-    train(config)
-    if jax.process_index() == 0:
-        for path in plot_run(config.train.run_dir):
-            print(f"plot: {path}")
-        print(
-            f"trained: {config.train.run_dir}; next: python decode.py --checkpoint {config.train.run_dir} --prompt ..."
-        )
+        train(config)
+        if jax.process_index() == 0:
+            run = config.train.run_dir
+            for path in plot_run(run):
+                print(f"plot: {path}")
+            print(f"trained: {run}; next: python decode.py --checkpoint {run} --prompt ...")
 
 
 def run() -> None:

@@ -1,0 +1,130 @@
+"""What a person sees and what is written while a run goes on; knows nothing of how training works."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from layerskip_jax.checkpoint import Checkpoints
+from layerskip_jax.config import Config
+from layerskip_jax.errors import UserError
+from layerskip_jax.flops import flops_per_token, peak_flops, step_flops
+from layerskip_jax.goodput import Goodput, Phase
+from layerskip_jax.metrics import MetricsWriter, per_exit, training_values
+from layerskip_jax.model import parameter_count
+from layerskip_jax.train_step import StepMetrics
+from layerskip_jax.watch import Watchdog
+
+
+class Progress:
+    """Lines and a bar, metrics and goodput of a run that goes on after step ``first``; the first process's only."""
+
+    def __init__(self, config: Config, first: int, goodput: Goodput):
+        self._config = config
+        self._writer = MetricsWriter(config.train.run_dir)
+        self._goodput, self._watchdog = goodput, Watchdog(config.train.hang_seconds)
+        self._flops, self._peak = flops_per_token(config), peak_flops()
+        self._on = jax.process_index() == 0
+        self._done_here = 0
+        # A bar on a terminal, lines elsewhere.
+        self._bar = tqdm(
+            initial=first,
+            total=config.train.steps,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (self._on and sys.stderr.isatty()),
+        )
+        self._restart_clock()
+
+    def say(self, line: str) -> None:
+        if self._on:
+            self._bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Book the time of the body to ``phase``, and leave what is not training out of the rate."""
+        with self._goodput.during(phase):
+            yield
+        if phase != "data":
+            self._watchdog.hear()
+            self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._clock, self._tokens, self._steps, self._computed = time.perf_counter(), 0.0, 0, 0.0
+
+    def after_step(self, done: int, device_metrics: StepMetrics, checkpoints: Checkpoints) -> None:
+        """Report optimizer step number ``done``; stop the run with a clear line if its numbers are not finite."""
+        metrics = jax.device_get(device_metrics)
+        self._watchdog.hear()
+        if not (math.isfinite(metrics.objective) and math.isfinite(metrics.gradient_norm)):
+            kept = checkpoints.latest()
+            raise UserError(
+                f"the loss is {float(metrics.objective)} and the gradient norm {float(metrics.gradient_norm)} at step "
+                f"{done}; "
+                + (
+                    f"the checkpoint of step {kept} in {checkpoints.folder} is good: "
+                    if kept
+                    else "nothing was saved: "
+                )
+                + "lower optimizer.learning_rate or look at the data, and start again"
+            )
+        self._done_here += 1
+        self._tokens, self._steps = self._tokens + float(metrics.tokens), self._steps + 1
+        self._computed += step_flops(self._config, metrics.exit_weight_L, metrics.drop_rate_L).hardware
+        seconds = time.perf_counter() - self._clock
+        rate = self._tokens / seconds
+        mfu, hfu = rate * self._flops / self._peak, self._computed / seconds / self._peak
+        loss = float(metrics.exit_loss_L[-1]) if metrics.exit_weight_L[-1] > 0 else float(metrics.objective)
+        self._bar.update(1)
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s, MFU {mfu:.0%}")
+        if done == 1 or done % self._config.train.log_every == 0 or done == self._config.train.steps:
+            speed = {"train/tokens_per_second": rate, "train/mfu": mfu, "train/hfu": hfu}
+            self._writer.write(done, training_values(metrics) | speed)
+            if self._bar.disable:
+                left = (self._config.train.steps - done) * seconds / self._steps
+                self.say(
+                    f"step {done}/{self._config.train.steps}  loss {loss:.3f}  {rate:,.0f} tok/s  MFU {mfu:.0%}  "
+                    f"{left / 60:.0f} min left"
+                )
+        if self._done_here == 1:
+            self._goodput.first_step_is_done()
+            self._restart_clock()  # the first step compiled
+
+    def after_evaluation(self, done: int, loss_L: np.ndarray) -> None:
+        self._writer.write(done, per_exit("validation/exit_loss", loss_L))
+        self.say(f"step {done}  held-out loss by exit: " + "  ".join(f"{x + 1}: {v:.3f}" for x, v in enumerate(loss_L)))
+
+    def after_sample(self, done: int, text: str) -> None:
+        self._writer.write(done, {"sample": text})
+        self.say(f"step {done}  sample: {self._config.train.sample_prompt + text!r}")
+
+    def after_save(self, done: int) -> None:
+        """Write the ledger: a resume reads it back from the step that was saved."""
+        self._writer.write(done, self._goodput.values())
+
+    def __enter__(self) -> "Progress":
+        self._watchdog.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watchdog.__exit__()
+        self._bar.close()
+        self._writer.close()
+
+
+def opening_line(config: Config, mesh: Mesh, start: str) -> str:
+    """Say what is trained on what; ``start`` says from where."""
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    size = parameter_count(config.model) / 1e6
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return (
+        f"{size:.1f}M parameters, {config.model.num_layers} layers, on {mesh.size} {jax.devices()[0].device_kind} "
+        f"device(s){processes} ({shape}); {config.train.steps} steps, {start}"
+    )

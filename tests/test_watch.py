@@ -1,0 +1,137 @@
+"""What is seen of a run: its goodput, its operations by formula, a profile when asked, and stacks when it hangs."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerskip_jax.config import Config, DataConfig, LayerDropoutConfig, ModelConfig, TrainConfig
+from layerskip_jax.flops import flops_per_token, step_flops
+from layerskip_jax.goodput import PHASES, Goodput
+from layerskip_jax.watch import Profiler, Watchdog
+
+
+class Clock:
+    def __init__(self):
+        self.time = 1000.0
+
+    def __call__(self):
+        return self.time
+
+
+def test_goodput_strikes_off_what_was_lost():
+    """A run with a pause and a step that is done again, by hand."""
+    clock, written = Clock(), []
+
+    def spend(goodput, phase, seconds):
+        with goodput.during(phase) if phase else contextlib.nullcontext():
+            clock.time += seconds
+
+    first = Goodput([], 0, clock)
+    spend(first, None, 10)
+    first.first_step_is_done()
+    spend(first, None, 20)
+    spend(first, "data", 5)
+    spend(first, "saving", 1)
+    written.append({"step": 4, **first.values()})
+    spend(first, None, 7)  # steps after the checkpoint of step 4 ...
+    spend(first, "evaluating", 3)
+    written.append({"step": 6, **first.values()})
+    clock.time += 100  # ... are gone with this process, which is started again so much later
+    second = Goodput(written, 4, clock)
+    spend(second, None, 4)
+    second.first_step_is_done()
+    spend(second, None, 50)
+    values = second.values()
+    assert values["run/began"] == 1000
+    seconds = {name.removeprefix("run/seconds/"): v for name, v in values.items() if name.startswith("run/seconds/")}
+    expected = {"training": 70, "starting": 14, "data": 5, "saving": 1, "evaluating": 3, "sampling": 0, "lost": 107}
+    assert seconds == expected
+    assert values["run/goodput"] == 70 / 200
+    assert set(expected) == {*PHASES, "lost"}
+
+
+@given(
+    layers=st.integers(1, 6),
+    exits=st.integers(0, 6),
+    rate=st.floats(0, 0.9),
+    tied=st.booleans(),
+    remat=st.booleans(),
+    form=st.sampled_from(["masked", "skipping"]),
+)
+def test_step_flops_are_the_sum_of_the_products(layers, exits, rate, tied, remat, form):
+    """Counted once more, product by product; the standard rule adds 6 FLOP a norm weight, which are no products."""
+    exits = min(exits, layers)
+    D, F, V, T, B, heads = 16, 24, 48, 8, 4, 2
+    config = Config(
+        model=ModelConfig(layers, D, heads, 1, F, V, tied_embedding=tied),
+        layer_dropout=LayerDropoutConfig(p_max=0.5, form=form),
+        data=DataConfig(sequence_length=T),
+        train=TrainConfig(batch_size=B, remat=remat),
+    )
+    products = D * D + 2 * D * (D // heads) + D * D + 3 * D * F  # queries; keys, values; output; SwiGLU
+    block = 2 * products + 4 * T * D  # and scores, and their product with the values
+    norms = 2 * D
+    rates = np.full(layers, rate if form == "skipping" else 0)
+    weights = np.where(np.arange(layers) < exits, 1.0, 0.0)
+    flops = step_flops(config, weights, np.full(layers, rate))
+    whole = layers * (3 * block + 6 * norms) + 3 * 2 * D * V + 6 * D
+    assert flops.plain == pytest.approx(B * T * whole)
+    assert flops.plain == B * T * flops_per_token(config)
+    assert flops.exits == B * T * 6 * D * V * (exits - 1)
+    assert flops.skipped == pytest.approx(B * T * (3 * block + 6 * norms) * rates.sum())
+    again = (block + 2 * norms) * (1 - rates).sum() if remat else 0
+    assert flops.recomputed == pytest.approx(B * T * (2 * D * V * exits + again))
+    assert flops.hardware == flops.plain + flops.exits - flops.skipped + flops.recomputed
+
+
+def test_a_profile_is_written_at_its_step_and_at_sigusr1(tmp_path, capsys):
+    folder = tmp_path / "profile"
+    with Profiler(TrainConfig(run_dir=str(tmp_path), profile_step=3, profile_steps=1)) as profiler:
+        for step in range(1, 8):
+            profiler.before_step(step, jnp.zeros(2))
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            assert folder.exists() == (step > 3)
+    assert capsys.readouterr().out == f"profile of steps 3..3: {folder}\nprofile of steps 6..6: {folder}\n"
+    assert list(folder.rglob("*.xplane.pb"))
+
+
+def test_the_watchdog_speaks_once_of_every_hang(capfd):
+    with Watchdog(1) as watchdog:
+        time.sleep(2.5)
+        stacks = capfd.readouterr().err
+        watchdog.hear()
+        time.sleep(1.5)
+        again = capfd.readouterr().err
+    assert stacks.startswith("no step has finished for 1 s (train.hang_seconds)")
+    assert (stacks.count("no step"), again.count("no step")) == (1, 1)
+    assert "test_the_watchdog_speaks_once_of_every_hang" in stacks
+
+
+def test_a_second_signal_ends_at_once():
+    code = """
+import os, signal, jax
+from layerskip_jax.config import Config
+from layerskip_jax.distributed import StopRequest
+from layerskip_jax.sharding import make_mesh
+with StopRequest(make_mesh(Config())) as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    print(stop.agreed(), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""}
+    )
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout == f"{int(signal.SIGINT)}\n"
+    assert done.stderr.startswith("SIGINT: the run saves and ends after this step")
