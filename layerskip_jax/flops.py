@@ -40,8 +40,8 @@ class StepFlops(NamedTuple):
     """Blocks that dropout spares: drop rate x the block. 0 in the masked form, which computes them all; the skipping
     form saves less than this, by its rounding up to row groups."""
     recomputed: float
-    """Forward passes run again in the backward pass: ``2 D V`` a position for each exit with a loss, since the losses
-    keep no logits, and with ``train.remat`` a third of every block that is not skipped."""
+    """Forward passes run again in the backward pass, with ``train.remat`` full or offload: ``2 D V`` a position for each
+    exit with a loss, and a third of every block that is not skipped. What dots recomputes is no product."""
 
     @property
     def hardware(self) -> float:
@@ -56,12 +56,13 @@ def step_flops(config: Config, weight_L: np.ndarray, drop_rate_L: np.ndarray) ->
     losses = int(np.count_nonzero(weight_L))
     skips = config.layer_dropout.form == "skipping"
     dropped = float(np.sum(drop_rate_L)) if skips else 0.0
-    again = block_flops(config) / 3 * (config.model.num_layers - dropped) if config.train.remat else 0.0
+    recomputes = config.train.remat in ("full", "offload")
+    again = head * losses + block_flops(config) / 3 * (config.model.num_layers - dropped)
     return StepFlops(
         plain=positions * flops_per_token(config),
         exits=positions * 3 * head * (losses - 1),
         skipped=positions * block_flops(config) * dropped,
-        recomputed=positions * (head * losses + again),
+        recomputed=positions * again if recomputes else 0.0,
     )
 
 

@@ -10,6 +10,7 @@ from layerskip_jax.attention import LayerCache
 from layerskip_jax.model import Positions, Transformer
 
 Carry = TypeVar("Carry")
+Hidden = tuple[jax.Array, list[LayerCache]]
 
 
 def run_if(condition: bool | jax.Array, run: Callable[[Carry], Carry], carry: Carry) -> Carry:
@@ -23,13 +24,7 @@ def run_if(condition: bool | jax.Array, run: Callable[[Carry], Carry], carry: Ca
 
 
 def run_blocks_if(
-    condition: bool | jax.Array,
-    model: Transformer,
-    x_BTD: jax.Array,
-    position: Positions,
-    layers: list[LayerCache],
-    first: int,
-    last: int,
-) -> tuple[jax.Array, list[LayerCache]]:
-    """Run blocks [first, last) if ``condition`` says so, else return what came in."""
-    return run_if(condition, lambda carry: model.run_cached(carry[0], position, carry[1], first, last), (x_BTD, layers))
+    condition: bool | jax.Array, model: Transformer, position: Positions, blocks: tuple[int, int], carry: Hidden
+) -> Hidden:
+    """Return ``x_BTD`` and the caches after ``blocks``, first to last (exclusive), or ``carry`` as it came in."""
+    return run_if(condition, lambda carry: model.run_cached(carry[0], position, carry[1], *blocks), carry)

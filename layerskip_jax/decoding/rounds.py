@@ -123,12 +123,11 @@ class SelfSpeculative:
 
         def early_blocks(token_B: jax.Array, slot: jax.Array, cache: KVQCache) -> tuple[jax.Array, KVQCache]:
             position = model.positions((start_B + slot)[:, None])
-            x_B1D, layers, queries = model.embed(token_B[:, None]), cache.layers, []
-            for index, (first, last) in enumerate(zip((0, *self.exits), self.exits, strict=False)):
-                runs = index == 0 or plan.exit_index >= index
-                x_B1D, layers = run_blocks_if(runs, model, x_B1D, position, layers, first, last)
-                queries.append(jax.lax.dynamic_update_slice(cache.exit_query_BQD[index], x_B1D, (0, slot, 0)))
-            return x_B1D, KVQCache(layers, queries)
+            hidden, queries = (model.embed(token_B[:, None]), cache.layers), []
+            for index, blocks in enumerate(zip((0, *self.exits), self.exits, strict=False)):
+                hidden = run_blocks_if(index == 0 or plan.exit_index >= index, model, position, blocks, hidden)
+                queries.append(jax.lax.dynamic_update_slice(cache.exit_query_BQD[index], hidden[0], (0, slot, 0)))
+            return hidden[0], KVQCache(hidden[1], queries)
 
         def one_pass(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             slot, _, cache, drafting_B, *drafts = carry
@@ -173,8 +172,8 @@ class SelfSpeculative:
         slot_BW = jnp.arange(width)[None]
         query_BWD, layers = [query_BQD[:, :width] for query_BQD in cache.exit_query_BQD], cache.layers
         x_BWD = query_BWD[0]
-        for index, (first, last) in enumerate(zip(self.exits, self.exits[1:], strict=False), start=1):
-            x_BWD, layers = run_blocks_if(plan.exit_index < index, model, x_BWD, position, layers, first, last)
+        for index, blocks in enumerate(zip(self.exits, self.exits[1:], strict=False), start=1):
+            x_BWD, layers = run_blocks_if(plan.exit_index < index, model, position, blocks, (x_BWD, layers))
             query_BWD[index] = x_BWD = jnp.where(plan.exit_index < index, x_BWD, query_BWD[index])
         x_BWD, layers = model.run_cached(x_BWD, position, layers, self.exits[-1], model.config.num_layers)
         logits_BWV = model.unembed(x_BWD)
