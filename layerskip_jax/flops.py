@@ -40,8 +40,8 @@ class StepFlops(NamedTuple):
     """Blocks that dropout spares: drop rate x the block. 0 in the masked form, which computes them all; the skipping
     form saves less than this, by its rounding up to row groups."""
     recomputed: float
-    """Forward passes run again in the backward pass, with ``train.remat`` full or offload: ``2 D V`` a position for each
-    exit with a loss, and a third of every block that is not skipped. What dots recomputes is no product."""
+    """Forward passes run again in the backward pass, with ``train.remat`` full or offload: ``2 D V`` a position for
+    each exit with a loss, and a third of every block that is not skipped. What dots recomputes is no product."""
 
     @property
     def hardware(self) -> float:

@@ -100,16 +100,8 @@ def start(
         tokens_BS[row, : len(prompt)] = prompt
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
     limit_B = np.minimum(length_B + max_new_tokens, max_length).astype(np.int32)
-    return prefill(
-        step,
-        model,
-        jnp.asarray(tokens_BS),
-        jnp.asarray(length_B),
-        jnp.asarray(limit_B),
-        jnp.int32(eos),
-        jax.random.key(seed),
-        width,
-    )
+    arrays = map(jnp.asarray, (tokens_BS, length_B, limit_B, np.int32(eos)))
+    return prefill(step, model, *arrays, jax.random.key(seed), width)
 
 
 def known_tokens(state: DecodeState) -> list[list[int]]:

@@ -60,9 +60,8 @@ class Autoregressive:
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         token_B, position_B = state.last_token()
         key, draw_key = jax.random.split(state.key)
-        x_B1D = model.embed(token_B[:, None])
-        position = model.positions(position_B[:, None])
-        x_B1D, layers = model.run_cached(x_B1D, position, state.cache.layers, 0, model.config.num_layers)
+        position, depth = model.positions(position_B[:, None]), model.config.num_layers
+        x_B1D, layers = model.run_cached(model.embed(token_B[:, None]), position, state.cache.layers, 0, depth)
         next_B = self.sampler.draw(model.unembed(x_B1D)[:, 0], draw_key)
         state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=layers))
         return finish_round(state, *no_drafts(state), next_B)
@@ -108,8 +107,7 @@ class SelfSpeculative:
             narrower = width
         accepted_B, next_B = verdict.accepted_B, verdict.next_B
 
-        outcome = Outcome(plan, ~state.done_B, drafted_B, *verdict[:1], *verdict[2:])
-        memory = self.policy.learn(state.memory, outcome)
+        memory = self.policy.learn(state.memory, Outcome(plan, ~state.done_B, drafted_B, accepted_B, *verdict[2:]))
         state = dataclasses.replace(state, key=key, memory=memory, cache=cache)
         # Accept the agreeing prefix and the full model's own token after it; the length that results is the rollback.
         return finish_round(state, draft_Bd, drafted_B, accepted_B, next_B, plan.exit_index)
