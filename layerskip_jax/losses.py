@@ -75,16 +75,16 @@ def exit_loss(
     chunk = min(chunk, T)
     norm_D, kept_head = model.head()
     axes = kept_head.get_metadata()["axes"]
-    # Whole on every device but for a split vocabulary, before the loop: else each chunk would gather it, and scatter
-    # its gradient.
-    whole = tuple(axis if axis == "vocab" else None for axis in axes)
-    head = jax.tree.map(lambda matrix: constrain(matrix.astype(x_BTD.dtype), *whole), kept_head)
+    # Whole on every device but for a split vocabulary, around the loop and in it: else each chunk would gather it, and
+    # scatter its gradient.
+    whole = lambda matrix: constrain(matrix, *(axis if axis == "vocab" else None for axis in axes))  # noqa: E731
+    head = jax.tree.map(lambda matrix: whole(matrix.astype(x_BTD.dtype)), kept_head)
 
     def add(carry: tuple[jax.Array, Any, Any], piece: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         (total, d_norm_D, d_head), (x_BCD, *labels) = carry, piece
 
         def of_chunk(x_BCD: jax.Array, norm_D: Any, head: Any) -> jax.Array:
-            return cross_entropy(model.unembed(x_BCD, (norm_D, head)), *labels)
+            return cross_entropy(model.unembed(x_BCD, (norm_D, jax.tree.map(whole, head))), *labels)
 
         if not of_x and d_head is None:
             return (total + of_chunk(x_BCD, norm_D, head), None, None), None
@@ -92,7 +92,7 @@ def exit_loss(
         d_x_BCD, more_norm_D, more_head = pullback(weight)
         d_norm_D = jax.tree.map(jnp.add, d_norm_D, more_norm_D) if of_x else None
         if d_head is not None:
-            d_head = jax.tree.map(jnp.add, d_head, more_head)
+            d_head = jax.tree.map(lambda a, b: whole(a + b), d_head, more_head)
         return (total + loss, d_norm_D, d_head), d_x_BCD if of_x else None
 
     parts = mesh_size("length")  # of a sequence that lies on several devices, a chunk takes some of each part

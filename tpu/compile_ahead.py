@@ -1,0 +1,227 @@
+"""Will it fit? Compiles a config's training step for a TPU topology, with the TPU's own compiler, on any machine.
+
+    python tpu/compile_ahead.py --config configs/scratch_1b5.py --topology v5e:4x8 [--slices 2] [--suggest] [--json]
+
+Prints the memory of a chip, the operations of a step beside the formula's, what goes between chips, and the bound on
+the step's time that follows from the chip's data sheet. Nothing is run, so nothing here is a measured time. Needs
+libtpu (``pip install -e '.[tpu]'``), no TPU. Status 1 if the step does not fit.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.compiled import Choice, Program, Work
+from layerskip_jax.config import Config
+from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.flops import StepFlops, flops_per_token, step_flops
+from layerskip_jax.losses import EXIT_LOSS, Batch
+from layerskip_jax.recipe import Recipe
+from layerskip_jax.sharding import batch_sharding, make_mesh
+from layerskip_jax.train_step import Trainer
+
+
+class Chip(NamedTuple):
+    """A chip's data sheet: cloud.google.com/tpu/docs, and for the networks "How to scale your model" (2025), ch. 2."""
+
+    flops: float  # bfloat16 [FLOP/s]
+    hbm: float  # [bytes]
+    ici: float  # to and from its neighbours together, one way [bytes/s]
+    dcn: float  # to other slices, a chip's share [bytes/s]
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32e9, 6 * 45e9, 3.1e9),
+    "v5e": Chip(197e12, 16e9, 4 * 45e9, 3.1e9),
+    "v5p": Chip(459e12, 95e9, 6 * 90e9, 6.25e9),
+    "v6e": Chip(918e12, 32e9, 4 * 90e9, 12.5e9),
+}
+
+
+class Compiled(NamedTuple):
+    """One step for one device."""
+
+    peak_bytes: int
+    argument_bytes: int
+    temporary_bytes: int
+    work: Work
+    kernels: bool  # attention is a kernel, whose operations the text does not show
+    seconds: float
+
+
+def devices_of(topology: str, slices: int) -> Sequence[Any]:
+    """Return the devices of ``slices`` slices, each of a shape such as v5e:4x8."""
+    chip = topology.split(":")[0]
+    if chip not in CHIPS or ":" not in topology:
+        raise UserError(f"--topology must look like v5e:4x8, with one of {', '.join(CHIPS)}, and is {topology!r}")
+    try:
+        more = {"num_slices": slices} if slices > 1 else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
+    except Exception as error:
+        if "libtpu" in str(error).lower():
+            raise UserError("this needs libtpu, the TPU's compiler: pip install -e '.[tpu]'") from error
+        raise UserError(f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}") from error
+
+
+def compile_step(config: Config, devices: Sequence[Any], slices: int) -> Compiled:
+    """Compile ``Trainer.step``; what does not fit into a chip's memory raises `UserError` with its figures."""
+    mesh = make_mesh(config, devices)
+    trainer = Trainer(config, Recipe.from_config(config), mesh)
+    shape = (config.train.batch_size, config.data.sequence_length)
+    types = (jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh)) for kind in types))
+    began = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            step = Trainer.step.lower(trainer, trainer.abstract_state(), batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        line = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
+        raise UserError(f"does not fit: {line.strip()}") from error
+    memory, text = step.memory_analysis(), step.as_text()
+    peak = getattr(memory, "peak_memory_in_bytes", 0) or memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    work = Program(text, slices).work(often(config))
+    return Compiled(
+        peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes, work, "splash" in text,
+        time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def mean_recipe(config: Config) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the exits' weights at a typical step, drop rates and exits with a loss in the mean over the run."""
+    recipe, steps = Recipe.from_config(config), np.linspace(0, config.train.steps - 1, 97).astype(int)
+    weights_SL = np.array([recipe.exit_weights(step) for step in steps])
+    rates_SL = np.array([recipe.drop_rates(step) for step in steps])
+    on_S = np.count_nonzero(weights_SL, axis=1)
+    return weights_SL[np.argsort(on_S)[len(on_S) // 2]], rates_SL.mean(axis=0), float(on_S.mean())
+
+
+def often(config: Config) -> Choice:
+    """Say how often a step takes the branches of its conditionals: an exit is on in its share of the layers."""
+    weights_L, _, _ = mean_recipe(config)
+    share = np.count_nonzero(weights_L) / config.model.num_layers
+
+    def choose(op_name: str, branches: int) -> Sequence[float]:
+        if EXIT_LOSS in op_name and branches == 2:
+            return [1 - share, share]
+        return [1 / branches] * branches
+
+    return choose
+
+
+def report(config: Config, chip: Chip, chips: int, compiled: Compiled) -> dict[str, Any]:
+    """Set the compiler's figures beside the formulas and the data sheet."""
+    weights_L, rates_L, _ = mean_recipe(config)
+    formula: StepFlops = step_flops(config, weights_L, rates_L)
+    positions = config.train.batch_size * config.data.sequence_length
+    attention = 12 * config.model.num_layers * config.model.dim * config.data.sequence_length * positions
+    again = 4 / 3 if config.train.remat in ("full", "offload") else 1
+    counted = compiled.work.flops * chips + (attention * again if compiled.kernels else 0)
+    ici = sum(size for transfer, size in compiled.work.received.items() if not transfer.between_slices)
+    dcn = sum(size for transfer, size in compiled.work.received.items() if transfer.between_slices)
+    waited = sum(s for t, s in compiled.work.received.items() if not t.overlapped and not t.between_slices)
+    compute = counted / chips / chip.flops
+    # What runs beside the products hides behind them; what is waited for comes on top.
+    bound = max(compute, (ici - waited) / chip.ici) + waited / chip.ici + dcn / chip.dcn
+    return {
+        "fits": compiled.peak_bytes < chip.hbm,
+        "chips": chips,
+        "hbm": {"peak": compiled.peak_bytes, "arguments": compiled.argument_bytes,
+                "temporaries": compiled.temporary_bytes, "chip": chip.hbm},
+        "flops": {"compiled": counted, "formula": formula.hardware, "plain": formula.plain, "exits": formula.exits,
+                  "skipped": formula.skipped, "recomputed": formula.recomputed},
+        "received": {str(transfer): size for transfer, size in compiled.work.received.items()},
+        "overlapped": 1 - waited / ici if ici else 1.0,
+        "seconds": {"products": compute, "chip to chip": ici / chip.ici, "slice to slice": dcn / chip.dcn,
+                    "bound": bound},
+        "mfu_at_bound": positions * flops_per_token(config) / (bound * chips * chip.flops),
+        "compile_seconds": compiled.seconds,
+    }  # fmt: skip
+
+
+def show(found: dict[str, Any]) -> None:
+    memory, flops, seconds = found["hbm"], found["flops"], found["seconds"]
+    left = 1 - memory["peak"] / memory["chip"]
+    print(
+        f"  memory of a chip    {memory['peak'] / 1e9:8.2f} GB of {memory['chip'] / 1e9:.0f} at the peak, {left:.0%} "
+        f"left (arguments {memory['arguments'] / 1e9:.2f}, temporaries {memory['temporaries'] / 1e9:.2f})"
+    )
+    print(f"  operations a step   {flops['compiled']:8.3g} compiled, {flops['formula']:.3g} by formula "
+          f"({flops['compiled'] / flops['formula']:.3f}x): plain {flops['plain']:.3g}, exits {flops['exits']:.3g}, "
+          f"skipped {flops['skipped']:.3g}, recomputed {flops['recomputed']:.3g}")  # fmt: skip
+    for transfer, size in sorted(found["received"].items(), key=lambda pair: -pair[1]):
+        print(f"  received by a chip  {size / 1e9:8.3f} GB {transfer}")
+    print(f"  beside the products {found['overlapped']:8.1%} of the bytes within a slice")
+    print(f"  bound on the step   {seconds['bound']:8.3f} s (products {seconds['products']:.3f}, chip to chip "
+          f"{seconds['chip to chip']:.3f}, slice to slice {seconds['slice to slice']:.3f}); MFU at that bound "
+          f"{found['mfu_at_bound']:.0%}")  # fmt: skip
+    print(f"  compiled in         {found['compile_seconds']:8.0f} s")
+
+
+def alternatives(config: Config, chips: int, slices: int) -> Iterator[tuple[str, Config]]:
+    """Yield what `--suggest` tries, the fastest to run first: with less and less in memory."""
+    mesh = dataclasses.replace(config.mesh, data=slices, fsdp=chips // slices, sequence=1, tensor=1)
+    for accumulate in (1, 2, 4, 8):
+        for remat in ("none", "dots", "full"):
+            if config.train.batch_size % (accumulate * chips):
+                continue
+            train = dataclasses.replace(config.train, remat=remat, accumulate=accumulate)
+            words = f"--mesh.data {slices} --mesh.fsdp {chips // slices} --train.remat {remat}"
+            yield f"{words} --train.accumulate {accumulate}", dataclasses.replace(config, mesh=mesh, train=train)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser("Compile a config's training step for a TPU topology, without a TPU.")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x8, v5p:4x4x4, v6e:8x8")
+    parser.add_argument(
+        "--slices", type=int, default=1, help="slices of that shape, joined over the data-center network"
+    )
+    parser.add_argument(
+        "--suggest", action="store_true", help="try meshes, remat policies and microbatches till one fits"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON line")
+    config, options = parse_config(parser, argv)
+    devices, chip = devices_of(options.topology, options.slices), CHIPS[options.topology.split(":")[0]]
+    tried = alternatives(config, len(devices), options.slices) if options.suggest else iter([("", config)])
+    problem = "nothing to try: train.batch_size must be a multiple of the chips"
+    for words, candidate in tried:
+        try:
+            found = report(candidate, chip, len(devices), compile_step(candidate, devices, options.slices))
+        except UserError as error:
+            if not options.suggest:
+                raise
+            problem = str(error)
+            print(f"{words}: {problem}", file=sys.stderr)
+            continue
+        if options.json:
+            print(json.dumps({"topology": options.topology, "slices": options.slices, "settings": words, **found}))
+        else:
+            verdict = "fits" if found["fits"] else "does not fit"
+            print(f"{options.config} on {options.slices} x {options.topology}: {verdict} {words}".rstrip())
+            show(found)
+        if found["fits"]:
+            return
+        problem = "the peak is above the chip's memory"
+        if not options.suggest:
+            raise UserError(problem)
+    raise UserError(f"no setting that was tried fits; the last: {problem}")
+
+
+if __name__ == "__main__":
+    run_command(main)
