@@ -29,8 +29,8 @@ SHAPES = [
 ]
 DRAFT_LENGTHS = [1, 2, 3, 4, 5, 8, 12]
 BATCHES = [1, 2, 4, 8]
-COMBINATIONS = 14
-CASES_EACH = 144
+COMBINATIONS = 7
+CASES_EACH = 288
 
 
 def test_there_are_2000_cases():

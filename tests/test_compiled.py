@@ -1,0 +1,99 @@
+"""What is read out of a program's text: against known products, and texts as the TPU's compiler writes them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from layerskip_jax.compiled import Program, Transfer
+
+LOOP = """HloModule jit_step, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %p = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %two = s32[]{:T(128)} constant(2)
+  %w = bf16[8,8]{1,0} parameter(1)
+  %product = bf16[4,8]{1,0:T(8,128)(2,1)} convolution(%x, %w), dim_labels=bf_io->bf
+  %start = (bf16[4,8]{1,0}, bf16[4,8]{1,0}) collective-permute-start(%product), source_target_pairs={{0,1},{1,0}}
+  %done = bf16[4,8]{1,0} collective-permute-done(%start)
+  %next = s32[]{:T(128)} add(%i, %two)
+  ROOT %tuple = (s32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%next, %done)
+}
+
+%condition (p: (s32[], bf16[4,8])) -> pred[] {
+  %p = (s32[]{:T(128)}, bf16[4,8]{1,0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(6)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %both = (s32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%zero, %x)
+  %loop = (s32[]{:T(128)}, bf16[4,8]{1,0}) while(%both), condition=%condition, body=%body
+  %y = bf16[4,8]{1,0} get-tuple-element(%loop), index=1
+  %total = bf16[4,8]{1,0} all-reduce(%y), replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%add
+  ROOT %gathered = bf16[16,8]{1,0} all-gather(%total), replica_groups=[2,4]<=[8], dimensions={0}
+}
+"""
+
+
+def never(op_name, branches):
+    return [0] * branches
+
+
+def test_a_loop_counts_as_often_as_it_turns():
+    """Unrolled by two: a limit of 6 is 3 turns."""
+    work = Program(LOOP).work(never)
+    assert work.flops == 3 * 2 * 4 * 8 * 8
+    assert work.received == {
+        Transfer("collective-permute", overlapped=True, between_slices=False): 3 * 64,
+        Transfer("all-reduce", overlapped=False, between_slices=False): 2 * 64 / 2,
+        Transfer("all-gather", overlapped=False, between_slices=False): 3 * 64,
+    }
+
+
+def test_what_crosses_slices_is_told_apart():
+    """Devices 0-3 and 4-7: mesh axis a joins 0 and 4, and groups of four neighbours stay within a slice."""
+    crossing = {transfer.kind: transfer.between_slices for transfer in Program(LOOP, slices=2).work(never).received}
+    assert crossing == {"collective-permute": False, "all-reduce": True, "all-gather": False}
+
+
+@pytest.mark.parametrize("takes", [0, 1])
+def test_products_scans_and_conditionals_of_a_real_program(takes):
+    def f(x, w, on):
+        def layer(x, _):
+            return jax.lax.cond(on > 0, lambda x: jnp.sin(x @ w), lambda x: x, x), None
+
+        return jax.lax.scan(layer, x, None, length=5)[0] @ w
+
+    arrays = jax.ShapeDtypeStruct((64, 32), jnp.float32), jax.ShapeDtypeStruct((32, 32), jnp.float32)
+    text = jax.jit(f).lower(*arrays, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
+    work = Program(text).work(lambda op_name, branches: [1 - takes, takes])
+    assert work.flops == 2 * 64 * 32 * 32 * (5 * takes + 1)
+
+
+def test_a_batch_of_products_counts_once():
+    """XLA:TPU makes it a convolution along the batch, where an element meets its own alone."""
+    text = """HloModule m
+
+ENTRY %main (x: bf16[12,64,32]) -> bf16[12,64,16] {
+  %x = bf16[12,64,32]{2,1,0} parameter(0)
+  %w = bf16[12,32,16]{2,1,0} parameter(1)
+  ROOT %y = bf16[12,64,16]{2,1,0} convolution(%x, %w), window={size=12 stride=11 lhs_dilate=12}, dim_labels=0bf_0io->0bf
+}
+"""
+    assert Program(text).work(never).flops == 2 * 64 * 32 * 16 * 12
+
+
+def test_a_text_that_is_no_program_is_said_to_be_none():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        Program("hello")
