@@ -64,7 +64,7 @@ def test_goodput_strikes_off_what_was_lost():
     exits=st.integers(0, 6),
     rate=st.floats(0, 0.9),
     tied=st.booleans(),
-    remat=st.booleans(),
+    remat=st.sampled_from(["none", "dots", "full", "offload"]),
     form=st.sampled_from(["masked", "skipping"]),
 )
 def test_step_flops_are_the_sum_of_the_products(layers, exits, rate, tied, remat, form):
@@ -88,8 +88,8 @@ def test_step_flops_are_the_sum_of_the_products(layers, exits, rate, tied, remat
     assert flops.plain == B * T * flops_per_token(config)
     assert flops.exits == B * T * 6 * D * V * (exits - 1)
     assert flops.skipped == pytest.approx(B * T * (3 * block + 6 * norms) * rates.sum())
-    again = (block + 2 * norms) * (1 - rates).sum() if remat else 0
-    assert flops.recomputed == pytest.approx(B * T * (2 * D * V * exits + again))
+    again = 2 * D * V * exits + (block + 2 * norms) * (1 - rates).sum() if remat in ("full", "offload") else 0
+    assert flops.recomputed == pytest.approx(B * T * again)
     assert flops.hardware == flops.plain + flops.exits - flops.skipped + flops.recomputed
 
 
