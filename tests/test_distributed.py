@@ -163,7 +163,10 @@ def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, monke
 
     port = free_port()
     first, second = finish(start(config, 0, port), start(config, 1, port), status=0)
-    assert f"of 2 processes (data 2, fsdp 2, sequence 1, tensor 2); {STEPS} steps, resuming after step {STOPPED}\n" in first[0]
+    assert (
+        f"of 2 processes (data 2, fsdp 2, sequence 1, tensor 2); {STEPS} steps, resuming after step {STOPPED}\n"
+        in first[0]
+    )
     assert [line for line in second[0].splitlines() if not line.startswith("[Gloo]")] == []
     steps = [record["step"] for record in read_records(str(run)) if "train/objective" in record]
     assert steps == list(range(1, STEPS + 1))  # no step twice, and no line of the second process
