@@ -146,7 +146,7 @@ def check_own_rows(sharding: NamedSharding, batch_size: int) -> None:
     if sum(stop - start for start, stop in held) * jax.process_count() != batch_size:
         raise UserError(
             f"this mesh gives several of the {jax.process_count()} processes the same sequences of a batch: "
-            f"mesh.tensor must stay within the {jax.local_device_count()} devices of a process"
+            f"mesh.sequence * mesh.tensor must stay within the {jax.local_device_count()} devices of a process"
         )
 
 

@@ -116,7 +116,7 @@ def spec(axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:
     """Translate logical axes to mesh axes.
 
     >>> tuple(spec(("embed", "heads", "head_dim")))
-    ('fsdp', 'tensor', None)
+    (('fsdp', 'sequence'), 'tensor', None)
     """
     return PartitionSpec(*(rules[axis] if axis else None for axis in axes))
 

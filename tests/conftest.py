@@ -2,7 +2,8 @@
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+if not os.environ.get("ACCELERATOR"):  # as in the Makefile; with it, run single tests that want a chip
+    os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import hypothesis

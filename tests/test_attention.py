@@ -51,13 +51,12 @@ def test_splash_equals_xla(B, T, N, K, H):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (2, 2, 2, 1)])
 def test_splash_on_a_mesh_equals_one_device(shape):
-    """Every device has its own rows and heads, of the queries and of the keys."""
-    data, fsdp, tensor = shape
+    """Every device has its own rows and heads, of the queries and of the keys; split sequences become whole."""
     config = Config(
         model=ModelConfig(dim=64, num_heads=4, num_kv_heads=2),
-        mesh=MeshConfig(data, fsdp, tensor),
+        mesh=MeshConfig(*shape),
         train=TrainConfig(batch_size=8),
     )
     arrays = inputs(1, 8, 128, 4, 2, 16)
@@ -68,7 +67,7 @@ def test_splash_on_a_mesh_equals_one_device(shape):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU: ACCELERATOR=1 python -m pytest -k cudnn")
 def test_cudnn_equals_xla():
     """In bfloat16, which is all that it takes: no farther from float32 than the XLA form is, with a little room."""
     arrays = inputs(0, 2, 256, 6, 2, 64)
