@@ -4,7 +4,7 @@ Times of a step without dropout, with the masked form and with the skipping form
 too, which other work on the machine disturbs less. The recipe is linear in depth and, so that all steps have the same
 rates, constant in time. The bar: where a share r of all blocks is dropped, a step of the skipping form takes at most
 1 - 0.8 r of a step without dropout. The head, the embedding and the optimizer cannot be skipped: the arithmetic's own
-limit is 1 - r times the blocks' share. `benchmarks/products.py` counts what the compiled program multiplies.
+limit is 1 - r times the blocks' share. `benchmarks.products` counts what the compiled program multiplies.
 """
 
 import argparse
@@ -57,9 +57,7 @@ def main() -> None:
     trainers = {name: Trainer(it, Recipe.from_config(it), make_mesh(it)) for name, it in configs.items()}
     states, memory = {}, {}
     for name, trainer in trainers.items():
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
-        compiled = Trainer.step.lower(trainer, trainer.abstract_state(), shapes).compile()
-        memory[name] = compiled.memory_analysis().temp_size_in_bytes
+        memory[name] = trainer.compile_step().memory_analysis().temp_size_in_bytes
         states[name], metrics = trainer.step(trainer.init(), batch)
         jax.block_until_ready(metrics)
     seconds: dict[str, list[float]] = {name: [] for name in configs}

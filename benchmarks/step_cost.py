@@ -65,8 +65,7 @@ def main() -> None:
     trainers, states, memory = {}, {}, {}
     for name, config in RECIPES.items():
         trainer = Trainer(config, Recipe.from_config(config), make_mesh(config))
-        shapes = trainer.abstract_state(), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
-        memory[name] = Trainer.step.lower(trainer, *shapes).compile().memory_analysis().temp_size_in_bytes
+        memory[name] = trainer.compile_step().memory_analysis().temp_size_in_bytes
         trainers[name] = trainer
         states[name], metrics = trainer.step(trainer.init(), batch)
         jax.block_until_ready(metrics)

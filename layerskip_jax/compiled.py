@@ -1,7 +1,7 @@
 """Reads what a compiled program will do out of its text: products, and what goes between devices, loops counted.
 
-XLA's own cost analysis counts the body of a loop once. Here a loop counts as often as it turns (the constant that its
-condition compares with), and a conditional as often as the caller says.
+XLA's own cost analysis counts the body of a loop once. Here a loop counts as often as it turns (as the compiler notes,
+or by the constant that its condition compares with), and a conditional as often as the caller says.
 """
 
 import dataclasses
@@ -16,6 +16,15 @@ ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16":
 
 Choice = Callable[[str, int], Sequence[float]]
 """``(op_name, branches) -> how often each branch of a conditional runs``, 1 in all."""
+
+
+def taken_in(scope: str, share: float) -> Choice:
+    """Let conditionals traced in the named ``scope`` be true in a ``share`` of their runs; others take all alike."""
+
+    def choose(op_name: str, branches: int) -> Sequence[float]:
+        return [1 - share, share] if scope in op_name and branches == 2 else [1 / branches] * branches
+
+    return choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +84,20 @@ class Program:
             self._computations[block.group(1)] = {one.name: one for one in parsed if one}
             self._text[block.group(1)] = block.group(2)
 
-    def work(self, choose: Choice) -> Work:
-        """Count one run. ``choose`` says how often a conditional takes each branch."""
+    def work(self, choose: Choice, unknown_turns: float = 1.0) -> Work:
+        """Count one run. ``choose`` says how often a conditional takes each branch.
+
+        ``unknown_turns`` is how often a loop turns whose end is known only while the program runs.
+        """
+        self._unknown_turns = unknown_turns
         return self._of_computation(self._entry, choose)
 
     def _of_computation(self, name: str, choose: Choice) -> Work:
         work, chains = Work(), set[str]()
         for one in self._computations[name].values():
             if one.opcode == "while":
-                condition, body = (one.attribute(rf"{part}=%?([\w.\-]+)") for part in ("condition", "body"))
-                work.add(self._of_computation(body, choose), self._turns(condition, body))
+                body = one.attribute(r"body=%?([\w.\-]+)")
+                work.add(self._of_computation(body, choose), self._turns(one, body))
             elif one.opcode == "conditional":
                 branches = re.findall(r"%?([\w.\-]+)", one.attribute(r"branch_computations=\{([^}]*)\}"))
                 branches = branches or [
@@ -117,18 +130,22 @@ class Program:
     def _is_overlapped(self, fusion: str) -> bool:
         return fusion.startswith("async_collective") or "AsyncCollective" in self._text[fusion]
 
-    def _turns(self, condition: str, body: str) -> int:
+    def _turns(self, loop: Instruction, body: str) -> float:
         """Return ``limit / step`` of a loop that counts from 0; where XLA has unrolled it, the step is not 1."""
-        tests, steps = self._computations[condition], self._computations[body]
-        limit = max([1, *(_constant(one) for one in tests.values())])
+        if noted := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+            return float(noted)
+        tests = self._computations[loop.attribute(r"condition=%?([\w.\-]+)")]
+        steps, limits = self._computations[body], [_constant(one) for one in tests.values()]
+        if not any(limits):
+            return self._unknown_turns
         compare = next((one for one in tests.values() if one.opcode == "compare"), None)
         counter = tests.get(compare.operands[0]) if compare else None
         root = next(one for one in steps.values() if one.is_root)
         if counter is None or counter.opcode != "get-tuple-element" or root.opcode != "tuple":
-            return limit
+            return max(limits)
         counted = steps[root.operands[int(counter.attribute(r"index=(\d+)"))]]
         by = [_constant(steps[operand]) for operand in counted.operands if operand in steps]
-        return -(-limit // max([1, *by])) if counted.opcode == "add" else limit
+        return -(-max(limits) // max([1, *by])) if counted.opcode == "add" else max(limits)
 
     def _product(self, computation: str, one: Instruction) -> float:
         known = self._computations[computation]
@@ -142,8 +159,8 @@ class Program:
     def _receive(self, work: Work, computation: str, one: Instruction, overlapped: bool) -> None:
         kind, known = one.opcode.removesuffix("-start"), self._computations[computation]
         size = sum(_bytes(known[operand].shape) for operand in one.operands if operand in known)
-        group = self._group(one.rest)
-        n = max(len(group), 1)
+        groups = device_groups(one.rest, self._devices)
+        n = len(groups[0])
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # the fusion keeps a device's own part alone
         received = {
@@ -154,29 +171,31 @@ class Program:
             "collective-permute": size,
         }[kind]
         per_slice = self._devices // self._slices
-        crosses = len({device // per_slice for device in group}) > 1
+        crosses = any(len({device // per_slice for device in group}) > 1 for group in groups)
         transfer = Transfer(kind, overlapped, crosses)
         work.received[transfer] = work.received.get(transfer, 0.0) + received
 
-    def _group(self, rest: str) -> list[int]:
-        """Return the devices of the first group that exchanges something (of a permutation: of its first pair)."""
-        if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
-            pairs = [list(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", found.group(1))]
-            per_slice = self._devices // self._slices
-            return next((pair for pair in pairs if pair[0] // per_slice != pair[1] // per_slice), pairs[0])
-        if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
-            sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
-            ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-            taken = set(re.findall(r"'(\w+)'", found.group(2)))
-            return ids[tuple(slice(None) if name in taken else 0 for name in sizes)].reshape(-1).tolist()
-        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-            dimensions = list(map(int, found.group(3).split(",")))
-            order = list(map(int, found.group(4).split(","))) if found.group(4) else range(len(dimensions))
-            ids = np.arange(math.prod(dimensions)).reshape(dimensions).transpose(*order)
-            return ids.reshape(int(found.group(1)), int(found.group(2)))[0].tolist()
-        if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-            return list(map(int, found.group(1).split(",")))
-        return list(range(self._devices))
+
+def device_groups(attributes: str, devices: int) -> list[list[int]]:
+    """Return which devices exchange something with each other in a collective; of a permutation, its pairs.
+
+    >>> device_groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4), device_groups("source_target_pairs={{0,1},{1,0}}", 2)
+    ([[0, 2], [1, 3]], [[0, 1], [1, 0]])
+    """
+    if found := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}", attributes):
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        taken = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[2])]
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        ids = np.moveaxis(ids, taken, range(-len(taken), 0))
+        return ids.reshape(-1, math.prod(ids.shape[ids.ndim - len(taken) :])).tolist()
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        dimensions = [int(n) for n in found[3].split(",")]
+        order = [int(n) for n in found[4].split(",")] if found[4] else range(len(dimensions))
+        ids = np.arange(math.prod(dimensions)).reshape(dimensions).transpose(*order)
+        return ids.reshape(int(found[1]), int(found[2])).tolist()
+    return [list(range(devices))]
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -75,7 +75,12 @@ def flops_per_token(config: Config) -> float:
     model = config.model
     lookup = 0 if model.tied_embedding else model.vocab_size * model.dim
     multiplied = parameter_count(model) - lookup
-    return 6 * multiplied + 12 * model.num_layers * model.dim * config.data.sequence_length
+    return 6 * multiplied + attention_flops(config)
+
+
+def attention_flops(config: Config) -> float:
+    """``12 L D T``: scores and their products with the values, forward and backward [FLOP a token]."""
+    return 12 * config.model.num_layers * config.model.dim * config.data.sequence_length
 
 
 def block_flops(config: Config) -> float:

@@ -17,7 +17,7 @@ from layerskip_jax.losses import Apply, Batch, Draw, exit_losses
 from layerskip_jax.model import Transformer
 from layerskip_jax.optimizer import learning_rate, make_optimizer
 from layerskip_jax.recipe import Recipe
-from layerskip_jax.sharding import batch_shards, shardings_of
+from layerskip_jax.sharding import batch_sharding, batch_shards, shardings_of
 from layerskip_jax.skipping import apply_skipping
 
 
@@ -124,6 +124,14 @@ class Trainer:
         # Pinned, since a layout that the compiler chose would compile the next step anew.
         whole = NamedSharding(self.mesh, PartitionSpec())  # so that every process can read them
         return jax.lax.with_sharding_constraint((state, metrics), (self.state_shardings(), whole))
+
+    def compile_step(self) -> jax.stages.Compiled:
+        """Compile `step` from shapes alone, for the devices of the mesh: memory and text can be read without a run."""
+        shape = (self.config.train.batch_size, self.config.data.sequence_length)
+        types = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+        batch = jax.tree.map(lambda t: jax.ShapeDtypeStruct(shape, t, sharding=batch_sharding(self.mesh)), types)
+        with jax.set_mesh(self.mesh):
+            return Trainer.step.lower(self, self.abstract_state(), batch).compile()
 
     @partial(jax.jit, static_argnums=0)
     def evaluate(self, model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
 
-from benchmarks.products import products
+from layerskip_jax.compiled import Program, taken_in
 from layerskip_jax.layer_dropout import apply_masked, draw_kept
-from layerskip_jax.losses import Batch, Draw, exit_losses
+from layerskip_jax.losses import EXIT_LOSS, Batch, Draw, exit_losses
 
 B, T, V, L = 3, 12, 61, 4
 
@@ -89,15 +89,12 @@ def test_what_an_exit_multiplies(remat, cost):
     """6 D V operations a token, forward and backward; 8 where inputs alone are kept. An exit that is off has none."""
     model, batch = tiny_model(), make_batch()
 
-    def multiplied(branch):
-        def objective(model, weight):
-            return exit_losses(model, batch, weight, chunk=4, remat=remat).objective
+    def objective(model, weight):
+        return exit_losses(model, batch, weight, chunk=4, remat=remat).objective
 
-        text = jax.jit(jax.grad(objective)).lower(model, jnp.ones(L)).compile().as_text()
-        return products(text, unknown_trips=0, branch=branch)
-
-    difference = multiplied(max) - multiplied(min)  # between the branches of the conditions
-    assert difference == cost * model.config.dim * V * B * T * L
+    program = Program(jax.jit(jax.grad(objective)).lower(model, jnp.ones(L)).compile().as_text())
+    on, off = (program.work(taken_in(EXIT_LOSS, share)).flops for share in (1.0, 0.0))
+    assert on - off == cost * model.config.dim * V * B * T * L
 
 
 def test_dropout_in_the_scan_is_eq_1():

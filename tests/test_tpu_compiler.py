@@ -7,8 +7,6 @@
 import dataclasses
 import os
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
@@ -23,9 +21,8 @@ from layerskip_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from layerskip_jax.losses import Batch
 from layerskip_jax.recipe import Recipe
-from layerskip_jax.sharding import AXES, batch_sharding
+from layerskip_jax.sharding import AXES
 from layerskip_jax.train_step import Trainer
 
 pytest.importorskip("libtpu")
@@ -47,16 +44,7 @@ def mesh():
 
 
 def compiled_step(config, mesh):
-    trainer = Trainer(config, Recipe.from_config(config), mesh)
-    shape = (config.train.batch_size, config.data.sequence_length)
-    batch = Batch(
-        *(
-            jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-            for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.float32)
-        )
-    )
-    with jax.set_mesh(mesh):
-        return Trainer.step.lower(trainer, trainer.abstract_state(), batch).compile()
+    return Trainer(config, Recipe.from_config(config), mesh).compile_step()
 
 
 SPLASH = ("splash_mha_fwd_segmented", "splash_mha_dq_segmented", "splash_mha_dkv_segmented")

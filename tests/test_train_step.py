@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from models import tiny_config
 
 from layerskip_jax import train_step
+from layerskip_jax.compiled import device_groups
 from layerskip_jax.config import (
     Config,
     DataConfig,
@@ -120,31 +121,14 @@ def test_a_loop_over_kept_rows_talks_to_no_device_that_has_other_rows():
     config = changed(
         LAYERSKIP, layer_dropout={"form": "skipping"}, mesh={"data": 2, "fsdp": 2, "tensor": 2}, train={"batch_size": 8}
     )
-    mesh = make_mesh(config)
-    trainer = trainer_of(config, mesh)
-    batch = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding(mesh)), make_batch(config)
-    )
-    with jax.set_mesh(mesh):
-        text = Trainer.step.lower(trainer, trainer.abstract_state(), batch).compile().as_text()
+    text = trainer_of(config, make_mesh(config)).compile_step().as_text()
     sent = [line for line in text.splitlines() if "shard_map/while" in line and COLLECTIVE.search(line)]
     assert sent  # tensor parallelism adds up the parts of every row
     for line in sent:
-        assert device_groups(line) == [[0, 1], [2, 3], [4, 5], [6, 7]], line
+        assert device_groups(line, 8) == [[0, 1], [2, 3], [4, 5], [6, 7]], line
 
 
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
-
-
-def device_groups(line):
-    """Return ``replica_groups`` of an HLO line, which writes them out or as a reshaped (and transposed) range."""
-    written = re.search(r"replica_groups=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}", line)
-    if written:
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", written[1])]
-    shape, range_shape, order = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line).groups()
-    ids = np.arange(8).reshape([int(n) for n in range_shape.split(",")])
-    ids = ids.transpose([int(n) for n in order.split(",")]) if order else ids
-    return ids.reshape([int(n) for n in shape.split(",")]).tolist()
 
 
 def test_parameters_lie_as_the_table_says():
@@ -236,10 +220,7 @@ def test_the_step_needs_no_more_memory_than_the_plain_one():
     exits = changed(plain, early_exit={"curriculum": "rotational", "dilation": 7, "e_scale": 0.2})
 
     def temporary(config):
-        trainer = trainer_of(config)
-        state = trainer.abstract_state()
-        batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), make_batch(config))
-        return Trainer.step.lower(trainer, state, batch).compile().memory_analysis().temp_size_in_bytes
+        return trainer_of(config).compile_step().memory_analysis().temp_size_in_bytes
 
     for remat in ("none", "dots", "full"):
         ratio = temporary(changed(exits, train={"remat": remat})) / temporary(changed(plain, train={"remat": remat}))

@@ -20,35 +20,36 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
 from layerskip_jax.command_line import make_parser, parse_config
-from layerskip_jax.compiled import Choice, Program, Work
+from layerskip_jax.compiled import Program, Work, taken_in
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, run_command
-from layerskip_jax.flops import StepFlops, flops_per_token, step_flops
-from layerskip_jax.losses import EXIT_LOSS, Batch
+from layerskip_jax.flops import PEAK_FLOPS, attention_flops, flops_per_token, step_flops
+from layerskip_jax.losses import EXIT_LOSS
 from layerskip_jax.recipe import Recipe
-from layerskip_jax.sharding import batch_sharding, make_mesh
+from layerskip_jax.sharding import make_mesh
 from layerskip_jax.train_step import Trainer
 
 
 class Chip(NamedTuple):
-    """A chip's data sheet: cloud.google.com/tpu/docs, and for the networks "How to scale your model" (2025), ch. 2."""
+    """A chip's data sheet beside `flops.PEAK_FLOPS`, from cloud.google.com/tpu/docs.
 
-    flops: float  # bfloat16 [FLOP/s]
+    Of the networks as in "How to scale your model" (2025), ch. 2.
+    """
+
     hbm: float  # [bytes]
     ici: float  # to and from its neighbours together, one way [bytes/s]
     dcn: float  # to other slices, a chip's share [bytes/s]
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32e9, 6 * 45e9, 3.1e9),
-    "v5e": Chip(197e12, 16e9, 4 * 45e9, 3.1e9),
-    "v5p": Chip(459e12, 95e9, 6 * 90e9, 6.25e9),
-    "v6e": Chip(918e12, 32e9, 4 * 90e9, 12.5e9),
+    "v4": Chip(32e9, 6 * 45e9, 3.1e9),
+    "v5e": Chip(16e9, 4 * 45e9, 3.1e9),
+    "v5p": Chip(95e9, 6 * 90e9, 6.25e9),
+    "v6e": Chip(32e9, 4 * 90e9, 12.5e9),
 }
 
 
@@ -79,15 +80,9 @@ def devices_of(topology: str, slices: int) -> Sequence[Any]:
 
 def compile_step(config: Config, devices: Sequence[Any], slices: int) -> Compiled:
     """Compile ``Trainer.step``; what does not fit into a chip's memory raises `UserError` with its figures."""
-    mesh = make_mesh(config, devices)
-    trainer = Trainer(config, Recipe.from_config(config), mesh)
-    shape = (config.train.batch_size, config.data.sequence_length)
-    types = (jnp.int32, jnp.int32, jnp.int32, jnp.float32)
-    batch = Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh)) for kind in types))
-    began = time.perf_counter()
+    trainer, began = Trainer(config, Recipe.from_config(config), make_mesh(config, devices)), time.perf_counter()
     try:
-        with jax.set_mesh(mesh):
-            step = Trainer.step.lower(trainer, trainer.abstract_state(), batch).compile()
+        step = trainer.compile_step()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -95,47 +90,36 @@ def compile_step(config: Config, devices: Sequence[Any], slices: int) -> Compile
         raise UserError(f"does not fit: {line.strip()}") from error
     memory, text = step.memory_analysis(), step.as_text()
     peak = getattr(memory, "peak_memory_in_bytes", 0) or memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    work = Program(text, slices).work(often(config))
+    weights_L, rates_L = typical_step(config)
+    # A loop over kept rows turns as often as its groups hold one; a group of one row as often as rows are kept.
+    kept = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
+    work = Program(text, slices).work(taken_in(EXIT_LOSS, np.count_nonzero(weights_L) / len(weights_L)), kept)
     return Compiled(
         peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes, work, "splash" in text,
         time.perf_counter() - began,
     )  # fmt: skip
 
 
-def mean_recipe(config: Config) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the exits' weights at a typical step, drop rates and exits with a loss in the mean over the run."""
+def typical_step(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Return the exits' weights at the step with the median number of exits, and mean drop rates over the run."""
     recipe, steps = Recipe.from_config(config), np.linspace(0, config.train.steps - 1, 97).astype(int)
     weights_SL = np.array([recipe.exit_weights(step) for step in steps])
     rates_SL = np.array([recipe.drop_rates(step) for step in steps])
-    on_S = np.count_nonzero(weights_SL, axis=1)
-    return weights_SL[np.argsort(on_S)[len(on_S) // 2]], rates_SL.mean(axis=0), float(on_S.mean())
+    exits_S = np.count_nonzero(weights_SL, axis=1)
+    return weights_SL[np.argsort(exits_S)[len(steps) // 2]], rates_SL.mean(axis=0)
 
 
-def often(config: Config) -> Choice:
-    """Say how often a step takes the branches of its conditionals: an exit is on in its share of the layers."""
-    weights_L, _, _ = mean_recipe(config)
-    share = np.count_nonzero(weights_L) / config.model.num_layers
-
-    def choose(op_name: str, branches: int) -> Sequence[float]:
-        if EXIT_LOSS in op_name and branches == 2:
-            return [1 - share, share]
-        return [1 / branches] * branches
-
-    return choose
-
-
-def report(config: Config, chip: Chip, chips: int, compiled: Compiled) -> dict[str, Any]:
+def report(config: Config, chip: Chip, peak: float, chips: int, compiled: Compiled) -> dict[str, Any]:
     """Set the compiler's figures beside the formulas and the data sheet."""
-    weights_L, rates_L, _ = mean_recipe(config)
-    formula: StepFlops = step_flops(config, weights_L, rates_L)
+    formula = step_flops(config, *typical_step(config))
     positions = config.train.batch_size * config.data.sequence_length
-    attention = 12 * config.model.num_layers * config.model.dim * config.data.sequence_length * positions
+    attention = positions * attention_flops(config)
     again = 4 / 3 if config.train.remat in ("full", "offload") else 1
     counted = compiled.work.flops * chips + (attention * again if compiled.kernels else 0)
     ici = sum(size for transfer, size in compiled.work.received.items() if not transfer.between_slices)
     dcn = sum(size for transfer, size in compiled.work.received.items() if transfer.between_slices)
     waited = sum(s for t, s in compiled.work.received.items() if not t.overlapped and not t.between_slices)
-    compute = counted / chips / chip.flops
+    compute = counted / chips / peak
     # What runs beside the products hides behind them; what is waited for comes on top.
     bound = max(compute, (ici - waited) / chip.ici) + waited / chip.ici + dcn / chip.dcn
     return {
@@ -149,7 +133,7 @@ def report(config: Config, chip: Chip, chips: int, compiled: Compiled) -> dict[s
         "overlapped": 1 - waited / ici if ici else 1.0,
         "seconds": {"products": compute, "chip to chip": ici / chip.ici, "slice to slice": dcn / chip.dcn,
                     "bound": bound},
-        "mfu_at_bound": positions * flops_per_token(config) / (bound * chips * chip.flops),
+        "mfu_at_bound": positions * flops_per_token(config) / (bound * chips * peak),
         "compile_seconds": compiled.seconds,
     }  # fmt: skip
 
@@ -198,11 +182,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     config, options = parse_config(parser, argv)
     devices, chip = devices_of(options.topology, options.slices), CHIPS[options.topology.split(":")[0]]
+    peak = PEAK_FLOPS[devices[0].device_kind]
     tried = alternatives(config, len(devices), options.slices) if options.suggest else iter([("", config)])
     problem = "nothing to try: train.batch_size must be a multiple of the chips"
     for words, candidate in tried:
         try:
-            found = report(candidate, chip, len(devices), compile_step(candidate, devices, options.slices))
+            found = report(candidate, chip, peak, len(devices), compile_step(candidate, devices, options.slices))
         except UserError as error:
             if not options.suggest:
                 raise
