@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+STARTS = ("async-start", "call-start")  # the second where a SparseCore does it
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 
 Choice = Callable[[str, int], Sequence[float]]
@@ -115,14 +116,14 @@ class Program:
             work.flops += self._product(name, one)
         elif one.opcode.removesuffix("-start") in COLLECTIVES:
             self._receive(work, name, one, overlapped=one.opcode.endswith("-start"))
-        elif one.opcode in ("fusion", "call", "async-start"):
+        elif one.opcode in ("fusion", "call", *STARTS):
             called = one.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)")
             for inner in self._computations[called].values():
                 if inner.opcode in COLLECTIVES:
                     # A gather that is spread over several fusions shows in each, under one channel: it is one.
                     channel = inner.attribute(r"channel_id=(\d+)")
                     if channel not in chains:
-                        self._receive(work, called, inner, one.opcode == "async-start" or self._is_overlapped(called))
+                        self._receive(work, called, inner, one.opcode in STARTS or self._is_overlapped(called))
                     chains.add(channel)
                 else:
                     self._add_instruction(work, called, inner, chains, choose)

@@ -17,8 +17,29 @@ from layerskip_jax.losses import Apply, Batch, Draw, exit_losses
 from layerskip_jax.model import Transformer
 from layerskip_jax.optimizer import learning_rate, make_optimizer
 from layerskip_jax.recipe import Recipe
-from layerskip_jax.sharding import batch_sharding, batch_shards, shardings_of
+from layerskip_jax.sharding import batch_sharding, batch_shards, shardings_of, target_platform
 from layerskip_jax.skipping import apply_skipping
+
+TPU_OPTIONS = dict.fromkeys(
+    (
+        "xla_enable_async_all_gather",
+        "xla_enable_async_reduce_scatter_fusion",
+        "xla_tpu_enable_async_collective_fusion",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps",
+        "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+        "xla_tpu_overlap_compute_collective_tc",
+        "xla_tpu_prefer_async_allgather_to_allreduce",
+    ),
+    True,
+)
+"""Gathers and scatters beside the products.
+
+Without them v5p and v6e wait for every gather, and write those over a whole slice, and the scatter of gradients, as sums
+of twice the bytes.
+"""
 
 
 @flax.struct.dataclass
@@ -131,7 +152,8 @@ class Trainer:
         types = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.float32)
         batch = jax.tree.map(lambda t: jax.ShapeDtypeStruct(shape, t, sharding=batch_sharding(self.mesh)), types)
         with jax.set_mesh(self.mesh):
-            return Trainer.step.lower(self, self.abstract_state(), batch).compile()
+            lowered = Trainer.step.lower(self, self.abstract_state(), batch)
+            return lowered.compile(compiler_options=TPU_OPTIONS if target_platform() == "tpu" else None)
 
     @partial(jax.jit, static_argnums=0)
     def evaluate(self, model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -49,8 +49,17 @@ def with_tail(model, exit_layer, scale):
 class Erratic(Adaptive):
     """A stub policy that learns nothing and plans another exit and another length, 0 included, in every round."""
 
-    def plan(self, memory):
-        return Plan(memory.rounds % len(self.exits), memory.rounds * 5 % (self.draft_length + 1))
+    def start(self, model):
+        return jnp.int32(0)
+
+    def plan(self, rounds):
+        return Plan(rounds % len(self.exits), rounds * 5 % (self.draft_length + 1))
+
+    def probes(self, rounds):
+        return rounds % 3 == 0
+
+    def learn(self, rounds, outcome):
+        return rounds + 1
 
 
 def rounds_of(combination, random):
@@ -63,8 +72,8 @@ def rounds_of(combination, random):
     policies = [
         Fixed(exit_layer, draft_length),
         ConfidenceStop(exit_layer, draft_length, threshold),
-        Adaptive(exit_layer, draft_length, exits, probe_every=2, horizon=10.0),
-        Erratic(exit_layer, draft_length, exits, probe_every=3),
+        Adaptive(exit_layer, draft_length, exits, probe_share=0.5, horizon=10.0),
+        Erratic(exit_layer, draft_length, exits),
     ]
     return [*(SelfSpeculative(Greedy(), policy) for policy in policies), PromptLookup(Greedy(), draft_length)]
 

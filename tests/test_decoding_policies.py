@@ -13,8 +13,9 @@ from models import tiny_config, tiny_model
 from test_decoding_lossless import NeverAgrees, with_tail
 
 from layerskip_jax.decoding.confident_exit import ConfidentExit
+from layerskip_jax.decoding.cost import head_share, round_cost
 from layerskip_jax.decoding.engine import generate, run_rounds, start
-from layerskip_jax.decoding.policies import Acceptance, Adaptive, ConfidenceStop, Fixed, Outcome, Plan
+from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed, Outcome, Plan
 from layerskip_jax.decoding.prompt_lookup import PromptLookup, look_up
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
@@ -52,13 +53,14 @@ def test_adaptive_plans_by_the_formula():
             survival *= float((agreed[exit_index, length - 1] + 2 * rate) / (seen + 2))
             tokens += survival
             promised[exit_index, length] = tokens / cost[exit_index, length]
-    plan = policy.plan(Acceptance(agreed, reached, jnp.int32(5), jnp.asarray(cost)))
+    plan = policy.most_promising(agreed, reached, jnp.asarray(cost))
     assert (int(plan.exit_index), int(plan.draft_length)) == max(promised, key=promised.get) == (1, 3)
 
 
 def test_adaptive_learns_by_hand():
-    policy = Adaptive(2, 3, candidates=(1, 2), horizon=1e9)
-    none = jnp.zeros((2, 4))
+    policy, config = Adaptive(2, 3, candidates=(1, 2), probe_share=0.02, horizon=1e9), tiny_config()
+    none, first = jnp.zeros((2, 4)), policy.start(config)
+    assert policy.probes(first)
     # Rows: 2 of 3 drafts accepted; all 3 accepted; one that is done.
     outcome = Outcome(
         Plan(jnp.int32(1), jnp.int32(3)),
@@ -69,20 +71,41 @@ def test_adaptive_learns_by_hand():
         agreed_XQ=none,
         reached_XQ=none,
     )
-    memory = policy.learn(policy.start(tiny_config()), outcome)
+    memory = policy.learn(first, outcome)
     assert memory.agreed_Xd.tolist() == [[0, 0, 0], [2, 2, 1]]
     assert memory.reached_Xd.tolist() == [[0, 0, 0], [2, 2, 2]]
     probe = outcome._replace(probed=jnp.bool(True), agreed_XQ=none + 1, reached_XQ=none + 2)
     memory = policy.learn(memory, probe)
     np.testing.assert_allclose(memory.agreed_Xd, [[1, 1, 1], [3, 3, 2]], rtol=1e-5)
-    assert int(memory.rounds) == 2
+    assert memory.spent == pytest.approx(round_cost(config, 2, 3))  # the round of the probe itself
+    assert not policy.probes(memory)
+    assert memory.best == policy.most_promising(memory.agreed_Xd, memory.reached_Xd, memory.cost_XQ)
+    idle = outcome._replace(plan=Plan(jnp.int32(0), jnp.int32(0)))
+    after = policy.learn(memory, idle)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, after, memory._replace(spent=memory.spent + 1)))
+
+
+def test_adaptive_probes_for_its_share_of_the_time():
+    """A probe of X exits costs X heads, so it comes when X h / share has been spent since the last."""
+    config = tiny_config()
+    policy = Adaptive(1, 4, candidates=(1, 2), probe_share=0.02)
+    model = with_tail(tiny_model(2), 1, 1.0)
+    step = SelfSpeculative(NeverAgrees(), policy)
+    state = start(model, [[1, 2]], 200, step)
+    probes, spent = 0, 0.0
+    for rounds in range(1, 100):
+        probes += bool(policy.probes(state.memory))
+        plan = policy.plan(state.memory)
+        spent += round_cost(config, policy.exits[int(plan.exit_index)], int(plan.draft_length))
+        state = run_rounds(step, model, state, jnp.int32(rounds))
+    assert probes * 2 * head_share(config) / spent == pytest.approx(0.02, rel=0.2)
 
 
 @pytest.mark.parametrize("good_exit", [1, 2, 3])
 def test_adaptive_finds_the_exit_that_is_always_right(good_exit):
     """Blocks after ``good_exit`` add nothing, so it and later exits are right; it is the cheapest of them."""
     model = with_tail(tiny_model(2), good_exit, 0.0)
-    step = SelfSpeculative(Greedy(), Adaptive(2, 4, candidates=(1, 2, 3), probe_every=2))
+    step = SelfSpeculative(Greedy(), Adaptive(2, 4, candidates=(1, 2, 3), probe_share=0.5))
     result = generate(model, [[1, 2]], 120, step)
     assert max(result.exit_rounds, key=result.exit_rounds.get) == good_exit
     assert result.rounds < 60
@@ -98,8 +121,10 @@ def test_adaptive_falls_back_to_plain_decoding_where_no_draft_is_right():
 class Recorder(Adaptive):
     """Probes always, drafts from the last candidate, forgets nothing: its memory is the sum of all probes."""
 
-    probe_every: int = 1
     horizon: float = 1e9
+
+    def probes(self, memory):
+        return True
 
     def plan(self, memory):
         return Plan(jnp.int32(len(self.exits) - 1), jnp.int32(self.draft_length))

@@ -99,7 +99,7 @@ def p_value(model, step, exact, samples=SAMPLES):
 
 ROUNDS = [
     SelfSpeculative(Stochastic(), ConfidenceStop(1, 3, 0.3)),
-    SelfSpeculative(Stochastic(temperature=0.8), Adaptive(1, 3, (1, 2), probe_every=2)),
+    SelfSpeculative(Stochastic(temperature=0.8), Adaptive(1, 3, (1, 2), probe_share=0.5)),
     PromptLookup(Stochastic(temperature=1.2, top_k=5), draft_length=2),
 ]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.decoding.cost import round_cost
+from layerskip_jax.decoding.cost import head_share, round_cost
 from layerskip_jax.errors import UserError
 
 
@@ -125,12 +125,14 @@ class ConfidenceStop(Fixed):
 
 
 class Acceptance(NamedTuple):
-    """The memory of `Adaptive`: discounted counts as in `Outcome`, the number of rounds, and the constant costs."""
+    """The memory of `Adaptive`: discounted counts as in `Outcome`, what follows from them, and the constant costs."""
 
     agreed_Xd: jax.Array
     reached_Xd: jax.Array
-    rounds: jax.Array
-    cost_XQ: jax.Array
+    best: Plan
+    spent: jax.Array  # since the last probe
+    probe_after: jax.Array  # how much is spent between two probes
+    cost_XQ: jax.Array  # costs are in passes of the full model for one token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +144,14 @@ class Adaptive(Fixed):
         E, n = argmax (1 + s_E(1) + ... + s_E(n)) / cost(E, n),    s_E(n) = a_E(1) ... a_E(n)
 
     a_E(i) is the chance that draft i is accepted after i-1 were, estimated from the last ``horizon`` positions, about.
-    The exit in use shows it in every round; every ``probe_every`` rounds all candidates are compared with the full
-    model at the positions just verified, for one run of the head each. n = 0 is plain decoding; the costs are those of
-    `cost.round_cost`. ``exit_layer`` is the only candidate if there are no ``candidates``.
+    The exit in use shows it in every round; now and then all candidates are compared with the full model at the
+    positions just verified, for one run of the head each: as often as ``probe_share`` of the time allows. n = 0 is plain
+    decoding; the costs are those of `cost.round_cost`. ``exit_layer`` is the only candidate if there are no
+    ``candidates``.
     """
 
     candidates: tuple[int, ...] = ()
-    probe_every: int = 4
+    probe_share: float = 0.05
     horizon: float = 100.0
     width_cost: float = 0.0
 
@@ -167,44 +170,55 @@ class Adaptive(Fixed):
     def start(self, model: ModelConfig) -> Any:
         # A verification costs the width that is compiled, not the one that is wanted.
         wide = [next(w for w in self.verify_widths if w > d) - 1 for d in range(self.draft_length + 1)]
-        costs = [
+        cost_XQ = np.array([
             [round_cost(model, exit, d) + self.width_cost * wide[d] for d in range(self.draft_length + 1)]
             for exit in self.exits
-        ]
+        ], np.float32)  # fmt: skip
         none_Xd = jnp.zeros((len(self.exits), self.draft_length))
-        return Acceptance(none_Xd, none_Xd, jnp.int32(0), jnp.asarray(np.array(costs, np.float32)))
+        probe_after = jnp.float32(len(self.exits) * head_share(model) / self.probe_share)
+        best = self.most_promising(none_Xd, none_Xd, jnp.asarray(cost_XQ))
+        return Acceptance(none_Xd, none_Xd, best, probe_after, probe_after, jnp.asarray(cost_XQ))
 
-    def plan(self, memory: Any) -> Plan:
+    def most_promising(self, agreed_Xd: jax.Array, reached_Xd: jax.Array, cost_XQ: jax.Array) -> Plan:
+        """Return the plan with the most expected tokens for its cost."""
         # Where little was seen, a guess stands in: of an exit a half, of its i-th draft what the exit does in general.
-        rate_X1 = (jnp.sum(memory.agreed_Xd, 1, keepdims=True) + 1) / (jnp.sum(memory.reached_Xd, 1, keepdims=True) + 2)
-        rate_Xd = (memory.agreed_Xd + 2 * rate_X1) / (memory.reached_Xd + 2)
+        rate_X1 = (jnp.sum(agreed_Xd, 1, keepdims=True) + 1) / (jnp.sum(reached_Xd, 1, keepdims=True) + 2)
+        rate_Xd = (agreed_Xd + 2 * rate_X1) / (reached_Xd + 2)
         tokens_XQ = 1 + jnp.pad(jnp.cumsum(jnp.cumprod(rate_Xd, axis=1), axis=1), ((0, 0), (1, 0)))
-        best = jnp.argmax(tokens_XQ / memory.cost_XQ)
+        best = jnp.argmax(tokens_XQ / cost_XQ).astype(jnp.int32)
         return Plan(best // tokens_XQ.shape[1], best % tokens_XQ.shape[1])
 
+    def plan(self, memory: Any) -> Plan:
+        return memory.best
+
     def probes(self, memory: Any) -> bool | jax.Array:
-        return memory.rounds % self.probe_every == 0
+        return memory.spent >= memory.probe_after
 
     def learn(self, memory: Any, outcome: Outcome) -> Any:
-        d, X = self.draft_length, len(self.exits)
-        # Without a probe, the round itself: drafts before the accepted count agreed, and the one at it was refused.
-        draft_Bd = jnp.arange(d)[None]
-        accepted_B1, drafted_B1 = outcome.accepted_B[:, None], outcome.drafted_B[:, None]
-        seen_Bd = (draft_Bd <= accepted_B1) & (draft_Bd < drafted_B1) & outcome.active_B[:, None]
-        is_used_X1 = (jnp.arange(X) == outcome.plan.exit_index)[:, None]
-        of_round = [
-            is_used_X1 * jnp.sum(seen_Bd & other_Bd, axis=0)[None] for other_Bd in (draft_Bd < accepted_B1, seen_Bd)
-        ]
-        of_probe = (outcome.agreed_XQ[:, :d], outcome.reached_XQ[:, :d])
-        agreed_Xd, reached_Xd = (
-            jnp.where(outcome.probed, probe, used) for probe, used in zip(of_probe, of_round, strict=True)
-        )
-        keep_X1 = jnp.exp(-jnp.sum(reached_Xd, axis=1, keepdims=True) / self.horizon)
-        return memory._replace(
-            agreed_Xd=memory.agreed_Xd * keep_X1 + agreed_Xd,
-            reached_Xd=memory.reached_Xd * keep_X1 + reached_Xd,
-            rounds=memory.rounds + 1,
-        )
+        plan, d = outcome.plan, self.draft_length
+        spent = jnp.where(outcome.probed, 0.0, memory.spent) + memory.cost_XQ[plan.exit_index, plan.draft_length]
+
+        def count(agreed_Xd: jax.Array, reached_Xd: jax.Array, best: Plan) -> tuple[jax.Array, jax.Array, Plan]:
+            # Without a probe, the round itself: drafts before the accepted count agreed, and the one at it was refused.
+            draft_Bd = jnp.arange(d)[None]
+            accepted_B1, drafted_B1 = outcome.accepted_B[:, None], outcome.drafted_B[:, None]
+            seen_Bd = (draft_Bd <= accepted_B1) & (draft_Bd < drafted_B1) & outcome.active_B[:, None]
+            is_used_X1 = (jnp.arange(len(self.exits)) == plan.exit_index)[:, None]
+            of_round = [
+                is_used_X1 * jnp.sum(seen_Bd & other_Bd, axis=0)[None] for other_Bd in (draft_Bd < accepted_B1, seen_Bd)
+            ]
+            of_probe = (outcome.agreed_XQ[:, :d], outcome.reached_XQ[:, :d])
+            new_agreed_Xd, new_reached_Xd = (
+                jnp.where(outcome.probed, probe, used) for probe, used in zip(of_probe, of_round, strict=True)
+            )
+            keep_X1 = jnp.exp(-jnp.sum(new_reached_Xd, axis=1, keepdims=True) / self.horizon)
+            agreed_Xd, reached_Xd = agreed_Xd * keep_X1 + new_agreed_Xd, reached_Xd * keep_X1 + new_reached_Xd
+            return agreed_Xd, reached_Xd, self.most_promising(agreed_Xd, reached_Xd, memory.cost_XQ)
+
+        # A round of plain decoding shows nothing, and should cost nothing more.
+        shows = outcome.probed | (plan.draft_length > 0)
+        agreed_Xd, reached_Xd, best = jax.lax.cond(shows, count, lambda *same: same, *memory[:3])
+        return memory._replace(agreed_Xd=agreed_Xd, reached_Xd=reached_Xd, best=best, spent=spent)
 
 
 def default_candidates(num_layers: int) -> tuple[int, ...]:

@@ -115,7 +115,10 @@ class SelfSpeculative:
     def _draft(
         self, model: Transformer, state: DecodeState, plan: Plan, key: jax.Array
     ) -> tuple[KVQCache, jax.Array, Any, jax.Array]:
-        """Draft until every row has its tokens or an EOS, and take each last draft through the early blocks too."""
+        """Draft until every row has its tokens or an EOS, and take each last draft through the early blocks too.
+
+        A plan of no drafts runs nothing: the verification of one position is the whole pass.
+        """
         start_token_B, start_B = state.last_token()
         B, d = start_token_B.shape[0], self.draft_length
 
@@ -149,7 +152,7 @@ class SelfSpeculative:
         _, evidence_shapes = jax.eval_shape(self.sampler.propose, logits, key)
         evidence = jax.tree.map(lambda s: jnp.zeros((B, d, *s.shape[1:]), s.dtype), evidence_shapes)
         drafts = (start_token_B, jnp.zeros((B, d), jnp.int32), evidence, jnp.zeros(B, jnp.int32))
-        carry = (jnp.int32(0), jnp.bool(True), state.cache, ~state.done_B, *drafts)
+        carry = (jnp.int32(0), jnp.asarray(plan.draft_length > 0), state.cache, ~state.done_B, *drafts)
         _, _, cache, _, _, draft_Bd, evidence, drafted_B = jax.lax.while_loop(lambda carry: carry[1], one_pass, carry)
         return cache, draft_Bd, evidence, drafted_B
 
@@ -169,10 +172,12 @@ class SelfSpeculative:
         cache, width = before[0], position.index_BT.shape[1]
         slot_BW = jnp.arange(width)[None]
         query_BWD, layers = [query_BQD[:, :width] for query_BQD in cache.exit_query_BQD], cache.layers
-        x_BWD = query_BWD[0]
-        for index, blocks in enumerate(zip(self.exits, self.exits[1:], strict=False), start=1):
-            x_BWD, layers = run_blocks_if(plan.exit_index < index, model, position, blocks, (x_BWD, layers))
-            query_BWD[index] = x_BWD = jnp.where(plan.exit_index < index, x_BWD, query_BWD[index])
+        plain = width == 1  # nothing was drafted, so no block has run: this is a round of plain decoding
+        x_BWD = model.embed(state.last_token()[0][:, None]) if plain else query_BWD[0]
+        for index, blocks in enumerate(zip((0, *self.exits), self.exits, strict=False)):
+            runs = plain or (index > 0 and plan.exit_index < index)
+            x_BWD, layers = run_blocks_if(runs, model, position, blocks, (x_BWD, layers))
+            query_BWD[index] = x_BWD = x_BWD if plain else jnp.where(runs, x_BWD, query_BWD[index])
         x_BWD, layers = model.run_cached(x_BWD, position, layers, self.exits[-1], model.config.num_layers)
         logits_BWV = model.unembed(x_BWD)
         draft_Bw, evidence = draft_Bd[:, : width - 1], jax.tree.map(lambda e: e[:, : width - 1], evidence)
