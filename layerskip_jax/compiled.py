@@ -80,7 +80,7 @@ class Program:
         self._entry = entry.group(1)
         partitions = re.search(r"num_partitions=(\d+)", text)
         self._devices = int(partitions.group(1)) if partitions else 1
-        for block in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}(?:,.*)?$", text, flags=re.M | re.S):
+        for block in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}(?:,[^\n]*)?$", text, flags=re.M | re.S):
             parsed = [_instruction(line) for line in block.group(2).splitlines()]
             self._computations[block.group(1)] = {one.name: one for one in parsed if one}
             self._text[block.group(1)] = block.group(2)

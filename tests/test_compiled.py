@@ -94,6 +94,25 @@ ENTRY %main (x: bf16[12,64,32]) -> bf16[12,64,16] {
     assert Program(text).work(never).flops == 2 * 64 * 32 * 16 * 12
 
 
+def test_what_a_sparse_core_sends_runs_beside_the_products():
+    """A call on its own thread, whose computation ends with more than a brace."""
+    text = """HloModule m, num_partitions=4
+
+%called (x: bf16[8,64]) -> bf16[2,64] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  ROOT %own = bf16[2,64]{1,0} reduce-scatter(%x), channel_id=3, replica_groups=[1,4]<=[4], to_apply=%add
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[8,64]) -> bf16[2,64] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %start = ((bf16[8,64]{1,0}), bf16[2,64]{1,0}) call-start(%x), async_execution_thread="sparsecore", to_apply=%called
+  ROOT %done = bf16[2,64]{1,0} call-done(%start)
+}
+"""
+    received = Program(text).work(never).received
+    assert received == {Transfer("reduce-scatter", overlapped=True, between_slices=False): 2 * 8 * 64 * 3 / 4}
+
+
 def test_a_text_that_is_no_program_is_said_to_be_none():
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("hello")
