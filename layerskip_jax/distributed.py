@@ -135,19 +135,21 @@ def _gather(text: str, size: int = 8192) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(data)]
 
 
-def check_own_rows(sharding: NamedSharding, batch_size: int) -> None:
-    """Raise `UserError` unless the devices of every process hold rows of a batch that no other process's hold."""
+def own_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
+    """Return which rows of a batch this process's devices hold, which no other process's do; `UserError` if some do."""
     places: dict[Any, Any] = dict(sharding.devices_indices_map((batch_size, 1)))
     held = {
-        rows.indices(batch_size)[:2]
+        row
         for device, (rows, _) in places.items()
         if device.process_index == jax.process_index()
+        for row in range(*rows.indices(batch_size))
     }
-    if sum(stop - start for start, stop in held) * jax.process_count() != batch_size:
+    if len(held) * jax.process_count() != batch_size:
         raise UserError(
             f"this mesh gives several of the {jax.process_count()} processes the same sequences of a batch: "
             f"mesh.sequence * mesh.tensor must stay within the {jax.local_device_count()} devices of a process"
         )
+    return sorted(held)
 
 
 class StopRequest:

@@ -16,7 +16,7 @@ from layerskip_jax.config import Config, experiment
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import TextGenerator
-from layerskip_jax.distributed import StopRequest, check_own_rows, together
+from layerskip_jax.distributed import StopRequest, own_rows, together
 from layerskip_jax.errors import Interrupted
 from layerskip_jax.goodput import Goodput
 from layerskip_jax.losses import Batch
@@ -37,11 +37,11 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     fit, or a loss that is not finite; and `Interrupted` after SIGTERM or SIGINT, when the step is done and saved.
     """
     mesh = make_mesh(config)
-    check_own_rows(batch_sharding(mesh), config.train.batch_size)
+    rows = own_rows(batch_sharding(mesh), config.train.batch_size)
     trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
 
     with jax.set_mesh(mesh), StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
-        tokenizer, data = together("settings", partial(_open, config), lambda _: experiment(config))
+        tokenizer, data = together("settings", partial(_open, config, mesh), lambda _: experiment(config))
         checkpoints = stack.enter_context(Checkpoints(config))
         together("tokenizer", partial(checkpoints.check_tokenizer, tokenizer))
         checkpoints.keep_tokenizer(tokenizer)
@@ -93,22 +93,22 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     return state
 
 
-def _open(config: Config) -> tuple[Tokenizer, grain.DatasetIterator]:
+def _open(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator]:
     tokenizer = Tokenizer.load(config.data.tokenizer)
     tokenizer.check_vocabulary(config.model.vocab_size)
-    data = iter(local_batches(config, config.data.train_split))
-    local_batches(config, config.data.validation_split, epochs=1)  # a split that cannot be read is said now, not later
+    data = iter(local_batches(config, config.data.train_split, mesh))
+    local_batches(config, config.data.validation_split, mesh, epochs=1)  # what cannot be read is said now, not later
     return tokenizer, data
 
 
-def local_batches(config: Config, split: str, epochs: int | None = None) -> grain.IterDataset:
-    """Return this process's part of the batches: forever and shuffled, or ``epochs`` passes in order."""
+def local_batches(config: Config, split: str, mesh: Mesh, epochs: int | None = None) -> grain.IterDataset:
+    """Return this process's rows of the batches: forever and shuffled, or ``epochs`` passes in order."""
+    size = config.train.batch_size
     return make_batches(
         config,
         split,
-        batch_size=config.train.batch_size // jax.process_count(),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        batch_size=size,
+        rows=own_rows(batch_sharding(mesh), size),
         epochs=epochs,
         shuffle=epochs is None,
         seed=config.train.seed,
@@ -127,7 +127,7 @@ def evaluate(trainer: Trainer, model: Transformer, split: str | None = None) -> 
     The same first ``evaluate_batches`` batches of the validation split every time.
     """
     config = trainer.config
-    batches = local_batches(config, split or config.data.validation_split, epochs=1)
+    batches = local_batches(config, split or config.data.validation_split, trainer.mesh, epochs=1)
     total_L, tokens = np.zeros(config.model.num_layers), 0.0
 
     def read() -> list[dict[str, np.ndarray]]:
