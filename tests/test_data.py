@@ -299,9 +299,7 @@ def test_a_process_reads_the_documents_of_its_own_rows_only(corpus, monkeypatch)
 
 
 @given(stop=st.integers(0, 30), before=st.integers(1, 5), after=st.integers(1, 5))
-def test_another_batch_size_goes_on_with_the_documents_that_none_had_begun(
-    corpus, tmp_path_factory, stop, before, after
-):
+def test_another_batch_size_goes_on_behind_the_documents_that_were_read(corpus, tmp_path_factory, stop, before, after):
     documents, read = open_documents(corpus, "train"), []
 
     class Recorded:
@@ -325,9 +323,9 @@ def test_another_batch_size_goes_on_with_the_documents_that_none_had_begun(
         Position(restored, range(after)).set_state(saved, after)
         read.clear()
         take(restored, 3)
-    # Of an epoch no document comes twice before and after, as far as both lie in the first one.
+    # As far as both lie in the first epoch, none comes twice but what each row was in the middle of.
     if before != after and sum(taken.values()) + len(read) < len(documents) // 2:
-        assert not set(taken) & set(read)
+        assert len(set(taken) & set(read)) <= before
 
 
 @pytest.mark.parametrize("damage", [lambda text: text.replace("1", "2", 1), lambda text: text[:-40], lambda text: "[]"])

@@ -30,9 +30,10 @@ class Position:
     def set_state(self, states: dict[int, Any], batch_size: int) -> None:
         """Go on from what `read_positions` returned.
 
-        With another batch size than then, other documents make a row: each row goes on with those that none had begun.
+        With another batch size than then, other documents make a row: the rows go on with those that come after the
+        documents that were being read, of which some may come twice.
         """
-        first = max(row + len(states) * _documents(state) for row, state in states.items())
+        first = max(row + len(states) * (_documents(state) + 1) for row, state in states.items())
         whole = self._iterator.get_state()
         for row, stream in zip(self._rows, _streams(whole), strict=True):
             new = states[row] if len(states) == batch_size else _after(stream, -((row - first) // batch_size))
