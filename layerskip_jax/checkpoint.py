@@ -95,7 +95,9 @@ def read_arrays(folder: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.A
     try:
         return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(abstract))
     except Exception as error:  # orbax, tensorstore and its drivers have no common one
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {in_short(error)}") from error
+        raise DamagedCheckpoint(
+            f"the checkpoint {folder.parent} is damaged: {folder.name}: {in_short(error)}"
+        ) from error
 
 
 def wrong_array(folder: epath.Path, expected: dict[str, int], arrays: dict[str, jax.Array]) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,9 @@ class MetricsWriter:
     def _open_board(self) -> None:
         from tensorboardX import SummaryWriter  # here, since it takes a second to import
 
-        self._sinks["TensorBoard"] = SummaryWriter(str(self._folder / "tensorboard"))
+        before = set(threading.enumerate())
+        self._sinks["TensorBoard"] = SummaryWriter(str(self._folder / "tensorboard"), max_queue=1000)
+        self._board_threads = set(threading.enumerate()) - before
 
     def _try(self, sink: str, act: Callable[[], object]) -> None:
         try:
@@ -54,6 +57,9 @@ class MetricsWriter:
         self._sinks["metrics.jsonl"].write(json.dumps({"step": step, **values}) + "\n")
 
     def _write_to_board(self, step: int, values: Mapping[str, Any]) -> None:
+        # On a full disk its thread dies, and whoever gives it more than its queue holds waits for ever.
+        if not all(thread.is_alive() for thread in self._board_threads):
+            raise OSError("its writer has ended")
         board = self._sinks["TensorBoard"]
         for name, value in values.items():
             if isinstance(value, str):
