@@ -1,26 +1,25 @@
-"""Checkpoints through orbax: model, optimizer, data position and config together, saved asynchronously.
+"""One checkpoint: what is in it, and how it is read.
 
-Arrays are saved under the names they have in the code (``blocks.query_DNH``), in separate items, so that decoding
-reads the model alone. What is stored is data: nothing is unpickled or executed when it is read.
+Arrays lie in orbax items under the names they have in the code (``blocks.query_DNH``), model and optimizer apart:
+decoding reads the model alone. What is stored is data: nothing is unpickled or executed when it is read. Digests of the
+arrays (`layerskip_jax.digests`), the config and the data position lie beside them and are compared when they are read.
 """
 
-import dataclasses
+import hashlib
 import json
 from collections.abc import Collection
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
-from layerskip_jax.config import Config, DecodeConfig, experiment, from_dict
-from layerskip_jax.data.position import Position
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.config import Config, DecodeConfig, from_dict
+from layerskip_jax.data.position import read_positions
+from layerskip_jax.digests import digests
 from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.model import Transformer
-from layerskip_jax.train_step import TrainState
 
 TOKENIZER = "tokenizer.model"
 SWEPT = "decode.json"
@@ -47,101 +46,65 @@ def with_arrays(tree: Any, arrays: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in named_arrays(tree)])
 
 
-class Checkpoints:
-    """The checkpoints of one run, as a context manager that waits for the last save on its way out."""
+class DamagedCheckpoint(UserError):  # noqa: N818  (as the user reads it)
+    """A checkpoint does not hold what was written to it, or not all of it."""
 
-    def __init__(self, config: Config):
-        self.folder = checkpoint_folder(config)
-        self._config = config
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_checkpoints, create=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def __enter__(self) -> "Checkpoints":
-        return self
+def in_item(item: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    return {f"{item}: {name}": array for name, array in arrays.items()}
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raise `UserError` if the run has another tokenizer already: one run has one."""
-        path = self.folder / TOKENIZER
-        if path.exists() and path.read_bytes() != tokenizer.model:
-            raise UserError(
-                f"the run {self._config.train.run_dir} was trained with another tokenizer than "
-                f"{self._config.data.tokenizer}: continue with --data.tokenizer {path}, or start a new --train.run_dir"
-            )
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
-    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Put the tokenizer beside the checkpoints, so that they need no other file."""
-        if jax.process_index() == 0:
-            (self.folder / TOKENIZER).write_bytes(tokenizer.model)
 
-    def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
-        """Save after the step that ``state.step`` counts; returns as soon as the arrays are copied."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(named_arrays(state.model)),
-                optimizer=ocp.args.StandardSave(named_arrays({"step": state.step, "state": state.opt_state})),
-                data=grain.checkpoint.CheckpointSave(Position(data)),
-                config=ocp.args.JsonSave(experiment(self._config)),
-            ),
-        )
+def sha256_of(values: Any) -> str:
+    return sha256(json.dumps(values, sort_keys=True).encode())
 
-    def latest(self) -> int | None:
-        """Return the step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
 
-    def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """Restore into the shapes and shardings of ``abstract``, and set ``data`` to where it was.
+def in_short(error: BaseException) -> str:
+    """Return the error that is at the bottom of one, in a line."""
+    line = str(error).strip().splitlines() or [type(error).__name__]
+    return line[0][:400]
 
-        After a change of the number of processes each has another part of the data, which then starts from its
-        beginning. Raises `UserError` when the checkpoint holds another model.
-        """
-        saved = read_config(self.folder / str(step))
-        for field in dataclasses.fields(saved.model):
-            old, new = getattr(saved.model, field.name), getattr(self._config.model, field.name)
-            if old != new and field.name not in ("compute_dtype", "attention"):
-                raise UserError(
-                    f"the checkpoint {self.folder / str(step)} has model.{field.name} {old}, but the config says "
-                    f"{new}: continue with --model.{field.name} {old}, or start a new run with another --train.run_dir"
-                )
-        if saved.optimizer.name != self._config.optimizer.name:
-            raise UserError(
-                f"the checkpoint {self.folder / str(step)} was trained with optimizer.name {saved.optimizer.name}, but "
-                f"the config says {self._config.optimizer.name}: their states differ; keep {saved.optimizer.name}"
-            )
-        optimizer = {"step": abstract.step, "state": abstract.opt_state}
-        items = {
-            "model": ocp.args.StandardRestore(named_arrays(abstract.model)),
-            "optimizer": ocp.args.StandardRestore(named_arrays(optimizer)),
-        }
-        if self._processes(step) == jax.process_count():
-            items["data"] = grain.checkpoint.CheckpointRestore(Position(data))
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        optimizer = with_arrays(optimizer, restored["optimizer"])
-        model = with_arrays(abstract.model, restored["model"])
-        return TrainState(step=optimizer["step"], model=model, opt_state=optimizer["state"])
 
-    def _processes(self, step: int) -> int:
-        """Return how many processes made a checkpoint: each saved its own position in its own part of the data."""
-        return len(list((self.folder / str(step) / "data").glob("process_*-of-*.json")))
+def _read_json(folder: epath.Path, item: str) -> Any:
+    try:
+        return json.loads((folder / item / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: no readable {item}: {error}") from error
 
-    def changes(self, step: int) -> list[str]:
-        """Return what is said of going on from a checkpoint: changed settings, another number of processes."""
-        old, new = experiment(read_config(self.folder / str(step))), experiment(self._config)
-        changed = [
-            f"{group}.{name} {old[group][name]} -> {value}"
-            for group, settings in new.items()
-            for name, value in settings.items()
-            if old[group][name] != value
-        ]
-        said = [f"changed settings: {', '.join(changed)}"] if changed else []
-        before, now = self._processes(step), jax.process_count()
-        if before != now:
-            said.append(f"{before} -> {now} processes, so the data start from the beginning in another order")
-        return said
+
+def read_checksums(folder: epath.Path) -> dict[str, Any]:
+    checksums = _read_json(folder, "checksums")
+    kinds = {"arrays": dict, "config": str, "tokenizer": str}
+    if not isinstance(checksums, dict) or any(not isinstance(checksums.get(key), kind) for key, kind in kinds.items()):
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: its checksums are not what was written")
+    return checksums
+
+
+def read_data_positions(folder: epath.Path) -> dict[int, Any]:
+    try:
+        return read_positions(folder / "data")
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: no data position: {error}") from error
+
+
+def read_arrays(folder: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
+    """Read one item: by its handler, since a process that fails would leave the others waiting at orbax's barriers."""
+    try:
+        return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(abstract))
+    except Exception as error:  # orbax, tensorstore and its drivers have no common one
+        raise DamagedCheckpoint(
+            f"the checkpoint {folder.parent} is damaged: {folder.name}: {in_short(error)}"
+        ) from error
+
+
+def wrong_array(folder: epath.Path, expected: dict[str, int], arrays: dict[str, jax.Array]) -> str:
+    """Return what is said of an array that is not what was saved, or nothing."""
+    found, _ = digests(arrays) if arrays else ({}, True)
+    wrong = [name for name, value in found.items() if expected.get(name) != value]
+    return f"the checkpoint {folder} is damaged: {wrong[0]} is not what was saved" if wrong else ""
 
 
 def find_checkpoint(path: str) -> epath.Path:
@@ -165,30 +128,34 @@ def find_checkpoint(path: str) -> epath.Path:
 
 
 def read_config(checkpoint: epath.Path) -> Config:
-    """Read the config that travels in a checkpoint."""
-    file = checkpoint / "config" / "metadata"
-    try:
-        return from_dict(json.loads(file.read_text()), Config)
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"the checkpoint {checkpoint} has no readable config: {error}") from error
+    """Read the config that travels in a checkpoint; `DamagedCheckpoint` where it is not what was saved."""
+    values = _read_json(checkpoint, "config")
+    if sha256_of(values) != read_checksums(checkpoint)["config"]:
+        raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: its config is not what was saved")
+    return from_dict(values, Config)
 
 
 def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
     """Load the model of a checkpoint; return it with its config and its tokenizer's path.
 
-    ``path`` is a run folder or one checkpoint in it. No model flag is needed: the config travels along.
+    ``path`` is a run folder or one checkpoint in it. No model flag is needed: the config travels along. Raises
+    `DamagedCheckpoint` where it, or the tokenizer, is not what was saved.
     """
     folder = find_checkpoint(path)
-    config = read_config(folder)
+    config, checksums, tokenizer = read_config(folder), read_checksums(folder), folder.parent / TOKENIZER
     abstract = jax.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         for name, leaf in named_arrays(abstract).items()
     }
-    with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(folder / "model", target)
-    return with_arrays(abstract, arrays), config, folder.parent / TOKENIZER
+    arrays = read_arrays(folder / "model", target)
+    problem = wrong_array(folder, checksums["arrays"], in_item("model", arrays))
+    if not problem and tokenizer.exists() and sha256(tokenizer.read_bytes()) != checksums["tokenizer"]:
+        problem = f"{tokenizer} is damaged: it is not the one that the model was trained with"
+    if problem:
+        raise DamagedCheckpoint(problem)
+    return with_arrays(abstract, arrays), config, tokenizer
 
 
 def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:

@@ -128,6 +128,10 @@ class DataConfig:
         needs_path = self.source in ("text", "jsonl", "tokens")
         require(not needs_path or bool(self.path), f"data.source {self.source!r} needs data.path")
         require(self.source != "tfds" or bool(self.name), "data.source 'tfds' needs data.name, such as 'lm1b'")
+        for name in ("name", "train_split", "validation_split"):
+            value = getattr(self, name)
+            leaves = value.startswith(("/", "~")) or ".." in value.split("/")
+            require(not leaves, f"data.{name} must be a name, not a path that leads elsewhere: {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +178,12 @@ class DistributedConfig:
     num_processes: int = setting(0, "processes of the run; 0: as the cluster says, 1: this one alone")
     process_id: int = setting(-1, "which of them this one is, from 0; -1: as the cluster says")
     timeout: int = setting(300, "how long the processes wait for each other at the start [seconds]")
+    heartbeat: int = setting(100, "silence after which a process is given up, and the others end [seconds]")
 
     def __post_init__(self) -> None:
         address, count, process = self.coordinator_address, self.num_processes, self.process_id
-        require(self.timeout >= 1, f"distributed.timeout must be at least 1, not {self.timeout}")
+        for name in ("timeout", "heartbeat"):
+            require(getattr(self, name) >= 1, f"distributed.{name} must be at least 1, not {getattr(self, name)}")
         if address:
             host, _, port = address.rpartition(":")
             require(
@@ -216,6 +222,17 @@ class TrainConfig:
     evaluate_batches: int = setting(16, "batches in an evaluation")
     checkpoint_every: int = setting(200, "steps between checkpoints; the last step always has one")
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
+    keep_every: int = setting(0, "checkpoints of steps that this divides are kept for good; 0 is none")
+    damaged_checkpoint: Literal["go_back", "stop"] = setting(
+        "go_back", "the newest checkpoint is damaged: go_back to the one before, which is said loudly, or stop"
+    )
+    failed_save: Literal["stop", "go_on"] = setting(
+        "stop", "a checkpoint cannot be written: stop the run, or go_on and try again at the next one"
+    )
+    bad_steps: int = setting(5, "steps in a row that are not applied (a loss that is not finite) before the run stops")
+    skip_spikes: float = setting(
+        0.0, "do not apply a step whose loss is more than so many times its moving mean; 0 applies all that are finite"
+    )
     sample_every: int = setting(0, "steps between sample generations; 0 is never")
     sample_prompt: str = setting("", "text that sample generations continue")
     profile_step: int = setting(
@@ -227,10 +244,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "evaluate_every"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("evaluate_batches", "checkpoint_every", "keep_checkpoints", "profile_steps"):
+        for name in ("evaluate_batches", "checkpoint_every", "keep_checkpoints", "profile_steps", "bad_steps"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("sample_every", "profile_step", "hang_seconds"):
+        for name in ("sample_every", "profile_step", "hang_seconds", "keep_every"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}")
+        require(
+            self.skip_spikes == 0 or self.skip_spikes > 1,
+            f"train.skip_spikes must be 0 (off) or more than 1, not {self.skip_spikes}",
+        )
         require(
             self.batch_size % self.accumulate == 0,
             f"train.batch_size {self.batch_size} must be a multiple of train.accumulate {self.accumulate}",

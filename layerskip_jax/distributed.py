@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,12 +20,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.config import DistributedConfig
-from layerskip_jax.errors import Interrupted, UserError, report
+from layerskip_jax.errors import Interrupted, LostProcess, UserError, report
 
 T = TypeVar("T")
-
-HEARTBEAT_SECONDS = 100
-"""A process that is silent for so long is given up, and the others end."""
 
 LAST_WORDS_SECONDS = 3
 """Process 0 carries the rendezvous: when it goes, jax ends the others, so after an error it leaves last."""
@@ -36,7 +34,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
 
     Must come before anything that touches a device. Raises `UserError` if the others have not come in time. After an
     error in the body this process ends at once, without the usual farewell, which would wait for the others: they may
-    be waiting for it in turn, and now find it gone, after `HEARTBEAT_SECONDS` at most.
+    be waiting for it in turn, and now find it gone, after ``distributed.heartbeat`` at most.
     """
     if config.num_processes != 1:
         _join(config)
@@ -48,7 +46,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         try:
-            status = report(error)
+            status = report(_as_lost(error))
         except BaseException:
             traceback.print_exc()
             status = 1
@@ -57,6 +55,17 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _as_lost(error: BaseException) -> BaseException:
+    """Return the error as what it means, where jax says that another process does not answer any more."""
+    gone = re.search(r"Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|heartbeat", str(error))
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not gone:
+        return error
+    return LostProcess(
+        f"process {jax.process_index()} of {jax.process_count()} ends, since another one does not answer any more "
+        f"({str(error).splitlines()[0][:300]}): start all of them again, and they go on from the newest checkpoint"
+    )
 
 
 def _join(config: DistributedConfig) -> None:
@@ -71,7 +80,7 @@ def _join(config: DistributedConfig) -> None:
             config.num_processes or None,
             config.process_id if config.process_id >= 0 else None,
             initialization_timeout=config.timeout + 60,
-            heartbeat_timeout_seconds=min(HEARTBEAT_SECONDS, config.timeout),
+            heartbeat_timeout_seconds=config.heartbeat,
         )
     except ValueError as error:
         if not address and "coordinator_address" in str(error):
@@ -129,25 +138,32 @@ def together(what: str, make: Callable[[], T], same: Callable[[T], object] = lam
     return made
 
 
+def first_said(text: str) -> str:
+    """Return the first ``text`` that is not empty, of any process, to all of them."""
+    return next(filter(None, _gather(text)), "") if jax.process_count() > 1 else text
+
+
 def _gather(text: str, size: int = 8192) -> list[str]:
     """Return every process's ``text``, cut to ``size`` bytes."""
     data = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(data)]
 
 
-def check_own_rows(sharding: NamedSharding, batch_size: int) -> None:
-    """Raise `UserError` unless the devices of every process hold rows of a batch that no other process's hold."""
+def own_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
+    """Return which rows of a batch this process's devices hold, which no other process's do; `UserError` if some do."""
     places: dict[Any, Any] = dict(sharding.devices_indices_map((batch_size, 1)))
     held = {
-        rows.indices(batch_size)[:2]
+        row
         for device, (rows, _) in places.items()
         if device.process_index == jax.process_index()
+        for row in range(*rows.indices(batch_size))
     }
-    if sum(stop - start for start, stop in held) * jax.process_count() != batch_size:
+    if len(held) * jax.process_count() != batch_size:
         raise UserError(
             f"this mesh gives several of the {jax.process_count()} processes the same sequences of a batch: "
             f"mesh.sequence * mesh.tensor must stay within the {jax.local_device_count()} devices of a process"
         )
+    return sorted(held)
 
 
 class StopRequest:

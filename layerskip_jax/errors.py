@@ -9,6 +9,13 @@ class UserError(Exception):
     """Something the user can mend; its text is one line that says what is wrong and what would be right."""
 
 
+class LostProcess(Exception):  # noqa: N818  (nothing is wrong with this one)
+    """Another process of the run has ended or is silent; started again, all go on from the newest checkpoint."""
+
+    status = 75
+    """The exit status: EX_TEMPFAIL of sysexits.h, which asks for another try."""
+
+
 class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
     """A signal has ended a run between two steps, with everything saved."""
 
@@ -32,7 +39,7 @@ def report(error: BaseException) -> int:
     """Say on stderr, in one line, what has ended a command; return its exit status. Raises what is a bug again."""
     if isinstance(error, UserError):
         line, status = f"error: {' '.join(str(error).split())}", 2
-    elif isinstance(error, Interrupted):
+    elif isinstance(error, Interrupted | LostProcess):
         line, status = str(error), error.status
     elif isinstance(error, KeyboardInterrupt):
         line, status = "stopped by the keyboard; the last complete checkpoint, if any, is intact", 130

@@ -17,10 +17,19 @@ class Goodput:
     no phase is *lost*: the time between two starts, and steps that were done again.
     """
 
-    def __init__(self, earlier: Sequence[Mapping[str, Any]], first: int, now: Callable[[], float] = time.time):
-        """Go on from the records that the run has written so far, at the step ``first`` that it resumes after."""
+    def __init__(
+        self,
+        earlier: Sequence[Mapping[str, Any]],
+        first: int,
+        now: Callable[[], float] = time.time,
+        since: float | None = None,
+    ):
+        """Go on from the records that the run has written so far, at the step ``first`` that it resumes after.
+
+        What has passed ``since`` a time of that clock is booked too.
+        """
         ledgers = [record for record in earlier if "run/goodput" in record]
-        self._now, self._since = now, now()
+        self._now, self._since = now, now() if since is None else since
         self._began = float(ledgers[0]["run/began"]) if ledgers else self._since
         self._seconds = {phase: float(ledgers[-1][_name(phase)]) if ledgers else 0.0 for phase in PHASES}
         kept = [record[_name("training")] for record in ledgers if record["step"] <= first]

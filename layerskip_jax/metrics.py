@@ -3,7 +3,10 @@
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +17,59 @@ from layerskip_jax.train_step import StepMetrics
 
 
 class MetricsWriter:
-    """Append metrics to ``RUN_DIR/metrics.jsonl`` and to TensorBoard; only the first process writes."""
+    """Append metrics to ``RUN_DIR/metrics.jsonl`` and to TensorBoard; only the first process writes.
+
+    Each on its own: the first failure of one is said, and the run goes on without it.
+    """
 
     def __init__(self, run_dir: str):
-        self._active = jax.process_index() == 0
-        if self._active:
-            from tensorboardX import SummaryWriter  # here, since it takes a second to import
+        self._folder = Path(run_dir)
+        self._sinks: dict[str, Any] = {}
+        if jax.process_index() == 0:
+            self._try("metrics.jsonl", self._open_lines)
+            self._try("TensorBoard", self._open_board)
 
-            folder = Path(run_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+    def _open_lines(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._sinks["metrics.jsonl"] = (self._folder / "metrics.jsonl").open("a", buffering=1)
+
+    def _open_board(self) -> None:
+        from tensorboardX import SummaryWriter  # here, since it takes a second to import
+
+        before = set(threading.enumerate())
+        self._sinks["TensorBoard"] = SummaryWriter(str(self._folder / "tensorboard"), max_queue=1000)
+        self._board_threads = set(threading.enumerate()) - before
+
+    def _try(self, sink: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:
+            self._sinks.pop(sink, None)
+            print(f"WARNING: no more is written to {sink}: {error}", file=sys.stderr, flush=True)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write numbers and texts for ``step`` (the number of optimizer steps done)."""
-        if not self._active:
-            return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        write_to = {"metrics.jsonl": self._write_line, "TensorBoard": self._write_to_board}
+        for sink in list(self._sinks):
+            self._try(sink, partial(write_to[sink], step, values))
+
+    def _write_line(self, step: int, values: Mapping[str, Any]) -> None:
+        self._sinks["metrics.jsonl"].write(json.dumps({"step": step, **values}) + "\n")
+
+    def _write_to_board(self, step: int, values: Mapping[str, Any]) -> None:
+        # On a full disk its thread dies, and whoever gives it more than its queue holds waits for ever.
+        if not all(thread.is_alive() for thread in self._board_threads):
+            raise OSError("its writer has ended")
+        board = self._sinks["TensorBoard"]
         for name, value in values.items():
             if isinstance(value, str):
-                self._board.add_text(name, value, step)
+                board.add_text(name, value, step)
             else:
-                self._board.add_scalar(name, value, step)
+                board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self._active:
-            self._file.close()
-            self._board.close()
+        for sink in list(self._sinks):
+            self._try(sink, self._sinks[sink].close)
 
 
 def read_records(run_dir: str) -> list[dict[str, Any]]:
@@ -76,4 +105,5 @@ def training_values(metrics: StepMetrics) -> dict[str, float]:
         "train/learning_rate": float(metrics.learning_rate),
         "train/mean_drop_rate": float(np.mean(metrics.drop_rate_L)),
         "train/tokens": float(metrics.tokens),
+        "train/applied": float(metrics.applied),
     }

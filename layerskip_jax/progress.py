@@ -1,7 +1,6 @@
 """What a person sees and what is written while a run goes on; knows nothing of how training works."""
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -11,9 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from layerskip_jax.checkpoint import Checkpoints
 from layerskip_jax.config import Config
-from layerskip_jax.errors import UserError
 from layerskip_jax.flops import flops_per_token, peak_flops, step_flops
 from layerskip_jax.goodput import Goodput, Phase
 from layerskip_jax.metrics import MetricsWriter, per_exit, training_values
@@ -59,22 +56,9 @@ class Progress:
     def _restart_clock(self) -> None:
         self._clock, self._tokens, self._steps, self._computed = time.perf_counter(), 0.0, 0, 0.0
 
-    def after_step(self, done: int, device_metrics: StepMetrics, checkpoints: Checkpoints) -> None:
-        """Report optimizer step number ``done``; stop the run with a clear line if its numbers are not finite."""
-        metrics = jax.device_get(device_metrics)
+    def after_step(self, done: int, metrics: StepMetrics) -> None:
+        """Report optimizer step number ``done``, whose metrics are on the host."""
         self._watchdog.hear()
-        if not (math.isfinite(metrics.objective) and math.isfinite(metrics.gradient_norm)):
-            kept = checkpoints.latest()
-            raise UserError(
-                f"the loss is {float(metrics.objective)} and the gradient norm {float(metrics.gradient_norm)} at step "
-                f"{done}; "
-                + (
-                    f"the checkpoint of step {kept} in {checkpoints.folder} is good: "
-                    if kept
-                    else "nothing was saved: "
-                )
-                + "lower optimizer.learning_rate or look at the data, and start again"
-            )
         self._done_here += 1
         self._tokens, self._steps = self._tokens + float(metrics.tokens), self._steps + 1
         self._computed += step_flops(self._config, metrics.exit_weight_L, metrics.drop_rate_L).hardware

@@ -5,13 +5,28 @@ train(config, recipe=recipe)
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Self
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from layerskip_jax import early_exit, layer_dropout
 from layerskip_jax.config import Config
+
+IsSpike = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""``is_spike(objective, gradient_norm, usual)``: whether a step is not applied; ``usual`` is 0 before the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Above:
+    """A spike is an objective of more than ``factor`` times its moving mean; 0: nothing is one."""
+
+    factor: float
+
+    def __call__(self, objective: jax.Array, gradient_norm: jax.Array, usual: jax.Array) -> jax.Array:
+        return jnp.logical_and(self.factor > 0, (usual > 0) & (objective > self.factor * usual))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +40,7 @@ class Recipe:
     time_scale: layer_dropout.TimeScale
     curriculum: early_exit.Curriculum
     e_scale: float
+    is_spike: IsSpike
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
@@ -43,6 +59,7 @@ class Recipe:
             time_scale=layer_dropout.TIME_SCALES[config.layer_dropout.time_scale],
             curriculum=curricula[exits.curriculum],
             e_scale=exits.e_scale,
+            is_spike=Above(config.train.skip_spikes),
         )
 
     def drop_rates(self, step: ArrayLike) -> jax.Array:

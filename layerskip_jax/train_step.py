@@ -49,6 +49,8 @@ class TrainState:
     step: jax.Array
     model: Transformer
     opt_state: Any
+    usual: jax.Array
+    """Moving mean of the objective over the steps that were applied [nats]; 0 before the first."""
 
 
 class StepMetrics(NamedTuple):
@@ -62,6 +64,8 @@ class StepMetrics(NamedTuple):
     gradient_norm_L: jax.Array
     learning_rate: jax.Array
     tokens: jax.Array
+    applied: jax.Array
+    """False where the step has changed nothing but the count of steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +99,16 @@ class Trainer:
 
     def _init(self) -> TrainState:
         model = Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
-        return TrainState(jnp.zeros((), jnp.int32), model, make_optimizer(self.config).init(model))
+        opt_state = make_optimizer(self.config).init(model)
+        return TrainState(jnp.zeros((), jnp.int32), model, opt_state, usual=jnp.zeros(()))
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """One optimizer step on ``batch``; compiled once for the whole run. ``state`` is donated."""
+        """One optimizer step on ``batch``; compiled once for the whole run. ``state`` is donated.
+
+        Where the objective or the gradient is not finite, or ``recipe.is_spike`` says so, parameters and optimizer
+        stay what they were.
+        """
         weight_L, drop_rate_L = self.recipe.exit_weights(state.step), self.recipe.drop_rates(state.step)
         count = jnp.maximum(jnp.sum(batch.mask_BT), 1)
 
@@ -131,17 +140,26 @@ class Trainer:
             ((value, exit_loss_L), grads), _ = jax.lax.scan(add, zeros, parts)
 
         updates, opt_state = make_optimizer(self.config).update(grads, state.opt_state, state.model)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        applied = finite & ~self.recipe.is_spike(value, norm, state.usual)
         metrics = StepMetrics(
             objective=value,
             exit_loss_L=exit_loss_L,
             exit_weight_L=weight_L,
             drop_rate_L=drop_rate_L,
-            gradient_norm=optax.tree.norm(grads),
+            gradient_norm=norm,
             gradient_norm_L=_norm_by_layer(grads.blocks),
-            learning_rate=jnp.asarray(learning_rate(self.config)(state.step)),
+            # At the optimizer's own count, which stands still where a step is not applied.
+            learning_rate=jnp.asarray(learning_rate(self.config)(_applied_steps(state.opt_state))),
             tokens=count,
+            applied=applied,
         )
-        state = TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt_state)
+        new = optax.apply_updates(state.model, updates), opt_state, _moving_mean(state.usual, value)
+        old = state.model, state.opt_state, state.usual
+        # Not lax.cond, which would hold old and new side by side: a select fuses into the update.
+        kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), new, old)
+        state = TrainState(state.step + 1, *kept)
         # Pinned, since a layout that the compiler chose would compile the next step anew.
         whole = NamedSharding(self.mesh, PartitionSpec())  # so that every process can read them
         return jax.lax.with_sharding_constraint((state, metrics), (self.state_shardings(), whole))
@@ -188,6 +206,14 @@ class Trainer:
         parts = self.config.train.accumulate
         kept_ALB = jnp.moveaxis(draw.kept_LB.reshape(draw.kept_LB.shape[0], -1, parts), -1, 0)
         return Draw(kept_ALB, jnp.tile(draw.scale_L, (parts, 1)))
+
+
+def _applied_steps(opt_state: Any) -> jax.Array:
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
+
+
+def _moving_mean(mean: jax.Array, value: jax.Array, decay: float = 0.98) -> jax.Array:
+    return jnp.where(mean == 0, value, decay * mean + (1 - decay) * value)
 
 
 def _norm_by_layer(stacked: Any) -> jax.Array:

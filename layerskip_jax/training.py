@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import signal
+import time
 from functools import partial
 
 import grain
@@ -11,12 +12,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from layerskip_jax.checkpoint import Checkpoints
+from layerskip_jax.bad_steps import BadSteps
 from layerskip_jax.config import Config, experiment
 from layerskip_jax.data.pipeline import make_batches
+from layerskip_jax.data.position import Position
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import TextGenerator
-from layerskip_jax.distributed import StopRequest, check_own_rows, together
+from layerskip_jax.distributed import StopRequest, own_rows, together
 from layerskip_jax.errors import Interrupted
 from layerskip_jax.goodput import Goodput
 from layerskip_jax.losses import Batch
@@ -24,6 +26,7 @@ from layerskip_jax.metrics import read_records
 from layerskip_jax.model import Transformer
 from layerskip_jax.progress import Progress, opening_line
 from layerskip_jax.recipe import Recipe
+from layerskip_jax.run_checkpoints import Checkpoints
 from layerskip_jax.sharding import batch_sharding, make_mesh
 from layerskip_jax.train_step import StepMetrics, Trainer, TrainState
 from layerskip_jax.watch import Profiler
@@ -34,30 +37,38 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
 
     ``recipe`` replaces the functions that the config names, for research variants. Every process of a run calls it
     alike. Raises `UserError` for what the user can mend: a corpus, a tokenizer, a mesh or a checkpoint that does not
-    fit, or a loss that is not finite; and `Interrupted` after SIGTERM or SIGINT, when the step is done and saved.
+    fit, or steps that are not finite; and `Interrupted` after SIGTERM or SIGINT, when the step is done and saved.
     """
+    began = time.time()
     mesh = make_mesh(config)
-    check_own_rows(batch_sharding(mesh), config.train.batch_size)
+    rows = own_rows(batch_sharding(mesh), config.train.batch_size)
     trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
 
     with jax.set_mesh(mesh), StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
-        tokenizer, data = together("settings", partial(_open, config), lambda _: experiment(config))
+        tokenizer, data = together("settings", partial(_open, config, mesh), lambda _: experiment(config))
         checkpoints = stack.enter_context(Checkpoints(config))
         together("tokenizer", partial(checkpoints.check_tokenizer, tokenizer))
         checkpoints.keep_tokenizer(tokenizer)
-        resumed = together("newest checkpoint", checkpoints.latest, lambda step: step)
-        goodput = Goodput(read_records(config.train.run_dir), resumed or 0)
-        if resumed is None:
-            state, start = trainer.init(), "from scratch"
+        position = Position(data, rows)
+        state, start = checkpoints.restore(trainer.abstract_state(), position), "from scratch"
+        if state is None:
+            state, first = trainer.init(), 0
         else:
-            state = checkpoints.restore(resumed, trainer.abstract_state(), data)
-            start = "; ".join([f"resuming after step {resumed}", *checkpoints.changes(resumed)])
-        first = int(state.step)
+            first = int(state.step)
+            start = "; ".join([f"resuming after step {first}", *checkpoints.changes(first)])
+        goodput = Goodput(read_records(config.train.run_dir), first, since=began)
         progress = stack.enter_context(Progress(config, first, goodput))
         profiler = stack.enter_context(Profiler(config.train))
+        bad_steps = BadSteps(config, checkpoints)
         progress.say(opening_line(config, mesh, start))
 
-        pending: StepMetrics | None = None
+        def look_at(done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:
+            metrics = jax.device_get(metrics)
+            progress.after_step(done, metrics)
+            bad_steps.after_step(done, metrics, batch)
+            checkpoints.check()
+
+        pending: tuple[StepMetrics, dict[str, np.ndarray]] | None = None
         for step in range(first, config.train.steps):
             profiler.before_step(step + 1, state)
             with progress.during("data"):
@@ -65,22 +76,24 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
             state, metrics = trainer.step(state, to_devices(batch, mesh))
             # The device works on this step while the host looks at the one before.
             if pending is not None:
-                progress.after_step(step, pending, checkpoints)
-            pending, done = metrics, step + 1
+                look_at(step, *pending)
+            pending, done = (metrics, batch), step + 1
 
             stopped = stop.agreed() if done < config.train.steps else 0
             evaluates = not stopped and _due(done, config.train.evaluate_every, config.train.steps)
             saves = stopped or _due(done, config.train.checkpoint_every, config.train.steps)
             samples = not stopped and config.train.sample_every and done % config.train.sample_every == 0
             if evaluates or saves or samples:
-                progress.after_step(done, pending, checkpoints)  # before saving, so that no bad state is saved
+                look_at(done, *pending)  # before saving, so that no bad state is saved
                 pending = None
+                # What makes steps bad may lie in the parameters: the good checkpoint is not pushed out by them.
+                saves = saves and (stopped or done == config.train.steps or not bad_steps.in_a_row)
             if evaluates:
                 with progress.during("evaluating"):
                     progress.after_evaluation(done, evaluate(trainer, state.model))
             if saves:
                 with progress.during("saving"):
-                    checkpoints.save(state, data)
+                    checkpoints.save(state, position)
                 progress.after_save(done)
             if samples:
                 with progress.during("sampling"):
@@ -93,22 +106,22 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     return state
 
 
-def _open(config: Config) -> tuple[Tokenizer, grain.DatasetIterator]:
+def _open(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator]:
     tokenizer = Tokenizer.load(config.data.tokenizer)
     tokenizer.check_vocabulary(config.model.vocab_size)
-    data = iter(local_batches(config, config.data.train_split))
-    local_batches(config, config.data.validation_split, epochs=1)  # a split that cannot be read is said now, not later
+    data = iter(local_batches(config, config.data.train_split, mesh))
+    local_batches(config, config.data.validation_split, mesh, epochs=1)  # what cannot be read is said now, not later
     return tokenizer, data
 
 
-def local_batches(config: Config, split: str, epochs: int | None = None) -> grain.IterDataset:
-    """Return this process's part of the batches: forever and shuffled, or ``epochs`` passes in order."""
+def local_batches(config: Config, split: str, mesh: Mesh, epochs: int | None = None) -> grain.IterDataset:
+    """Return this process's rows of the batches: forever and shuffled, or ``epochs`` passes in order."""
+    size = config.train.batch_size
     return make_batches(
         config,
         split,
-        batch_size=config.train.batch_size // jax.process_count(),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        batch_size=size,
+        rows=own_rows(batch_sharding(mesh), size),
         epochs=epochs,
         shuffle=epochs is None,
         seed=config.train.seed,
@@ -127,7 +140,7 @@ def evaluate(trainer: Trainer, model: Transformer, split: str | None = None) -> 
     The same first ``evaluate_batches`` batches of the validation split every time.
     """
     config = trainer.config
-    batches = local_batches(config, split or config.data.validation_split, epochs=1)
+    batches = local_batches(config, split or config.data.validation_split, trainer.mesh, epochs=1)
     total_L, tokens = np.zeros(config.model.num_layers), 0.0
 
     def read() -> list[dict[str, np.ndarray]]:

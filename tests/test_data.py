@@ -4,16 +4,19 @@ import dataclasses
 import itertools
 import json
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
 from corpora import VOCABULARY, write_corpus
+from etils import epath
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layerskip_jax.config import Config, DataConfig, ModelConfig
+from layerskip_jax.data import pipeline
 from layerskip_jax.data.pipeline import document_tokens, make_batches
-from layerskip_jax.data.position import Position
+from layerskip_jax.data.position import Position, read_positions
 from layerskip_jax.data.pretokenize import pretokenize
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -183,14 +186,7 @@ def test_packing_in_order_equals_packing_by_hand(corpus, tokenizer, processes):
     config = config_of(corpus)
     documents = [document_tokens(tokenizer, text).tolist() for text in texts(corpus, "train")]
     expected = list(packed_rows(documents, 32))
-    parts = [
-        list(
-            make_batches(
-                config, "train", batch_size=4, process_index=p, process_count=processes, epochs=1, shuffle=False
-            )
-        )
-        for p in range(processes)
-    ]
+    parts = [list(make_batches(config, "train", rows=rows, **IN_ORDER)) for rows in shares(8, processes)]
     assert len({len(part) for part in parts}) == 1  # no process waits for another
     rows = []
     for batches in zip(*parts, strict=True):
@@ -201,17 +197,31 @@ def test_packing_in_order_equals_packing_by_hand(corpus, tokenizer, processes):
     assert all(not any(mask) for _, _, _, mask in rows[len(expected) :])  # filled up, and not counted
 
 
-def test_shuffled_processes_share_out_every_document_of_an_epoch(corpus, tokenizer):
-    config = config_of(corpus, sequence_length=2, shuffle_window=8)
+IN_ORDER = {"batch_size": 8, "epochs": 1, "shuffle": False}
+
+
+def shares(batch_size, processes):
+    """Return the rows of a batch that each of ``processes`` holds."""
+    return [range(i * batch_size // processes, (i + 1) * batch_size // processes) for i in range(processes)]
+
+
+def test_rows_share_out_every_document_of_an_epoch(corpus, tokenizer):
+    """Dealt out in turn: the first ones of both rows together are the corpus, each document once."""
+    batches = iter(make_batches(config_of(corpus, shuffle_window=1), "train", batch_size=2, seed=3))
+    streams = [[], []]
+    documents = sorted(document_tokens(tokenizer, text).tolist() for text in texts(corpus, "train"))
+    counts = [len(documents) - len(documents) // 2, len(documents) // 2]
+    while any(stream.count(tokenizer.eos_id) < share for stream, share in zip(streams, counts, strict=True)):
+        batch = next(batches)
+        for stream, inputs, targets in zip(streams, batch["inputs_BT"], batch["targets_BT"], strict=True):
+            stream += [*inputs.tolist(), targets[-1].item()]
     seen = []
-    for process in range(2):
-        batches = make_batches(config, "train", batch_size=1, process_index=process, process_count=2, epochs=1, seed=3)
-        for batch in batches:
-            seen += [*batch["inputs_BT"].reshape(-1).tolist(), batch["targets_BT"][0, -1].item()]
-    expected = [token for text in texts(corpus, "train") for token in document_tokens(tokenizer, text).tolist()]
-    padding = len(seen) - len(expected)
-    assert 0 <= padding <= 4  # the last row of each process
-    assert sorted(seen) == sorted(expected + [0] * padding)
+    for stream, share in zip(streams, counts, strict=True):
+        for _ in range(share):
+            end = stream.index(tokenizer.eos_id) + 1
+            seen.append(stream[:end])
+            del stream[:end]
+    assert sorted(seen) == documents
 
 
 def take(iterator, count):
@@ -224,28 +234,126 @@ def assert_equal_batches(ours, theirs):
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
+def position(iterator, rows, folder, process=0, processes=1):
+    folder.mkdir(exist_ok=True)
+    (folder / f"process_{process}-of-{processes}.json").write_bytes(Position(iterator, rows).get_state())
+    return folder
+
+
 @given(stop=st.integers(0, 60), ahead=st.integers(1, 12), seed=st.integers(0, 5))
-def test_a_position_comes_back_exactly(corpus, stop, ahead, seed):
+def test_a_position_comes_back_exactly(corpus, tmp_path_factory, stop, ahead, seed):
     """Over several epochs: 38 short documents are about 40 batches of 4 rows."""
     batches = make_batches(config_of(corpus), "train", batch_size=4, seed=seed)
     original = iter(batches)
     take(original, stop)
-    state = Position(original).get_state()
+    saved = position(original, range(4), epath.Path(tmp_path_factory.mktemp("position")))
     expected = take(original, ahead)
     restored = iter(batches)
-    Position(restored).set_state(state)
+    Position(restored, range(4)).set_state(read_positions(saved), 4)
     assert_equal_batches(take(restored, ahead), expected)
 
 
-def test_worker_processes_give_batches_and_positions_too(corpus):
-    batches = make_batches(config_of(corpus, workers=1), "train", batch_size=4, seed=1)
+@given(
+    before=st.sampled_from([1, 2, 4]),
+    after=st.sampled_from([1, 2, 4]),
+    stop=st.integers(0, 60),
+    window=st.sampled_from([1, 16, 40]),
+)
+def test_any_number_of_processes_takes_the_same_rows_from_where_others_stopped(
+    corpus, tmp_path_factory, before, after, stop, window
+):
+    config, saved = config_of(corpus, shuffle_window=window), epath.Path(tmp_path_factory.mktemp("position"))
+    alone = iter(make_batches(config, "train", batch_size=4, seed=1))
+    for process, rows in enumerate(shares(4, before)):
+        part = iter(make_batches(config, "train", batch_size=4, rows=rows, seed=1))
+        take(part, stop)
+        position(part, rows, saved, process, before)
+    take(alone, stop)
+    expected = take(alone, 6)
+    for rows in shares(4, after):
+        part = iter(make_batches(config, "train", batch_size=4, rows=rows, seed=1))
+        Position(part, rows).set_state(read_positions(saved), 4)
+        own = [{name: array[rows.start : rows.stop] for name, array in batch.items()} for batch in expected]
+        assert_equal_batches(take(part, 6), own)
+
+
+def test_a_process_reads_the_documents_of_its_own_rows_only(corpus, monkeypatch):
+    documents, read = open_documents(corpus, "train"), []
+
+    class Recorded:
+        def __len__(self):
+            return len(documents)
+
+        def __getitem__(self, index):
+            read[-1].append(index)
+            return documents[index]
+
+    monkeypatch.setattr(pipeline, "open_documents", lambda config, split: Recorded())
+    for rows in shares(4, 2):
+        read.append([])
+        take(iter(make_batches(config_of(corpus, shuffle_window=1), "train", batch_size=4, rows=rows, seed=1)), 4)
+    first, second = (set(part) for part in read)
+    assert first
+    assert second
+    assert not first & second
+
+
+@given(stop=st.integers(0, 30), before=st.integers(1, 5), after=st.integers(1, 5))
+def test_another_batch_size_goes_on_behind_the_documents_that_were_read(corpus, tmp_path_factory, stop, before, after):
+    documents, read = open_documents(corpus, "train"), []
+
+    class Recorded:
+        def __len__(self):
+            return len(documents)
+
+        def __getitem__(self, index):
+            read.append(index)
+            return documents[index]
+
+    def batches(size):
+        return iter(make_batches(config_of(corpus, shuffle_window=1), "train", batch_size=size, seed=1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "open_documents", lambda config, split: Recorded())
+        original = batches(before)
+        take(original, stop)
+        taken = Counter(read)
+        saved = read_positions(position(original, range(before), epath.Path(tmp_path_factory.mktemp("position"))))
+        restored = batches(after)
+        Position(restored, range(after)).set_state(saved, after)
+        read.clear()
+        take(restored, 3)
+    # As far as both lie in the first epoch, none comes twice but what each row was in the middle of.
+    if before != after and sum(taken.values()) + len(read) < len(documents) // 2:
+        assert len(set(taken) & set(read)) <= before
+
+
+@pytest.mark.parametrize("damage", [lambda text: text.replace("1", "2", 1), lambda text: text[:-40], lambda text: "[]"])
+def test_a_damaged_position_is_named(corpus, tmp_path, damage):
+    batches = iter(make_batches(config_of(corpus), "train", batch_size=4, seed=1))
+    take(batches, 11)
+    folder = epath.Path(position(batches, range(4), tmp_path / "position"))
+    (file,) = folder.iterdir()
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(ValueError, match=r"process_0-of-1\.json does not hold|line 1 column"):
+        read_positions(folder)
+    file.unlink()
+    with pytest.raises(ValueError, match="does not hold the positions of all processes"):
+        read_positions(folder)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_give_the_same_batches_and_positions(corpus, tmp_path, workers):
+    """As many as one likes: a run may go on with another number of them."""
+    batches = make_batches(config_of(corpus, workers=workers), "train", batch_size=4, seed=1)
     original = iter(batches)
     take(original, 5)
-    state = Position(original).get_state()
+    saved = read_positions(epath.Path(position(original, range(4), tmp_path / "position")))
     expected = take(original, 4)
-    restored = iter(batches)
-    Position(restored).set_state(state)
-    assert_equal_batches(take(restored, 4), expected)
+    for again in (batches, make_batches(config_of(corpus), "train", batch_size=4, seed=1)):
+        restored = iter(again)
+        Position(restored, range(4)).set_state(saved, 4)
+        assert_equal_batches(take(restored, 4), expected)
     plain = iter(make_batches(config_of(corpus), "train", batch_size=4, seed=1))
     take(plain, 5)
     assert_equal_batches(take(plain, 4), expected)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import tiny_config
@@ -24,7 +26,7 @@ from layerskip_jax.config import (
 )
 from layerskip_jax.errors import UserError
 from layerskip_jax.losses import Batch
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe import Above, Recipe
 from layerskip_jax.sharding import AXES, batch_sharding, make_mesh
 from layerskip_jax.train_step import Trainer
 
@@ -247,6 +249,48 @@ def test_weight_decay_leaves_the_norms_alone():
     norms = marks.final_norm_D, marks.blocks.attention_norm_D, marks.blocks.ffn_norm_D
     assert jax.tree.leaves(norms) == [False] * 3
     assert jax.tree.leaves(marks).count(True) == len(jax.tree.leaves(marks)) - 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count_of_steps(name):
+    config = changed(LAYERSKIP, optimizer={"name": name, "learning_rate": 1e-2, "clip_norm": 1.0})
+    trainer, batch = trainer_of(config), make_batch(config)
+    state, first = trainer.step(trainer.init(), batch)
+    before = jax.device_get(state)
+    with compilations() as during:
+        state, metrics = trainer.step(state, batch._replace(mask_BT=batch.mask_BT * np.float32("nan")))
+    assert during == []
+    assert first.applied
+    assert not metrics.applied
+    assert int(state.step) == 2
+    after = jax.device_get(state)
+    jax.tree.map(np.testing.assert_array_equal, before.replace(step=after.step), after)
+    state, metrics = trainer.step(state, batch)
+    assert metrics.applied
+    assert not np.array_equal(jax.device_get(state.model.embedding_VD[...]), after.model.embedding_VD[...])
+
+
+def test_a_rule_of_ones_own_leaves_steps_out():
+    recipe = dataclasses.replace(
+        Recipe.from_config(LAYERSKIP), is_spike=lambda objective, gradient_norm, usual: usual > 0
+    )
+    trainer, batch = Trainer(LAYERSKIP, recipe, ONE_DEVICE), make_batch(LAYERSKIP)
+    state, first = trainer.step(trainer.init(), batch)
+    before = jax.device_get(state.model)
+    state, second = trainer.step(state, batch)
+    assert (bool(first.applied), bool(second.applied)) == (True, False)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.model))
+    assert float(state.usual) == float(first.objective)
+
+
+@given(
+    factor=st.sampled_from([0.0, 1.5, 4.0]),
+    objective=st.floats(0, 100, width=32),
+    usual=st.sampled_from([0.0, 0.25, 8.0]),
+)
+def test_a_spike_is_so_many_times_the_usual_loss(factor, objective, usual):
+    expected = factor > 0 and usual > 0 and np.float32(objective) > np.float32(factor) * np.float32(usual)
+    assert bool(Above(factor)(jnp.float32(objective), jnp.float32(1), jnp.float32(usual))) == expected
 
 
 def test_bad_numbers_do_not_hide(layerskip_step):

@@ -153,8 +153,8 @@ def test_a_source_that_blocks_has_its_stack_printed(config, monkeypatch, capfd):
                 time.sleep(1.5)
             return next(self._batches)
 
-    def local_batches(config, split, epochs=None):
-        return original(config, split, epochs) if epochs else Blocked(iter(original(config, split)))
+    def local_batches(config, split, mesh, epochs=None):
+        return original(config, split, mesh, epochs) if epochs else Blocked(iter(original(config, split, mesh)))
 
     train(config)  # compiles, so that this is no hang
     shutil.rmtree(config.train.run_dir)

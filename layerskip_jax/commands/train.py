@@ -1,5 +1,7 @@
 """``python train.py --config configs/NAME.py [--group.setting value ...]``"""
 
+import sys
+
 import jax
 
 from layerskip_jax.command_line import make_parser, parse_config
@@ -21,8 +23,11 @@ def main(argv: list[str] | None = None) -> None:
         train(config)
         if jax.process_index() == 0:
             run = config.train.run_dir
-            for path in plot_run(run):
-                print(f"plot: {path}")
+            try:
+                for path in plot_run(run):
+                    print(f"plot: {path}")
+            except Exception as error:  # the run is done and saved, whatever a picture lacks
+                print(f"WARNING: no plots: {error}", file=sys.stderr)
             print(f"trained: {run}; next: python decode.py --checkpoint {run} --prompt ...")
 
 

@@ -1,8 +1,11 @@
-"""Packed batches through grain: shuffle, shard, tokenise, pack with document boundaries, batch.
+"""Packed batches through grain: shuffle, share out, tokenise, pack with document boundaries, batch.
 
-B rows, T predicted tokens a row. The position of an iterator is saved and restored exactly (``get_state``).
+B rows, T predicted tokens a row. Which documents make row r of batch b depends on the seed and on B, and on nothing
+else: any number of processes makes the same batches, and each reads the documents of its own rows only.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -12,7 +15,6 @@ from absl import flags
 from layerskip_jax.config import Config
 from layerskip_jax.data.sources import Document, open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.errors import UserError
 
 
 def make_batches(
@@ -20,46 +22,85 @@ def make_batches(
     split: str,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     epochs: int | None = None,
     shuffle: bool = True,
     seed: int = 0,
 ) -> grain.IterDataset:
     """Return an iterable of ``{"inputs_BT", "targets_BT", "segments_BT", "mask_BT"}``, B = ``batch_size`` rows.
 
-    Shuffled (training): each process reads its own share of the documents, in an order of its own for every epoch,
-    and packed rows are shuffled again within ``data.shuffle_window``. In order (evaluation): every process packs all
-    documents and keeps its rows of each global batch, so that all see equally many; the last batch is filled up with
-    rows that do not count. ``epochs=None`` goes on forever.
+    Of every batch it makes the given ``rows`` alone (all of them by default): those of one process of several.
+
+    Shuffled (training): the documents, in an order of its own for every epoch, are dealt out to the B rows in turn,
+    and every row packs its own; packed rows are shuffled again within ``data.shuffle_window``. In order (evaluation):
+    every process packs all documents and keeps its rows of each batch, so that all see equally many; the last batch is
+    filled up with rows that do not count. ``epochs=None`` goes on forever.
 
     ``segments_BT`` numbers the documents of a row from 1 (0 is padding). ``mask_BT`` is 1.0 where ``targets_BT``, the
-    next token, belongs to the same document as its input.
+    next token, belongs to the same document as its input. `layerskip_jax.data.position` saves where an iterator is.
     """
-    documents = open_documents(config.data, split)
-    if shuffle and len(documents) < process_count:
-        raise UserError(f"the {split!r} split has {len(documents)} documents for {process_count} processes: too few")
+    rows = range(batch_size) if rows is None else rows
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    dataset = grain.MapDataset.source(documents)
-    if shuffle:
-        dataset = dataset[process_index::process_count].shuffle(seed=seed + process_index)
-    dataset = dataset.repeat(epochs).map(_Tokenise(tokenizer))
+    documents = grain.MapDataset.source(open_documents(config.data, split))
+    if not shuffle:
+        packed = _packed(config, documents.repeat(epochs).map(_Tokenise(tokenizer)))
+        batches = packed.batch(batch_size, drop_remainder=False).map(_OwnRows(rows, batch_size))
+        return _in_a_process(batches) if config.data.workers else batches
+    tokens = documents.shuffle(seed=seed).repeat(epochs).map(_Tokenise(tokenizer))
+    window = config.data.shuffle_window // batch_size
+    streams = []
+    for row in rows:
+        stream = _packed(config, tokens[row::batch_size])
+        if window > 1:
+            shuffled = stream.batch(window, drop_remainder=False).random_map(_shuffle, seed=seed)
+            stream = grain.experimental.FlatMapIterDataset(shuffled, _Rows(max_fan_out=window))
+        streams.append(stream)
+    workers = min(config.data.workers, len(streams))
+    if not workers:
+        return grain.experimental.ZipIterDataset(streams).map(_stack)
+    parts = np.array_split(np.arange(len(streams)), workers)
+    zipped = [_in_a_process(grain.experimental.ZipIterDataset([streams[i] for i in part])) for part in parts]
+    return grain.experimental.ZipIterDataset(zipped).map(_flatten).map(_stack)
+
+
+def _packed(config: Config, documents: grain.MapDataset) -> grain.IterDataset:
+    """Return the packed rows of ``{"tokens"}`` documents, one after the other."""
     # No read-ahead threads by default: they would compete with the compiler's on a small machine, and workers exist.
-    rows = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0 if config.data.workers == 0 else 4))
-    length = config.data.sequence_length + 1
-    rows = grain.experimental.ConcatThenSplitIterDataset(rows, length_struct={"tokens": length})
-    rows = rows.map(_ToRow(config.data.cross_document_attention))
-    if shuffle:
-        rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=config.data.shuffle_window, seed=seed)
-        batches = rows.batch(batch_size, drop_remainder=True)
-    else:
-        batches = rows.batch(batch_size * process_count, drop_remainder=False)
-        batches = batches.map(_OwnRows(batch_size, process_index, process_count))
-    if config.data.workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS(["layerskip_jax"])  # grain's worker processes read absl's flags
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
-    return batches
+    threads = grain.ReadOptions(num_threads=1 if config.data.workers else 0, prefetch_buffer_size=4)
+    rows = grain.experimental.ConcatThenSplitIterDataset(
+        documents.to_iter_dataset(threads), length_struct={"tokens": config.data.sequence_length + 1}
+    )
+    return rows.map(_ToRow(config.data.cross_document_attention))
+
+
+def _in_a_process(dataset: grain.IterDataset) -> grain.IterDataset:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["layerskip_jax"])  # grain's worker processes read absl's flags
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=1))
+
+
+# grain's own WindowShuffleIterDataset is slow at small windows: 5 ms a row at 4 rows.
+def _shuffle(window: dict[str, np.ndarray], generator: np.random.Generator) -> dict[str, np.ndarray]:
+    order = generator.permutation(len(window["mask_BT"]))
+    return {name: array[order] for name, array in window.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows(grain.experimental.FlatMapTransform):
+    """A window of rows to its rows."""
+
+    max_fan_out: int
+
+    def flat_map(self, window: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        return [dict(zip(window, row, strict=True)) for row in zip(*window.values(), strict=True)]
+
+
+def _flatten(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    return [row for part in parts for row in part]
+
+
+def _stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class _Tokenise:
@@ -101,14 +142,13 @@ class _ToRow:
 
 
 class _OwnRows:
-    """This process's rows of a global batch, filled up with rows of zeros where the last batch is short."""
+    """This process's rows of a batch, filled up with rows of zeros where the last batch is short."""
 
-    def __init__(self, batch_size: int, process_index: int, process_count: int):
-        self._first, self._size, self._whole = process_index * batch_size, batch_size, batch_size * process_count
+    def __init__(self, rows: Sequence[int], batch_size: int):
+        self._rows, self._batch_size = list(rows), batch_size
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         def own(rows: np.ndarray) -> np.ndarray:
-            filled = np.pad(rows, ((0, self._whole - len(rows)), (0, 0)))
-            return filled[self._first : self._first + self._size]
+            return np.pad(rows, ((0, self._batch_size - len(rows)), (0, 0)))[self._rows]
 
         return {name: own(rows) for name, rows in batch.items()}

@@ -1,0 +1,261 @@
+"""The long form of what docs/reliability.md promises: ``python -m benchmarks.reliability [kills damage ...]``.
+
+Real processes, real signals, real files. Without a name, all of it; the exit status is 1 if anything was lost.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+from layerskip_jax.checkpoint import load_model, named_arrays, read_checksums
+from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.config import Config
+from layerskip_jax.data.position import Position
+from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import train_tokenizer
+from layerskip_jax.recipe import Recipe
+from layerskip_jax.run_checkpoints import Checkpoints
+from layerskip_jax.sharding import make_mesh
+from layerskip_jax.train_step import Trainer, TrainState
+from layerskip_jax.training import local_batches, train
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+    --model.num_layers 2 --model.dim 16 --model.num_heads 2 --model.num_kv_heads 2 --model.ffn_dim 24
+    --model.vocab_size 300 --data.sequence_length 32 --train.loss_chunk 32 --train.batch_size 4 --train.log_every 1
+    --train.evaluate_batches 1 --train.evaluate_every 100000 --optimizer.warmup_steps 2
+    --layer_dropout.p_max 0.3 --early_exit.curriculum rotational --early_exit.dilation 2
+"""
+IN_A_SAVE = "*.orbax-checkpoint-tmp*"
+
+
+def make_settings(folder: Path) -> list[str]:
+    """Write a small corpus and its tokenizer into ``folder``; return the options of a tiny LayerSkip run on it."""
+    letters = random.Random(0)
+    (folder / "text").mkdir(parents=True)
+    for number in range(30):
+        words = ["".join(letters.choices("abcdefgh", k=letters.randrange(1, 6))) for _ in range(80)]
+        (folder / "text" / f"{number}.txt").write_text(" ".join(words))
+    data = ["--data.source", "text", "--data.path", str(folder / "text"), "--data.tokenizer", str(folder / "t.model")]
+    config, _ = parse_config(make_parser(""), data)
+    train_tokenizer(open_documents(config.data, "train"), config.data.tokenizer, 300)
+    return [*TINY.split(), *data]
+
+
+def contents(run: str) -> dict[str, np.ndarray]:
+    """Return all parameters of a run's newest checkpoint, and the digests of its optimizer's state."""
+    steps = sorted((Path(run) / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    sums = read_checksums(epath.Path(steps[-1]))["arrays"]
+    return named_arrays(jax.device_get(load_model(run)[0])) | {name: np.uint32(value) for name, value in sums.items()}
+
+
+def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+class Life:
+    """One start of ``train.py`` as a process of its own, from its beginning to its end, natural or not."""
+
+    def __init__(self, settings: list[str], run: Path, cache: Path):
+        self._run = run
+        few = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self._process = subprocess.Popen(
+            [sys.executable, "train.py", *settings, "--train.run_dir", str(run)],
+            cwd=ROOT,
+            env=os.environ | few | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def opening(self) -> str:
+        """Wait for the line that says from where the run goes on."""
+        for line in self._process.stdout or []:
+            if " steps, " in line:
+                return line.strip()
+        raise RuntimeError("the run has ended before it began")
+
+    def kill(self, seconds: float, in_a_save: bool) -> tuple[bool, bool]:
+        """SIGKILL after ``seconds``, counted from the beginning of the next save if asked for.
+
+        Returns whether that came before the run's own end, and whether it came in the middle of a save.
+        """
+        while in_a_save and self._process.poll() is None and not self._saving():
+            time.sleep(0.001)
+        time.sleep(seconds)
+        killed = self._process.poll() is None
+        self._process.kill()
+        self._process.communicate()
+        return killed, self._saving()
+
+    def _saving(self) -> bool:
+        return any((self._run / "checkpoints").glob(IN_A_SAVE))
+
+    def finish(self) -> str:
+        output, _ = self._process.communicate(timeout=600)
+        if self._process.returncode:
+            raise RuntimeError(f"the run ended with status {self._process.returncode}: {output[-2000:]}")
+        return output
+
+
+def newest(run: Path) -> int | None:
+    return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=None)
+
+
+def kills(trials: int = 30, seed: int = 0, steps: int = 60) -> Counter[str]:
+    """SIGKILL runs that save at every step, at random moments and within saves; compare each with one left alone."""
+    moments, count = random.Random(seed), Counter[str]()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = [*make_settings(folder), "--train.checkpoint_every", "1", "--train.steps", str(steps)]
+        cache, run = folder / "cache", folder / "whole"
+        Life(settings, run, cache).finish()
+        whole = contents(str(run))
+        while count["kills"] < trials:
+            run = folder / f"run{count['runs']}"
+            complete: int | None = None
+            while True:
+                life = Life(settings, run, cache)
+                if count["kills"] < trials and moments.random() < 0.1:
+                    killed, saving = life.kill(moments.uniform(0, 6), in_a_save=False)  # while it starts
+                else:
+                    opening = life.opening()
+                    start = "from scratch" if complete is None else f"resuming after step {complete}"
+                    count["starts that did not go on from the newest checkpoint"] += not opening.endswith(start)
+                    if count["kills"] >= trials:
+                        life.finish()
+                        killed = saving = False
+                    else:
+                        in_a_save = moments.random() < 0.6
+                        killed, saving = life.kill(moments.uniform(0, 0.05 if in_a_save else 2), in_a_save)
+                count["kills"] += killed
+                count["kills in a save"] += killed and saving
+                complete = newest(run)
+                if not killed:
+                    break
+            count["runs"] += 1
+            count["runs that ended with other parameters"] += not same(contents(str(run)), whole)
+    return count
+
+
+def damage(trials: int = 300, seed: int = 0) -> Counter[str]:
+    """Damage files and folders of a newest checkpoint, each time restore, and compare with what was saved."""
+    chance, count = random.Random(seed), Counter[str]()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        options = ["--train.steps", "4", "--train.checkpoint_every", "2", "--train.run_dir", str(folder / "run")]
+        config, _ = parse_config(make_parser(""), [*make_settings(folder), *options])
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(config)
+        good, checkpoints = folder / "good", folder / "run" / "checkpoints"
+        checkpoints.rename(good)
+        states = {}
+        for step in (4, 2):
+            shutil.copytree(good, checkpoints)
+            if step == 2:
+                shutil.rmtree(checkpoints / "4")
+            states[step] = restored(config)
+            shutil.rmtree(checkpoints)
+        files = sorted(path.relative_to(good) for path in (good / "4").rglob("*") if path.is_file())
+        folders = sorted({parent for file in files for parent in file.parents if parent.parts})
+        # Every file and folder once before any one twice.
+        harms = [(harm, path) for harm in HARMS for path in (folders if harm is halve else files)]
+        harms = [one for _ in range(-(-trials // len(harms))) for one in chance.sample(harms, len(harms))]
+        for harm, path in harms[:trials]:
+            shutil.copytree(good, checkpoints)
+            harm(checkpoints / path, chance)
+            said = io.StringIO()
+            with contextlib.redirect_stderr(said):
+                found = restored(config)
+            shutil.rmtree(checkpoints)
+            if same(found, states[4]):
+                count["harmless"] += 1
+                count["false alarms"] += "damaged" in said.getvalue()
+            elif same(found, states[2]) and "WARNING: the checkpoint" in said.getvalue():
+                count["recognised, and the one before taken"] += 1
+            else:
+                count[f"wrong state after {harm.__name__} {path}"] += 1
+    return count
+
+
+def restored(config: Config) -> dict[str, np.ndarray]:
+    """Return what a start of ``config`` restores: all arrays, and the next batch."""
+    trainer, abstract = trainer_of(config)
+    with jax.set_mesh(trainer.mesh), Checkpoints(config) as checkpoints:
+        data = iter(local_batches(config, "train", trainer.mesh))
+        state = checkpoints.restore(abstract, Position(data, range(config.train.batch_size)))
+        arrays = named_arrays(jax.device_get(state))
+        return {name: np.asarray(array) for name, array in arrays.items()} | next(data)
+
+
+@functools.cache
+def trainer_of(config: Config) -> tuple[Trainer, TrainState]:
+    trainer = Trainer(config, Recipe.from_config(config), make_mesh(config))
+    return trainer, trainer.abstract_state()
+
+
+def flip(file: Path, chance: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    if content:
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    file.write_bytes(content)
+
+
+def truncate(file: Path, chance: random.Random) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: chance.randrange(max(len(content), 1))])
+
+
+def remove(file: Path, chance: random.Random) -> None:
+    file.unlink()
+
+
+def halve(folder: Path, chance: random.Random) -> None:
+    """Delete half of what is in a folder."""
+    entries = sorted(folder.iterdir())
+    for entry in chance.sample(entries, (len(entries) + 1) // 2):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+HARMS = (flip, truncate, remove, halve)
+LONG: dict[str, Callable[[], Counter[str]]] = {"kills": kills, "damage": damage}
+HARMLESS = {
+    "kills",
+    "kills in a save",
+    "runs",
+    "harmless",
+    "recognised, and the one before taken",
+}
+"""Counts that are no losses; every other one should be 0."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *LONG], default=[], help="what to run; all by default")
+    lost = 0
+    for name in parser.parse_args().names or LONG:
+        began = time.monotonic()
+        count = LONG[name]()
+        print(f"{name}: {', '.join(f'{value} {what}' for what, value in count.items())}", flush=True)
+        print(f"  {time.monotonic() - began:.0f} s", flush=True)
+        lost += sum(value for what, value in count.items() if what not in HARMLESS)
+    sys.exit(1 if lost else 0)
+
+
+if __name__ == "__main__":
+    main()
