@@ -23,7 +23,7 @@ LAYERS = [
     {"decoding", "quantization"},
     {"training", "plots"},
     {"evaluation"},
-    {"commands", "sweep"},
+    {"commands", "sweep", "report"},
 ]
 
 
