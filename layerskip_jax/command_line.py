@@ -19,6 +19,9 @@ from layerskip_jax.errors import UserError, nearest
 
 T = TypeVar("T")
 
+SHIPPED = Path(__file__).parent / "configs"
+"""The experiments of ``configs/``, where the package is installed without its checkout."""
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose errors are `UserError`s that name the nearest right option."""
@@ -127,8 +130,13 @@ def apply_overrides(defaults: T, overrides: dict[str, Any]) -> T:
 
 
 def load_config_file(path: str) -> Config:
-    """Run the Python file ``path`` and return its ``get_config()``. It is code: name only files that you trust."""
-    return run_file(path, "get_config", Config)
+    """Run the Python file ``path`` and return its ``get_config()``. It is code: name only files that you trust.
+
+    Where there is no file ``configs/NAME.py``, the one that is installed with the package is meant.
+    """
+    shipped = SHIPPED / Path(path).name
+    ours = Path(path).parent == Path("configs") and shipped.is_file() and not Path(path).is_file()
+    return run_file(str(shipped) if ours else path, "get_config", Config)
 
 
 def run_file(path: str, function: str, kind: type[T]) -> T:
@@ -136,6 +144,7 @@ def run_file(path: str, function: str, kind: type[T]) -> T:
     file = Path(path)
     if not file.is_file():
         others = sorted(str(other) for other in (file.parent if file.parent.is_dir() else Path("configs")).glob("*.py"))
+        others = others or [f"configs/{other.name}" for other in sorted(SHIPPED.glob("*.py"))]
         what = kind.__name__.lower()
         raise UserError(f"no {what} file {path}{nearest(path, others)} (a {what} is a Python file with {function}())")
     spec = importlib.util.spec_from_file_location(f"layerskip_jax_file_{file.stem}", file)

@@ -1,6 +1,7 @@
-"""What a run reports, as JSON lines and to TensorBoard."""
+"""What a run reports: as JSON lines, to TensorBoard, and to Weights & Biases if asked."""
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -10,18 +11,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from layerskip_jax.config import Config, experiment
+from layerskip_jax.errors import UserError
 from layerskip_jax.train_step import StepMetrics
 
 
 class MetricsWriter:
-    """Append metrics to ``RUN_DIR/metrics.jsonl`` and to TensorBoard; only the first process writes."""
+    """Append metrics to ``RUN_DIR/metrics.jsonl``, TensorBoard and W&B (if asked); only the first process writes."""
 
-    def __init__(self, run_dir: str):
+    def __init__(self, config: Config):
         self._active = jax.process_index() == 0
         if self._active:
             from tensorboardX import SummaryWriter  # here, since it takes a second to import
 
-            folder = Path(run_dir)
+            folder = Path(config.train.run_dir)
+            self._wandb = _wandb_run(config) if config.train.wandb_project else None
             folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / "metrics.jsonl").open("a", buffering=1)
             self._board = SummaryWriter(str(folder / "tensorboard"))
@@ -36,11 +40,31 @@ class MetricsWriter:
                 self._board.add_text(name, value, step)
             else:
                 self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
         if self._active:
             self._file.close()
             self._board.close()
+            if self._wandb:
+                self._wandb.finish()
+
+
+def _wandb_run(config: Config) -> Any:
+    """Start or go on with the run's namesake in Weights & Biases; the environment says how (WANDB_MODE=offline)."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("train.wandb_project needs wandb: pip install 'layerskip-jax[wandb]'") from None
+    folder = str(Path(config.train.run_dir).resolve())
+    return wandb.init(
+        project=config.train.wandb_project,
+        name=Path(folder).name,
+        id=hashlib.sha256(folder.encode()).hexdigest()[:16],  # a resumed run goes on in the same one
+        resume="allow",
+        config=experiment(config),
+    )
 
 
 def read_records(run_dir: str) -> list[dict[str, Any]]:

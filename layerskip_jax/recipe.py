@@ -5,13 +5,18 @@ train(config, recipe=recipe)
 """
 
 import dataclasses
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import jax
 from jax.typing import ArrayLike
 
 from layerskip_jax import early_exit, layer_dropout
 from layerskip_jax.config import Config
+from layerskip_jax.model import Transformer
+
+Guide = Callable[[Transformer, jax.Array, jax.Array], Any]
+"""``(model, inputs_BT, segments_BT) -> arrays [B, T, ...]``, made before the exits run, for `Recipe.exit_loss`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Recipe:
     time_scale: layer_dropout.TimeScale
     curriculum: early_exit.Curriculum
     e_scale: float
+    exit_loss: early_exit.ExitLoss = early_exit.cross_entropy
+    guide: Guide | None = None
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
