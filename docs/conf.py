@@ -20,16 +20,16 @@ autodoc_typehints = "description"
 autodoc_mock_imports = ["lm_eval", "rouge_score"]
 
 
-def only_pages_that_exist(app: Sphinx, page: str, source: list[str]) -> None:
-    """Leave pages out of the index's table that are not written yet."""
+def complete_the_table(app: Sphinx, page: str, source: list[str]) -> None:
+    """Leave pages out of the index's table that are not written yet, and add those that it does not name."""
     if page == "index":
-        table, end = "```{toctree}", "```\n"
-        before, entries = source[0].split(table)
-        entries, after = entries.split(end, 1)
-        folder = Path(app.srcdir)
-        kept = [line for line in entries.splitlines() if not line.isidentifier() or (folder / f"{line}.md").exists()]
-        source[0] = before + table + "\n".join(kept) + "\n" + end + after
+        before, rest = source[0].split("```{toctree}\n")
+        table, after = rest.split("```\n", 1)
+        there = {file.stem for file in Path(app.srcdir).glob("*.md")} - {"index"}
+        listed = [line for line in table.splitlines() if not line.isidentifier() or line in there]
+        table = "\n".join([*listed, *sorted(there - set(listed))])
+        source[0] = f"{before}```{{toctree}}\n{table}\n```\n{after}"
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("source-read", only_pages_that_exist)
+    app.connect("source-read", complete_the_table)

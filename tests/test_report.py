@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis.extra import numpy as arrays
 from models import tiny_model
 
 from layerskip_jax import report, sweep
+from layerskip_jax.checkpoint import store_swept
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError
@@ -37,22 +39,22 @@ def test_each_exit_says_what_the_model_cut_there_would(corpus):
     tokenizer = Tokenizer.load(corpus.tokenizer)
     model = tiny_model(4, vocab_size=tokenizer.vocab_size, num_layers=3).unstacked()
     figure = token_exits(model, tokenizer, "def x", 5)
-    text = [tokenizer.bos_id, *tokenizer.encode("def x")]
-    for said in figure.said:
-        tokens = jnp.array([text])
-        for exit_layer in (1, 3):
-            assert said[exit_layer - 1] == tokenizer.decode(
-                [int(model.first_layers(exit_layer)(tokens)[0, -1].argmax())]
-            )
-        text.append(int(model(tokens)[0, -1].argmax()))
     assert len(figure.settled) == len(figure.said) <= 5
+    forward = jax.jit(lambda model, tokens: model(tokens)[0].argmax(-1))
+    prompt = [tokenizer.bos_id, *tokenizer.encode("def x")]
+    tokens = jnp.zeros((1, 64), int).at[0, : len(prompt)].set(jnp.array(prompt))
+    for at, said in enumerate(figure.said, len(prompt) - 1):
+        for exit_layer in (1, 3):
+            own = forward(model.first_layers(exit_layer), tokens)[at]
+            assert said[exit_layer - 1] == tokenizer.decode([int(own)])
+        tokens = tokens.at[0, at + 1].set(own)
 
 
 def test_a_report_is_one_page_that_needs_no_other_file(trained_run, tmp_path, capsys):
     run = shutil.copytree(trained_run, tmp_path / "run").as_posix()
-    request = ["--checkpoint", run, "--prompt", "def x", "--max_new_tokens", "6", "--repeats", "1"]
-    sweep.main([*request, "--try_exits", "1", "--try_lengths", "2"])
-    capsys.readouterr()
+    measurement = sweep.Measurement({"exit_layer": 1}, 10.0, 1.5, 0.5, 2.0, 2.0, 1.0, True)
+    sweep.plot([measurement, measurement], [1], [2], Path(run, "plots", "sweep.png"))
+    store_swept(run, {"exit_layer": 1}, {"tokens_per_second": 10.0})
     report.main([run, "--new_tokens", "6", "--batches", "1", "--prompt", "def <x>"])
     page = Path(capsys.readouterr().out.strip()).read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -60,7 +62,7 @@ def test_a_report_is_one_page_that_needs_no_other_file(trained_run, tmp_path, ca
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "def &lt;x&gt;" in page
-    assert '"tokens_per_second"' in page  # what the sweep stored
+    assert "&quot;tokens_per_second&quot;: 10.0" in page  # what a sweep stored
     assert page.count("<tr>") - 1 <= 6
     assert {path.name for path in Path(run, "plots").iterdir()} >= {"quality.png", "tokens_0.png", "loss.png"}
 
