@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_known_options(argv)
     model, config, tokenizer_path = load_model(options.checkpoint)
     tokenizer = Tokenizer.load(str(tokenizer_path))
-    policy = Careful(config.decode.exit_layer or max(1, config.model.num_layers // 4), draft_length=8)
+    policy = Careful(config.decode.exit_layer or max(1, config.model.num_layers // 4), draft_length=4)
     prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
     result = generate(model.unstacked(), [prompt], config.decode.max_new_tokens, SelfSpeculative(Greedy(), policy))
     print(options.prompt + tokenizer.decode(result.tokens[0]))

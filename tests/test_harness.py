@@ -63,13 +63,13 @@ def _log_p(model, tokens):
 
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=5),
-    exit_layer=st.sampled_from([2, 4]),
+    exit_layer=st.sampled_from([1, 2]),
     max_length=st.sampled_from([20, 64]),
 )
 @settings(max_examples=15)
 def test_likelihoods_are_sums_over_whole_logits(lengths, exit_layer, max_length):
     """Row by row, one token after another, without batches."""
-    model, random = tiny_model(2).unstacked(), np.random.default_rng(len(lengths))
+    model, random = tiny_model(2, num_layers=2).unstacked(), np.random.default_rng(len(lengths))
     pairs = [tuple(random.integers(0, 61, size).tolist() for size in pair) for pair in lengths]
     early = model.first_layers(exit_layer)
     for (context, continuation), (score, greedy) in zip(
