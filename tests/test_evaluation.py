@@ -38,12 +38,11 @@ SOLVED = {
 
 
 def test_predictions_and_scores_are_those_of_the_model_cut_there():
-    """Against whole logits of a model of E layers, for every E, from stacked and unstacked blocks."""
+    """Against whole logits of a model of E layers, for every E."""
     model = tiny_model(5, num_layers=2)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 70)), jnp.int32)
     targets, segments = jnp.roll(tokens, -1, axis=1), jnp.ones_like(tokens)
     next_LBT = exit_predictions(model, tokens, segments)
-    np.testing.assert_array_equal(exit_predictions(model.unstacked(), tokens, segments), next_LBT)
     forward = jax.jit(lambda model: model(tokens))
     for exit_layer in (1, 2):
         logits = forward(model.unstacked().first_layers(exit_layer))
