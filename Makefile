@@ -6,7 +6,7 @@ CONFIG = configs/quickstart.py
 BIN = $(VENV)/bin
 export JAX_PLATFORMS ?= $(if $(ACCELERATOR),,cpu)
 
-.PHONY: help quickstart baseline test lint format bench clean
+.PHONY: help quickstart baseline test lint format docs bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -52,6 +52,11 @@ lint: $(BIN)/.installed-dev  ## ruff, mypy and shellcheck
 format: $(BIN)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(BIN)/.installed-dev  ## build the site of docs/ into build/docs; warnings are errors
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo 'open build/docs/index.html'
 
 bench: $(BIN)/.installed  ## the figures of the README's table of bars
 	$(BIN)/python benchmarks/step_cost.py

@@ -28,7 +28,7 @@ DECODE_LOOP = [
 
 def python_files() -> list[Path]:
     """Return the project's own files: the top level's and those of its folders, without virtual environments."""
-    folders = ["layerskip_jax", "configs", "tests", "benchmarks", "tpu"]
+    folders = ["layerskip_jax", "configs", "tests", "benchmarks", "examples", "docs", "tpu"]
     return [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
 
 

@@ -19,6 +19,9 @@ from layerskip_jax.errors import UserError, nearest
 
 T = TypeVar("T")
 
+SHIPPED = Path(__file__).parent / "configs"
+"""The experiments of ``configs/``, where the package is installed without its checkout."""
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose errors are `UserError`s that name the nearest right option."""
@@ -127,25 +130,39 @@ def apply_overrides(defaults: T, overrides: dict[str, Any]) -> T:
 
 
 def load_config_file(path: str) -> Config:
-    """Run the Python file ``path`` and return its ``get_config()``. It is code: name only files that you trust."""
+    """Run the Python file ``path`` and return its ``get_config()``. It is code: name only files that you trust.
+
+    Where there is no file ``configs/NAME.py``, the one that is installed with the package is meant.
+    """
+    shipped = SHIPPED / Path(path).name
+    ours = Path(path).parent == Path("configs") and shipped.is_file() and not Path(path).is_file()
+    return run_file(str(shipped) if ours else path, "get_config", Config)
+
+
+def run_file(path: str, function: str, kind: type[T]) -> T:
+    """Run the Python file ``path`` and return what its ``function`` returns, which must be a ``kind``."""
     file = Path(path)
     if not file.is_file():
         others = sorted(str(other) for other in (file.parent if file.parent.is_dir() else Path("configs")).glob("*.py"))
-        raise UserError(f"no config file {path}{nearest(path, others)} (a config is a Python file with get_config())")
-    spec = importlib.util.spec_from_file_location(f"layerskip_jax_config_{file.stem}", file)
+        others = others or [f"configs/{other.name}" for other in sorted(SHIPPED.glob("*.py"))]
+        what = kind.__name__.lower()
+        raise UserError(f"no {what} file {path}{nearest(path, others)} (a {what} is a Python file with {function}())")
+    spec = importlib.util.spec_from_file_location(f"layerskip_jax_file_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
-        raise UserError(f"config file {path} does not run: {type(error).__name__}: {error}") from error
-    if not hasattr(module, "get_config"):
-        raise UserError(f"config file {path} has no get_config() -> Config")
-    config = module.get_config()
-    if not isinstance(config, Config):
-        raise UserError(f"get_config() of {path} returned a {type(config).__name__}, not a layerskip_jax.config.Config")
-    return config
+        raise UserError(f"{kind.__name__.lower()} file {path} does not run: {type(error).__name__}: {error}") from error
+    if not hasattr(module, function):
+        raise UserError(f"{kind.__name__.lower()} file {path} has no {function}() -> {kind.__name__}")
+    value = getattr(module, function)()
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{function}() of {path} returned a {type(value).__name__}, not a {kind.__module__}.{kind.__name__}"
+        )
+    return value
 
 
 def add_config_option(parser: OneLineParser) -> None:

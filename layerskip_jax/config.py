@@ -239,6 +239,7 @@ class TrainConfig:
         0, "first step of a profiler trace in RUN_DIR/profile; 0 is none (SIGUSR1 starts one too)"
     )
     profile_steps: int = setting(3, "steps in a profiler trace")
+    wandb_project: str = setting("", "Weights & Biases project that gets the metrics too; none is off")
     hang_seconds: int = setting(1800, "print all stacks once if no step finishes for so long; 0 is never [seconds]")
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ Index l weighs the *output* of block l, which is "exit l+1": the model that runs
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,25 @@ from jax.typing import ArrayLike
 
 Curriculum = Callable[[ArrayLike, int, int], jax.Array]
 """``(step t, total_steps T, num_layers L) -> C_L``, 1 where the exit after block l has a loss at step t, else 0."""
+
+
+ExitLoss = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax.Array, Any], jax.Array]
+"""``(g, x_BCD, targets_BC, mask_BC, guide) -> loss``: what an exit minimises, summed over counted positions [nats].
+
+``g(x_BCD)`` gives the logits of C positions of each sequence. ``guide`` holds their parts of what the recipe's own
+``guide`` made for the whole batch, and is None where it made nothing.
+"""
+
+
+def cross_entropy(
+    g: Callable[[jax.Array], jax.Array], x_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, guide: Any = None
+) -> jax.Array:
+    """``CE(g(x), Y)`` of eq. 5: the sum over counted positions of ``-log softmax(g(x))[target]`` [nats]."""
+    logits_BCV = g(x_BCD)
+    # A comparison in place of a gather: it fuses, and it works when the vocabulary is split over devices.
+    is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[:, :, None]
+    target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
+    return jnp.sum((jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC) * mask_BC)
 
 
 def exit_scale(num_layers: int, e_scale: float) -> jax.Array:

@@ -1,6 +1,7 @@
 """Cross-entropy at the exits, computed inside the scan over layers, without ever holding [batch, length, vocab]."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from layerskip_jax.attention import SAVED_OUTPUT
+from layerskip_jax.early_exit import ExitLoss, cross_entropy
 from layerskip_jax.layer_dropout import BlockFunction, Rows, apply_masked
 from layerskip_jax.model import Block, Transformer, run_layers
 from layerskip_jax.sharding import constrain, mesh_size
@@ -30,6 +32,10 @@ INPUTS_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst="pinned_host",
 )
+
+
+Labels = tuple[jax.Array, jax.Array, Any]
+"""``targets_BT``, ``mask_BT`` and the guide of a recipe's exit loss, or a chunk of each."""
 
 
 class Batch(NamedTuple):
@@ -55,18 +61,17 @@ class ExitLosses(NamedTuple):
     loss_L: jax.Array
 
 
-def cross_entropy(logits_BCV: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
-    """Return the sum over counted positions of ``-log softmax(logits)[target]`` [nats]."""
-    # A comparison in place of a gather: it fuses, and it works when the vocabulary is split over devices.
-    is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[:, :, None]
-    target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
-    return jnp.sum((jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC) * mask_BC)
-
-
 def exit_loss(
-    model: Transformer, x_BTD: jax.Array, batch: Batch, chunk: int, weight: jax.Array, of_x: bool, d_head: Any
+    model: Transformer,
+    x_BTD: jax.Array,
+    labels: Labels,
+    loss: ExitLoss,
+    chunk: int,
+    weight: jax.Array,
+    of_x: bool,
+    d_head: Any,
 ) -> tuple[jax.Array, Any, Any]:
-    """Return an exit's summed loss, and the gradients of ``weight`` times it that are asked for.
+    """Return an exit's summed ``loss``, and the gradients of ``weight`` times it that are asked for.
 
     They are ``(d_x_BTD, d_norm_D)`` (``of_x``), and ``d_head``, added to the one that comes in (None: not asked for).
     Only ``chunk`` positions of each sequence are unembedded at once; it divides T or exceeds it.
@@ -80,20 +85,20 @@ def exit_loss(
     whole = lambda matrix: constrain(matrix, *(axis if axis == "vocab" else None for axis in axes))  # noqa: E731
     head = jax.tree.map(lambda matrix: whole(matrix.astype(x_BTD.dtype)), kept_head)
 
-    def add(carry: tuple[jax.Array, Any, Any], piece: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        (total, d_norm_D, d_head), (x_BCD, *labels) = carry, piece
+    def add(carry: tuple[jax.Array, Any, Any], piece: tuple[jax.Array, Labels]) -> tuple[Any, Any]:
+        (total, d_norm_D, d_head), (x_BCD, labels) = carry, piece
 
         def of_chunk(x_BCD: jax.Array, norm_D: Any, head: Any) -> jax.Array:
-            return cross_entropy(model.unembed(x_BCD, (norm_D, jax.tree.map(whole, head))), *labels)
+            return loss(partial(model.unembed, head=(norm_D, jax.tree.map(whole, head))), x_BCD, *labels)
 
         if not of_x and d_head is None:
             return (total + of_chunk(x_BCD, norm_D, head), None, None), None
-        loss, pullback = jax.vjp(of_chunk, x_BCD, norm_D, head)
+        value, pullback = jax.vjp(of_chunk, x_BCD, norm_D, head)
         d_x_BCD, more_norm_D, more_head = pullback(weight)
         d_norm_D = jax.tree.map(jnp.add, d_norm_D, more_norm_D) if of_x else None
         if d_head is not None:
             d_head = jax.tree.map(lambda a, b: whole(a + b), d_head, more_head)
-        return (total + loss, d_norm_D, d_head), d_x_BCD if of_x else None
+        return (total + value, d_norm_D, d_head), d_x_BCD if of_x else None
 
     parts = mesh_size("length")  # of a sequence that lies on several devices, a chunk takes some of each part
 
@@ -107,11 +112,10 @@ def exit_loss(
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head) if d_head is not None else None
     start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, norm_D) if of_x else None, zeros
-    pieces = (chunks(x_BTD), chunks(batch.targets_BT), chunks(batch.mask_BT))
-    (loss, d_norm_D, more), d_x = jax.lax.scan(add, start, pieces)
+    (value, d_norm_D, more), d_x = jax.lax.scan(add, start, jax.tree.map(chunks, (x_BTD, labels)))
     if d_head is not None:  # lies as the head does
         d_head = jax.tree.map(lambda a, b: a + constrain(b, *axes), d_head, more)
-    return loss, (joined(d_x), d_norm_D) if of_x else None, d_head
+    return value, (joined(d_x), d_norm_D) if of_x else None, d_head
 
 
 @jax.custom_vjp
@@ -136,6 +140,8 @@ def exit_losses(
     apply: Apply = apply_masked,
     remat: str = "none",
     train: bool = True,
+    loss: ExitLoss = cross_entropy,
+    guide: Any = None,
 ) -> ExitLosses:
     """Return the objective, and the loss of every exit whose weight is not zero (0 for the others).
 
@@ -144,13 +150,16 @@ def exit_losses(
     those of the objective, and with ``train`` they are computed on the way: each exit's own for ``x`` waits for the
     backward pass; that of the head, which all exits share, is summed up through the scan. So a token costs an exit
     6 D V operations, where logits computed again would make it 8 (as they do where ``remat`` keeps inputs alone).
+
+    ``loss`` is what an exit minimises; it gets the positions' parts of ``guide``, a tree of ``[B, T, ...]`` arrays.
     """
     fixed = jax.lax.stop_gradient(model)
+    labels = jax.lax.stop_gradient((batch.targets_BT, batch.mask_BT, guide))
     recomputes = remat in ("full", "offload")
 
     def if_on(weight: jax.Array, x_BTD: jax.Array, of_x: bool, d_head: Any) -> Any:
         def on(x_BTD: jax.Array, d_head: Any) -> Any:
-            return exit_loss(fixed, x_BTD, batch, chunk, weight, of_x, d_head)
+            return exit_loss(fixed, x_BTD, labels, loss, chunk, weight, of_x, d_head)
 
         def off(x_BTD: jax.Array, d_head: Any) -> Any:
             nothing = jax.tree.map(jnp.zeros_like, (x_BTD, fixed.final_norm_D)) if of_x else None
@@ -178,13 +187,13 @@ def exit_losses(
             x_BTD = x_BTD + f(block, x_BTD, batch.segments_BT)
         else:
             x_BTD = apply(f, block, (x_BTD, batch.segments_BT), kept_B, scale)
-        loss, of_x, d_head = if_on(weight, x_BTD, train and not recomputes, d_head)
+        value, of_x, d_head = if_on(weight, x_BTD, train and not recomputes, d_head)
         if not train:
-            return (x_BTD, d_head), ExitLosses(weight * loss, loss)
+            return (x_BTD, d_head), ExitLosses(weight * value, value)
         if recomputes:
             # Apart from the head's, so that the forward pass leaves this out, and the recomputation that.
             _, of_x, _ = if_on(weight, x_BTD, True, None)
-        return (x_BTD, d_head), ExitLosses(with_gradient(weight * loss, (x_BTD, model.final_norm_D), of_x), loss)
+        return (x_BTD, d_head), ExitLosses(with_gradient(weight * value, (x_BTD, model.final_norm_D), of_x), value)
 
     if recomputes:
         step = jax.checkpoint(step, policy=INPUTS_TO_HOST if remat == "offload" else None, prevent_cse=False)

@@ -1,75 +1,167 @@
-"""What a run reports, as JSON lines and to TensorBoard."""
+"""What a run reports: as JSON lines, to TensorBoard, and to Weights & Biases if asked."""
 
 import contextlib
+import hashlib
 import json
 import math
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from layerskip_jax.config import Config, experiment
+from layerskip_jax.errors import UserError
+from layerskip_jax.locations import is_remote, locate
 from layerskip_jax.train_step import StepMetrics
+
+METRICS = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Where numbers and texts go."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricsWriter:
-    """Append metrics to ``RUN_DIR/metrics.jsonl`` and to TensorBoard; only the first process writes.
+    """Append metrics to ``RUN_DIR/metrics.jsonl``, TensorBoard and W&B (if asked); only the first process writes.
 
-    Each on its own: the first failure of one is said, and the run goes on without it.
+    Each on its own: the first failure of one is said, and the run goes on without it. To a file in a bucket nothing can
+    be appended: there files are written on this machine, in a temporary folder, and `publish` copies them whole.
     """
 
-    def __init__(self, run_dir: str):
-        self._folder = Path(run_dir)
-        self._sinks: dict[str, Any] = {}
+    def __init__(self, config: Config):
+        self._sinks: dict[str, Sink] = {}
+        self._spool: tempfile.TemporaryDirectory[str] | None = None
         if jax.process_index() == 0:
-            self._try("metrics.jsonl", self._open_lines)
-            self._try("TensorBoard", self._open_board)
+            self._folder = locate(config.train.run_dir)
+            if is_remote(self._folder):
+                self._spool = tempfile.TemporaryDirectory(prefix="metrics-")
+            folder = Path(self._spool.name if self._spool else str(self._folder))
+            if config.train.wandb_project:  # a mistake in asking for it is the user's to mend
+                self._sinks["Weights & Biases"] = WeightsAndBiases(config)
+            self._try(METRICS, lambda: self._open(METRICS, Lines(folder, self._folder)))
+            self._try("TensorBoard", lambda: self._open("TensorBoard", Board(folder)))
 
-    def _open_lines(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._sinks["metrics.jsonl"] = (self._folder / "metrics.jsonl").open("a", buffering=1)
+    def _open(self, name: str, sink: Sink) -> None:
+        self._sinks[name] = sink
 
-    def _open_board(self) -> None:
-        from tensorboardX import SummaryWriter  # here, since it takes a second to import
-
-        before = set(threading.enumerate())
-        self._sinks["TensorBoard"] = SummaryWriter(str(self._folder / "tensorboard"), max_queue=1000)
-        self._board_threads = set(threading.enumerate()) - before
-
-    def _try(self, sink: str, act: Callable[[], object]) -> None:
+    def _try(self, name: str, act: Callable[[], object]) -> None:
         try:
             act()
         except Exception as error:
-            self._sinks.pop(sink, None)
-            print(f"WARNING: no more is written to {sink}: {error}", file=sys.stderr, flush=True)
+            self._sinks.pop(name, None)
+            print(f"WARNING: no more is written to {name}: {error}", file=sys.stderr, flush=True)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write numbers and texts for ``step`` (the number of optimizer steps done)."""
-        write_to = {"metrics.jsonl": self._write_line, "TensorBoard": self._write_to_board}
-        for sink in list(self._sinks):
-            self._try(sink, partial(write_to[sink], step, values))
+        for name, sink in list(self._sinks.items()):
+            self._try(name, lambda sink=sink: sink.write(step, values))
 
-    def _write_line(self, step: int, values: Mapping[str, Any]) -> None:
-        self._sinks["metrics.jsonl"].write(json.dumps({"step": step, **values}) + "\n")
+    def publish(self) -> None:
+        """Copy what was written so far to a run folder in a bucket; a local one has it already."""
+        if self._spool:
+            for name, sink in list(self._sinks.items()):
+                self._try(name, sink.flush)
+            self._try(str(self._folder), self._copy)
 
-    def _write_to_board(self, step: int, values: Mapping[str, Any]) -> None:
-        # On a full disk its thread dies, and whoever gives it more than its queue holds waits for ever.
-        if not all(thread.is_alive() for thread in self._board_threads):
-            raise OSError("its writer has ended")
-        board = self._sinks["TensorBoard"]
-        for name, value in values.items():
-            if isinstance(value, str):
-                board.add_text(name, value, step)
-            else:
-                board.add_scalar(name, value, step)
+    def _copy(self) -> None:
+        assert self._spool
+        spool = Path(self._spool.name)
+        for file in (file for file in spool.rglob("*") if file.is_file()):
+            target = self._folder / file.relative_to(spool).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
 
     def close(self) -> None:
-        for sink in list(self._sinks):
-            self._try(sink, self._sinks[sink].close)
+        for name, sink in list(self._sinks.items()):
+            self._try(name, sink.close)
+        self._sinks.clear()
+        self.publish()
+        if self._spool:
+            self._spool.cleanup()
+
+
+class Lines:
+    """One JSON line a step, in ``folder``; what ``before`` holds already is kept in front."""
+
+    def __init__(self, folder: Path, before: Any):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / METRICS).exists() and (before / METRICS).exists():
+            (folder / METRICS).write_bytes((before / METRICS).read_bytes())
+        self._file = (folder / METRICS).open("a", buffering=1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Board:
+    """TensorBoard's event files, in ``folder/tensorboard``."""
+
+    def __init__(self, folder: Path):
+        from tensorboardX import SummaryWriter  # here, since it takes a second to import
+
+        before = set(threading.enumerate())
+        self._writer = SummaryWriter(str(folder / "tensorboard"), max_queue=1000)
+        self._threads = set(threading.enumerate()) - before
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        # On a full disk its thread dies, and whoever gives it more than its queue holds waits for ever.
+        if not all(thread.is_alive() for thread in self._threads):
+            raise OSError("its writer has ended")
+        for name, value in values.items():
+            if isinstance(value, str):
+                self._writer.add_text(name, value, step)
+            else:
+                self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """The run's namesake in Weights & Biases; the environment says how (WANDB_MODE=offline)."""
+
+    def __init__(self, config: Config):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("train.wandb_project needs wandb: pip install 'layerskip-jax[wandb]'") from None
+        folder = locate(config.train.run_dir)
+        self._run = wandb.init(
+            project=config.train.wandb_project,
+            name=folder.name,
+            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],  # a resumed run goes on in the same one
+            resume="allow",
+            config=experiment(config),
+        )
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def flush(self) -> None:
+        """Nothing: it sends by itself."""
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def read_records(run_dir: str) -> list[dict[str, Any]]:
@@ -77,7 +169,7 @@ def read_records(run_dir: str) -> list[dict[str, Any]]:
 
     A line that a killed process left half written is passed over.
     """
-    path = Path(run_dir) / "metrics.jsonl"
+    path = locate(run_dir) / METRICS
     records = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):

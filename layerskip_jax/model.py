@@ -251,7 +251,7 @@ class Transformer(nnx.Module):
         return constrain(logits_BTV, "batch", "length", "vocab")
 
     def unstacked(self) -> "Transformer":
-        """Return the same model with `blocks` as a list of `DecodingBlock`s and matrices in the compute type.
+        """Return the same model with `blocks` as a list, each a `DecodingBlock`, and matrices in the compute type.
 
         One copy of the weights now, and none at every token.
         """

@@ -2,6 +2,8 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,24 +29,32 @@ def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
     return values
 
 
-def plot_run(run_dir: str) -> list[Path]:
-    """Write PNG pictures to ``RUN/plots`` and return their paths."""
+def save_picture(
+    path: Path, draw: Callable[[np.ndarray], None], panels: int = 2, size: tuple[float, float] = (12, 4.5)
+) -> Path:
+    """Let ``draw`` fill ``panels`` axes side by side, of ``size`` [inches] together, and write them as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    draw(axes[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def plot_run(run_dir: str) -> list[Path]:
+    """Write PNG pictures to ``RUN/plots`` and return their paths."""
     config = read_config(find_checkpoint(run_dir))
     metrics, folder = read_metrics(run_dir), Path(run_dir) / "plots"
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for name, draw in {"loss": _draw_losses, "exits": _draw_exits, "schedules": _draw_schedules}.items():
-        figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-        draw(axes, metrics, config)
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=110)
-        plt.close(figure)
-    return paths
+    pictures = {"loss": _draw_losses, "exits": _draw_exits, "schedules": _draw_schedules}
+    return [
+        save_picture(folder / f"{name}.png", partial(draw, metrics=metrics, config=config))
+        for name, draw in pictures.items()
+    ]
 
 
 def _draw_losses(axes: np.ndarray, metrics: dict[str, dict[int, float]], config: Config) -> None:
@@ -93,10 +103,10 @@ def _shade(exit_layer: int, config: Config) -> tuple[float, float, float]:
     return (0.9 * (1 - depth), 0.25 + 0.3 * depth, 0.2 + 0.7 * depth)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser("Draw the pictures of a run again, from its metrics and its config.")
     parser.add_argument("run", metavar="RUN", help="run folder that train.py wrote")
-    for path in plot_run(parser.parse_known_options(None).run):
+    for path in plot_run(parser.parse_known_options(argv).run):
         print(path)
 
 

@@ -24,7 +24,7 @@ class Progress:
 
     def __init__(self, config: Config, first: int, goodput: Goodput):
         self._config = config
-        self._writer = MetricsWriter(config.train.run_dir)
+        self._writer = MetricsWriter(config)
         self._goodput, self._watchdog = goodput, Watchdog(config.train.hang_seconds)
         self._flops, self._peak = flops_per_token(config), peak_flops()
         self._on = jax.process_index() == 0

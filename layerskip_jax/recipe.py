@@ -6,7 +6,7 @@ train(config, recipe=recipe)
 
 import dataclasses
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,10 @@ from jax.typing import ArrayLike
 
 from layerskip_jax import early_exit, layer_dropout
 from layerskip_jax.config import Config
+from layerskip_jax.model import Transformer
+
+Guide = Callable[[Transformer, jax.Array, jax.Array], Any]
+"""``(model, inputs_BT, segments_BT) -> arrays [B, T, ...]``, made before the exits run, for `Recipe.exit_loss`."""
 
 IsSpike = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """``is_spike(objective, gradient_norm, usual)``: whether a step is not applied; ``usual`` is 0 before the first."""
@@ -41,6 +45,8 @@ class Recipe:
     curriculum: early_exit.Curriculum
     e_scale: float
     is_spike: IsSpike
+    exit_loss: early_exit.ExitLoss = early_exit.cross_entropy
+    guide: Guide | None = None
 
     @classmethod
     def from_config(cls, config: Config) -> Self:

@@ -113,6 +113,7 @@ class Trainer:
         count = jnp.maximum(jnp.sum(batch.mask_BT), 1)
 
         def objective(model: Transformer, micro: Batch, draw: Draw | None) -> tuple[jax.Array, jax.Array]:
+            guide, fixed = self.recipe.guide, jax.lax.stop_gradient(model)
             total, loss_L = exit_losses(
                 model,
                 micro,
@@ -121,6 +122,8 @@ class Trainer:
                 draw=draw,
                 apply=self._apply_dropout(),
                 remat=self.config.train.remat,
+                loss=self.recipe.exit_loss,
+                guide=guide(fixed, micro.inputs_BT, micro.segments_BT) if guide else None,
             )
             # Divided by the tokens of the whole batch, so that microbatches add up to exactly the large batch.
             return total / count, loss_L / count

@@ -9,7 +9,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import hypothesis
 import jax
 import pytest
-from corpora import make_corpus
+from corpora import VOCABULARY, make_corpus
+
+from layerskip_jax.config import Config, DecodeConfig, EarlyExitConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 collect_ignore = ["fixtures"]  # scripts that made them, which want torch
 
@@ -23,6 +25,25 @@ hypothesis.settings.load_profile("suite")
 def corpus(tmp_path_factory):
     """The settings of a small corpus with its tokenizer."""
     return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def trained_run(corpus, tmp_path_factory):
+    """The folder of a short run of four layers; tests that write into it copy it first."""
+    from layerskip_jax.training import train
+
+    folder = str(tmp_path_factory.mktemp("trained") / "run")
+    train(
+        Config(
+            model=ModelConfig(4, 16, 2, 1, 24, VOCABULARY, compute_dtype="float32"),
+            early_exit=EarlyExitConfig("rotational", 3),
+            data=corpus,
+            optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+            train=TrainConfig(run_dir=folder, steps=3, batch_size=8, evaluate_batches=1, loss_chunk=8, log_every=1),
+            decode=DecodeConfig(exit_layer=2, draft_length=3, max_new_tokens=12),
+        )
+    )
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,6 +21,7 @@ from layerskip_jax.data.pretokenize import pretokenize
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation.examples import read_tfds
 
 
 def config_of(corpus, **changes):
@@ -135,6 +136,7 @@ def test_python_stdlib_is_a_tfds_dataset_with_splits_by_file(tmp_path, monkeypat
     # The same files by name, through TFDS's own catalogue interface, with its slicing.
     tfds_data = DataConfig(source="tfds", name=f"python_stdlib/{_version()}", data_dir=str(tmp_path))
     assert texts(tfds_data, "train") == train
+    assert [example["text"] for example in read_tfds(tfds_data.name, str(tmp_path), "train", 2)] == train[:2]
     assert len(texts(tfds_data, "train[:50%]")) == round(len(train) / 2)
     with pytest.raises(UserError, match="has no split 'test': it has train, validation"):
         texts(tfds_data, "test")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,8 @@ from layerskip_jax import sweep
 from layerskip_jax.checkpoint import SWEPT, find_checkpoint, swept_settings
 from layerskip_jax.commands import decode
 from layerskip_jax.config import (
-    Config,
     DecodeConfig,
-    EarlyExitConfig,
     ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
 )
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.cost import predicted_speedup, round_cost
@@ -32,7 +29,6 @@ from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.terminal import Report
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.errors import UserError
-from layerskip_jax.training import train
 
 PROMPTS = ["def x", "", "漢字 for y"]
 
@@ -141,19 +137,8 @@ def test_report_says_when_speculation_does_not_pay(model, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def run_folder(corpus, tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("decode") / "run")
-    train(
-        Config(
-            model=ModelConfig(4, 16, 2, 1, 24, VOCABULARY, compute_dtype="float32"),
-            early_exit=EarlyExitConfig("rotational", 3),
-            data=corpus,
-            optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
-            train=TrainConfig(run_dir=folder, steps=3, batch_size=8, evaluate_batches=1, loss_chunk=8),
-            decode=DecodeConfig(exit_layer=2, draft_length=3, max_new_tokens=12),
-        )
-    )
-    return folder
+def run_folder(trained_run, tmp_path_factory):
+    return shutil.copytree(trained_run, tmp_path_factory.mktemp("decode") / "run").as_posix()
 
 
 def decoded(capsys, *argv):

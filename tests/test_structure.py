@@ -1,6 +1,7 @@
 """The house in order: imports follow the arrows, files are short, and the two loops can be read in an evening."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ LAYERS = [
     {"decoding", "quantization"},
     {"training", "plots"},
     {"evaluation"},
-    {"commands", "sweep"},
+    {"commands", "sweep", "report"},
 ]
 
 
@@ -41,6 +42,12 @@ def test_imports_follow_the_arrows(file):
     own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if own != "__init__":
         assert [name for name in imports(file) if place[name] > place[own]] == []
+
+
+def test_every_package_is_packaged():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    real = {".".join(file.parent.relative_to(ROOT).parts) for file in PACKAGE.rglob("*.py")}
+    assert sorted(listed) == sorted({*real, "layerskip_jax.configs"})
 
 
 def test_no_file_is_longer_than_400_lines():

@@ -29,7 +29,8 @@ from layerskip_jax.config import (
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import train_tokenizer
 from layerskip_jax.errors import Interrupted, UserError
-from layerskip_jax.evaluation import exit_losses_of, table
+from layerskip_jax.evaluation.__main__ import table
+from layerskip_jax.evaluation.exits import quality_of_checkpoint
 from layerskip_jax.plots import plot_run, read_metrics
 from layerskip_jax.training import train
 
@@ -236,9 +237,9 @@ class _Reversed:
 def test_evaluation_of_a_checkpoint_is_that_of_the_run(config):
     train(config)
     at_the_end = read_metrics(config.train.run_dir)["validation/exit_loss/3"][STEPS]
-    loss_L = exit_losses_of(config.train.run_dir, batches=2)
-    assert loss_L[2] == pytest.approx(at_the_end, rel=1e-5)
-    assert "the loss at exit 2 is" in table({"run": loss_L})
+    quality = quality_of_checkpoint(config.train.run_dir, batches=2)
+    assert quality.loss_L[2] == pytest.approx(at_the_end, rel=1e-5)
+    assert "the loss at exit 2 is" in table({"run": quality})
 
 
 def test_changed_settings_are_said(config, capsys):

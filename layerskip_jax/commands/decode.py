@@ -4,14 +4,15 @@ import dataclasses
 import json
 import statistics
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerskip_jax.command_line import add_settings, apply_overrides, integer, make_parser
 from layerskip_jax.commands.prompts import add_prompt_options, read_prompts
 from layerskip_jax.config import DecodeConfig
-from layerskip_jax.decoding import terminal
-from layerskip_jax.decoding.text import Answer, TextGenerator
 from layerskip_jax.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from layerskip_jax.decoding.text import Answer, TextGenerator
 
 REPEATS = 3
 """--compare times each way of decoding so often, in turn, and reports medians."""
@@ -33,8 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_known_options(argv)
     given = {field.name for field in dataclasses.fields(DecodeConfig)} & vars(options).keys()
 
+    # After parsing, so that --help and mistakes answer at once.
     from layerskip_jax.checkpoint import load_model, swept_settings
     from layerskip_jax.data.tokenizer import Tokenizer
+    from layerskip_jax.decoding import terminal
+    from layerskip_jax.decoding.text import TextGenerator
     from layerskip_jax.quantization import with_weights
 
     model, config, tokenizer_path = load_model(options.checkpoint)
@@ -65,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(report.as_dict()) if options.json else report.text())
 
 
-def _compare(generator: TextGenerator, plain: TextGenerator, batches: list[list[str]]) -> dict[str, Any]:
+def _compare(generator: "TextGenerator", plain: "TextGenerator", batches: list[list[str]]) -> dict[str, Any]:
     """Time both ways in turn over all prompts; return the medians and whether all texts are identical."""
     ours: list[float] = []
     theirs: list[float] = []
@@ -85,7 +89,7 @@ def _compare(generator: TextGenerator, plain: TextGenerator, batches: list[list[
     }
 
 
-def _rate(answers: list[Answer]) -> float:
+def _rate(answers: "list[Answer]") -> float:
     return sum(a.generation.new_tokens for a in answers) / sum(a.generation.seconds for a in answers)
 
 

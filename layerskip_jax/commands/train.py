@@ -2,10 +2,7 @@
 
 import sys
 
-import jax
-
 from layerskip_jax.command_line import make_parser, parse_config
-from layerskip_jax.distributed import joined
 from layerskip_jax.errors import run_command
 
 
@@ -16,8 +13,14 @@ def main(argv: list[str] | None = None) -> None:
         "checkpoint in its run folder."
     )
     config, _ = parse_config(parser, argv)
+
+    # After parsing, so that --help and mistakes answer at once.
+    import jax
+
+    from layerskip_jax.distributed import joined
+
     with joined(config.distributed):
-        from layerskip_jax.plots import plot_run  # after parsing, so that --help and mistakes answer at once
+        from layerskip_jax.plots import plot_run
         from layerskip_jax.training import train
 
         train(config)

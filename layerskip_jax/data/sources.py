@@ -70,6 +70,15 @@ def _open_stdlib(config: DataConfig, split: str) -> Documents:
 
 
 def _open_tfds(config: DataConfig, split: str) -> Documents:
+    return _data_source(_tfds_builder(config), config, split, config.text_key)
+
+
+def open_records(config: DataConfig, split: str) -> Sequence[Any]:
+    """Open ``split`` of a TFDS dataset as its whole examples, with all their fields; raises `UserError` without it."""
+    return _records(_tfds_builder(config), config, split)
+
+
+def _tfds_builder(config: DataConfig) -> Any:
     import tensorflow_datasets as tfds
 
     name, folder = config.name, epath.Path(config.data_dir).expanduser()
@@ -85,14 +94,14 @@ def _open_tfds(config: DataConfig, split: str) -> Documents:
             f"the dataset {name!r} is not prepared in {folder}: prepare it as ArrayRecord on a machine that can "
             f"download it: tfds build {name} --data_dir {folder} --file_format array_record"
         )
-    return _data_source(builder, config, split, config.text_key)
+    return builder
 
 
 def _names_in(folder: epath.Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
 
 
-def _data_source(builder: Any, config: DataConfig, split: str, key: str) -> Documents:
+def _records(builder: Any, config: DataConfig, split: str) -> Sequence[Any]:
     file_format = builder.info.file_format.value if builder.info.file_format else "tfrecord"
     if file_format != "array_record":
         raise UserError(
@@ -102,12 +111,17 @@ def _data_source(builder: Any, config: DataConfig, split: str, key: str) -> Docu
     splits = list(builder.info.splits)
     if split.split("[")[0] not in splits:
         raise UserError(f"{builder.info.full_name} has no split {split!r}: it has {', '.join(splits) or 'none'}")
+    return builder.as_data_source(split=split)
+
+
+def _data_source(builder: Any, config: DataConfig, split: str, key: str) -> Documents:
+    records = _records(builder, config, split)
     if key not in builder.info.features:
         raise UserError(
             f"{builder.info.full_name} has no field {key!r} (data.text_key){nearest(key, builder.info.features)}: "
             f"it has {', '.join(builder.info.features)}"
         )
-    return _Field(builder.as_data_source(split=split), key)
+    return _Field(records, key)
 
 
 def _files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> tuple[list[epath.Path], bool]:

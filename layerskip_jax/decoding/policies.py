@@ -145,8 +145,8 @@ class Adaptive(Fixed):
 
     a_E(i) is the chance that draft i is accepted after i-1 were, estimated from the last ``horizon`` positions, about.
     The exit in use shows it in every round; now and then all candidates are compared with the full model at the
-    positions just verified, for one run of the head each: as often as ``probe_share`` of the time allows. n = 0 is plain
-    decoding; the costs are those of `cost.round_cost`. ``exit_layer`` is the only candidate if there are no
+    positions just verified, for one run of the head each: as often as ``probe_share`` of the time allows. n = 0 is
+    plain decoding; the costs are those of `cost.round_cost`. ``exit_layer`` is the only candidate if there are no
     ``candidates``.
     """
 

@@ -1,0 +1,57 @@
+"""Another draft policy: draft one token more after a round that was accepted whole, and half as many after another.
+
+``python examples/draft_policy.py --checkpoint runs/quickstart --prompt "def "``
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from layerskip_jax.checkpoint import load_model
+from layerskip_jax.command_line import make_parser
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.policies import Fixed, Outcome, Plan, doubling_widths
+from layerskip_jax.decoding.rounds import SelfSpeculative
+from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.errors import run_command
+
+
+@dataclasses.dataclass(frozen=True)
+class Careful(Fixed):
+    """The memory is the next round's number of drafts, from 1 to ``draft_length``."""
+
+    @property
+    def verify_widths(self) -> Sequence[int]:
+        return doubling_widths(self.draft_length)
+
+    def start(self, model: ModelConfig) -> Any:
+        return jnp.int32(1)
+
+    def plan(self, memory: Any) -> Plan:
+        return Plan(0, memory)
+
+    def learn(self, memory: Any, outcome: Outcome) -> Any:
+        whole = jnp.all((outcome.accepted_B == outcome.drafted_B) | ~outcome.active_B)
+        return jnp.clip(jnp.where(whole, memory + 1, memory // 2), 1, self.draft_length)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser("Generate with a draft policy of one's own.")
+    parser.add_argument("--checkpoint", metavar="RUN", required=True, help="run folder")
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="text to continue")
+    options = parser.parse_known_options(argv)
+    model, config, tokenizer_path = load_model(options.checkpoint)
+    tokenizer = Tokenizer.load(str(tokenizer_path))
+    policy = Careful(config.decode.exit_layer or max(1, config.model.num_layers // 4), draft_length=4)
+    prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
+    result = generate(model.unstacked(), [prompt], config.decode.max_new_tokens, SelfSpeculative(Greedy(), policy))
+    print(options.prompt + tokenizer.decode(result.tokens[0]))
+    print(f"acceptance {result.acceptance:.1%}, {result.tokens_per_round:.2f} tokens a round")
+
+
+if __name__ == "__main__":
+    run_command(main)

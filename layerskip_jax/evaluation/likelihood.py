@@ -1,0 +1,43 @@
+"""Log-likelihoods of texts at one exit, in batches of few static shapes."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from layerskip_jax.decoding.request import BUCKET
+from layerskip_jax.evaluation.exits import token_scores
+from layerskip_jax.model import Transformer
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a context, at least one, and of its continuation."""
+
+
+def log_likelihoods(
+    model: Transformer, pairs: Sequence[Pair], exit_layer: int, max_length: int, batch_size: int
+) -> list[tuple[float, bool]]:
+    """Return ``log p(continuation | context)`` of each pair [nats], and whether greedy decoding would write it.
+
+    By the first ``exit_layer`` blocks of an `unstacked` model. Of a pair that is longer than ``max_length`` + 1, the
+    beginning is left out. Lengths are rounded up to a multiple of 64, so that a program is compiled for each of them.
+    """
+    rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in pairs]
+    results: dict[int, tuple[float, bool]] = {}
+    longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    for batch in _batches(longest_first, batch_size):
+        width = -(-(len(rows[batch[0]]) - 1) // BUCKET) * BUCKET
+        tokens_BT = np.zeros((batch_size, width + 1), np.int32)
+        for place, index in enumerate(batch):
+            tokens_BT[place, : len(rows[index])] = rows[index]
+        scores_BT, likeliest_BT = map(np.asarray, token_scores(model, tokens_BT[:, :-1], tokens_BT[:, 1:], exit_layer))
+        for place, index in enumerate(batch):
+            end = len(rows[index]) - 1
+            own = slice(max(0, end - len(pairs[index][1])), end)
+            results[index] = float(scores_BT[place, own].sum()), bool(likeliest_BT[place, own].all())
+    return [results[index] for index in range(len(rows))]
+
+
+def _batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    rest = iter(indices)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch

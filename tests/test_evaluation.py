@@ -1,0 +1,256 @@
+"""Exits measured against a plain computation; tasks asked, cut, scored and reported; generated code kept apart."""
+
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from corpora import write_corpus
+from hypothesis import given
+from hypothesis import strategies as st
+from models import tiny_model
+
+from layerskip_jax.checkpoint import load_model
+from layerskip_jax.config import DecodeConfig
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation import __main__ as command
+from layerskip_jax.evaluation import generation
+from layerskip_jax.evaluation.examples import read_file
+from layerskip_jax.evaluation.exits import exit_predictions, quality_of_checkpoint, token_scores
+from layerskip_jax.evaluation.sandbox import runs_to_its_end
+from layerskip_jax.evaluation.scores import exact_match, passes_tests, rouge_2, rouge_l
+from layerskip_jax.evaluation.tasks import TASKS, Task
+
+SOLVED = {
+    "task_id": "0",
+    "prompt": "def double(x):\n",
+    "canonical_solution": "    return 2 * x\n",
+    "test": "def check(f):\n    assert f(3) == 6\n",
+    "entry_point": "double",
+}
+
+
+# The exits
+
+
+def test_predictions_and_scores_are_those_of_the_model_cut_there():
+    """Against whole logits of a model of E layers, for every E."""
+    model = tiny_model(5, num_layers=2)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 70)), jnp.int32)
+    targets, segments = jnp.roll(tokens, -1, axis=1), jnp.ones_like(tokens)
+    next_LBT = exit_predictions(model, tokens, segments)
+    forward = jax.jit(lambda model: model(tokens))
+    for exit_layer in (1, 2):
+        logits = forward(model.unstacked().first_layers(exit_layer))
+        np.testing.assert_array_equal(next_LBT[exit_layer - 1], jnp.argmax(logits, -1))
+        log_p = np.take_along_axis(
+            np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)), targets[..., None], -1
+        )
+        scores, is_likeliest = token_scores(model.unstacked(), tokens, targets, exit_layer)
+        np.testing.assert_allclose(scores, log_p[..., 0], atol=1e-4)
+        np.testing.assert_array_equal(is_likeliest, jnp.argmax(logits, -1) == targets)
+
+
+def test_quality_on_text_of_another_place(trained_run, tmp_path, capsys):
+    own = quality_of_checkpoint(trained_run, 2)
+    assert own.agreement_L[-1] == 1
+    assert ((own.agreement_L >= 0) & (own.agreement_L <= 1)).all()
+    write_corpus(tmp_path / "other", documents=6, seed=9)
+    command.main([trained_run, "--batches", "2", "--json", "--data.path", str(tmp_path / "other")])
+    other = json.loads(capsys.readouterr().out)
+    assert other["perplexity_by_exit"] == pytest.approx(np.exp(other["held_out_loss_by_exit"]))
+    assert other["held_out_loss_by_exit"] != own.loss_L.tolist()
+    with pytest.raises(UserError, match="no corpus at"):
+        command.main([trained_run, "--data.path", str(tmp_path / "nowhere")])
+
+
+def test_agreement_is_counted_where_text_counts(trained_run):
+    model, config, tokenizer = load_model(trained_run)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+    from layerskip_jax.training import local_batches
+
+    (batch, *_) = local_batches(config, "validation", epochs=1)
+    next_LBT = np.asarray(exit_predictions(model, batch["inputs_BT"], batch["segments_BT"]))
+    counted = batch["mask_BT"] > 0
+    expected = [(layer[counted] == next_LBT[-1][counted]).mean() for layer in next_LBT]
+    np.testing.assert_allclose(quality_of_checkpoint(trained_run, 1).agreement_L, expected, rtol=1e-6)
+
+
+# Prompts and scores
+
+
+@given(length=st.integers(1, 60), shots=st.integers(0, 3), size=st.integers(0, 200))
+def test_prompts_fit_where_they_can(length, shots, size):
+    task = Task("Text: {text}\nSummary:", " {summary}", {}, shots=shots, shortens="text")
+    example = {"text": "x" * size, "summary": "y"}
+    shown = [{"text": "a" * 9, "summary": "b"}] * shots
+    prompt, cut = task.prompt_for(example, shown, lambda text: len(text) <= length)
+    whole = "Text: aaaaaaaaa\nSummary: b\n\n" * shots + f"Text: {'x' * size}\nSummary:"
+    assert cut == (prompt != whole)
+    assert cut == (len(whole) > length and bool(size or shots))
+    assert prompt.endswith("\nSummary:")
+    smallest = len("Text: \nSummary:")
+    assert len(prompt) <= max(length, smallest)
+    if smallest < length < smallest + size:
+        assert len(prompt) == length  # no more is cut than must be
+    assert task.fields == ["summary", "text"]
+
+
+def test_scores_by_hand():
+    pytest.importorskip("rouge_score")
+    assert rouge_2({}, "the cat sat", "the cat sat down") == pytest.approx(0.8)  # 2 of 2 pairs, 2 of 3
+    assert rouge_l({}, "a b c d", "a c d") == pytest.approx(6 / 7)  # 3 of 4 words, 3 of 3
+    assert rouge_2({}, "running cats", "runs cat") == 1  # stems
+    assert exact_match({}, "[A  b ]", "[A b ]\n") == 1
+    assert exact_match({}, "[A b ]", "[A c ]") == 0
+    assert passes_tests(SOLVED, "", SOLVED["canonical_solution"]) == 1
+    assert passes_tests(SOLVED, "", "    return x\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("program", "ends"),
+    [
+        ("x = 1", True),
+        ("raise ValueError", False),
+        ("import sys; sys.exit(0)", False),
+        ("import os; os._exit(0)", False),
+        ("while True: pass", False),
+        ("x = 'x' * (1 << 31)", False),
+        ("def f(:", False),
+        ("import os; assert not os.listdir('.'); open('here', 'w').write('x')", True),
+        ("open('large', 'w').write('x' * (1 << 21))", False),
+        ("import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))", False),
+        ("import os; assert 'CANARY' not in os.environ", True),
+    ],
+)
+def test_generated_code_is_kept_apart(program, ends, monkeypatch):
+    monkeypatch.setenv("CANARY", "1")
+    assert runs_to_its_end(program, seconds=2) == ends
+
+
+def test_what_generated_code_starts_is_ended_with_it(tmp_path):
+    started = tmp_path / "started"
+    program = f"import os, time\nif os.fork() == 0:\n    time.sleep(1)\n    open({str(started)!r}, 'w')\n"
+    assert runs_to_its_end(program, seconds=5)
+    time.sleep(1.2)
+    assert not started.exists()
+
+
+def test_examples_of_every_kind_of_file(tmp_path):
+    rows = [{"domain": "weather", "utterance": 'is it "hot"', "semantic_parse": "[IN:GET_WEATHER ]"}] * 3
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.tsv").write_text("\n".join(["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]))
+    (tmp_path / "a.csv").write_text(
+        "domain,utterance,semantic_parse\n" + 'weather,"is it ""hot""",[IN:GET_WEATHER ]\n' * 3
+    )
+    for kind in ("jsonl", "tsv", "csv"):
+        assert read_file(str(tmp_path / f"a.{kind}")) == rows
+        assert read_file(str(tmp_path / f"a.{kind}"), limit=2) == rows[:2]
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    (tmp_path / "none.csv").write_text("a,b\n")
+    for name, message in [
+        ("bad.jsonl", "cannot read examples from"),
+        ("none.csv", "has no examples"),
+        ("nowhere.csv", "cannot read examples from"),
+        ("a.txt", r"must be a \.jsonl, \.csv or \.tsv file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_file(str(tmp_path / name))
+
+
+# Whole tasks
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Small files of the paper's tasks, in the fields of the real ones."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = {
+        "cnn_dm": {"article": "the value of x is the index of y " * 9, "highlights": "x is y"},
+        "xsum": {"document": "the value of x", "summary": "x"},
+        "humaneval": SOLVED,
+        "topv2": {"utterance": "is it hot", "semantic_parse": "[IN:GET_WEATHER is it hot ]"},
+    }
+    for name, row in rows.items():
+        (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    return folder
+
+
+def scored(capsys, *argv):
+    generation.main([*argv, "--json"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_every_task_of_the_paper(trained_run, files, capsys):
+    pytest.importorskip("rouge_score")
+    tasks = [word for name in TASKS for word in ("--task", f"{name}={files / name}.jsonl")]
+    request = ["--checkpoint", trained_run, *tasks, "--max_new_tokens", "6", "--batch_size", "2", "--ignore_eos"]
+    results = scored(capsys, *request, "--run_code", "--answers")
+    answers, totals = [r for r in results if "completion" in r], [r for r in results if "mode" in r]
+    assert [r["task"] for r in totals] == list(TASKS)
+    assert [set(r["scores"]) for r in totals] == [
+        {"rouge2", "rougeL"},
+        {"rouge2", "rougeL"},
+        {"rouge2", "pass@1"},
+        {"exact_match"},
+    ]
+    assert [r["examples"] for r in totals] == [2, 3, 3, 3]  # one of CNN/DM is shown
+    assert totals[0]["shortened"] == 2
+    for result in totals:
+        own = [a["scores"] for a in answers if a["task"] == result["task"]]
+        for name, score in result["scores"].items():
+            assert score == pytest.approx(np.mean([scores[name] for scores in own]))
+        assert 0 <= result["acceptance"] <= 1
+        assert result["tokens_per_second"] > 0
+
+
+def test_texts_are_the_same_in_lossless_modes_and_the_exits_own_in_the_other(trained_run, files, capsys):
+    def texts(*way):
+        request = ["--checkpoint", trained_run, "--task", f"topv2={files / 'topv2.jsonl'}", "--answers"]
+        *answers, total = scored(capsys, *request, "--max_new_tokens", "8", "--limit", "1", "--ignore_eos", *way)
+        assert total["mode"] == way[1]
+        return [answer["completion"]["text"] for answer in answers], total.get("acceptance")
+
+    plain, nothing_drafted = texts("--mode", "autoregressive")
+    assert texts("--mode", "self_speculative", "--exit_layer", "1")[0] == plain
+    assert nothing_drafted is None
+    early, _ = texts("--mode", "early_exit", "--exit_layer", "1")
+    model, _, tokenizer = load_model(trained_run)
+    task = dataclasses.replace(TASKS["topv2"], max_new_tokens=8)
+    settings = DecodeConfig(mode="autoregressive", ignore_eos=True)
+    one_layer = model.unstacked().first_layers(1)
+    examples = read_file(str(files / "topv2.jsonl"), 1)
+    _, answered = generation.run_task(
+        one_layer, Tokenizer.load(str(tokenizer)), task, examples, [], settings, prompt_tokens=100
+    )
+    assert [answer.completion.text for answer in answered] == early
+
+
+def test_a_task_of_ones_own(trained_run, files, capsys, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from layerskip_jax.evaluation.tasks import Task\n\n"
+        "def length(example, wanted, generated):\n    return float(len(generated) > len(wanted))\n\n"
+        "def get_task():\n    return Task('{document}', '{summary}', {'longer': length}, max_new_tokens=5)\n"
+    )
+    generation.main(["--checkpoint", trained_run, "--task", f"{tmp_path}/mine.py={files}/xsum.jsonl", "--limit", "1"])
+    assert "longer" in capsys.readouterr().out
+
+
+def test_what_cannot_be_asked_is_said(trained_run, files, tmp_path):
+    (tmp_path / "empty.py").write_text("")
+    for argv, message in [
+        (["--task", "xsun"], "no task 'xsun'; did you mean 'xsum'"),
+        (["--task", "topv2"], "give --task NAME=FILE, with the fields semantic_parse, utterance"),
+        (["--task", f"cnn_dm={files}/cnn_dm.jsonl", "--shots", "3"], "has 3 examples, and the task shows 3"),
+        (["--task", f"xsum={files}/cnn_dm.jsonl"], "have no field 'document'.*they have article, highlights"),
+        (["--task", f"{tmp_path}/empty.py={files}/xsum.jsonl"], r"has no get_task\(\) -> Task"),
+        (["--task", f"{tmp_path}/none.py={files}/xsum.jsonl"], "no task file"),
+        (["--task", f"xsum={files}/xsum.jsonl", "--limit", "0"], "--limit must be at least 1"),
+        (["--task", "xsum", "--data_dir", str(tmp_path)], "xsum"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            generation.main(["--checkpoint", trained_run, *argv])

@@ -1,0 +1,211 @@
+"""lm-eval-harness: three local tasks give the same numbers through our model class and through its own ``hf`` class.
+
+The oracle wants torch, transformers and lm_eval: ``pip install -e '.[lm_eval,benchmarks]'``. Without them the
+likelihoods alone are tested, against whole logits.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny_model
+
+from layerskip_jax.config import DecodeConfig
+from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation import harness
+from layerskip_jax.evaluation.likelihood import log_likelihoods
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz .:\n"
+TASKS = {
+    "choices": {
+        "rows": [
+            {"q": q, "a": a, "options": ["an apple", "two pears", "no"]} for q, a in [("cat", 0), ("dogs", 2)] * 6
+        ],
+        "yaml": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "what is {{q}}:",
+            "doc_to_target": "a",
+            "doc_to_choice": "options",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+    },
+    "rolling": {
+        "rows": [{"q": "the cat sat on the mat. " * n} for n in (1, 3, 7)],  # the last is longer than max_length
+        "yaml": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{q}}",
+            "metric_list": [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+        },
+    },
+    "writing": {
+        "rows": [{"q": q, "a": "a"} for q in ("cat", "dogs and cats", "x" * 150, "why")],
+        "yaml": {
+            "output_type": "generate_until",
+            "doc_to_text": "say {{q}}:",
+            "doc_to_target": "{{a}}",
+            "generation_kwargs": {"until": ["."], "max_gen_toks": 20},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    },
+}
+MAX_LENGTH = 100
+
+
+@jax.jit
+def _log_p(model, tokens):
+    return jax.nn.log_softmax(model(tokens), axis=-1)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=5),
+    exit_layer=st.sampled_from([1, 2]),
+    max_length=st.sampled_from([20, 64]),
+)
+@settings(max_examples=15)
+def test_likelihoods_are_sums_over_whole_logits(lengths, exit_layer, max_length):
+    """Row by row, one token after another, without batches."""
+    model, random = tiny_model(2, num_layers=2).unstacked(), np.random.default_rng(len(lengths))
+    pairs = [tuple(random.integers(0, 61, size).tolist() for size in pair) for pair in lengths]
+    early = model.first_layers(exit_layer)
+    for (context, continuation), (score, greedy) in zip(
+        pairs, log_likelihoods(model, pairs, exit_layer, max_length, batch_size=2), strict=True
+    ):
+        row = [*context, *continuation][-(max_length + 1) :]
+        log_p = np.asarray(_log_p(early, jnp.zeros((1, 64), int).at[0, : len(row) - 1].set(jnp.array(row[:-1])))[0])
+        counted = range(max(0, len(row) - 1 - len(continuation)), len(row) - 1)
+        assert score == pytest.approx(sum(log_p[at, row[at + 1]] for at in counted), abs=1e-3)
+        assert greedy == all(log_p[at].argmax() == row[at + 1] for at in counted)
+
+
+def test_without_the_extra_one_line_says_so(trained_run, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"lm_eval.*pip install 'layerskip-jax\[lm_eval\]'"):
+        harness.main(["--checkpoint", trained_run, "--tasks", "choices"])
+
+
+class Letters:
+    """A tokenizer of single characters, in the interface of ours."""
+
+    bos_id, eos_id, vocab_size = 1, 2, 3 + len(CHARACTERS)
+
+    def encode(self, text):
+        return [3 + CHARACTERS.index(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(CHARACTERS[i - 3] for i in ids if i > 2)
+
+    def check_vocabulary(self, size):
+        assert size == self.vocab_size
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """The same random weights here and in lm-eval's hf class, and its tokenizer with our letters."""
+    pytest.importorskip("lm_eval", reason="pip install -e '.[lm_eval,benchmarks]'")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    model = tiny_model(6, vocab_size=Letters.vocab_size, num_layers=3, dim=32)
+    config = model.config
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.dim,
+            intermediate_size=config.ffn_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            rms_norm_eps=config.norm_epsilon,
+            max_position_embeddings=MAX_LENGTH,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).eval()
+    D, blocks = config.dim, model.blocks
+    ours = {
+        "input_layernorm": lambda i: blocks.attention_norm_D[i],
+        "self_attn.q_proj": lambda i: blocks.query_DNH[i].reshape(D, -1).T,
+        "self_attn.k_proj": lambda i: blocks.key_DKH[i].reshape(D, -1).T,
+        "self_attn.v_proj": lambda i: blocks.value_DKH[i].reshape(D, -1).T,
+        "self_attn.o_proj": lambda i: blocks.output_NHD[i].reshape(-1, D).T,
+        "post_attention_layernorm": lambda i: blocks.ffn_norm_D[i],
+        "mlp.gate_proj": lambda i: blocks.gate_DF[i].T,
+        "mlp.up_proj": lambda i: blocks.up_DF[i].T,
+        "mlp.down_proj": lambda i: blocks.down_FD[i].T,
+    }
+    weights = {f"model.layers.{i}.{k}": get(i) for i in range(config.num_layers) for k, get in ours.items()}
+    weights |= {"model.embed_tokens": model.embedding_VD[...], "model.norm": model.final_norm_D[...]}
+    weights["lm_head"] = model.head_DV[...].T
+    llama.load_state_dict({f"{name}.weight": torch.tensor(np.array(value)) for name, value in weights.items()})
+
+    specials = ["<unk>", "<s>", "</s>"]
+    letters = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*specials, *CHARACTERS])}, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters.decoder = decoders.Fuse()
+    letters.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    named = dict(zip(("unk_token", "bos_token", "eos_token"), specials, strict=True))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="</s>", **named)
+    assert tokenizer.encode("a cat.") == [1, *Letters().encode("a cat.")]
+    return model, HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=2, max_length=MAX_LENGTH, device="cpu")
+
+
+@pytest.mark.filterwarnings("default")  # other people's
+@pytest.mark.parametrize("exit_layer", [0, 2])
+def test_three_tasks_give_the_same_numbers_as_the_hf_class(peer, exit_layer, tmp_path, monkeypatch):
+    import yaml
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+
+    from layerskip_jax.evaluation.lm_eval_model import LayerSkipLM
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, task in TASKS.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task["rows"]))
+        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}}}
+        (tmp_path / f"{name}.yaml").write_text(
+            yaml.safe_dump({"task": name, "test_split": "test", **source, **task["yaml"]})
+        )
+    model, theirs = peer
+    kept = theirs.model.model.layers
+    if exit_layer:  # their model cut there
+        theirs.model.model.layers = kept[:exit_layer]
+        theirs.model.config.num_hidden_layers = exit_layer
+    ours = LayerSkipLM(
+        model.unstacked(),
+        Letters(),
+        DecodeConfig(exit_layer=1, draft_length=3),
+        max_length=MAX_LENGTH,
+        exit_layer=exit_layer,
+        batch_size=2,
+    )
+    reports = [
+        evaluator.simple_evaluate(
+            lm, tasks=list(TASKS), task_manager=TaskManager(include_path=str(tmp_path)), bootstrap_iters=0
+        )
+        for lm in (ours, theirs)
+    ]
+    theirs.model.model.layers, theirs.model.config.num_hidden_layers = kept, len(kept)
+    for task in TASKS:
+        a, b = (report["results"][task] for report in reports)
+        assert a.keys() == b.keys()
+        for metric, value in a.items():
+            print(f"exit {exit_layer}: {task} {metric}: {value}, {b[metric]}")
+            assert (
+                value == pytest.approx(b[metric], rel=1e-4, nan_ok=True)
+                if isinstance(value, float)
+                else value == b[metric]
+            )
+        for mine, other in zip(*(report["samples"][task] for report in reports), strict=True):
+            if task == "writing":
+                assert mine["resps"] == other["resps"]
+            else:
+                mine, other = (np.array(jax.tree.leaves(s["filtered_resps"]), float) for s in (mine, other))
+                np.testing.assert_allclose(mine, other, atol=1e-3)

@@ -1,0 +1,117 @@
+"""The report of a run, its picture of layers and tokens, and the sinks of metrics."""
+
+import base64
+import re
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from models import tiny_model
+
+from layerskip_jax import report, sweep
+from layerskip_jax.checkpoint import store_swept
+from layerskip_jax.config import Config, TrainConfig
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation.token_exits import settling_exits, token_exits
+from layerskip_jax.metrics import MetricsWriter, read_records
+
+
+@given(arrays.arrays(int, st.tuples(st.integers(1, 6), st.integers(1, 8)), elements=st.integers(0, 2)))
+def test_the_settling_exit_is_the_earliest_after_which_none_differs(next_LT):
+    for token, settled in enumerate(settling_exits(next_LT).tolist()):
+        column = next_LT[:, token].tolist()
+        holds = [
+            exit_layer for exit_layer in range(1, len(column) + 1) if set(column[exit_layer - 1 :]) == {column[-1]}
+        ]
+        assert settled == min(holds)
+
+
+def test_each_exit_says_what_the_model_cut_there_would(corpus):
+    tokenizer = Tokenizer.load(corpus.tokenizer)
+    model = tiny_model(4, vocab_size=tokenizer.vocab_size, num_layers=2).unstacked()
+    figure = token_exits(model, tokenizer, "def x", 5)
+    assert len(figure.settled) == len(figure.said) <= 5
+    forward = jax.jit(lambda model, tokens: model(tokens)[0].argmax(-1))
+    prompt = [tokenizer.bos_id, *tokenizer.encode("def x")]
+    tokens = jnp.zeros((1, 64), int).at[0, : len(prompt)].set(jnp.array(prompt))
+    for at, said in enumerate(figure.said, len(prompt) - 1):
+        for exit_layer in (1, 2):
+            own = forward(model.first_layers(exit_layer), tokens)[at]
+            assert said[exit_layer - 1] == tokenizer.decode([int(own)])
+        tokens = tokens.at[0, at + 1].set(own)
+
+
+def test_a_report_is_one_page_that_needs_no_other_file(trained_run, tmp_path, capsys):
+    run = shutil.copytree(trained_run, tmp_path / "run").as_posix()
+    measurement = sweep.Measurement({"exit_layer": 1}, 10.0, 1.5, 0.5, 2.0, 2.0, 1.0, True)
+    sweep.plot([measurement, measurement], [1], [2], Path(run, "plots", "sweep.png"))
+    store_swept(run, {"exit_layer": 1}, {"tokens_per_second": 10.0})
+    report.main([run, "--new_tokens", "6", "--batches", "1", "--prompt", "def <x>"])
+    page = Path(capsys.readouterr().out.strip()).read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 4
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "def &lt;x&gt;" in page
+    assert "&quot;tokens_per_second&quot;: 10.0" in page  # what a sweep stored
+    assert page.count("<tr>") - 1 <= 6
+    assert {path.name for path in Path(run, "plots").iterdir()} >= {"quality.png", "tokens_0.png", "loss.png"}
+
+
+def test_what_is_not_there_is_said_in_its_place(trained_run, tmp_path, monkeypatch):
+    def no_text(*_):
+        raise UserError("no corpus at <gone>")
+
+    monkeypatch.setattr(report, "quality_of_checkpoint", no_text)
+    page = report.write_report(shutil.copytree(trained_run, tmp_path / "run").as_posix(), ["x"], 2, 1).read_text()
+    assert "Not measured: no corpus at &lt;gone&gt;" in page
+    assert "Not swept yet" in page
+    with pytest.raises(UserError, match="no checkpoint at"):
+        report.main([str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="--batches must be at least 1, not 0"):
+        report.main([trained_run, "--batches", "0"])
+
+
+def test_metrics_go_to_wandb_where_asked(tmp_path, monkeypatch):
+    """A stand-in for the module, as strict about arguments as what is used of it."""
+    runs = []
+
+    class Run:
+        def __init__(self):
+            self.logged, self.finished = [], False
+
+        def log(self, data, *, step):
+            assert type(data) is dict
+            self.logged.append((step, data))
+
+        def finish(self):
+            self.finished = True
+
+    def init(*, project, name, id, resume, config):
+        assert (project, name, resume) == ("layers", "run", "allow")
+        assert config["train"]["wandb_project"] == "layers"
+        runs.append((id, Run()))
+        return runs[-1][1]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    config = Config(train=TrainConfig(run_dir=str(tmp_path / "run"), wandb_project="layers"))
+    for step in (1, 2):  # started again, it is the same run
+        writer = MetricsWriter(config)
+        writer.write(step, {"train/loss": np.float64(2.5), "sample": "def"})
+        writer.close()
+    assert [run.logged for _, run in runs] == [[(step, {"train/loss": 2.5, "sample": "def"})] for step in (1, 2)]
+    assert all(run.finished for _, run in runs)
+    assert runs[0][0] == runs[1][0]
+    assert [record["step"] for record in read_records(str(tmp_path / "run"))] == [1, 2]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'layerskip-jax\[wandb\]'"):
+        MetricsWriter(config)
