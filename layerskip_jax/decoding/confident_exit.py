@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.attention import LayerCache
-from layerskip_jax.config import ModelConfig
+from layerskip_jax.config import ModelConfig, require
 from layerskip_jax.decoding.conditional import run_if
 from layerskip_jax.decoding.rounds import finish_round, no_drafts
 from layerskip_jax.decoding.sampling import Sampler
@@ -34,7 +34,12 @@ class ConfidentExit:
     threshold: float
     draft_length: int = 0
 
+    def __post_init__(self) -> None:
+        require(0 <= self.threshold <= 1, f"threshold must be in [0, 1], not {self.threshold}")
+
     def start(self, model: ModelConfig) -> Any:
+        last = max(self.exits, default=0)
+        require(last == model.num_layers, f"the last exit must be {model.num_layers}, the last layer, and not {last}")
         return ()
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:

@@ -9,8 +9,8 @@ import numpy as np
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.configure import configured
-from layerskip_jax.decoding.engine import generate, known_tokens
-from layerskip_jax.decoding.request import Generation
+from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.request import Generation, known_tokens
 from layerskip_jax.decoding.state import DecodeState
 from layerskip_jax.model import Transformer
 

@@ -1,0 +1,33 @@
+"""Where files are: on this machine, or in a bucket."""
+
+import importlib.util
+import re
+
+from etils import epath
+
+from layerskip_jax.errors import UserError
+
+BUCKET_LIBRARIES = ("gcsfs", "tensorflow")
+"""Either of these lets `etils.epath` read and write gs://."""
+
+
+def locate(path: str) -> epath.Path:
+    """Return a path of this machine, absolute and with ``~`` expanded, or a gs:// one.
+
+    Raises `UserError` for another scheme, which would become a local folder of that name, and for gs:// without a
+    library that opens it.
+
+    """
+    scheme = re.match(r"[A-Za-z][\w+.-]+:/", path)
+    if not scheme:
+        return epath.Path(path).expanduser().resolve()
+    if not path.startswith("gs://"):
+        raise UserError(f"{path} is neither a path of this machine nor a gs:// one: buckets are written gs://BUCKET/...")
+    if not any(importlib.util.find_spec(library) for library in BUCKET_LIBRARIES):
+        raise UserError(f"{path} needs gcsfs: pip install layerskip_jax[gcs]")
+    return epath.Path(path)  # not resolved: that would put it into the working directory
+
+
+def is_remote(path: epath.Path) -> bool:
+    """Return whether ``path`` is in a bucket, where nothing can be appended to a file."""
+    return str(path).startswith("gs://")
