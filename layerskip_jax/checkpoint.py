@@ -19,6 +19,7 @@ from layerskip_jax.config import Config, DecodeConfig, experiment, from_dict
 from layerskip_jax.data.position import Position
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError, nearest
+from layerskip_jax.locations import locate
 from layerskip_jax.model import Transformer
 from layerskip_jax.train_step import TrainState
 
@@ -29,7 +30,7 @@ SWEPT = "decode.json"
 
 def checkpoint_folder(config: Config) -> epath.Path:
     """Return where the run of ``config`` keeps its checkpoints: ``RUN_DIR/checkpoints``."""
-    return epath.Path(config.train.run_dir).expanduser().resolve() / "checkpoints"
+    return locate(config.train.run_dir) / "checkpoints"
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def find_checkpoint(path: str) -> epath.Path:
 
     Raises `UserError` for a path that holds none.
     """
-    root = epath.Path(path).expanduser().resolve()
+    root = locate(path)
     if not root.exists():
         parent = root.parent
         others = [str(epath.Path(path).parent / other.name) for other in parent.iterdir()] if parent.is_dir() else []
@@ -169,14 +170,16 @@ def read_config(checkpoint: epath.Path) -> Config:
     file = checkpoint / "config" / "metadata"
     try:
         return from_dict(json.loads(file.read_text()), Config)
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"the checkpoint {checkpoint} has no readable config: {error}") from error
 
 
 def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
     """Load the model of a checkpoint; return it with its config and its tokenizer's path.
 
-    ``path`` is a run folder or one checkpoint in it. No model flag is needed: the config travels along.
+    ``path`` is a run folder or one checkpoint in it. No model flag is needed: the config travels along, and so does
+    the tokenizer, beside the checkpoint: no path that the config names is followed. Raises `UserError` where there is
+    no checkpoint, or its weights cannot be read or are not those of its config.
     """
     folder = find_checkpoint(path)
     config = read_config(folder)
@@ -187,8 +190,33 @@ def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
         for name, leaf in named_arrays(abstract).items()
     }
     with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(folder / "model", target)
+        try:
+            stored = checkpointer.metadata(folder / "model").item_metadata
+            if stored is None:
+                raise ValueError("its list of arrays is missing or damaged")
+            shapes = {name: tuple(entry.shape) for name, entry in stored.tree.items()}
+        except Exception as error:  # whatever orbax stumbles over, it is in the files
+            raise _unreadable(folder, error) from error
+        for name in sorted(target.keys() | shapes.keys()):
+            wanted = target[name].shape if name in target else "no such array"
+            if shapes.get(name, "missing") != wanted:
+                raise UserError(
+                    f"the weights of the checkpoint {folder} are not those of its config: {name} is "
+                    f"{shapes.get(name, 'missing')}, and from the config follows {wanted}"
+                )
+        try:
+            arrays = checkpointer.restore(folder / "model", target)
+        except Exception as error:
+            raise _unreadable(folder, error) from error
     return with_arrays(abstract, arrays), config, folder.parent / TOKENIZER
+
+
+def _unreadable(folder: epath.Path, error: Exception) -> UserError:
+    said = (str(error).splitlines() or [""])[0]
+    return UserError(
+        f"the weights of the checkpoint {folder} cannot be read ({type(error).__name__}: {said:.200}): it is damaged or "
+        "incomplete; take another one"
+    )
 
 
 def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:
@@ -209,7 +237,7 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text())["decode"]
         from_dict(settings, DecodeConfig)
-    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
         raise UserError(f"{file} is not what python -m layerskip_jax.sweep writes ({error}): remove it") from error
     together = {"mode", "policy", "exit_layer", "draft_length", "exits"}
     left_out = set(given) | (together if together & set(given) else set())
