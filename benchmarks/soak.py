@@ -149,7 +149,9 @@ def table(turns: list[dict]) -> str:
         ends = statistics.median(values[:tenth]), statistics.median(values[-tenth:])
         lines.append(f"{name:<16}{ends[0]:>14.1f}{ends[1]:>14.1f}{min(values):>10.1f}{max(values):>10.1f}")
     hours = (steady[-1]["seconds"] - steady[0]["seconds"]) / 3600
-    lines.append(f"memory: {slope_per_hour(steady):+.1f} MB/hour over {hours:.2f} hours, {len(steady)} turns of {STEPS}")
+    lines.append(
+        f"memory: {slope_per_hour(steady):+.1f} MB/hour over {hours:.2f} hours, {len(steady)} turns of {STEPS}"
+    )
     return "\n".join(lines) + " steps and 5 texts, after the warm-up"
 
 
@@ -174,7 +176,9 @@ def plot(turns: list[dict], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3600, help="how long (default: an hour)")
-    parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="folder for the results (default: runs/soak)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/soak"), help="folder for the results (default: runs/soak)"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     work = options.out / "work"

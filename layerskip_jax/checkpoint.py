@@ -214,8 +214,8 @@ def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
 def _unreadable(folder: epath.Path, error: Exception) -> UserError:
     said = (str(error).splitlines() or [""])[0]
     return UserError(
-        f"the weights of the checkpoint {folder} cannot be read ({type(error).__name__}: {said:.200}): it is damaged or "
-        "incomplete; take another one"
+        f"the weights of the checkpoint {folder} cannot be read ({type(error).__name__}: {said:.200}): it is damaged "
+        "or incomplete; take another one"
     )
 
 

@@ -22,7 +22,9 @@ def locate(path: str) -> epath.Path:
     if not scheme:
         return epath.Path(path).expanduser().resolve()
     if not path.startswith("gs://"):
-        raise UserError(f"{path} is neither a path of this machine nor a gs:// one: buckets are written gs://BUCKET/...")
+        raise UserError(
+            f"{path} is neither a path of this machine nor a gs:// one: buckets are written gs://BUCKET/..."
+        )
     if not any(importlib.util.find_spec(library) for library in BUCKET_LIBRARIES):
         raise UserError(f"{path} needs gcsfs: pip install layerskip_jax[gcs]")
     return epath.Path(path)  # not resolved: that would put it into the working directory

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,31 @@ from typing import Any
 import jax
 import numpy as np
 
+from layerskip_jax.locations import is_remote, locate
 from layerskip_jax.train_step import StepMetrics
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Append metrics to ``RUN_DIR/metrics.jsonl`` and to TensorBoard; only the first process writes."""
+    """Append metrics to ``RUN_DIR/metrics.jsonl`` and to TensorBoard; only the first process writes.
+
+    To a file in a bucket nothing can be appended: there both are written on this machine, in a temporary folder, and
+    `publish` copies them whole.
+    """
 
     def __init__(self, run_dir: str):
         self._active = jax.process_index() == 0
         if self._active:
             from tensorboardX import SummaryWriter  # here, since it takes a second to import
 
-            folder = Path(run_dir)
+            self._folder = locate(run_dir)
+            self._spool = tempfile.TemporaryDirectory(prefix="metrics-") if is_remote(self._folder) else None
+            folder = Path(self._spool.name if self._spool else str(self._folder))
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+            if self._spool and (self._folder / METRICS).exists():
+                (folder / METRICS).write_bytes((self._folder / METRICS).read_bytes())
+            self._file = (folder / METRICS).open("a", buffering=1)
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -37,10 +49,23 @@ class MetricsWriter:
             else:
                 self._board.add_scalar(name, value, step)
 
+    def publish(self) -> None:
+        """Copy what was written so far to a run folder in a bucket; a local one has it already."""
+        if self._active and self._spool:
+            self._board.flush()
+            spool = Path(self._spool.name)
+            for file in (file for file in spool.rglob("*") if file.is_file()):
+                target = self._folder / file.relative_to(spool).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+
     def close(self) -> None:
         if self._active:
             self._file.close()
             self._board.close()
+            self.publish()
+            if self._spool:
+                self._spool.cleanup()
 
 
 def read_records(run_dir: str) -> list[dict[str, Any]]:
@@ -48,7 +73,7 @@ def read_records(run_dir: str) -> list[dict[str, Any]]:
 
     A line that a killed process left half written is passed over.
     """
-    path = Path(run_dir) / "metrics.jsonl"
+    path = locate(run_dir) / METRICS
     records = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):

@@ -1,23 +1,26 @@
 """Pictures of a run, drawn from what it wrote: ``python -m layerskip_jax.plots RUN``."""
 
+import io
 import math
 from collections import defaultdict
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+from etils import epath
 
 from layerskip_jax.checkpoint import find_checkpoint, read_config
 from layerskip_jax.command_line import make_parser
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, run_command
-from layerskip_jax.metrics import read_records
+from layerskip_jax.locations import locate
+from layerskip_jax.metrics import METRICS, read_records
 from layerskip_jax.recipe import Recipe
 
 
 def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
     """Read ``metrics.jsonl`` as ``{name: {step: value}}``; of a step that was run again, the last value counts."""
-    path = Path(run_dir) / "metrics.jsonl"
-    if not path.is_file():
+    path = locate(run_dir) / METRICS
+    if not path.exists():
         raise UserError(f"no metrics at {path}: expected a run folder that train.py wrote")
     values: dict[str, dict[int, float]] = defaultdict(dict)
     for record in read_records(run_dir):
@@ -27,7 +30,18 @@ def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
     return values
 
 
-def plot_run(run_dir: str) -> list[Path]:
+def write_figure(figure: Any, file: epath.Path) -> None:
+    """Write a matplotlib figure as PNG to ``file``, also in a bucket, and close it."""
+    import matplotlib.pyplot as plt
+
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110, format="png")
+    plt.close(figure)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(png.getvalue())
+
+
+def plot_run(run_dir: str) -> list[epath.Path]:
     """Write PNG pictures to ``RUN/plots`` and return their paths."""
     import matplotlib
 
@@ -35,15 +49,13 @@ def plot_run(run_dir: str) -> list[Path]:
     import matplotlib.pyplot as plt
 
     config = read_config(find_checkpoint(run_dir))
-    metrics, folder = read_metrics(run_dir), Path(run_dir) / "plots"
-    folder.mkdir(exist_ok=True)
+    metrics, folder = read_metrics(run_dir), locate(run_dir) / "plots"
     paths = []
     for name, draw in {"loss": _draw_losses, "exits": _draw_exits, "schedules": _draw_schedules}.items():
         figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
         draw(axes, metrics, config)
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=110)
-        plt.close(figure)
+        write_figure(figure, paths[-1])
     return paths
 
 

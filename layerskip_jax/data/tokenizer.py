@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Self
 
 import sentencepiece
+
 from layerskip_jax.data.sources import Documents
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import locate
@@ -42,7 +43,9 @@ class Tokenizer:
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{path} (data.tokenizer) is not a SentencePiece model, or is damaged") from error
         if not pieces or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-            raise UserError(f"{path} (data.tokenizer) must have pieces for the beginning and the end of a text: BOS, EOS")
+            raise UserError(
+                f"{path} (data.tokenizer) must have pieces for the beginning and the end of a text: BOS, EOS"
+            )
         return tokenizer
 
     @cached_property

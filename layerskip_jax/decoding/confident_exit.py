@@ -25,8 +25,8 @@ from layerskip_jax.model import Block, Positions, Transformer, run_layers
 class ConfidentExit:
     """Run blocks until the likeliest next token has a probability of ``threshold`` or more at one of ``exits``.
 
-    The last of ``exits`` is L, where every token leaves that has not before. Rows of a batch leave each for itself;
-    the blocks run as long as one row is left.
+    The last of ``exits`` is L, where every token leaves that has not before: all do, if the threshold is above 1. Rows
+    of a batch leave each for itself; the blocks run as long as one row is left.
     """
 
     sampler: Sampler
@@ -35,7 +35,7 @@ class ConfidentExit:
     draft_length: int = 0
 
     def __post_init__(self) -> None:
-        require(0 <= self.threshold <= 1, f"threshold must be in [0, 1], not {self.threshold}")
+        require(self.threshold >= 0, f"threshold must not be negative, but is {self.threshold}")
 
     def start(self, model: ModelConfig) -> Any:
         last = max(self.exits, default=0)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerskip_jax.decoding.request import BUCKET, Generation, check_request, known_tokens
+from layerskip_jax.decoding.request import Generation, check_request, round_up
 from layerskip_jax.decoding.rounds import Round
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics
 from layerskip_jax.model import Transformer, compute_dtype, empty_cache
+from layerskip_jax.sharding import constrain
 
 Look = Callable[[DecodeState], Sequence[bool]]
 """Sees the state between rounds; returns which rows to end now."""
@@ -68,11 +69,10 @@ def run_rounds(step: Round, model: Transformer, state: DecodeState, until: jax.A
     def unfinished(state: DecodeState) -> jax.Array:
         return jnp.any(~state.done_B) & (state.statistics.rounds < until)
 
-    return jax.lax.while_loop(unfinished, lambda state: step(model, state), state)
-
-
-def _round_up(value: int) -> int:
-    return -(-value // BUCKET) * BUCKET
+    state = jax.lax.while_loop(unfinished, lambda state: step(model, state), state)
+    # All but the cache whole on every device of a mesh, so that every process of a run can read it.
+    small = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), dataclasses.replace(state, cache=None))
+    return dataclasses.replace(small, cache=state.cache)
 
 
 def start(
@@ -92,8 +92,8 @@ def start(
     max_length = check_request(model, prompts, max_new_tokens, max_length, step, eos, seed)
     longest = max(map(len, prompts))
     # The slack lets a round write d+1 tokens from any length without reaching the end of the cache.
-    capacity = _round_up(max_length + step.draft_length + 1)
-    width = min(_round_up(longest - 1), capacity)
+    capacity = round_up(max_length + step.draft_length + 1)
+    width = min(round_up(longest - 1), capacity)
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt

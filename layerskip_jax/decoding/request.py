@@ -20,6 +20,10 @@ BUCKET = 64
 """Prompts and capacities are rounded up to a multiple of this, so that similar requests share one compilation."""
 
 
+def round_up(value: int) -> int:
+    return -(-value // BUCKET) * BUCKET
+
+
 def check_request(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -35,14 +39,16 @@ def check_request(
     ranges, an exit that is not there, and a cache that the device cannot hold.
     """
     config = model.config
-    require(isinstance(model.blocks, nnx.List), "the model's blocks are stacked, as in training: pass model.unstacked()")
+    require(
+        isinstance(model.blocks, nnx.List), "the model's blocks are stacked, as in training: pass model.unstacked()"
+    )
     require(len(prompts) > 0, "there is no prompt: give at least one")
     for name, value, least in [("max_new_tokens", max_new_tokens, 1), ("eos", eos, -1), ("seed", seed, -(2**31))]:
         require(_is_whole(value), f"{name} must be a whole number, not {value!r}")
         require(least <= value < 2**32, f"{name} must be in {least}..{2**32 - 1}, not {value}")
     require(
         eos < config.vocab_size,
-        f"eos {eos} is outside the model's vocabulary 0..{config.vocab_size - 1}: give one of its tokens, or -1 for none",
+        f"eos {eos} is outside the model's vocabulary 0..{config.vocab_size - 1}: give one of its tokens, or -1",
     )
     check_step(config, step)
     for row, prompt in enumerate(prompts):
@@ -80,7 +86,9 @@ def _is_whole(value: Any) -> bool:
 
 def _check_prompt(config: ModelConfig, row: int, prompt: Sequence[int]) -> None:
     if isinstance(prompt, str | bytes) or not hasattr(prompt, "__len__"):
-        raise UserError(f"prompt {row} must be a list of token ids, not {prompt!r:.40}: encode texts with the tokenizer")
+        raise UserError(
+            f"prompt {row} must be a list of token ids, not {prompt!r:.40}: encode texts with the tokenizer"
+        )
     if not len(prompt):
         raise UserError(f"prompt {row} has no token: give at least one (the tokenizer's BOS will do)")
     wrong = next((token for token in prompt if not _is_whole(token)), None)
@@ -93,13 +101,12 @@ def _check_prompt(config: ModelConfig, row: int, prompt: Sequence[int]) -> None:
 def _check_memory(config: ModelConfig, rows: int, max_length: int) -> None:
     """Refuse a cache that is larger than all of the device's memory; one that is nearly so may still not fit."""
     slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * compute_dtype(config).itemsize
-    wanted, device = rows * max_length * slot, jax.devices()[0]
+    wanted, device = rows * max_length * slot, jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     require(
         wanted <= limit and max_length < 2**31 - 2 * BUCKET,
-        f"a cache for {rows} prompt(s) of up to {max_length} tokens, new ones included, takes {wanted / 2**30:.1f} GiB, "
-        f"and the {device.device_kind} has {limit / 2**30:.1f}: lower max_new_tokens (or max_length), or give fewer "
-        "prompts at once",
+        f"a cache of {rows} x {max_length} tokens, new ones included, takes {wanted / 2**30:.1f} GiB, and the device "
+        f"({device.device_kind}) has {limit / 2**30:.1f}: lower max_new_tokens or max_length, or give fewer prompts at once",
     )
 
 

@@ -62,7 +62,7 @@ class DecodeState:
 
 
 def emit(state: DecodeState, draft_Bd: jax.Array, accepted_B: jax.Array, next_B: jax.Array) -> DecodeState:
-    """Append each row's accepted drafts and the token after them, ending a row after EOS or `NO_TOKEN`, or at its limit.
+    """Append each row's accepted drafts and the token after them, ending a row after EOS, `NO_TOKEN` or at its limit.
 
     Rows that were done get nothing. All Q = d+1 slots are written and ``length_B`` says how many are known: the
     capacity leaves room for them.
