@@ -191,10 +191,8 @@ def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
     }
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = checkpointer.metadata(folder / "model").item_metadata
-            if stored is None:
-                raise ValueError("its list of arrays is missing or damaged")
-            shapes = {name: tuple(entry.shape) for name, entry in stored.tree.items()}
+            stored = ocp.StandardCheckpointHandler().metadata(folder / "model")
+            shapes = {name: tuple(entry.shape) for name, entry in stored.items()}
         except Exception as error:  # whatever orbax stumbles over, it is in the files
             raise _unreadable(folder, error) from error
         for name in sorted(target.keys() | shapes.keys()):

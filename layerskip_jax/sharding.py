@@ -158,9 +158,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     free = _free_axes(mesh)
     if mesh.size == 1 or not free:
         return x
-    axes = tuple(
-        axis if axis and size % mesh_size(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=True)
-    )
+    axes = tuple(axis if axis and n % mesh_size(axis) == 0 else None for axis, n in zip(axes, x.shape, strict=True))
     return jax.lax.with_sharding_constraint(x, _split(axes, free))
 
 

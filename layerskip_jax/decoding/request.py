@@ -106,7 +106,7 @@ def _check_memory(config: ModelConfig, rows: int, max_length: int) -> None:
     require(
         wanted <= limit and max_length < 2**31 - 2 * BUCKET,
         f"a cache of {rows} x {max_length} tokens, new ones included, takes {wanted / 2**30:.1f} GiB, and the device "
-        f"({device.device_kind}) has {limit / 2**30:.1f}: lower max_new_tokens or max_length, or give fewer prompts at once",
+        f"({device.device_kind}) has {limit / 2**30:.1f}: lower max_new_tokens, or give fewer prompts at once",
     )
 
 
