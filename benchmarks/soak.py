@@ -6,7 +6,7 @@ open files, threads, memory maps and the programs compiled so far. All but memor
 memory's slope is the median of the slopes between all pairs of turns (Theil-Sen). Prints a table, and writes
 ``soak.jsonl`` and ``soak.png`` to the folder.
 
-TensorStore 0.1.84 leaks some 20 KB whenever orbax asks it for its counters, two to four times a save or restore, of
+TensorStore 0.1.86 leaks some 20 KB whenever orbax asks it for its counters, two to four times a save or restore, of
 which there are a dozen in a turn. ``--without_counters`` answers in its place, and so shows what else grows.
 """
 

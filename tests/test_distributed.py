@@ -29,6 +29,8 @@ from layerskip_jax.config import (
     to_dict,
 )
 from layerskip_jax.data.pipeline import make_batches
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.metrics import read_records
 from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
@@ -174,7 +176,10 @@ def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, monke
     steps = [record["step"] for record in read_records(str(run)) if "train/objective" in record]
     assert steps == list(range(1, STEPS + 1))  # no step twice, and no line of the second process
     assert len(list((run / "tensorboard").iterdir())) == 2  # one for each start
-    assert [record["step"] for record in read_records(str(run)) if "sample" in record] == [STEPS]
+    model, _, tokenizer = load_model(str(run))
+    alone = TextGenerator(model.unstacked(), Tokenizer.load(str(tokenizer)), config.decode)
+    sample = alone.generate([config.train.sample_prompt]).completions[0].text  # both processes made it on their mesh
+    assert [(r["step"], r["sample"]) for r in read_records(str(run)) if "sample" in r] == [(STEPS, sample)]
 
     train_alone = dataclasses.replace(config.train, run_dir=str(tmp_path / "alone"), sample_every=0)
     alone = dataclasses.replace(config, train=train_alone)
