@@ -36,7 +36,11 @@ def bucket(tmp_path, monkeypatch):
     one = lambda original, path, **options: original(here(path), **options)  # noqa: E731
     two = lambda original, path, target, **options: original(here(path), here(target), **options)  # noqa: E731
     names = ("exists", "isdir", "listdir", "makedirs", "mkdir", "remove", "rmtree", "stat", "walk")
-    glob = lambda original, path: [p.replace(f"{served}/", "gs://") for p in original(here(path))]  # noqa: E731
+
+    def glob(original, path):
+        found = original(here(path))
+        return [p.replace(f"{served}/", "gs://") for p in found] if str(path).startswith("gs://") else found
+
     monkeypatch.setattr(locations, "BUCKET_LIBRARIES", ("json",))
     monkeypatch.chdir(tmp_path)
     with mock_epath(open=open_, glob=glob, copy=two, rename=two, replace=two, **dict.fromkeys(names, one)):
