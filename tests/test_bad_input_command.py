@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from bucket import NEW, trained_run
 from corpora import VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,32 +20,20 @@ from test_bad_input import CASES, assert_one_sentence
 from layerskip_jax import checkpoint
 from layerskip_jax.checkpoint import SWEPT, TOKENIZER, find_checkpoint, load_model
 from layerskip_jax.commands import decode
-from layerskip_jax.config import Config, DecodeConfig, ModelConfig, OptimizerConfig, TrainConfig
+from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from layerskip_jax.decoding import terminal
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.errors import UserError
-from layerskip_jax.training import train
 
-NEW = 12
 DEEP = "[" * 100_000
 """JSON that Python's parser gives up."""
 
 
 @pytest.fixture(scope="module")
-def run(corpus, tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("run") / "run")
-    train(
-        Config(
-            model=ModelConfig(2, 16, 2, 1, 24, VOCABULARY, compute_dtype="float32"),
-            data=corpus,
-            optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
-            train=TrainConfig(run_dir=folder, steps=2, batch_size=8, evaluate_batches=1, loss_chunk=8),
-            decode=DecodeConfig(exit_layer=1, draft_length=3, max_new_tokens=NEW),
-        )
-    )
-    return folder
+def run(corpus):
+    return trained_run(corpus)
 
 
 @pytest.fixture(scope="module", autouse=True)

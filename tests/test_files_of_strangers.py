@@ -9,16 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from corpora import VOCABULARY
+from bucket import STEPS, trained_run
 
 from layerskip_jax.checkpoint import SWEPT, TOKENIZER, find_checkpoint, load_model, read_config
 from layerskip_jax.command_line import add_config_option, make_parser
 from layerskip_jax.commands import decode
-from layerskip_jax.config import Config, DecodeConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.decoding import terminal
 from layerskip_jax.errors import UserError
-from layerskip_jax.training import train
 
 
 class Heard:
@@ -73,18 +71,8 @@ class Bomb:
 
 
 @pytest.fixture(scope="module")
-def run(corpus, tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("stranger") / "run")
-    train(
-        Config(
-            model=ModelConfig(2, 16, 2, 1, 24, VOCABULARY, compute_dtype="float32"),
-            data=corpus,
-            optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
-            train=TrainConfig(run_dir=folder, steps=1, batch_size=8, evaluate_batches=1, loss_chunk=8),
-            decode=DecodeConfig(mode="autoregressive", max_new_tokens=4),
-        )
-    )
-    return folder
+def run(corpus):
+    return trained_run(corpus)
 
 
 def decoded(run, *argv):
@@ -127,7 +115,14 @@ def test_the_tokenizer_is_the_one_beside_the_checkpoint(hostile):
 
 @pytest.mark.parametrize(
     "file",
-    [TOKENIZER, SWEPT, "1/config/metadata", "1/model/_METADATA", "1/model/manifest.ocdbt", "1/model/_sharding"],
+    [
+        TOKENIZER,
+        SWEPT,
+        f"{STEPS}/config/metadata",
+        f"{STEPS}/model/_METADATA",
+        f"{STEPS}/model/manifest.ocdbt",
+        f"{STEPS}/model/_sharding",
+    ],
 )
 @pytest.mark.parametrize("content", ["pickle", "python", "yaml"])
 def test_a_pickle_or_code_in_place_of_a_file_is_refused(run, tmp_path, heard, file, content):
