@@ -319,9 +319,8 @@ def test_decode_settings_are_checked_when_made(changes):
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(corpus):
-    model = tiny_model(vocab_size=VOCABULARY + 1).unstacked()
-    with pytest.raises(UserError, match=f"the tokenizer has {VOCABULARY} pieces and the model's vocabulary"):
-        TextGenerator(model, Tokenizer.load(corpus.tokenizer), DecodeConfig())
+    with pytest.raises(UserError, match=f"the tokenizer has {VOCABULARY} pieces and the model's vocabulary {V}"):
+        TextGenerator(model_with(None)[1], Tokenizer.load(corpus.tokenizer), DecodeConfig())
 
 
 def test_the_cases_are_as_many_as_is_said():

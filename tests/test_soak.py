@@ -4,7 +4,7 @@ from benchmarks.soak import COUNTS, after_warm_up, soak, table
 
 
 def test_no_files_threads_or_programs_are_left_behind(tmp_path):
-    turns = soak(tmp_path, seconds=20)
+    turns = soak(tmp_path, seconds=12)
     steady = after_warm_up(turns)
     print(table(turns))
     for name in COUNTS:

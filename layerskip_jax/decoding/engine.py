@@ -71,8 +71,8 @@ def run_rounds(step: Round, model: Transformer, state: DecodeState, until: jax.A
 
     state = jax.lax.while_loop(unfinished, lambda state: step(model, state), state)
     # All but the cache whole on every device of a mesh, so that every process of a run can read it.
-    small = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), dataclasses.replace(state, cache=None))
-    return dataclasses.replace(small, cache=state.cache)
+    small = dataclasses.replace(state, cache=KVQCache([], []))
+    return dataclasses.replace(jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), small), cache=state.cache)
 
 
 def start(
