@@ -5,9 +5,6 @@ samples, ``train`` again to restore what is there, and ``decode.py`` in four way
 open files, threads, memory maps and the programs compiled so far. All but memory must not grow after the warm-up;
 memory's slope is the median of the slopes between all pairs of turns (Theil-Sen). Prints a table, and writes
 ``soak.jsonl`` and ``soak.png`` to the folder.
-
-TensorStore 0.1.86 leaks some 20 KB whenever orbax asks it for its counters, two to four times a save or restore, of
-which there are a dozen in a turn. ``--without_counters`` answers in its place, and so shows what else grows.
 """
 
 import argparse
@@ -27,7 +24,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from layerskip_jax.commands import decode
 from layerskip_jax.config import (
@@ -183,10 +179,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/soak"), help="folder for the results (default: runs/soak)"
     )
-    parser.add_argument("--without_counters", action="store_true", help="leave TensorStore's leak out")
     options = parser.parse_args()
-    if options.without_counters:
-        tensorstore_utils.get_tensorstore_raw_bytes = lambda direction=None: 0
     options.out.mkdir(parents=True, exist_ok=True)
     work = options.out / "work"
     shutil.rmtree(work, ignore_errors=True)
