@@ -39,8 +39,8 @@ from layerskip_jax.train_step import Trainer
 ROOT = Path(__file__).parent.parent
 STEPS, STOPPED = 8, 5
 # A worker that sends itself a signal just before the fourth step is dispatched: it votes behind that step, and the
-# votes are counted one step later. Gloo's threads write to the same stdout, a line of one within a line of another: they
-# lose theirs, so that all of it is ours.
+# votes are counted one step later. Gloo's threads write to the same stdout, a line of one within a line of another:
+# they lose theirs, so that all of it is ours.
 WORKER = """
     import os, signal, sys
     sys.stdout = os.fdopen(os.dup(1), "w")
