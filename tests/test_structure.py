@@ -12,7 +12,8 @@ PACKAGE = ROOT / "layerskip_jax"
 # From what needs nothing to what needs the rest; a module may import what stands before it, or in its own row.
 LAYERS = [
     {"errors"},
-    {"config", "locations"},
+    {"checks", "locations"},
+    {"config"},
     {"command_line", "sharding", "attention", "layer_dropout", "early_exit", "distributed", "goodput", "watch"},
     {"model", "recipe", "optimizer", "skipping", "compiled"},
     {"data", "flops"},

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.attention import LayerCache
-from layerskip_jax.config import ModelConfig, require
+from layerskip_jax.checks import require
+from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.conditional import run_if
 from layerskip_jax.decoding.rounds import finish_round, no_drafts
 from layerskip_jax.decoding.sampling import Sampler

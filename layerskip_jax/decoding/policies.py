@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerskip_jax.config import ModelConfig, check_type, require
+from layerskip_jax.checks import check_type, require
+from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.cost import round_cost
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layerskip_jax.config import ModelConfig, require
+from layerskip_jax.checks import require
+from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.rounds import finish_round
 from layerskip_jax.decoding.sampling import Sampler
 from layerskip_jax.decoding.state import DecodeState

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from layerskip_jax.config import ModelConfig, require
+from layerskip_jax.checks import require
+from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.rounds import Round
 from layerskip_jax.decoding.sampling import NO_TOKEN
 from layerskip_jax.decoding.state import DecodeState

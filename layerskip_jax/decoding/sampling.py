@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from layerskip_jax.config import require
+from layerskip_jax.checks import require
 
 NO_TOKEN = -1
 """What a sampler returns where the largest logit is not finite: weights or activations hold NaN or infinity."""
