@@ -6,12 +6,14 @@ reads the model alone. What is stored is data: nothing is unpickled or executed 
 
 import dataclasses
 import json
+import urllib.parse
 from collections.abc import Collection
 from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from flax import nnx
 
@@ -19,7 +21,7 @@ from layerskip_jax.config import Config, DecodeConfig, experiment, from_dict
 from layerskip_jax.data.position import Position
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError, nearest
-from layerskip_jax.locations import locate
+from layerskip_jax.locations import is_remote, locate
 from layerskip_jax.model import Transformer
 from layerskip_jax.train_step import TrainState
 
@@ -191,9 +193,8 @@ def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
     }
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = ocp.StandardCheckpointHandler().metadata(folder / "model")
-            shapes = {name: tuple(entry.shape) for name, entry in stored.items()}
-        except Exception as error:  # whatever orbax stumbles over, it is in the files
+            shapes = _stored_shapes(folder / "model")
+        except Exception as error:  # whatever is stumbled over, it is in the files
             raise _unreadable(folder, error) from error
         for name in sorted(target.keys() | shapes.keys()):
             wanted = target[name].shape if name in target else "no such array"
@@ -207,6 +208,18 @@ def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
         except Exception as error:
             raise _unreadable(folder, error) from error
     return with_arrays(abstract, arrays), config, folder.parent / TOKENIZER
+
+
+def _stored_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the arrays that orbax stored in ``folder``, from its index (OCDBT) and theirs (zarr).
+
+    Not by orbax, whose threads each write a traceback of their own where the index is damaged.
+    """
+    base = str(folder) if is_remote(folder) else f"file://{urllib.parse.quote(str(folder))}"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{base}/"}).result()
+    keys = [key for key in store.list().result() if key.endswith(b"/.zarray")]
+    headers = {key.decode().removesuffix("/.zarray"): json.loads(store.read(key).result().value) for key in keys}
+    return {name: tuple(header["shape"]) for name, header in headers.items()}
 
 
 def _unreadable(folder: epath.Path, error: Exception) -> UserError:

@@ -293,13 +293,12 @@ BAD_CHECKPOINTS = {
     "sweep type": (written(SWEPT, '{"decode": {"exit_layer": "1"}}'), "decode.json is not what"),
     "sweep range": (written(SWEPT, '{"decode": {"draft_length": 64}}'), "decode.json is not what"),
     "sweep exit": (written(SWEPT, '{"decode": {"exit_layer": 3}}'), "exit_layer 3"),
-    "no weights": (lambda step: shutil.rmtree(step / "model"), "no checkpoint at"),
-    "weights empty": (lambda step: [shutil.rmtree(step / "model"), (step / "model").mkdir()], "cannot be read"),
+    "no weights": (lambda step: [shutil.rmtree(path) for path in step.parent.glob("*/model")], "no checkpoint at"),
+    "weights empty": (lambda step: [shutil.rmtree(step / "model"), (step / "model").mkdir()], "is missing"),
     "weights a file": (lambda step: [shutil.rmtree(step / "model"), written("model", b"x")(step)], "cannot be read"),
-    "no list of weights": (lambda step: (step / "model" / "_METADATA").unlink(), "cannot be read"),
     "list not JSON": (written("model/_METADATA", "{"), "cannot be read"),
     "list a list": (written("model/_METADATA", "[]"), "cannot be read"),
-    "no manifest": (lambda step: (step / "model" / "manifest.ocdbt").unlink(), "cannot be read"),
+    "no manifest": (lambda step: (step / "model" / "manifest.ocdbt").unlink(), "is missing"),
 }
 
 

@@ -121,7 +121,6 @@ def test_the_tokenizer_is_the_one_beside_the_checkpoint(hostile):
         f"{STEPS}/config/metadata",
         f"{STEPS}/model/_METADATA",
         f"{STEPS}/model/manifest.ocdbt",
-        f"{STEPS}/model/_sharding",
     ],
 )
 @pytest.mark.parametrize("content", ["pickle", "python", "yaml"])
