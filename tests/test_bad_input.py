@@ -92,6 +92,12 @@ BAD_PROMPTS = [
     ("ab", "list of token ids"),
     (np.zeros((2, 3)), "whole numbers"),
     (np.zeros((2, 0), int), "no token"),
+    (np.zeros((), int), "list of lists"),
+    (None, "list of lists"),
+    (7, "list of lists"),
+    ({1: [2]}, "list of lists"),
+    (({1: 2}, [1]), "list of token ids"),
+    ([{1, 2}, [1]], "list of token ids"),
 ]
 BAD_NEW = [(value, "max_new_tokens") for value in (0, -1, -(1 << 70), 1 << 36, 1 << 70, 2.0, NAN, "3", None, True)]
 BAD_LENGTHS = [(value, "max_length") for value in (0, 1, -5, -(1 << 70), 2.5, "60", True)]
@@ -252,7 +258,9 @@ def test_a_stacked_model_is_refused():
         generate(model_with(None)[0], [[1]], 1, GREEDY_STEPS[0])
 
 
-logits = st.one_of(st.floats(-50, 50, width=32), st.sampled_from([NAN, INF, -INF, 3e38, -3e38, 0.0]))
+logits = st.one_of(
+    st.floats(-50, 50, width=32, allow_subnormal=False), st.sampled_from([NAN, INF, -INF, 3e38, -3e38, 0.0])
+)
 
 
 @given(rows=st.lists(st.lists(logits, min_size=5, max_size=5), min_size=2, max_size=2), seed=st.integers(0, 99))

@@ -143,12 +143,12 @@ def commands(draw):
     prompts = draw(st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=2))
     stop, way = draw(st.sampled_from(STOPS)), draw(st.sampled_from(WAYS))
     wrong = draw(st.lists(st.sampled_from(BAD_OPTIONS), max_size=2))
-    options = [word for prompt in prompts for word in (f"--prompt={prompt}",)]
-    options += [word for text in [stop] if text for word in ("--stop", *text)]
+    options = [*(["--stop", *stop] if stop else []), *(f"--prompt={prompt}" for prompt in prompts)]
     options += [*way, *draw(st.sampled_from(SHOWN)), *(["--batch_size", "2"] if len(prompts) == 2 else [])]
     bad = [word for option, _ in wrong for word in option]
-    at_front = draw(st.booleans())
-    return prompts, stop, [*bad, *options] if at_front and bad[-1:] != ["--exit_layer"] else [*options, *bad], wrong
+    # What is given last counts, so that what is wrong may stand first only where nothing overrides it.
+    first = draw(st.booleans()) and not {word for word in bad if word.startswith("--")} & {*options, "--exit_layer"}
+    return prompts, stop, [*bad, *options] if first else [*options, *bad], wrong
 
 
 @given(command=commands())
@@ -295,7 +295,7 @@ BAD_CHECKPOINTS = {
     "sweep exit": (written(SWEPT, '{"decode": {"exit_layer": 3}}'), "exit_layer 3"),
     "no weights": (lambda step: [shutil.rmtree(path) for path in step.parent.glob("*/model")], "no checkpoint at"),
     "weights empty": (lambda step: [shutil.rmtree(step / "model"), (step / "model").mkdir()], "is missing"),
-    "weights a file": (lambda step: [shutil.rmtree(step / "model"), written("model", b"x")(step)], "cannot be read"),
+    "weights a file": (lambda step: [shutil.rmtree(step / "model"), written("model", b"x")(step)], "is missing"),
     "list not JSON": (written("model/_METADATA", "{"), "cannot be read"),
     "list a list": (written("model/_METADATA", "[]"), "cannot be read"),
     "no manifest": (lambda step: (step / "model" / "manifest.ocdbt").unlink(), "is missing"),

@@ -43,6 +43,7 @@ def check_request(
     require(
         isinstance(model.blocks, nnx.List), "the model's blocks are stacked, as in training: pass model.unstacked()"
     )
+    require(_is_listed(prompts), f"prompts must be a list of lists of token ids, not {prompts!r:.40}")
     require(len(prompts) > 0, "there is no prompt: give at least one")
     for name, value, least in [("max_new_tokens", max_new_tokens, 1), ("eos", eos, -1), ("seed", seed, -(2**31))]:
         require(_is_whole(value), f"{name} must be a whole number, not {value!r}")
@@ -85,18 +86,22 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+def _is_listed(value: Any) -> bool:
+    return isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
 def _check_prompt(config: ModelConfig, row: int, prompt: Sequence[int]) -> None:
-    if isinstance(prompt, str | bytes) or not hasattr(prompt, "__len__"):
-        raise UserError(
-            f"prompt {row} must be a list of token ids, not {prompt!r:.40}: encode texts with the tokenizer"
-        )
-    if not len(prompt):
-        raise UserError(f"prompt {row} has no token: give at least one (the tokenizer's BOS will do)")
-    wrong = next((token for token in prompt if not _is_whole(token)), None)
-    if wrong is not None:
-        raise UserError(f"prompt {row} must be whole numbers, token ids, and has {wrong!r:.40}")
-    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-        raise UserError(f"prompt {row} has a token outside the model's vocabulary 0..{config.vocab_size - 1}")
+    require(
+        _is_listed(prompt) and not isinstance(prompt, str | bytes),
+        f"prompt {row} must be a list of token ids, not {prompt!r:.40}: encode texts with the tokenizer",
+    )
+    require(len(prompt) > 0, f"prompt {row} has no token: give at least one (the tokenizer's BOS will do)")
+    wrong = [token for token in prompt if not _is_whole(token)]
+    require(not wrong, f"prompt {row} must be whole numbers, token ids, and has {str(wrong[:1])[1:-1]:.40}")
+    require(
+        min(prompt) >= 0 and max(prompt) < config.vocab_size,
+        f"prompt {row} has a token outside the model's vocabulary 0..{config.vocab_size - 1}",
+    )
 
 
 def _check_memory(config: ModelConfig, rows: int, max_length: int) -> None:
