@@ -7,11 +7,13 @@ arrays (`layerskip_jax.digests`), the config and the data position lie beside th
 
 import hashlib
 import json
+import urllib.parse
 from collections.abc import Collection
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from flax import nnx
 
@@ -19,6 +21,7 @@ from layerskip_jax.config import Config, DecodeConfig, from_dict
 from layerskip_jax.data.position import read_positions
 from layerskip_jax.digests import digests
 from layerskip_jax.errors import UserError, nearest
+from layerskip_jax.locations import is_remote, locate
 from layerskip_jax.model import Transformer
 
 TOKENIZER = "tokenizer.model"
@@ -28,7 +31,7 @@ SWEPT = "decode.json"
 
 def checkpoint_folder(config: Config) -> epath.Path:
     """Return where the run of ``config`` keeps its checkpoints: ``RUN_DIR/checkpoints``."""
-    return epath.Path(config.train.run_dir).expanduser().resolve() / "checkpoints"
+    return locate(config.train.run_dir) / "checkpoints"
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def in_short(error: BaseException) -> str:
 def _read_json(folder: epath.Path, item: str) -> Any:
     try:
         return json.loads((folder / item / "metadata").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: no readable {item}: {error}") from error
 
 
@@ -112,7 +115,7 @@ def find_checkpoint(path: str) -> epath.Path:
 
     Raises `UserError` for a path that holds none.
     """
-    root = epath.Path(path).expanduser().resolve()
+    root = locate(path)
     if not root.exists():
         parent = root.parent
         others = [str(epath.Path(path).parent / other.name) for other in parent.iterdir()] if parent.is_dir() else []
@@ -132,14 +135,19 @@ def read_config(checkpoint: epath.Path) -> Config:
     values = _read_json(checkpoint, "config")
     if sha256_of(values) != read_checksums(checkpoint)["config"]:
         raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: its config is not what was saved")
-    return from_dict(values, Config)
+    try:
+        return from_dict(values, Config)
+    except UserError as error:
+        raise UserError(f"the checkpoint {checkpoint} has no readable config: {error}") from error
 
 
 def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
     """Load the model of a checkpoint; return it with its config and its tokenizer's path.
 
-    ``path`` is a run folder or one checkpoint in it. No model flag is needed: the config travels along. Raises
-    `DamagedCheckpoint` where it, or the tokenizer, is not what was saved.
+    ``path`` is a run folder or one checkpoint in it. No model flag is needed: the config travels along, and so does
+    the tokenizer, beside the checkpoint: no path that the config names is followed. Raises `UserError` where there is
+    no checkpoint or its weights are not those of its config, and `DamagedCheckpoint` where it, or the tokenizer, is
+    not what was saved.
     """
     folder = find_checkpoint(path)
     config, checksums, tokenizer = read_config(folder), read_checksums(folder), folder.parent / TOKENIZER
@@ -149,6 +157,7 @@ def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         for name, leaf in named_arrays(abstract).items()
     }
+    check_shapes(folder, {name: leaf.shape for name, leaf in target.items()})
     arrays = read_arrays(folder / "model", target)
     problem = wrong_array(folder, checksums["arrays"], in_item("model", arrays))
     if not problem and tokenizer.exists() and sha256(tokenizer.read_bytes()) != checksums["tokenizer"]:
@@ -156,6 +165,33 @@ def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
     if problem:
         raise DamagedCheckpoint(problem)
     return with_arrays(abstract, arrays), config, tokenizer
+
+
+def check_shapes(folder: epath.Path, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Compare the arrays that a checkpoint holds with those that follow from its config."""
+    try:
+        shapes = _stored_shapes(folder / "model")
+    except Exception as error:  # whatever is stumbled over, it is in the files
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {in_short(error)}") from error
+    for name in sorted(wanted.keys() | shapes.keys()):
+        stored, follows = shapes.get(name, "missing"), wanted.get(name, "no such array")
+        if stored != follows:
+            raise UserError(
+                f"the weights of the checkpoint {folder} are not those of its config: {name} is {stored}, and from the "
+                f"config follows {follows}"
+            )
+
+
+def _stored_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the arrays that orbax stored in ``folder``, from its index (OCDBT) and theirs (zarr).
+
+    Not by orbax, whose threads each write a traceback of their own where the index is damaged.
+    """
+    base = str(folder) if is_remote(folder) else f"file://{urllib.parse.quote(str(folder))}"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{base}/"}).result()
+    keys = [key for key in store.list().result() if key.endswith(b"/.zarray")]
+    headers = {key.decode().removesuffix("/.zarray"): json.loads(store.read(key).result().value) for key in keys}
+    return {name: tuple(header["shape"]) for name, header in headers.items()}
 
 
 def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:
@@ -176,7 +212,7 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text())["decode"]
         from_dict(settings, DecodeConfig)
-    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
         raise UserError(f"{file} is not what python -m layerskip_jax.sweep writes ({error}): remove it") from error
     together = {"mode", "policy", "exit_layer", "draft_length", "exits"}
     left_out = set(given) | (together if together & set(given) else set())

@@ -83,14 +83,14 @@ def add_settings(parser: argparse.ArgumentParser, defaults: Any, prefix: str = "
 def boolean(text: str) -> bool:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+    raise argparse.ArgumentTypeError(f"must be true or false, not {text!r:.60}")
 
 
 def integer(text: str) -> int:
     try:
         return int(text.replace("_", ""))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r:.60}") from None
 
 
 def number(text: str) -> float:
@@ -99,7 +99,7 @@ def number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r:.60}")
     return value
 
 
@@ -107,7 +107,7 @@ def one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
     def convert(text: str) -> str:
         if text not in choices:
             raise argparse.ArgumentTypeError(
-                f"must be one of {', '.join(choices)}, not {text!r}{nearest(text, choices)}"
+                f"must be one of {', '.join(choices)}, not {text!r:.60}{nearest(text, choices)}"
             )
         return text
 

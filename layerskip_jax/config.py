@@ -5,11 +5,12 @@ overrides single fields (`layerskip_jax.command_line`), and the resolved result 
 """
 
 import dataclasses
-import types
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from layerskip_jax.checks import check_fields, check_type, require
 from layerskip_jax.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -18,11 +19,6 @@ T = TypeVar("T")
 def setting(default: T, doc: str) -> T:
     """Declare a dataclass field with its default and the line that ``--help`` prints (units in brackets)."""
     return dataclasses.field(default=default, metadata={"doc": doc})
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +42,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
             require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
         require(
@@ -56,6 +53,9 @@ class ModelConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_kv_heads {self.num_kv_heads} must divide model.num_heads {self.num_heads}",
         )
+        for name in ("rope_base", "norm_epsilon"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"model.{name} must be positive and finite, not {value}")
 
     @property
     def head_dim(self) -> int:
@@ -293,10 +293,13 @@ class DecodeConfig:
     stream_every: int = setting(1, "rounds between two looks at the text, for streaming [rounds]")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.exit_layer >= 0, f"exit_layer must be 0 (automatic) or in 1..L, not {self.exit_layer}")
         require(1 <= self.draft_length < 64, f"draft_length must be in 1..63, not {self.draft_length}")
         require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        require(self.temperature >= 0, f"temperature must not be negative, but is {self.temperature}")
+        sampled = 1e-6 <= self.temperature <= 1e6
+        require(sampled or self.temperature == 0, f"temperature must be 0 or in [1e-6, 1e6], not {self.temperature}")
+        require(-(2**31) <= self.seed < 2**32, f"seed must be in {-(2**31)}..{2**32 - 1}, not {self.seed}")
         require(self.top_k >= 0, f"top_k must be 0 (off) or positive, not {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}")
         require("" not in self.stop, "a stop string must not be empty")
@@ -304,7 +307,7 @@ class DecodeConfig:
         require(rising, f"exits must rise from 1 on, not {' '.join(map(str, self.exits))}")
         require(0 <= self.draft_threshold <= 1, f"draft_threshold must be in [0, 1], not {self.draft_threshold}")
         require(0 <= self.exit_threshold <= 1, f"exit_threshold must be in [0, 1], not {self.exit_threshold}")
-        require(self.width_cost >= 0, f"width_cost must not be negative, but is {self.width_cost}")
+        require(0 <= self.width_cost < math.inf, f"width_cost must be 0 or more, and finite, not {self.width_cost}")
         require(self.stream_every >= 1, f"stream_every must be at least 1, not {self.stream_every}")
 
 
@@ -358,6 +361,7 @@ def experiment(config: Config) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any], kind: type[T], where: str = "") -> T:
     """Rebuild a config from `to_dict`'s output; an unknown or ill-typed key raises `UserError`."""
+    require(isinstance(values, Mapping), f"{where.removesuffix('.') or 'a config'} must be settings by name")
     hints = typing.get_type_hints(kind)
     known = {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
     arguments: dict[str, Any] = {}
@@ -370,21 +374,3 @@ def from_dict(values: Mapping[str, Any], kind: type[T], where: str = "") -> T:
         else:
             arguments[key] = check_type(value, hint, f"{where}{key}")
     return kind(**arguments)
-
-
-def check_type(value: Any, hint: Any, name: str) -> Any:
-    """Return ``value`` as ``hint`` (int for float and list for tuple are accepted) or raise `UserError`."""
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        return value
-    if origin is tuple:
-        require(isinstance(value, list | tuple), f"{name} must be a list, not {value!r}")
-        return tuple(check_type(item, typing.get_args(hint)[0], name) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    plain = isinstance(hint, type) and not isinstance(hint, types.GenericAlias)
-    fits = plain and isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
-    require(fits, f"{name} must be {getattr(hint, '__name__', hint)}, not {value!r}")
-    return value

@@ -1,25 +1,28 @@
 """Pictures of a run, drawn from what it wrote: ``python -m layerskip_jax.plots RUN``."""
 
+import io
 import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+from etils import epath
 
 from layerskip_jax.checkpoint import find_checkpoint, read_config
 from layerskip_jax.command_line import make_parser
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, run_command
-from layerskip_jax.metrics import read_records
+from layerskip_jax.locations import locate
+from layerskip_jax.metrics import METRICS, read_records
 from layerskip_jax.recipe import Recipe
 
 
 def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
     """Read ``metrics.jsonl`` as ``{name: {step: value}}``; of a step that was run again, the last value counts."""
-    path = Path(run_dir) / "metrics.jsonl"
-    if not path.is_file():
+    path = locate(run_dir) / METRICS
+    if not path.exists():
         raise UserError(f"no metrics at {path}: expected a run folder that train.py wrote")
     values: dict[str, dict[int, float]] = defaultdict(dict)
     for record in read_records(run_dir):
@@ -29,9 +32,20 @@ def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
     return values
 
 
+def write_figure(figure: Any, file: epath.Path) -> None:
+    """Write a matplotlib figure as PNG to ``file``, also in a bucket, and close it."""
+    import matplotlib.pyplot as plt
+
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110, format="png")
+    plt.close(figure)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(png.getvalue())
+
+
 def save_picture(
-    path: Path, draw: Callable[[np.ndarray], None], panels: int = 2, size: tuple[float, float] = (12, 4.5)
-) -> Path:
+    path: epath.Path, draw: Callable[[np.ndarray], None], panels: int = 2, size: tuple[float, float] = (12, 4.5)
+) -> epath.Path:
     """Let ``draw`` fill ``panels`` axes side by side, of ``size`` [inches] together, and write them as PNG."""
     import matplotlib
 
@@ -40,16 +54,14 @@ def save_picture(
 
     figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
     draw(axes[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    write_figure(figure, path)
     return path
 
 
-def plot_run(run_dir: str) -> list[Path]:
+def plot_run(run_dir: str) -> list[epath.Path]:
     """Write PNG pictures to ``RUN/plots`` and return their paths."""
     config = read_config(find_checkpoint(run_dir))
-    metrics, folder = read_metrics(run_dir), Path(run_dir) / "plots"
+    metrics, folder = read_metrics(run_dir), locate(run_dir) / "plots"
     pictures = {"loss": _draw_losses, "exits": _draw_exits, "schedules": _draw_schedules}
     return [
         save_picture(folder / f"{name}.png", partial(draw, metrics=metrics, config=config))

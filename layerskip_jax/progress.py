@@ -92,6 +92,7 @@ class Progress:
     def after_save(self, done: int) -> None:
         """Write the ledger: a resume reads it back from the step that was saved."""
         self._writer.write(done, self._goodput.values())
+        self._writer.publish()
 
     def __enter__(self) -> "Progress":
         self._watchdog.__enter__()

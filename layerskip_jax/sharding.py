@@ -151,12 +151,14 @@ def _is_param(leaf: Any) -> bool:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell the compiler how an activation lies along the mesh axes that are its own.
 
-    Does nothing outside `jax.set_mesh`.
+    A dimension that does not divide, such as the one row of a sample generation, stays whole. Does nothing outside
+    `jax.set_mesh`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = _free_axes(mesh)
     if mesh.size == 1 or not free:
         return x
+    axes = tuple(axis if axis and n % mesh_size(axis) == 0 else None for axis, n in zip(axes, x.shape, strict=True))
     return jax.lax.with_sharding_constraint(x, _split(axes, free))
 
 

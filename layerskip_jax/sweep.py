@@ -8,10 +8,10 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from layerskip_jax.checkpoint import find_checkpoint, load_model, store_swept
@@ -25,6 +25,7 @@ from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.model import Transformer
+from layerskip_jax.plots import write_figure
 from layerskip_jax.quantization import with_weights
 
 
@@ -152,7 +153,7 @@ def table(model: ModelConfig, grid: list[Measurement], finals: list[Measurement]
     return "\n".join(lines)
 
 
-def plot(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[int], file: Path) -> None:
+def plot(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[int], file: epath.Path) -> None:
     """Draw tokens/s and acceptance over exit and draft length."""
     import matplotlib
 
@@ -180,9 +181,7 @@ def plot(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[
         axis.set(title=title, xlabel="draft length d", ylabel="exit layer E", xticks=draft_lengths, yticks=exits)
         axis.margins(0.08)
     figure.suptitle(f"plain decoding: {grid[0].tokens_per_second:.0f} tokens/s")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    write_figure(figure, file)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -233,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         said = ", ".join(f"{name} {value}" for name, value in chosen.items())
         print(f"recommended: {said} ({winner.speedup:.2f}x plain decoding)")
     run = find_checkpoint(options.checkpoint).parent.parent
-    plot(grid, exits, lengths, Path(run) / "plots" / "sweep.png")
+    plot(grid, exits, lengths, run / "plots" / "sweep.png")
     if not options.json:
         print(f"plot: {run}/plots/sweep.png")
     if not options.no_store:

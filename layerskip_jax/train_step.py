@@ -37,8 +37,8 @@ TPU_OPTIONS = dict.fromkeys(
 )
 """Gathers and scatters beside the products.
 
-Without them v5p and v6e wait for every gather, and write those over a whole slice, and the scatter of gradients, as sums
-of twice the bytes.
+Without them v5p and v6e wait for every gather, and write those over a whole slice, and the scatter of gradients, as
+sums of twice the bytes.
 """
 
 

@@ -9,7 +9,6 @@ from functools import partial
 import grain
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from layerskip_jax.bad_steps import BadSteps
@@ -159,13 +158,6 @@ def _due(done: int, every: int, last: int) -> bool:
 
 
 def _sample(config: Config, model: Transformer, tokenizer: Tokenizer) -> str:
-    """Return the sample; of several processes the first one makes it, alone and on one of its devices."""
-    alone: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if jax.process_count() > 1:
-        model = multihost_utils.process_allgather(model, tiled=True)
-        if jax.process_index() > 0:
-            return ""
-        alone = jax.set_mesh(Mesh(np.array(jax.local_devices()[:1]), "data"))
-    with alone:
-        generator = TextGenerator(model.unstacked(), tokenizer, config.decode)
-        return generator.generate([config.train.sample_prompt]).completions[0].text
+    """Return the sample, which all processes generate together: each from its own part of the model."""
+    generator = TextGenerator(model.unstacked(), tokenizer, config.decode)
+    return generator.generate([config.train.sample_prompt]).completions[0].text

@@ -4,13 +4,13 @@ import faulthandler
 import signal
 import sys
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
 
 from layerskip_jax.config import TrainConfig
+from layerskip_jax.locations import is_remote, locate
 
 
 class Profiler:
@@ -22,7 +22,8 @@ class Profiler:
 
     def __init__(self, config: TrainConfig):
         self._first, self._steps = config.profile_step, config.profile_steps
-        self._folder = "profile" if "://" in config.run_dir else str(Path(config.run_dir).expanduser() / "profile")
+        run = locate(config.run_dir)
+        self._folder = "profile" if is_remote(run) else str(run / "profile")
         self._asked, self._until, self._former = False, 0, signal.SIG_DFL
 
     def __enter__(self) -> "Profiler":

@@ -29,6 +29,8 @@ from layerskip_jax.config import (
     TrainConfig,
     to_dict,
 )
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +152,10 @@ def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, capsy
     steps = [record["step"] for record in read_records(str(run)) if "train/objective" in record]
     assert steps == list(range(1, STEPS + 1))  # no step twice, and no line of the second process
     assert len(list((run / "tensorboard").iterdir())) == 2  # one for each start
-    assert [record["step"] for record in read_records(str(run)) if "sample" in record] == [STEPS]
+    model, _, tokenizer = load_model(str(run))
+    alone = TextGenerator(model.unstacked(), Tokenizer.load(str(tokenizer)), config.decode)
+    sample = alone.generate([config.train.sample_prompt]).completions[0].text  # both processes made it on their mesh
+    assert [(r["step"], r["sample"]) for r in read_records(str(run)) if "sample" in r] == [(STEPS, sample)]
 
     alone = dataclasses.replace(
         config, train=dataclasses.replace(config.train, run_dir=str(tmp_path / "alone"), sample_every=0)

@@ -1,11 +1,11 @@
 """Where the prompts of a command come from: the command line, a file, or held-out documents."""
 
 import json
-from pathlib import Path
 
 from layerskip_jax.command_line import OneLineParser, integer
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import locate
 
 
 def add_prompt_options(parser: OneLineParser) -> None:
@@ -20,21 +20,38 @@ def read_prompts(given: list[str] | None, file: str | None, held_out: int | None
     """Return the prompts of the one source that was given; anything else raises `UserError`."""
     if sum(source is not None for source in (given, file, held_out)) != 1:
         raise UserError("give the prompts in one way: --prompt TEXT (once or more), --prompts FILE or --held_out N")
-    if given is not None:
-        return given
     if held_out is not None:
         return _held_out(config, held_out)
-    assert file is not None
+    prompts = given if file is None else _read_file(file)
+    for number, prompt in enumerate(prompts or [], start=1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"prompt {number} is not Unicode text, but has {error.object[error.start]!r}") from error
+    return prompts or []
+
+
+def _read_file(file: str) -> list[str]:
     try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [json.loads(line)["prompt"] for line in lines] if file.endswith(".jsonl") else lines
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts file {file}: {error}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} must have a JSON object with a 'prompt' on every line: {error!r}") from error
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        # At newlines alone: JSON lines may hold what `str.splitlines` takes for the end of one.
+        lines = locate(file).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the prompts file {file} as UTF-8 text: {error}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
         raise UserError(f"{file} has no prompts: write one a line, or JSON lines with a 'prompt' text each")
-    return prompts
+    return [_of_json(file, *line) for line in numbered] if file.endswith(".jsonl") else [line for _, line in numbered]
+
+
+def _of_json(file: str, number: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(f"{file} line {number} must have a JSON object with a 'prompt' text: {said}") from error
+    if not isinstance(prompt, str):
+        raise UserError(f"{file} line {number} must have a text as its 'prompt', not {prompt!r:.40}")
+    return prompt
 
 
 def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
@@ -44,7 +61,7 @@ def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
     if count < 1:
         raise UserError(f"--held_out must be at least 1, not {count}")
     prompts: list[str] = []
-    documents = open_documents(config.data, config.data.validation_split)
+    documents = open_documents(config.data, config.data.validation_split, prepare=False)
     for index in range(len(documents)):
         document = documents[index]
         text = document.decode("utf-8", "replace") if isinstance(document, bytes) else document

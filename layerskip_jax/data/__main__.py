@@ -4,7 +4,6 @@ import itertools
 import sys
 
 import numpy as np
-from etils import epath
 
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
@@ -13,6 +12,7 @@ from layerskip_jax.data.pretokenize import pretokenize
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from layerskip_jax.errors import UserError, nearest, run_command
+from layerskip_jax.locations import locate
 
 COMMANDS = {
     "prepare": "open both splits (preparing the default corpus) and count their documents",
@@ -53,7 +53,7 @@ def _prepare(config: Config) -> None:
 
 def _tokenizer(config: Config, overwrite: bool) -> None:
     path = config.data.tokenizer
-    if epath.Path(path).exists() and not overwrite:
+    if locate(path).exists() and not overwrite:
         Tokenizer.load(path).check_vocabulary(config.model.vocab_size)
         print(f"{path} is there, with {config.model.vocab_size} pieces; --overwrite trains it anew")
         return

@@ -14,6 +14,7 @@ from layerskip_jax.data.pipeline import document_tokens
 from layerskip_jax.data.sources import METADATA, open_documents
 from layerskip_jax.data.tokenizer import Tokenizer, fingerprint
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import locate
 
 TOKENS_PER_SHARD = 50_000_000
 
@@ -25,7 +26,7 @@ def pretokenize(config: DataConfig, out: str) -> dict[str, Any]:
     """
     if config.source == "tokens":
         raise UserError("data.source is 'tokens': this corpus is tokenised already")
-    target = epath.Path(out).expanduser()
+    target = locate(out)
     if target.exists():
         raise UserError(f"{out} exists: give --out a new folder, or remove it first")
     tokenizer = Tokenizer.load(config.tokenizer)

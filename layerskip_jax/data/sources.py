@@ -14,6 +14,7 @@ from etils import epath
 
 from layerskip_jax.config import DataConfig
 from layerskip_jax.errors import UserError, nearest
+from layerskip_jax.locations import locate
 
 Document = str | np.ndarray
 """A text, or from the source ``tokens`` its token ids (int32)."""
@@ -28,8 +29,16 @@ class Documents(Protocol):
     def __getitem__(self, index: int) -> Document: ...
 
 
-def open_documents(config: DataConfig, split: str) -> Documents:
-    """Open ``split`` of the corpus that ``config`` names; raises `UserError` where there is none, or it is empty."""
+def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Documents:
+    """Open ``split`` of the corpus that ``config`` names; raises `UserError` where there is none, or it is empty.
+
+    Without ``prepare`` nothing is written: a checkpoint's config may be a stranger's, and names folders.
+    """
+    if config.source == "python_stdlib" and not prepare and not (locate(config.data_dir) / "python_stdlib").exists():
+        raise UserError(
+            f"the corpus python_stdlib is not prepared in {config.data_dir}: python -m layerskip_jax.data prepare "
+            f"--data.data_dir {config.data_dir}"
+        )
     openers = {
         "python_stdlib": _open_stdlib,
         "tfds": _open_tfds,
@@ -81,7 +90,7 @@ def open_records(config: DataConfig, split: str) -> Sequence[Any]:
 def _tfds_builder(config: DataConfig) -> Any:
     import tensorflow_datasets as tfds
 
-    name, folder = config.name, epath.Path(config.data_dir).expanduser()
+    name, folder = config.name, locate(config.data_dir)
     try:
         builder = tfds.builder(name, data_dir=str(folder), try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
@@ -126,7 +135,7 @@ def _data_source(builder: Any, config: DataConfig, split: str, key: str) -> Docu
 
 def _files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> tuple[list[epath.Path], bool]:
     """Return the files at ``config.path``, and whether they are of ``split`` alone (by a name such as train/)."""
-    root = epath.Path(config.path).expanduser()
+    root = locate(config.path)
     if not root.exists():
         others = [str(root.parent / name.name) for name in root.parent.iterdir()] if root.parent.is_dir() else []
         raise UserError(f"no corpus at {config.path} (data.path){nearest(str(root), others)}")
@@ -183,7 +192,7 @@ def _open_text(config: DataConfig, split: str) -> Documents:
     paths = [str(file) for file in files]
     if len(paths) == 1 and not own:
         return _Paragraphs(paths[0], split, config)
-    root = str(epath.Path(config.path).expanduser())
+    root = str(locate(config.path))
     chosen = range(len(paths)) if own else _in_split([path.removeprefix(root) for path in paths], split, config)
     return _TextFiles([paths[i] for i in chosen])
 
@@ -277,7 +286,7 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
 def _open_tokens(config: DataConfig, split: str) -> Documents:
     from layerskip_jax.data.tokenizer import fingerprint
 
-    folder = epath.Path(config.path).expanduser()
+    folder = locate(config.path)
     metadata = read_metadata(folder)
     if metadata["tokenizer_sha256"] != fingerprint(config.tokenizer):
         raise UserError(

@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import Self
 
 import sentencepiece
-from etils import epath
 
 from layerskip_jax.data.sources import Documents
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import locate
 
 SPACE = "\u2581"
 """SentencePiece writes a space as this character, so a text that has the character itself would come back changed.
@@ -30,8 +30,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str) -> Self:
-        """Load a ``.model`` file, local or gs://; raises `UserError` where there is none."""
-        file = epath.Path(path).expanduser()
+        """Load a ``.model`` file, local or gs://; raises `UserError` where there is none that can serve a model."""
+        file = locate(path)
         if not file.is_file():
             raise UserError(
                 f"no tokenizer at {path} (data.tokenizer): train one with "
@@ -39,9 +39,13 @@ class Tokenizer:
             )
         tokenizer = cls(file.read_bytes())
         try:
-            _ = tokenizer.vocab_size
-        except RuntimeError as error:
-            raise UserError(f"{path} (data.tokenizer) is not a SentencePiece model") from error
+            pieces = len(tokenizer._spelling)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path} (data.tokenizer) is not a SentencePiece model, or is damaged") from error
+        if not pieces or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+            raise UserError(
+                f"{path} (data.tokenizer) must have pieces for the beginning and the end of a text: BOS, EOS"
+            )
         return tokenizer
 
     @cached_property
@@ -146,7 +150,7 @@ def train_tokenizer(documents: Documents, path: str, vocab_size: int, sample_byt
         raise UserError(
             f"SentencePiece cannot make {vocab_size} pieces (model.vocab_size) of this corpus: {error}"
         ) from error
-    file = epath.Path(path).expanduser()
+    file = locate(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(model.getvalue())
     return Tokenizer(model.getvalue())

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.attention import LayerCache
+from layerskip_jax.checks import require
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.conditional import run_if
 from layerskip_jax.decoding.rounds import finish_round, no_drafts
@@ -25,8 +26,8 @@ from layerskip_jax.model import Block, Positions, Transformer, run_layers
 class ConfidentExit:
     """Run blocks until the likeliest next token has a probability of ``threshold`` or more at one of ``exits``.
 
-    The last of ``exits`` is L, where every token leaves that has not before. Rows of a batch leave each for itself;
-    the blocks run as long as one row is left.
+    The last of ``exits`` is L, where every token leaves that has not before: all do, if the threshold is above 1. Rows
+    of a batch leave each for itself; the blocks run as long as one row is left.
     """
 
     sampler: Sampler
@@ -34,7 +35,12 @@ class ConfidentExit:
     threshold: float
     draft_length: int = 0
 
+    def __post_init__(self) -> None:
+        require(self.threshold >= 0, f"threshold must not be negative, but is {self.threshold}")
+
     def start(self, model: ModelConfig) -> Any:
+        last = max(self.exits, default=0)
+        require(last == model.num_layers, f"the last exit must be {model.num_layers}, the last layer, and not {last}")
         return ()
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:

@@ -51,6 +51,8 @@ def policy_of(config: DecodeConfig, num_layers: int) -> DraftPolicy:
 def configured(config: DecodeConfig, model: Transformer) -> tuple[Transformer, Round]:
     """Return the model to run and the round to run with it. ``model`` is an `unstacked` one."""
     sampler, num_layers = make_sampler(config), model.config.num_layers
+    for check in (exit_layer_of, exits_of):  # also where the mode does not ask for them
+        check(config, num_layers)
     if config.mode == "self_speculative":
         return model, SelfSpeculative(sampler, policy_of(config, num_layers))
     if config.mode == "prompt_lookup":

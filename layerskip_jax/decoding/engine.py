@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerskip_jax.decoding.request import BUCKET, Generation, check_request
+from layerskip_jax.decoding.request import Generation, check_request, round_up
 from layerskip_jax.decoding.rounds import Round
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics
 from layerskip_jax.model import Transformer, compute_dtype, empty_cache
+from layerskip_jax.sharding import constrain
 
 Look = Callable[[DecodeState], Sequence[bool]]
 """Sees the state between rounds; returns which rows to end now."""
@@ -68,11 +69,10 @@ def run_rounds(step: Round, model: Transformer, state: DecodeState, until: jax.A
     def unfinished(state: DecodeState) -> jax.Array:
         return jnp.any(~state.done_B) & (state.statistics.rounds < until)
 
-    return jax.lax.while_loop(unfinished, lambda state: step(model, state), state)
-
-
-def _round_up(value: int) -> int:
-    return -(-value // BUCKET) * BUCKET
+    state = jax.lax.while_loop(unfinished, lambda state: step(model, state), state)
+    # All but the cache whole on every device of a mesh, so that every process of a run can read it.
+    small = dataclasses.replace(state, cache=KVQCache([], []))
+    return dataclasses.replace(jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), small), cache=state.cache)
 
 
 def start(
@@ -87,27 +87,20 @@ def start(
 ) -> DecodeState:
     """Check the request and prefill. ``max_length`` bounds prompt + new tokens of a row; the default just fits.
 
-    ``model`` is an `unstacked` one. Raises `UserError` for an empty prompt, an unknown token, or one that is too long.
+    ``model`` is an `unstacked` one. Raises `UserError` for what `check_request` refuses.
     """
-    longest = max(map(len, prompts), default=0)
-    max_length = longest + max_new_tokens if max_length is None else max_length
-    check_request(model.config, prompts, max_length, step)
+    max_length = check_request(model, prompts, max_new_tokens, max_length, step, eos, seed)
+    longest = max(map(len, prompts))
     # The slack lets a round write d+1 tokens from any length without reaching the end of the cache.
-    capacity = _round_up(max_length + step.draft_length + 1)
-    width = min(_round_up(longest - 1), capacity)
+    capacity = round_up(max_length + step.draft_length + 1)
+    width = min(round_up(longest - 1), capacity)
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    limit_B = np.minimum(length_B + max_new_tokens, max_length).astype(np.int32)
+    limit_B = np.minimum(length_B.astype(np.int64) + max_new_tokens, max_length).astype(np.int32)
     arrays = map(jnp.asarray, (tokens_BS, length_B, limit_B, np.int32(eos)))
     return prefill(step, model, *arrays, jax.random.key(seed), width)
-
-
-def known_tokens(state: DecodeState) -> list[list[int]]:
-    """Return every row's tokens, prompt included."""
-    tokens_BS, length_B = jax.device_get((state.tokens_BS, state.length_B))
-    return [row[:length].tolist() for row, length in zip(tokens_BS, length_B, strict=True)]
 
 
 def generate(
@@ -125,6 +118,7 @@ def generate(
     """Continue ``prompts`` (token ids, of any lengths) by up to ``max_new_tokens`` each, in one jitted loop.
 
     With ``look`` the loop comes back to the host after each ``look_every`` rounds, for streaming and stop strings.
+    Raises `UserError` as `start` does, and where a row came to logits that are not finite.
 
     >>> from flax import nnx
     >>> from layerskip_jax.config import ModelConfig
@@ -150,16 +144,5 @@ def generate(
             if bool(jnp.all(state.done_B)):
                 break
     state = jax.block_until_ready(state)
-    seconds = time.perf_counter() - prefilled
-    statistics = jax.device_get(state.statistics)
-    histogram, exits = statistics.accepted_histogram_Q.tolist(), step.exits or (model.config.num_layers,)
-    return Generation(
-        tokens=[row[len(prompt) :] for row, prompt in zip(known_tokens(state), prompts, strict=True)],
-        seconds=seconds,
-        prefill_seconds=prefilled - began,
-        rounds=int(statistics.rounds),
-        drafted=int(statistics.drafted),
-        accepted=sum(count * rounds for count, rounds in enumerate(histogram)),
-        accepted_histogram=histogram,
-        exit_rounds=dict(zip(exits, statistics.exit_rounds_X.tolist(), strict=True)),
-    )
+    seconds, exits = time.perf_counter() - prefilled, step.exits or (model.config.num_layers,)
+    return Generation.of(state, prompts, exits, seconds=seconds, prefill_seconds=prefilled - began)

@@ -6,6 +6,7 @@ come out: every draft is verified.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -13,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerskip_jax.checks import check_type, require
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.cost import head_share, round_cost
-from layerskip_jax.errors import UserError
 
 
 class Plan(NamedTuple):
@@ -76,6 +77,11 @@ class Fixed:
     exit_layer: int
     draft_length: int
 
+    def __post_init__(self) -> None:
+        for name, value in (("exit_layer", self.exit_layer), ("draft_length", self.draft_length)):
+            check_type(value, int, name)
+            require(value >= 1, f"{name} must be at least 1, not {value}")
+
     @property
     def exits(self) -> Sequence[int]:
         return (self.exit_layer,)
@@ -115,6 +121,10 @@ class ConfidenceStop(Fixed):
     """Stop drafting after a token that the exit gave a probability below ``threshold``."""
 
     threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.threshold <= 1, f"threshold must be in [0, 1], not {self.threshold}")
 
     @property
     def verify_widths(self) -> Sequence[int]:
@@ -156,8 +166,12 @@ class Adaptive(Fixed):
     width_cost: float = 0.0
 
     def __post_init__(self) -> None:
-        if list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
-            raise UserError(f"candidate exits must rise from 1 on, not {self.candidates}")
+        super().__post_init__()
+        rising = list(self.exits) == sorted(set(self.exits)) and self.exits[0] >= 1
+        require(rising, f"candidate exits must rise from 1 on, not {self.candidates}")
+        require(self.probe_every >= 1, f"probe_every must be at least 1, not {self.probe_every}")
+        require(0 < self.horizon < math.inf, f"horizon must be positive and finite, not {self.horizon}")
+        require(0 <= self.width_cost < math.inf, f"width_cost must not be negative or infinite: {self.width_cost}")
 
     @property
     def exits(self) -> Sequence[int]:

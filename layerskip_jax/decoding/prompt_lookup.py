@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layerskip_jax.checks import require
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.rounds import finish_round
 from layerskip_jax.decoding.sampling import Sampler
@@ -48,6 +49,10 @@ class PromptLookup:
     draft_length: int
     longest: int = 3
     exits: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in (("draft_length", self.draft_length), ("longest", self.longest)):
+            require(value >= 1, f"{name} must be at least 1, not {value}")
 
     def start(self, model: ModelConfig) -> Any:
         return ()

@@ -11,6 +11,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from layerskip_jax.checks import require
+
+NO_TOKEN = -1
+"""What a sampler returns where the largest logit is not finite: weights or activations hold NaN or infinity."""
+
 
 class Sampler(Protocol):
     """What the rounds ask of a sampler. Q = d+1 positions are verified, d tokens were drafted."""
@@ -39,15 +44,20 @@ class Sampler(Protocol):
 def likeliest(logits: jax.Array) -> jax.Array:
     """``argmax`` over the last axis in two plain reductions: XLA:CPU runs one over pairs ten times slower."""
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
-    first = jnp.min(jnp.where(is_largest, index, logits.shape[-1]), axis=-1)
-    return jnp.minimum(first, logits.shape[-1] - 1)  # were there a NaN, nothing would be equal to it
+    largest = jnp.max(logits, axis=-1, keepdims=True)  # NaN, if there is one
+    first = jnp.min(jnp.where(logits == largest, index, logits.shape[-1]), axis=-1)
+    return jnp.where(jnp.isfinite(largest[..., 0]), first, NO_TOKEN)
 
 
 def _accepted_prefix(agrees_Bd: jax.Array, drafted_B: jax.Array) -> jax.Array:
     """Return how many drafts each row accepts: those before its first disagreement, ``drafted_B`` at most."""
     slot_Bd = jnp.arange(agrees_Bd.shape[1])[None]
     return jnp.sum(jnp.cumprod(agrees_Bd & (slot_Bd < drafted_B[:, None]), axis=1), axis=1)
+
+
+def _drawn(weight_BV: jax.Array, key: jax.Array) -> jax.Array:
+    """Draw a token from each row of weights; `NO_TOKEN` where they are NaN."""
+    return jnp.where(jnp.isnan(weight_BV[:, 0]), NO_TOKEN, jax.random.categorical(key, jnp.log(weight_BV)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +92,20 @@ class Stochastic:
     top_k: int = 0
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        require(1e-6 <= self.temperature <= 1e6, f"temperature must be in [1e-6, 1e6], not {self.temperature}")
+        require(self.top_k >= 0, f"top_k must be 0 (off) or positive, not {self.top_k}")
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}")
+
     def probabilities(self, logits: jax.Array) -> jax.Array:
         """Return the distribution over the last axis, after temperature, top-k and top-p, in this order.
 
         ``top_p`` keeps the smallest set of likeliest tokens whose probability reaches it (arXiv 1904.09751 eq. 3).
         Ties at the edge of either cut are all kept.
         """
-        logits = logits.astype(jnp.float32) / self.temperature
+        logits = logits.astype(jnp.float32)
+        # Less the largest, so that a small temperature does not overflow; all NaN if the largest is not finite.
+        logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
             logits = jnp.where(logits >= least, logits, -jnp.inf)
@@ -100,11 +117,11 @@ class Stochastic:
         return jax.nn.softmax(logits, axis=-1)
 
     def draw(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
-        return jax.random.categorical(key, jnp.log(self.probabilities(logits_BV)))
+        return _drawn(self.probabilities(logits_BV), key)
 
     def propose(self, logits_BV: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
         q_BV = self.probabilities(logits_BV)
-        return jax.random.categorical(key, jnp.log(q_BV)), q_BV
+        return _drawn(q_BV, key), q_BV
 
     def verify(
         self, logits_BQV: jax.Array, draft_Bd: jax.Array, evidence: Any, drafted_B: jax.Array, key: jax.Array
@@ -125,7 +142,7 @@ class Stochastic:
         rest_BV = jnp.maximum(p_BV - q_BV, 0)
         # Rounding can leave nothing of p - q where p equals q; then p itself is the right distribution.
         rest_BV = jnp.where(jnp.sum(rest_BV, axis=-1, keepdims=True) > 0, rest_BV, p_BV)
-        return accepted_B, jax.random.categorical(draw_key, jnp.log(rest_BV))
+        return accepted_B, _drawn(rest_BV, draw_key)
 
     def certainty(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
         return jax.nn.one_hot(draft_Bd, vocabulary)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.attention import LayerCache
+from layerskip_jax.decoding.sampling import NO_TOKEN
 
 
 @flax.struct.dataclass
@@ -61,7 +62,7 @@ class DecodeState:
 
 
 def emit(state: DecodeState, draft_Bd: jax.Array, accepted_B: jax.Array, next_B: jax.Array) -> DecodeState:
-    """Append each row's accepted drafts and the token after them, ending a row after its EOS or at its limit.
+    """Append each row's accepted drafts and the token after them, ending a row after EOS, `NO_TOKEN` or at its limit.
 
     Rows that were done get nothing. All Q = d+1 slots are written and ``length_B`` says how many are known: the
     capacity leaves room for them.
@@ -69,7 +70,7 @@ def emit(state: DecodeState, draft_Bd: jax.Array, accepted_B: jax.Array, next_B:
     slot_BQ = jnp.arange(draft_Bd.shape[1] + 1)[None]
     is_draft_BQ = slot_BQ < accepted_B[:, None]
     new_BQ = jnp.where(is_draft_BQ, jnp.pad(draft_Bd, ((0, 0), (0, 1))), next_B[:, None])
-    is_eos_BQ = (new_BQ == state.eos) & (slot_BQ <= accepted_B[:, None])
+    is_eos_BQ = ((new_BQ == state.eos) | (new_BQ == NO_TOKEN)) & (slot_BQ <= accepted_B[:, None])
     has_eos_B = jnp.any(is_eos_BQ, axis=1)
     count_B = jnp.where(has_eos_B, jnp.argmax(is_eos_BQ, axis=1), accepted_B) + 1
     room_B = state.limit_B - state.length_B

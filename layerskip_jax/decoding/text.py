@@ -1,5 +1,6 @@
 """From prompts to text: the tokenizer, stop strings and streaming around the engine."""
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -9,8 +10,8 @@ import numpy as np
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.configure import configured
-from layerskip_jax.decoding.engine import generate, known_tokens
-from layerskip_jax.decoding.request import Generation
+from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.request import Generation, known_tokens
 from layerskip_jax.decoding.state import DecodeState
 from layerskip_jax.model import Transformer
 
@@ -70,7 +71,7 @@ class TextGenerator:
                 for piece in stream.pieces(state):
                     show(piece)
             new = [row[len(prompt) :] for row, prompt in zip(known_tokens(state), ids, strict=True)]
-            return [self.stop_at(self.text(row)) >= 0 for row in new]
+            return [self.stop_at(self.partial_text(row)) >= 0 for row in new]
 
         generation = generate(
             self.model,
@@ -89,6 +90,10 @@ class TextGenerator:
         """Decode generated tokens; the EOS is not part of the text."""
         return self.tokenizer.decode([token for token in new if token != self._eos])
 
+    def partial_text(self, new: Sequence[int]) -> str:
+        """Decode generated tokens so far: like `text`, but the bytes of an unfinished character wait."""
+        return self.tokenizer.decode_partial([token for token in new if token != self._eos])
+
     def stop_at(self, text: str) -> int:
         """Return where the first stop string begins in ``text``, or -1."""
         return min((at for at in map(text.find, self.config.stop) if at >= 0), default=-1)
@@ -98,7 +103,8 @@ class TextGenerator:
         stop = self.stop_at(text)
         if stop >= 0:
             # The fewest tokens that hold the stop string: what is kept does not depend on when it was looked for.
-            needed = next(n for n in range(1, len(new) + 1) if self.stop_at(self.text(new[:n])) >= 0)
+            holds = lambda n: self.stop_at(self.partial_text(new[:n])) >= 0  # noqa: E731
+            needed = 1 + bisect.bisect_left(range(1, len(new)), True, key=holds)
             return Completion(prompt, text[:stop], new[:needed], "stop")
         return Completion(prompt, text, new, "eos" if new and new[-1] == self._eos else "length")
 
@@ -117,22 +123,18 @@ class _Stream:
         new = known_tokens(state)[0][self._prompt_length :]
         is_draft = np.asarray(state.drafted_BS[0])[self._prompt_length :]
         done = bool(state.done_B[0])
-        text = self._generator.text(new) if done else self._decode(new)
+        text = self._generator.text(new) if done else self._generator.partial_text(new)
         stop = self._generator.stop_at(text)
         end = stop if stop >= 0 else len(text) - (0 if done else self._held_back(text))
         pieces = []
         for count in range(self._tokens + 1, len(new) + 1):
             if count == len(new) or is_draft[count] != is_draft[count - 1]:
-                until = end if count == len(new) else min(len(self._decode(new[:count])), end)
+                until = end if count == len(new) else min(len(self._generator.partial_text(new[:count])), end)
                 if until > self._shown:
                     pieces.append(Piece(text[self._shown : until], bool(is_draft[count - 1])))
                     self._shown = until
         self._tokens = len(new)
         return pieces
-
-    def _decode(self, new: list[int]) -> str:
-        eos = self._generator.tokenizer.eos_id
-        return self._generator.tokenizer.decode_partial([token for token in new if token != eos])
 
     def _held_back(self, text: str) -> int:
         stops = self._generator.config.stop

@@ -1,0 +1,194 @@
+"""Does a long run leak? ``python benchmarks/soak.py [--seconds 3600] [--out runs/soak]``.
+
+Trains and generates in a loop in one process, as a user would: ``train`` from scratch with evaluations, checkpoints and
+samples, ``train`` again to restore what is there, and ``decode.py`` in four ways. After every turn it notes memory,
+open files, threads, memory maps and the programs compiled so far. All but memory must not grow after the warm-up;
+memory's slope is the median of the slopes between all pairs of turns (Theil-Sen). Prints a table, and writes
+``soak.jsonl`` and ``soak.png`` to the folder.
+"""
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import os
+import platform
+import shutil
+import statistics
+import sysconfig
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from layerskip_jax.commands import decode
+from layerskip_jax.config import (
+    Config,
+    DataConfig,
+    DecodeConfig,
+    EarlyExitConfig,
+    LayerDropoutConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import train_tokenizer
+from layerskip_jax.training import train
+
+VOCABULARY = 512
+STEPS = 8
+COUNTS = ("files", "threads", "maps", "programs")
+WAYS = [
+    ["--prompt", "def f(x):"],  # streams
+    ["--prompt", "import ", "--prompt", "class A", "--batch_size", "2", "--policy", "adaptive", "--stop", "return"],
+    ["--prompt", "for i in", "--mode", "prompt_lookup", "--temperature", "0.8", "--top_p", "0.9"],
+    ["--held_out", "1", "--mode", "autoregressive", "--json"],
+]
+
+
+class Programs:
+    """How many programs this process has compiled."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, seconds: float, **_: object) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+def make_config(folder: Path) -> Config:
+    """Copy a little of Python's own source into ``folder`` and train its tokenizer; return a small run on it."""
+    texts = folder / "texts"
+    texts.mkdir(parents=True)
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]:
+        shutil.copy(file, texts)
+    data = DataConfig(
+        source="text", path=str(texts), tokenizer=str(folder / "tokenizer.model"), sequence_length=32, shuffle_window=16
+    )
+    train_tokenizer(open_documents(data, "train"), data.tokenizer, VOCABULARY, sample_bytes=200_000)
+    return Config(
+        model=ModelConfig(4, 16, 2, 1, 24, VOCABULARY, compute_dtype="float32"),
+        layer_dropout=LayerDropoutConfig(p_max=0.2),
+        early_exit=EarlyExitConfig("rotational", 3),
+        data=data,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+        train=TrainConfig(
+            run_dir=str(folder / "run"),
+            steps=STEPS,
+            batch_size=8,
+            loss_chunk=8,
+            log_every=2,
+            evaluate_every=4,
+            evaluate_batches=2,
+            checkpoint_every=2,
+            sample_every=4,
+            sample_prompt="def ",
+        ),
+        decode=DecodeConfig(exit_layer=2, draft_length=3, max_new_tokens=24),
+    )
+
+
+def turn(config: Config) -> None:
+    """Train a run from scratch, restore it, and generate from it."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        shutil.rmtree(config.train.run_dir, ignore_errors=True)
+        train(config)
+        train(config)  # nothing is left to do: it restores
+        for way in WAYS:
+            decode.main(["--checkpoint", config.train.run_dir, *way])
+
+
+def looked_at(programs: Programs) -> dict[str, float]:
+    """Return what this process holds now [MB, and counts]; memory is its own pages, in RAM or swapped out."""
+    gc.collect()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        "memory_mb": sum(int(status[name].split()[0]) for name in ("RssAnon", "VmSwap")) / 2**10,
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+        "python_threads": threading.active_count(),
+        "maps": len(Path("/proc/self/maps").read_text().splitlines()),
+        "programs": programs.count,
+    }
+
+
+def soak(folder: Path, seconds: float, note: Callable[[dict[str, float]], None] = lambda turn: None) -> list[dict]:
+    """Repeat `turn` for so long, and at least four times; return what was `looked_at` after each."""
+    config, programs, began, turns = make_config(folder), Programs(), time.monotonic(), []
+    while len(turns) < 4 or time.monotonic() - began < seconds:
+        turn(config)
+        turns.append({"turn": len(turns) + 1, "seconds": time.monotonic() - began, **looked_at(programs)})
+        note(turns[-1])
+    return turns
+
+
+def after_warm_up(turns: list[dict]) -> list[dict]:
+    """Leave out the first two turns, which compile, and of a long soak the first fifth."""
+    return turns[max(2, len(turns) // 5) :]
+
+
+def slope_per_hour(turns: list[dict]) -> float:
+    """Return the growth of memory [MB/hour]: the median of the slopes between all pairs (Theil-Sen)."""
+    at, size = (np.array([turn[name] for turn in turns]) for name in ("seconds", "memory_mb"))
+    first, second = np.triu_indices(len(turns), k=1)
+    return float(np.median((size[second] - size[first]) / (at[second] - at[first]))) * 3600
+
+
+def table(turns: list[dict]) -> str:
+    steady = after_warm_up(turns)
+    tenth = max(1, len(steady) // 10)
+    lines = [f"{'':<16}{'first tenth':>14}{'last tenth':>14}{'least':>10}{'most':>10}"]
+    for name in ("memory_mb", "python_threads", *COUNTS):
+        values = [turn[name] for turn in steady]
+        ends = statistics.median(values[:tenth]), statistics.median(values[-tenth:])
+        lines.append(f"{name:<16}{ends[0]:>14.1f}{ends[1]:>14.1f}{min(values):>10.1f}{max(values):>10.1f}")
+    hours = (steady[-1]["seconds"] - steady[0]["seconds"]) / 3600
+    lines.append(
+        f"memory: {slope_per_hour(steady):+.1f} MB/hour over {hours:.2f} hours, {len(steady)} turns of {STEPS}"
+    )
+    return "\n".join(lines) + " steps and 5 texts, after the warm-up"
+
+
+def plot(turns: list[dict], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    minutes = [turn["seconds"] / 60 for turn in turns]
+    axes[0].plot(minutes, [turn["memory_mb"] for turn in turns])
+    axes[0].set(title="memory", xlabel="minutes", ylabel="MB", ylim=(0, None))
+    for name in COUNTS:
+        axes[1].plot(minutes, [turn[name] for turn in turns], label=name)
+    axes[1].set(title="what may not grow", xlabel="minutes", yscale="log")
+    axes[1].legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3600, help="how long (default: an hour)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/soak"), help="folder for the results (default: runs/soak)"
+    )
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    work = options.out / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    with (options.out / "soak.jsonl").open("w") as file:
+        print(f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores", flush=True)
+        turns = soak(work, options.seconds, lambda turn: print(json.dumps(turn), file=file, flush=True))
+    print(table(turns))
+    plot(turns, options.out / "soak.png")
+
+
+if __name__ == "__main__":
+    main()

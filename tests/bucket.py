@@ -1,0 +1,76 @@
+"""A stand-in for Cloud Storage, and one small run that was trained into it."""
+
+import contextlib
+from functools import cache
+from pathlib import Path
+
+import pytest
+from corpora import VOCABULARY
+from etils import epath
+from etils.epath.testing import mock_epath
+
+from layerskip_jax import checkpoint, locations
+from layerskip_jax.config import Config, DataConfig, DecodeConfig, ModelConfig, OptimizerConfig, TrainConfig
+from layerskip_jax.training import train
+
+RUN = "gs://bucket/runs/one"
+STEPS = 4
+NEW = 12
+
+
+@contextlib.contextmanager
+def served(folder: Path):
+    """Serve gs:// from ``folder`` by etils' own stand-in, with a bucket's rules, and work in an empty folder beside."""
+    here = lambda path: str(path).replace("gs://", f"{folder}/")  # noqa: E731
+
+    def open_(original, path, mode):
+        if str(path).startswith("gs://"):
+            assert "a" not in mode, f"appends to {path}"
+            if "w" in mode:  # there are no folders that would have to be made
+                Path(here(path)).parent.mkdir(parents=True, exist_ok=True)
+        return original(here(path), mode)
+
+    def glob(original, path):
+        found = original(here(path))
+        return [name.replace(f"{folder}/", "gs://") for name in found] if str(path).startswith("gs://") else found
+
+    one = lambda original, path, **options: original(here(path), **options)  # noqa: E731
+    two = lambda original, path, target, **options: original(here(path), here(target), **options)  # noqa: E731
+    names = ("exists", "isdir", "listdir", "makedirs", "mkdir", "remove", "rmtree", "stat", "walk")
+    work = folder.parent / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(work):
+        patch.setattr(locations, "BUCKET_LIBRARIES", ("json",))
+        with mock_epath(open=open_, glob=glob, copy=two, rename=two, replace=two, **dict.fromkeys(names, one)):
+            yield
+    assert list(work.iterdir()) == []  # no folder "gs:"
+
+
+def run_config(data: DataConfig) -> Config:
+    return Config(
+        model=ModelConfig(2, 16, 2, 1, 24, VOCABULARY, compute_dtype="float32"),
+        data=data,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+        train=TrainConfig(
+            run_dir=RUN, steps=STEPS, batch_size=8, evaluate_batches=1, loss_chunk=8, log_every=1, checkpoint_every=2
+        ),
+        decode=DecodeConfig(exit_layer=1, draft_length=3, max_new_tokens=NEW),
+    )
+
+
+@cache
+def trained(data: DataConfig) -> Path:
+    """Train `run_config` into the bucket, once a test run; return the folder from which the bucket is served."""
+    folder = Path(data.tokenizer).parent / "served"
+    original = checkpoint.checkpoint_folder
+    with served(folder), pytest.MonkeyPatch.context() as patch:
+        # Arrays go to Cloud Storage through TensorStore, which has no stand-in: they alone go straight to the folder.
+        local = lambda config: epath.Path(str(original(config)).replace("gs://", f"{folder}/"))  # noqa: E731
+        patch.setattr(checkpoint, "checkpoint_folder", local)
+        train(run_config(data))
+    return folder
+
+
+def trained_run(data: DataConfig) -> str:
+    """Return the run of `trained` as a folder of this machine."""
+    return str(trained(data) / RUN.removeprefix("gs://"))

@@ -1,0 +1,64 @@
+"""A run folder in a bucket: everything is written there, and nothing into a local folder named ``gs:``."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bucket import RUN, STEPS, run_config, served, trained, trained_run
+from corpora import VOCABULARY
+
+from layerskip_jax import locations
+from layerskip_jax.checkpoint import SWEPT, find_checkpoint, read_config, store_swept, swept_settings
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.errors import UserError
+from layerskip_jax.locations import locate
+from layerskip_jax.metrics import MetricsWriter, read_records
+from layerskip_jax.plots import plot_run
+
+
+def test_a_run_is_written_to_its_bucket_and_read_there(corpus):
+    run = Path(trained_run(corpus))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "train/objective" in record] == list(range(1, STEPS + 1))
+    assert list((run / "tensorboard").glob("events*"))
+    with served(trained(corpus)):
+        assert read_records(RUN) == records
+        pictures = plot_run(RUN)
+        assert str(find_checkpoint(RUN)) == f"{RUN}/checkpoints/{STEPS}"
+        assert read_config(find_checkpoint(RUN)).model == run_config(corpus).model
+        assert Tokenizer.load(f"{RUN}/checkpoints/tokenizer.model").vocab_size == VOCABULARY
+        stored = store_swept(RUN, {"exit_layer": 1}, {})
+        assert swept_settings(RUN, set()) == {"exit_layer": 1}
+    assert [str(path) for path in pictures] == [f"{RUN}/plots/{name}.png" for name in ("loss", "exits", "schedules")]
+    assert all((run / "plots" / picture.name).stat().st_size > 10_000 for picture in pictures)
+    assert str(stored) == f"{RUN}/checkpoints/{SWEPT}"
+    (run / "checkpoints" / SWEPT).unlink()
+
+
+def test_metrics_go_on_where_a_bucket_has_them(tmp_path):
+    with served(tmp_path / "served"):
+        first = MetricsWriter(RUN)
+        first.write(1, {"a": 0.5})
+        assert read_records(RUN) == []
+        first.publish()
+        assert read_records(RUN) == [{"step": 1, "a": 0.5}]
+        second = MetricsWriter(RUN)  # as after a kill
+        second.write(2, {"a": 0.125})
+        second.close()
+        assert read_records(RUN) == [{"step": 1, "a": 0.5}, {"step": 2, "a": 0.125}]
+        first.close()
+
+
+@pytest.mark.parametrize("path", ["gs:/bucket/run", "s3://bucket/run", "file:///tmp/run", "GS://bucket"])
+def test_what_would_be_a_local_folder_named_like_a_scheme_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (locate, find_checkpoint, read_records, MetricsWriter, Tokenizer.load):
+        with pytest.raises(UserError, match=r"neither a path of this machine nor a gs:// one"):
+            use(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_without_the_library_is_refused(monkeypatch):
+    monkeypatch.setattr(locations, "BUCKET_LIBRARIES", ("no_such_library",))
+    with pytest.raises(UserError, match=r"gs://bucket needs gcsfs: pip install layerskip_jax\[gcs\]"):
+        locate("gs://bucket")
