@@ -1,28 +1,31 @@
 """Checkpoints through orbax: model, optimizer, data position and config together, saved asynchronously.
 
 Arrays are saved under the names they have in the code (``blocks.query_DNH``), in separate items, so that decoding
-reads the model alone. What is stored is data: nothing is unpickled or executed when it is read.
+reads the model alone. What is stored is data: nothing is unpickled or executed when it is read. `load_model` opens
+folders of Hugging Face Llamas (`layerskip_jax.llama`) as well.
 """
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
-from layerskip_jax.config import Config, DecodeConfig, experiment, from_dict
+from layerskip_jax.config import Config, DecodeConfig, ModelConfig, experiment, from_dict
 from layerskip_jax.data.position import Position
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.tokenizer import Tokenizer, tokenizer_in
 from layerskip_jax.errors import UserError, nearest
-from layerskip_jax.model import Transformer
+from layerskip_jax.llama.config_json import is_llama_folder, read_model_config
+from layerskip_jax.llama.weights import WeightFiles
+from layerskip_jax.model import Block, DecodingBlock, Transformer, compute_dtype
 from layerskip_jax.train_step import TrainState
 
-TOKENIZER = "tokenizer.model"
 SWEPT = "decode.json"
 """What `layerskip_jax.sweep` recommends for a run, beside its checkpoints."""
 
@@ -65,8 +68,8 @@ class Checkpoints:
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise `UserError` if the run has another tokenizer already: one run has one."""
-        path = self.folder / TOKENIZER
-        if path.exists() and path.read_bytes() != tokenizer.model:
+        path = tokenizer_in(self.folder)
+        if path and Tokenizer.load(str(path)).files != tokenizer.files:
             raise UserError(
                 f"the run {self._config.train.run_dir} was trained with another tokenizer than "
                 f"{self._config.data.tokenizer}: continue with --data.tokenizer {path}, or start a new --train.run_dir"
@@ -75,7 +78,8 @@ class Checkpoints:
     def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Put the tokenizer beside the checkpoints, so that they need no other file."""
         if jax.process_index() == 0:
-            (self.folder / TOKENIZER).write_bytes(tokenizer.model)
+            for name, content in tokenizer.files.items():
+                (self.folder / name).write_bytes(content)
 
     def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
         """Save after the step that ``state.step`` counts; returns as soon as the arrays are copied."""
@@ -89,6 +93,11 @@ class Checkpoints:
             ),
         )
 
+    def save_weights(self, arrays: dict[str, jax.Array]) -> None:
+        """Save the named arrays of a model alone, as step 0."""
+        items = {"model": ocp.args.StandardSave(arrays), "config": ocp.args.JsonSave(experiment(self._config))}
+        self._manager.save(0, args=ocp.args.Composite(**items))
+
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
@@ -99,14 +108,17 @@ class Checkpoints:
         After a change of the number of processes each has another part of the data, which then starts from its
         beginning. Raises `UserError` when the checkpoint holds another model.
         """
+        if not (self.folder / str(step) / "optimizer").exists():
+            raise UserError(
+                f"the run {self._config.train.run_dir} holds imported weights alone: start a new run from it, with "
+                f"--train.init_from {self._config.train.run_dir} and another --train.run_dir"
+            )
         saved = read_config(self.folder / str(step))
-        for field in dataclasses.fields(saved.model):
-            old, new = getattr(saved.model, field.name), getattr(self._config.model, field.name)
-            if old != new and field.name not in ("compute_dtype", "attention"):
-                raise UserError(
-                    f"the checkpoint {self.folder / str(step)} has model.{field.name} {old}, but the config says "
-                    f"{new}: continue with --model.{field.name} {old}, or start a new run with another --train.run_dir"
-                )
+        for name, old, new in differences(saved.model, self._config.model):
+            raise UserError(
+                f"the checkpoint {self.folder / str(step)} has model.{name} {old}, but the config says "
+                f"{new}: continue with --model.{name} {old}, or start a new run with another --train.run_dir"
+            )
         if saved.optimizer.name != self._config.optimizer.name:
             raise UserError(
                 f"the checkpoint {self.folder / str(step)} was trained with optimizer.name {saved.optimizer.name}, but "
@@ -144,6 +156,25 @@ class Checkpoints:
         return said
 
 
+def save_weights(config: Config, arrays: dict[str, jax.Array], tokenizer: Tokenizer) -> None:
+    """Save a model alone, as step 0 of the run of ``config``; raises `UserError` if the run has a checkpoint."""
+    with Checkpoints(config) as checkpoints:
+        if checkpoints.latest() is not None:
+            raise UserError(
+                f"the run {config.train.run_dir} has checkpoints already: name a new one, or remove it first"
+            )
+        checkpoints.keep_tokenizer(tokenizer)
+        checkpoints.save_weights(arrays)
+
+
+def differences(saved: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name and both values of the settings in which two models are not the same function of their weights."""
+    for field in dataclasses.fields(saved):
+        old, new = getattr(saved, field.name), getattr(wanted, field.name)
+        if old != new and field.name not in ("compute_dtype", "attention", "context_length"):
+            yield field.name, old, new
+
+
 def find_checkpoint(path: str) -> epath.Path:
     """Return the folder of one checkpoint: ``path`` itself, or the newest complete one of the run at ``path``.
 
@@ -173,27 +204,96 @@ def read_config(checkpoint: epath.Path) -> Config:
         raise UserError(f"the checkpoint {checkpoint} has no readable config: {error}") from error
 
 
-def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
-    """Load the model of a checkpoint; return it with its config and its tokenizer's path.
+def home(path: str) -> epath.Path:
+    """Return the folder of what lies beside a model's weights: a Hugging Face folder itself, or RUN/checkpoints."""
+    return epath.Path(path).expanduser().resolve() if is_llama_folder(path) else find_checkpoint(path).parent
 
-    ``path`` is a run folder or one checkpoint in it. No model flag is needed: the config travels along.
+
+def run_folder(path: str) -> epath.Path:
+    """Return the folder that holds a model and what is drawn of it: a Hugging Face folder itself, or RUN."""
+    return home(path) if is_llama_folder(path) else home(path).parent
+
+
+def config_of(path: str) -> Config:
+    """Return the config of a run, a checkpoint, or a Hugging Face folder, which knows of the model alone."""
+    if is_llama_folder(path):
+        return Config(model=read_model_config(home(path)))
+    return read_config(find_checkpoint(path))
+
+
+def load_weights(path: str, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Read the named arrays of a stacked model into the shapes, types and shardings of ``target``.
+
+    Each process reads what its devices hold, and no array twice.
     """
-    folder = find_checkpoint(path)
-    config = read_config(folder)
-    abstract = jax.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for name, leaf in named_arrays(abstract).items()
-    }
+    if is_llama_folder(path):
+        files = WeightFiles(home(path), read_model_config(home(path)))
+        return {name: files.array(name, leaf) for name, leaf in target.items()}
     with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(folder / "model", target)
-    return with_arrays(abstract, arrays), config, folder.parent / TOKENIZER
+        return checkpointer.restore(find_checkpoint(path) / "model", target)
+
+
+def load_model(path: str, *, unstacked: bool = False) -> tuple[Transformer, Config, epath.Path]:
+    """Load a model; return it with its config and its tokenizer's path.
+
+    ``path`` is a run folder, one checkpoint in it, or a local folder of a Hugging Face Llama. No model flag is needed:
+    the config travels along. With ``unstacked`` the model is as `Transformer.unstacked` returns it; from a Hugging Face
+    folder it is then read block by block in the compute type, with no other copy.
+    """
+    config = config_of(path)
+    tokenizer = tokenizer_in(home(path)) or home(path) / "tokenizer.model"
+    if unstacked and is_llama_folder(path):
+        return _read_unstacked(WeightFiles(home(path), config.model), config.model), config, tokenizer
+    abstract = jax.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
+    target = {name: _on_one_device(leaf) for name, leaf in named_arrays(abstract).items()}
+    model = with_arrays(abstract, load_weights(path, target))
+    return model.unstacked() if unstacked else model, config, tokenizer
+
+
+def _on_one_device(leaf: Any, dtype: jnp.dtype | None = None) -> jax.ShapeDtypeStruct:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=device)
+
+
+def _read_unstacked(files: WeightFiles, config: ModelConfig) -> Transformer:
+    def read(module: Any, prefix: str, names: Collection[str]) -> dict[str, jax.Array]:
+        leaves = {name: leaf for name, leaf in named_arrays(module).items() if name in names}
+        types = {name: compute_dtype(config) if leaf.ndim > 1 else leaf.dtype for name, leaf in leaves.items()}
+        return {name: files.array(prefix + name, _on_one_device(leaf, types[name])) for name, leaf in leaves.items()}
+
+    model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    block = jax.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))
+    of_block = named_arrays(block)
+    layers = range(config.num_layers)
+    model.blocks = nnx.List([DecodingBlock(with_arrays(block, read(block, f"blocks.{k}.", of_block))) for k in layers])
+    whole = named_arrays(model)
+    return with_arrays(model, whole | read(model, "", [name for name in whole if not name.startswith("blocks.")]))
+
+
+def initial_model(config: Config, tokenizer: Tokenizer, abstract: Transformer) -> Callable[[], Transformer]:
+    """Check that the weights of ``train.init_from`` are those of the config's model; return how to read them.
+
+    Raises `UserError` for another model or another tokenizer.
+    """
+    path = config.train.init_from
+    for name, old, new in differences(config_of(path).model, config.model):
+        raise UserError(
+            f"the weights of {path} (train.init_from) have model.{name} {old}, but the config says {new}: set "
+            f"--model.{name} {old}"
+        )
+    for name, content in tokenizer.files.items():
+        kept = home(path) / name
+        if kept.is_file() and kept.read_bytes() != content:
+            raise UserError(
+                f"{config.data.tokenizer} (data.tokenizer) is another one than that of {path} (train.init_from): set "
+                f"--data.tokenizer {kept}"
+            )
+    return lambda: with_arrays(abstract, load_weights(path, named_arrays(abstract)))
 
 
 def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:
     """Store `DecodeConfig` fields that were found best, and what was measured with them; return the file."""
-    file = find_checkpoint(path).parent / SWEPT
+    file = home(path) / SWEPT
     file.write_text(json.dumps({"decode": settings, "measured": measured}, indent=1) + "\n")
     return file
 
@@ -203,7 +303,7 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
 
     Mode, policy, exit and draft length go together: if the user gives one of them, none of them is taken from there.
     """
-    file = find_checkpoint(path).parent / SWEPT
+    file = home(path) / SWEPT
     if not file.exists():
         return {}
     try:

@@ -51,14 +51,14 @@ class Trainer:
     recipe: Recipe
     mesh: Mesh
 
-    def init(self) -> TrainState:
-        """Return the state before step 0, made on the mesh from ``config.train.seed``."""
+    def init(self, model: Transformer | None = None) -> TrainState:
+        """Return the state before step 0 on the mesh: of ``model``, or of one made from ``config.train.seed``."""
         with jax.set_mesh(self.mesh):
-            return self._init_on_mesh()
+            return self._init_on_mesh(model)
 
     @partial(jax.jit, static_argnums=0)
-    def _init_on_mesh(self) -> TrainState:
-        return jax.lax.with_sharding_constraint(self._init(), self.state_shardings())
+    def _init_on_mesh(self, model: Transformer | None) -> TrainState:
+        return jax.lax.with_sharding_constraint(self._init(model), self.state_shardings())
 
     def abstract_state(self) -> TrainState:
         """Return the state's shapes and shardings without any array: what a checkpoint is restored into."""
@@ -72,8 +72,9 @@ class Trainer:
         state = jax.eval_shape(self._init)
         return shardings_of(state, state.model, self.mesh)
 
-    def _init(self) -> TrainState:
-        model = Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
+    def _init(self, model: Transformer | None = None) -> TrainState:
+        if model is None:
+            model = Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
         return TrainState(jnp.zeros((), jnp.int32), model, make_optimizer(self.config).init(model))
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)

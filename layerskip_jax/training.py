@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from layerskip_jax.checkpoint import Checkpoints
+from layerskip_jax.checkpoint import Checkpoints, initial_model
 from layerskip_jax.config import Config, experiment
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -47,7 +47,10 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
         checkpoints.keep_tokenizer(tokenizer)
         resumed = together("newest checkpoint", checkpoints.latest, lambda step: step)
         goodput = Goodput(read_records(config.train.run_dir), resumed or 0)
-        if resumed is None:
+        if resumed is None and config.train.init_from:
+            check = partial(initial_model, config, tokenizer, trainer.abstract_state().model)
+            state, start = trainer.init(together("initial weights", check)()), f"from {config.train.init_from}"
+        elif resumed is None:
             state, start = trainer.init(), "from scratch"
         else:
             state = checkpoints.restore(resumed, trainer.abstract_state(), data)
@@ -95,7 +98,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
 
 def _open(config: Config) -> tuple[Tokenizer, grain.DatasetIterator]:
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    tokenizer.check_vocabulary(config.model.vocab_size)
+    tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
     data = iter(local_batches(config, config.data.train_split))
     local_batches(config, config.data.validation_split, epochs=1)  # a split that cannot be read is said now, not later
     return tokenizer, data

@@ -18,12 +18,13 @@ LAYERS = [
     {"data", "flops"},
     {"losses"},
     {"train_step"},
+    {"llama"},
     {"metrics", "checkpoint"},
     {"progress"},
     {"decoding", "quantization"},
     {"training", "plots"},
     {"evaluation"},
-    {"commands", "sweep"},
+    {"commands", "sweep", "huggingface"},
 ]
 
 
