@@ -93,11 +93,6 @@ class Checkpoints:
             ),
         )
 
-    def save_weights(self, arrays: dict[str, jax.Array]) -> None:
-        """Save the named arrays of a model alone, as step 0."""
-        items = {"model": ocp.args.StandardSave(arrays), "config": ocp.args.JsonSave(experiment(self._config))}
-        self._manager.save(0, args=ocp.args.Composite(**items))
-
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
@@ -108,11 +103,6 @@ class Checkpoints:
         After a change of the number of processes each has another part of the data, which then starts from its
         beginning. Raises `UserError` when the checkpoint holds another model.
         """
-        if not (self.folder / str(step) / "optimizer").exists():
-            raise UserError(
-                f"the run {self._config.train.run_dir} holds imported weights alone: start a new run from it, with "
-                f"--train.init_from {self._config.train.run_dir} and another --train.run_dir"
-            )
         saved = read_config(self.folder / str(step))
         for name, old, new in differences(saved.model, self._config.model):
             raise UserError(
@@ -154,17 +144,6 @@ class Checkpoints:
         if before != now:
             said.append(f"{before} -> {now} processes, so the data start from the beginning in another order")
         return said
-
-
-def save_weights(config: Config, arrays: dict[str, jax.Array], tokenizer: Tokenizer) -> None:
-    """Save a model alone, as step 0 of the run of ``config``; raises `UserError` if the run has a checkpoint."""
-    with Checkpoints(config) as checkpoints:
-        if checkpoints.latest() is not None:
-            raise UserError(
-                f"the run {config.train.run_dir} has checkpoints already: name a new one, or remove it first"
-            )
-        checkpoints.keep_tokenizer(tokenizer)
-        checkpoints.save_weights(arrays)
 
 
 def differences(saved: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -24,7 +24,7 @@ LAYERS = [
     {"decoding", "quantization"},
     {"training", "plots"},
     {"evaluation"},
-    {"commands", "sweep", "huggingface"},
+    {"commands", "sweep", "export"},
 ]
 
 

@@ -1,6 +1,7 @@
 """Packed batches through grain: shuffle, shard, tokenise, pack with document boundaries, batch.
 
-B rows, T predicted tokens a row. The position of an iterator is saved and restored exactly (``get_state``).
+B rows, T predicted tokens a row. Prompts and their responses (data.prompt_key) are packed whole, and the loss is on
+responses alone. The position of an iterator is saved and restored exactly (``get_state``).
 """
 
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 from absl import flags
 
 from layerskip_jax.config import Config
-from layerskip_jax.data.sources import Document, open_documents
+from layerskip_jax.data.sources import Document, Pair, open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError
+
+PACKING_BINS = 32
+"""Rows that are filled at the same time with prompts and responses, each put into the first one that has room."""
 
 
 def make_batches(
@@ -34,7 +38,7 @@ def make_batches(
     rows that do not count. ``epochs=None`` goes on forever.
 
     ``segments_BT`` numbers the documents of a row from 1 (0 is padding). ``mask_BT`` is 1.0 where ``targets_BT``, the
-    next token, belongs to the same document as its input.
+    next token, belongs to the same document as its input (and, with prompts, to a response or its EOS).
     """
     documents = open_documents(config.data, split)
     if shuffle and len(documents) < process_count:
@@ -43,11 +47,16 @@ def make_batches(
     dataset = grain.MapDataset.source(documents)
     if shuffle:
         dataset = dataset[process_index::process_count].shuffle(seed=seed + process_index)
-    dataset = dataset.repeat(epochs).map(_Tokenise(tokenizer))
+    length = config.data.sequence_length + 1
+    tokenise = _TokenisePair(tokenizer, length) if config.data.prompt_key else _Tokenise(tokenizer)
+    dataset = dataset.repeat(epochs).map(tokenise)
     # No read-ahead threads by default: they would compete with the compiler's on a small machine, and workers exist.
     rows = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0 if config.data.workers == 0 else 4))
-    length = config.data.sequence_length + 1
-    rows = grain.experimental.ConcatThenSplitIterDataset(rows, length_struct={"tokens": length})
+    if config.data.prompt_key:  # a response cut from its prompt would teach nothing
+        lengths = {"tokens": length, "counts": length}
+        rows = grain.experimental.FirstFitPackIterDataset(rows, length_struct=lengths, num_packing_bins=PACKING_BINS)
+    else:
+        rows = grain.experimental.ConcatThenSplitIterDataset(rows, length_struct={"tokens": length})
     rows = rows.map(_ToRow(config.data.cross_document_attention))
     if shuffle:
         rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=config.data.shuffle_window, seed=seed)
@@ -74,6 +83,22 @@ class _Tokenise:
         return {"tokens": document_tokens(self._tokenizer, document)}
 
 
+class _TokenisePair:
+    """A prompt and its response to their tokens, ``length`` at most, and which of them count: the response and EOS."""
+
+    def __init__(self, tokenizer: Tokenizer, length: int):
+        self._tokenizer, self._length = tokenizer, length
+
+    def __call__(self, document: Document) -> dict[str, np.ndarray]:
+        assert isinstance(document, Pair)
+        # Apart, as in generation, where the prompt is all there is.
+        prompt = [self._tokenizer.bos_id, *self._tokenizer.encode(document.prompt)]
+        response = [*self._tokenizer.encode(document.response), self._tokenizer.eos_id]
+        counts = np.repeat(np.array([0, 1], np.int32), [len(prompt), len(response)])
+        tokens = np.array(prompt + response, np.int32)
+        return {"tokens": tokens[: self._length], "counts": counts[: self._length]}
+
+
 def document_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Return the int32 tokens of one training document: BOS, the text, EOS."""
     return np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.int32)
@@ -92,6 +117,8 @@ class _ToRow:
             segments = (segments > 0).astype(np.int32)
         else:
             counts = counts & (segments[1:] == segments[:-1])
+        if "counts" in packed:
+            counts = counts & (packed["counts"][1:] > 0)
         return {
             "inputs_BT": tokens[:-1],
             "targets_BT": tokens[1:],
