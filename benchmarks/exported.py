@@ -96,6 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # where torch runs
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     for exit_layer in args.exit_layer:
         row = compare(args.run, exit_layer, args.draft_length, args.prompts, args.tokens)
         same = sum(count == args.tokens for count in row["equal_tokens"])

@@ -3,7 +3,8 @@
 LayerSkip table 1: p_max 0.1, S = 1, rotational R = 39, e_scale 0.1, 52B tokens.
 
 Command:  python train.py --config configs/continual_llama2_13b.py --train.run_dir gs://BUCKET/runs/continual_llama2_13b
-          --data.path gs://BUCKET/tokens --train.init_from Llama-2-13b-hf --data.tokenizer Llama-2-13b-hf/tokenizer.model
+          --data.path gs://BUCKET/tokens --train.init_from Llama-2-13b-hf
+          --data.tokenizer Llama-2-13b-hf/tokenizer.model
 Weights:  hf download meta-llama/Llama-2-13b-hf --local-dir Llama-2-13b-hf, on every host (docs/huggingface.md)
 Fits:     python tpu/compile_ahead.py --config configs/continual_llama2_13b.py --topology v5p:4x4x4
 """

@@ -32,8 +32,8 @@ class Pair(str):
         pair.prompt, pair.response = prompt, response
         return pair
 
-    def __getnewargs__(self) -> tuple[str, str]:
-        return self.prompt, self.response
+    def __reduce__(self) -> tuple[type["Pair"], tuple[str, str]]:
+        return Pair, (self.prompt, self.response)
 
 
 class Documents(Protocol):

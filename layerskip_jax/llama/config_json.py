@@ -60,11 +60,13 @@ def read_model_config(folder: epath.Path) -> ModelConfig:
             wanted = " or ".join("absent" if value is None else json.dumps(value) for value in right)
             raise UserError(f"{file}: {key} {json.dumps(values.get(key))[:60]} is not supported, it must be {wanted}")
     heads = values.get("num_attention_heads")
-    shape = {"num_key_value_heads": heads} | {key: value for key, value in values.items() if value is not None}
+    shape: dict[str, Any] = {"num_key_value_heads": heads} | {
+        key: value for key, value in values.items() if value is not None
+    }
     for key in SHAPES:
         if type(shape.get(key)) is not int:
             raise UserError(f"{file}: {key} must be a whole number, not {json.dumps(shape.get(key))}")
-    ours = {name: shape[key] for key, name in SHAPES.items()}
+    ours: dict[str, Any] = {name: shape[key] for key, name in SHAPES.items()}
     head_dim = int(values.get("head_dim") or 0)
     return ModelConfig(
         **ours,

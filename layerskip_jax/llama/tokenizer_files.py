@@ -32,8 +32,9 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def _as_json(tokenizer: SentencePiece) -> dict[str, Any]:
-    from sentencepiece import sentencepiece_model_pb2 as proto
+    from sentencepiece import sentencepiece_model_pb2
 
+    proto: Any = sentencepiece_model_pb2  # its classes are made when it is imported, where mypy cannot see them
     model = proto.ModelProto.FromString(tokenizer.model)
     kind, trained, text = proto.ModelProto.SentencePiece, model.trainer_spec, model.normalizer_spec
     control = [token for token, piece in enumerate(model.pieces) if piece.type in (kind.CONTROL, kind.UNKNOWN)]
@@ -45,8 +46,8 @@ def _as_json(tokenizer: SentencePiece) -> dict[str, Any]:
             "this SentencePiece model cannot be written as a tokenizer.json: it must be BPE without normalisation and "
             "without user-defined pieces, as python -m layerskip_jax.data tokenizer trains it"
         )
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    back = [
+    spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    back: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
@@ -54,8 +55,11 @@ def _as_json(tokenizer: SentencePiece) -> dict[str, Any]:
     if text.add_dummy_prefix:
         spaces = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
         back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    bos, sequence = model.pieces[tokenizer.bos_id].piece, {"Sequence": {"id": "A", "type_id": 0}}
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    bos = model.pieces[tokenizer.bos_id].piece
+    begin, first, second = (
+        {kind: {"id": name, "type_id": 0}}
+        for kind, name in [("SpecialToken", bos), ("Sequence", "A"), ("Sequence", "B")]
+    )
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -66,8 +70,8 @@ def _as_json(tokenizer: SentencePiece) -> dict[str, Any]:
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [begin, sequence],
-            "pair": [begin, sequence, begin, {"Sequence": {"id": "B", "type_id": 0}}],
+            "single": [begin, first],
+            "pair": [begin, first, begin, second],
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
         },
         "decoder": {"type": "Sequence", "decoders": back},

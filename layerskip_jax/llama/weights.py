@@ -99,7 +99,8 @@ class WeightFiles:
         """
         assert target.sharding is not None
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             return self._read(name, target, index)
 
         return jax.make_array_from_callback(target.shape, target.sharding, shard)
