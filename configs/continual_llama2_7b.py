@@ -3,7 +3,8 @@
 LayerSkip table 1: p_max 0.1, S = 1, rotational R = 8, e_scale 0.2, 52B tokens.
 
 Command:  python train.py --config configs/continual_llama2_7b.py --train.run_dir gs://BUCKET/runs/continual_llama2_7b
-          --data.path gs://BUCKET/tokens --data.tokenizer gs://BUCKET/tokenizer.model
+          --data.path gs://BUCKET/tokens --train.init_from Llama-2-7b-hf --data.tokenizer Llama-2-7b-hf/tokenizer.model
+Weights:  hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf, on every host (docs/huggingface.md)
 Fits:     python tpu/compile_ahead.py --config configs/continual_llama2_7b.py --topology v5p:4x4x4
 """
 
@@ -35,13 +36,14 @@ def get_config() -> Config:
         data=DataConfig(
             source="tokens",
             path="gs://your-bucket/tokens",
-            tokenizer="gs://your-bucket/tokenizer.model",
+            tokenizer="Llama-2-7b-hf/tokenizer.model",
             sequence_length=4096,
         ),
         optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=500),
         mesh=MeshConfig(fsdp=64),
         train=TrainConfig(
             run_dir="gs://your-bucket/runs/continual_llama2_7b",
+            init_from="Llama-2-7b-hf",
             steps=50_000,
             batch_size=256,
             remat="full",

@@ -4,7 +4,9 @@ LayerSkip table 1: p_max 0.1, S = 1, rotational R = 8, e_scale 0.1, 419B tokens.
 The paper gives no learning rate and no batch for it; those of Llama2 7B stand in.
 
 Command:  python train.py --config configs/continual_llama3_8b.py --train.run_dir gs://BUCKET/runs/continual_llama3_8b
-          --data.path gs://BUCKET/tokens --data.tokenizer gs://BUCKET/tokenizer.model
+          --data.path gs://BUCKET/tokens
+          --train.init_from Meta-Llama-3-8B --data.tokenizer Meta-Llama-3-8B/tokenizer.json
+Weights:  hf download meta-llama/Meta-Llama-3-8B --local-dir Meta-Llama-3-8B, on every host (docs/huggingface.md)
 Fits:     python tpu/compile_ahead.py --config configs/continual_llama3_8b.py --topology v5p:4x4x4
 """
 
@@ -37,13 +39,14 @@ def get_config() -> Config:
         data=DataConfig(
             source="tokens",
             path="gs://your-bucket/tokens",
-            tokenizer="gs://your-bucket/tokenizer.model",
+            tokenizer="Meta-Llama-3-8B/tokenizer.json",
             sequence_length=8192,
         ),
         optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=500),
         mesh=MeshConfig(fsdp=64),
         train=TrainConfig(
             run_dir="gs://your-bucket/runs/continual_llama3_8b",
+            init_from="Meta-Llama-3-8B",
             steps=50_000,
             batch_size=128,
             remat="full",

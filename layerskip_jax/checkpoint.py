@@ -3,28 +3,33 @@
 Arrays lie in orbax items under the names they have in the code (``blocks.query_DNH``), model and optimizer apart:
 decoding reads the model alone. What is stored is data: nothing is unpickled or executed when it is read. Digests of the
 arrays (`layerskip_jax.digests`), the config and the data position lie beside them and are compared when they are read.
+`load_model` opens folders of Hugging Face Llamas (`layerskip_jax.llama`) as well.
 """
 
+import dataclasses
 import hashlib
 import json
 import urllib.parse
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 from flax import nnx
 
-from layerskip_jax.config import Config, DecodeConfig, from_dict
+from layerskip_jax.config import Config, DecodeConfig, ModelConfig, from_dict
 from layerskip_jax.data.position import read_positions
+from layerskip_jax.data.tokenizer import TOKENIZER, Tokenizer, tokenizer_in
 from layerskip_jax.digests import digests
 from layerskip_jax.errors import UserError, nearest
+from layerskip_jax.llama.config_json import is_llama_folder, read_model_config
+from layerskip_jax.llama.weights import WeightFiles
 from layerskip_jax.locations import is_remote, locate
-from layerskip_jax.model import Transformer
+from layerskip_jax.model import Block, DecodingBlock, Transformer, compute_dtype
 
-TOKENIZER = "tokenizer.model"
 SWEPT = "decode.json"
 """What `layerskip_jax.sweep` recommends for a run, beside its checkpoints."""
 
@@ -80,7 +85,7 @@ def _read_json(folder: epath.Path, item: str) -> Any:
 
 def read_checksums(folder: epath.Path) -> dict[str, Any]:
     checksums = _read_json(folder, "checksums")
-    kinds = {"arrays": dict, "config": str, "tokenizer": str}
+    kinds = {"arrays": dict, "config": str, "tokenizer": dict}
     if not isinstance(checksums, dict) or any(not isinstance(checksums.get(key), kind) for key, kind in kinds.items()):
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: its checksums are not what was written")
     return checksums
@@ -108,6 +113,14 @@ def wrong_array(folder: epath.Path, expected: dict[str, int], arrays: dict[str, 
     found, _ = digests(arrays) if arrays else ({}, True)
     wrong = [name for name, value in found.items() if expected.get(name) != value]
     return f"the checkpoint {folder} is damaged: {wrong[0]} is not what was saved" if wrong else ""
+
+
+def differences(saved: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name and both values of the settings in which two models are not the same function of their weights."""
+    for field in dataclasses.fields(saved):
+        old, new = getattr(saved, field.name), getattr(wanted, field.name)
+        if old != new and field.name not in ("compute_dtype", "attention", "context_length"):
+            yield field.name, old, new
 
 
 def find_checkpoint(path: str) -> epath.Path:
@@ -141,30 +154,103 @@ def read_config(checkpoint: epath.Path) -> Config:
         raise UserError(f"the checkpoint {checkpoint} has no readable config: {error}") from error
 
 
-def load_model(path: str) -> tuple[Transformer, Config, epath.Path]:
-    """Load the model of a checkpoint; return it with its config and its tokenizer's path.
+def home(path: str) -> epath.Path:
+    """Return the folder of what lies beside a model's weights: a Hugging Face folder itself, or RUN/checkpoints."""
+    return locate(path) if is_llama_folder(path) else find_checkpoint(path).parent
 
-    ``path`` is a run folder or one checkpoint in it. No model flag is needed: the config travels along, and so does
-    the tokenizer, beside the checkpoint: no path that the config names is followed. Raises `UserError` where there is
-    no checkpoint or its weights are not those of its config, and `DamagedCheckpoint` where it, or the tokenizer, is
-    not what was saved.
+
+def run_folder(path: str) -> epath.Path:
+    """Return the folder that holds a model and what is drawn of it: a Hugging Face folder itself, or RUN."""
+    return home(path) if is_llama_folder(path) else home(path).parent
+
+
+def config_of(path: str) -> Config:
+    """Return the config of a run, a checkpoint, or a Hugging Face folder, which knows of the model alone."""
+    if is_llama_folder(path):
+        return Config(model=read_model_config(home(path)))
+    return read_config(find_checkpoint(path))
+
+
+def load_weights(path: str, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Read the named arrays of a stacked model into the shapes, types and shardings of ``target``.
+
+    Each process reads what its devices hold, and no array twice. Raises `UserError` where weights are not those of
+    their config, and `DamagedCheckpoint` where they, or the tokenizer, are not what was saved.
     """
+    if is_llama_folder(path):
+        files = WeightFiles(home(path), read_model_config(home(path)))
+        return {name: files.array(name, leaf) for name, leaf in target.items()}
     folder = find_checkpoint(path)
-    config, checksums, tokenizer = read_config(folder), read_checksums(folder), folder.parent / TOKENIZER
-    abstract = jax.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for name, leaf in named_arrays(abstract).items()
-    }
+    checksums = read_checksums(folder)
     check_shapes(folder, {name: leaf.shape for name, leaf in target.items()})
     arrays = read_arrays(folder / "model", target)
     problem = wrong_array(folder, checksums["arrays"], in_item("model", arrays))
-    if not problem and tokenizer.exists() and sha256(tokenizer.read_bytes()) != checksums["tokenizer"]:
-        problem = f"{tokenizer} is damaged: it is not the one that the model was trained with"
+    for name, digest in checksums["tokenizer"].items():
+        file = folder.parent / epath.Path(name).name
+        if not problem and file.exists() and sha256(file.read_bytes()) != digest:
+            problem = f"{file} is damaged: it is not the one that the model was trained with"
     if problem:
         raise DamagedCheckpoint(problem)
-    return with_arrays(abstract, arrays), config, tokenizer
+    return arrays
+
+
+def load_model(path: str, *, unstacked: bool = False) -> tuple[Transformer, Config, epath.Path]:
+    """Load a model; return it with its config and its tokenizer's path.
+
+    ``path`` is a run folder, one checkpoint in it, or a local folder of a Hugging Face Llama. No model flag is needed:
+    the config travels along, and so does the tokenizer, beside the weights: no path that the config names is followed.
+    Raises as `load_weights` does. With ``unstacked`` the model is as `Transformer.unstacked` returns it; from a Hugging
+    Face folder it is then read block by block in the compute type, with no other copy.
+    """
+    config = config_of(path)
+    tokenizer = tokenizer_in(home(path)) or home(path) / TOKENIZER
+    if unstacked and is_llama_folder(path):
+        return _read_unstacked(WeightFiles(home(path), config.model), config.model), config, tokenizer
+    abstract = jax.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
+    target = {name: _on_one_device(leaf) for name, leaf in named_arrays(abstract).items()}
+    model = with_arrays(abstract, load_weights(path, target))
+    return model.unstacked() if unstacked else model, config, tokenizer
+
+
+def _on_one_device(leaf: Any, dtype: jnp.dtype | None = None) -> jax.ShapeDtypeStruct:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=device)
+
+
+def _read_unstacked(files: WeightFiles, config: ModelConfig) -> Transformer:
+    def read(module: Any, prefix: str, names: Collection[str]) -> dict[str, jax.Array]:
+        leaves = {name: leaf for name, leaf in named_arrays(module).items() if name in names}
+        types = {name: compute_dtype(config) if leaf.ndim > 1 else leaf.dtype for name, leaf in leaves.items()}
+        return {name: files.array(prefix + name, _on_one_device(leaf, types[name])) for name, leaf in leaves.items()}
+
+    model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    block = jax.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))
+    of_block = named_arrays(block)
+    layers = range(config.num_layers)
+    model.blocks = nnx.List([DecodingBlock(with_arrays(block, read(block, f"blocks.{k}.", of_block))) for k in layers])
+    whole = named_arrays(model)
+    return with_arrays(model, whole | read(model, "", [name for name in whole if not name.startswith("blocks.")]))
+
+
+def initial_model(config: Config, tokenizer: Tokenizer, abstract: Transformer) -> Callable[[], Transformer]:
+    """Check that the weights of ``train.init_from`` are those of the config's model; return how to read them.
+
+    Raises `UserError` for another model or another tokenizer.
+    """
+    path = config.train.init_from
+    for name, old, new in differences(config_of(path).model, config.model):
+        raise UserError(
+            f"the weights of {path} (train.init_from) have model.{name} {old}, but the config says {new}: set "
+            f"--model.{name} {old}"
+        )
+    for name, content in tokenizer.files.items():
+        kept = home(path) / name
+        if kept.is_file() and kept.read_bytes() != content:
+            raise UserError(
+                f"{config.data.tokenizer} (data.tokenizer) is another one than that of {path} (train.init_from): set "
+                f"--data.tokenizer {kept}"
+            )
+    return lambda: with_arrays(abstract, load_weights(path, named_arrays(abstract)))
 
 
 def check_shapes(folder: epath.Path, wanted: dict[str, tuple[int, ...]]) -> None:
@@ -196,7 +282,7 @@ def _stored_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
 
 def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:
     """Store `DecodeConfig` fields that were found best, and what was measured with them; return the file."""
-    file = find_checkpoint(path).parent / SWEPT
+    file = home(path) / SWEPT
     file.write_text(json.dumps({"decode": settings, "measured": measured}, indent=1) + "\n")
     return file
 
@@ -206,7 +292,7 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
 
     Mode, policy, exit and draft length go together: if the user gives one of them, none of them is taken from there.
     """
-    file = find_checkpoint(path).parent / SWEPT
+    file = home(path) / SWEPT
     if not file.exists():
         return {}
     try:

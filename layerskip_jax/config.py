@@ -27,13 +27,24 @@ class ModelConfig:
 
     num_layers: int = setting(12, "blocks L")
     dim: int = setting(256, "width of the residual stream D")
-    num_heads: int = setting(4, "query heads N; dim is divided among them")
+    num_heads: int = setting(4, "query heads N; dim is divided among them, unless head_width is given")
     num_kv_heads: int = setting(4, "key and value heads K; divides num_heads")
     ffn_dim: int = setting(688, "hidden width of the feed-forward part F")
     vocab_size: int = setting(4096, "tokens in the vocabulary V; must be the tokenizer's")
     rope_base: float = setting(10_000.0, "base of the rotary position frequencies")
     norm_epsilon: float = setting(1e-5, "added to the mean square in RMSNorm")
     tied_embedding: bool = setting(False, "use the embedding, transposed, as the head")
+    head_width: int = setting(0, "width of a head H; 0 is dim / num_heads")
+    rope_scaling: Literal["none", "linear", "llama3"] = setting(
+        "none", "lower rotary frequencies, for longer texts: linear lowers all, llama3 (as Llama 3.1) the low ones"
+    )
+    rope_factor: float = setting(8.0, "linear and llama3: what frequencies are divided by")
+    rope_low_turns: float = setting(1.0, "llama3: frequencies of fewer turns in rope_original_length are divided")
+    rope_high_turns: float = setting(4.0, "llama3: frequencies of more turns stay; those between are blended")
+    rope_original_length: int = setting(8192, "llama3: length of texts before the scaling [tokens]")
+    context_length: int = setting(
+        0, "longest text that an exported model says it is made for; 0 is data.sequence_length [tokens]"
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "type of activations and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU"
     )
@@ -46,8 +57,18 @@ class ModelConfig:
         for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
             require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
         require(
-            self.dim % (2 * self.num_heads) == 0,
+            self.head_width > 0 or self.dim % (2 * self.num_heads) == 0,
             f"model.dim {self.dim} must be a multiple of 2 * model.num_heads = {2 * self.num_heads} (rotary pairs)",
+        )
+        even = self.head_width >= 0 and self.head_width % 2 == 0
+        require(even, f"model.head_width must be even (rotary pairs), or 0 for dim / num_heads, not {self.head_width}")
+        require(self.context_length >= 0, f"model.context_length must not be negative, but is {self.context_length}")
+        ordered = self.rope_factor > 0 and 0 < self.rope_low_turns < self.rope_high_turns
+        require(
+            ordered and self.rope_original_length >= 1,
+            "model.rope_factor and model.rope_original_length must be positive, and 0 < rope_low_turns < "
+            f"rope_high_turns: {self.rope_factor}, {self.rope_original_length}, {self.rope_low_turns}, "
+            f"{self.rope_high_turns}",
         )
         require(
             self.num_heads % self.num_kv_heads == 0,
@@ -59,7 +80,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.num_heads
+        return self.head_width or self.dim // self.num_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +133,11 @@ class DataConfig:
     name: str = setting("", "tfds: the dataset, as in wikipedia/20230601.en:1.0.0")
     path: str = setting("", "text, jsonl and tokens: the folder or file; local or gs://")
     data_dir: str = setting("data", "where prepared TFDS datasets live; local or gs://")
-    text_key: str = setting("text", "tfds and jsonl: the field that holds the text")
+    text_key: str = setting("text", "tfds and jsonl: the field that holds the text, or the response to a prompt")
+    prompt_key: str = setting("", "tfds and jsonl: the field of a prompt that the text answers, itself without a loss")
     train_split: str = setting("train", "split to train on; TFDS slicing such as train[:90%] works for tfds")
     validation_split: str = setting("validation", "split held out for evaluation")
-    tokenizer: str = setting("data/tokenizer.model", "SentencePiece model file")
+    tokenizer: str = setting("data/tokenizer.model", "SentencePiece model file, or a tokenizer.json")
     sequence_length: int = setting(256, "predicted tokens in a training sequence T")
     cross_document_attention: bool = setting(False, "let attention cross document boundaries inside a sequence")
     shuffle_window: int = setting(2048, "packed sequences shuffled together, beyond the shuffle of documents")
@@ -132,6 +154,8 @@ class DataConfig:
             value = getattr(self, name)
             leaves = value.startswith(("/", "~")) or ".." in value.split("/")
             require(not leaves, f"data.{name} must be a name, not a path that leads elsewhere: {value!r}")
+        pairs = not self.prompt_key or self.source in ("tfds", "jsonl")
+        require(pairs, f"data.prompt_key needs data.source tfds or jsonl, which have fields, not {self.source!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +189,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         require(self.data == -1 or self.data >= 1, f"mesh.data must be -1 or at least 1, not {self.data}")
-        require(self.fsdp >= 1, f"mesh.fsdp must be at least 1, not {self.fsdp}")
-        require(self.sequence >= 1, f"mesh.sequence must be at least 1, not {self.sequence}")
-        require(self.tensor >= 1, f"mesh.tensor must be at least 1, not {self.tensor}")
+        for name in ("fsdp", "sequence", "tensor"):
+            require(getattr(self, name) >= 1, f"mesh.{name} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +233,7 @@ class TrainConfig:
     batch_size: int = setting(8, "sequences in an optimizer step, over all devices")
     accumulate: int = setting(1, "microbatches that one optimizer step is computed in; divides batch_size")
     seed: int = setting(0, "of initialisation, dropout and data order")
+    init_from: str = setting("", "weights a new run starts from: a run, or a folder of a Hugging Face Llama")
     remat: Literal["none", "dots", "full", "offload"] = setting(
         "none",
         "what the backward pass computes again. none: nothing, all is kept; dots: all but the products with weights, "
@@ -235,9 +259,7 @@ class TrainConfig:
     )
     sample_every: int = setting(0, "steps between sample generations; 0 is never")
     sample_prompt: str = setting("", "text that sample generations continue")
-    profile_step: int = setting(
-        0, "first step of a profiler trace in RUN_DIR/profile; 0 is none (SIGUSR1 starts one too)"
-    )
+    profile_step: int = setting(0, "first step of a profiler trace in RUN_DIR/profile; 0 is none (SIGUSR1 starts one)")
     profile_steps: int = setting(3, "steps in a profiler trace")
     wandb_project: str = setting("", "Weights & Biases project that gets the metrics too; none is off")
     hang_seconds: int = setting(1800, "print all stacks once if no step finishes for so long; 0 is never [seconds]")

@@ -79,8 +79,9 @@ def flops_per_token(config: Config) -> float:
 
 
 def attention_flops(config: Config) -> float:
-    """``12 L D T``: scores and their products with the values, forward and backward [FLOP a token]."""
-    return 12 * config.model.num_layers * config.model.dim * config.data.sequence_length
+    """``12 L D T``: scores and their products with the values, forward and backward [FLOP a token]; D = N H here."""
+    width = config.model.num_heads * config.model.head_dim
+    return 12 * config.model.num_layers * width * config.data.sequence_length
 
 
 def block_flops(config: Config) -> float:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +66,7 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write numbers and texts for ``step`` (the number of optimizer steps done)."""
         for name, sink in list(self._sinks.items()):
-            self._try(name, lambda sink=sink: sink.write(step, values))
+            self._try(name, partial(sink.write, step, values))
 
     def publish(self) -> None:
         """Copy what was written so far to a run folder in a bucket; a local one has it already."""

@@ -11,6 +11,7 @@ slice of a stack would copy weights).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
@@ -54,6 +55,24 @@ def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, epsilon: float) -> jax.Array:
     return (x32_BTD * inverse_BT1 * scale_D[...][None, None]).astype(x_BTD.dtype)
 
 
+def rotary_frequencies(config: ModelConfig) -> jax.Array:
+    """``base^(-2i/H)`` for i below H/2 (RoFormer, arXiv 2104.09864 section 3.2.2), scaled for long texts [rad a token].
+
+    "linear" divides all by the factor (arXiv 2306.15595). "llama3" keeps those of at least ``rope_high_turns`` turns in
+    ``rope_original_length``, divides those of at most ``rope_low_turns``, and blends in between (Llama 3.1).
+    """
+    half = config.head_dim // 2
+    frequency_H = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling == "none":
+        return frequency_H
+    kept_H = jnp.zeros(half)
+    if config.rope_scaling == "llama3":
+        turns_H = frequency_H * (config.rope_original_length / (2 * math.pi))
+        low, high = config.rope_low_turns, config.rope_high_turns
+        kept_H = jnp.clip((turns_H - low) / (high - low), 0, 1)
+    return frequency_H * (kept_H + (1 - kept_H) / config.rope_factor)
+
+
 class Positions(NamedTuple):
     """Where tokens stand, with the sines and cosines of their rotary angles, which all blocks share."""
 
@@ -62,10 +81,8 @@ class Positions(NamedTuple):
     cos_BT1H: jax.Array
 
     @classmethod
-    def at(cls, index_BT: jax.Array, head_dim: int, base: float) -> "Positions":
-        """``angle_i = index * base^(-2i/H)``, for i below H/2 (RoFormer, arXiv 2104.09864 section 3.2.2)."""
-        half = head_dim // 2
-        frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    def at(cls, index_BT: jax.Array, frequency_H: jax.Array) -> "Positions":
+        """``angle_i = index * frequency_i``, for i below H/2."""
         angle_BT1H = index_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
         # Without the barrier XLA fuses them into every use, and computes them anew in each block.
         return cls(index_BT, *jax.lax.optimization_barrier((jnp.sin(angle_BT1H), jnp.cos(angle_BT1H))))
@@ -230,7 +247,7 @@ class Transformer(nnx.Module):
 
     def positions(self, index_BT: jax.Array) -> Positions:
         """Return what the blocks want to know of positions ``index_BT``."""
-        return Positions.at(index_BT, self.config.head_dim, self.config.rope_base)
+        return Positions.at(index_BT, rotary_frequencies(self.config))
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Return ``x_0``: the embeddings of ``tokens_BT``, in the compute type."""

@@ -4,7 +4,6 @@ Model, optimizer, data position and config are saved together through orbax, and
 """
 
 import contextlib
-import dataclasses
 import sys
 from typing import Any
 
@@ -14,9 +13,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from layerskip_jax.checkpoint import (
-    TOKENIZER,
     DamagedCheckpoint,
     checkpoint_folder,
+    differences,
     in_item,
     in_short,
     named_arrays,
@@ -31,7 +30,7 @@ from layerskip_jax.checkpoint import (
 )
 from layerskip_jax.config import Config, experiment
 from layerskip_jax.data.position import Position
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.tokenizer import Tokenizer, tokenizer_in
 from layerskip_jax.digests import digests
 from layerskip_jax.distributed import first_said, together
 from layerskip_jax.errors import UserError
@@ -52,7 +51,7 @@ class Checkpoints:
             lightweight_initialize=True,  # reads nothing of a checkpoint that may be damaged
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._tokenizer = b""
+        self._tokenizer: dict[str, bytes] = {}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -71,8 +70,8 @@ class Checkpoints:
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise `UserError` if the run has another tokenizer already: one run has one."""
-        path = self.folder / TOKENIZER
-        if path.exists() and path.read_bytes() != tokenizer.model:
+        path = tokenizer_in(self.folder)
+        if path and Tokenizer.load(str(path)).files != tokenizer.files:
             raise UserError(
                 f"the run {self._config.train.run_dir} was trained with another tokenizer than "
                 f"{self._config.data.tokenizer}: continue with --data.tokenizer {path}, or start a new --train.run_dir"
@@ -80,11 +79,12 @@ class Checkpoints:
 
     def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Put the tokenizer beside the checkpoints, so that they need no other file."""
-        self._tokenizer, path = tokenizer.model, self.folder / TOKENIZER
-        if jax.process_index() == 0 and not path.exists():
-            begun = self.folder / f"{TOKENIZER}.begun"
-            begun.write_bytes(tokenizer.model)
-            begun.replace(path)  # so that a process that is killed here leaves no half of it
+        self._tokenizer = tokenizer.files
+        for name, content in tokenizer.files.items() if jax.process_index() == 0 else ():
+            begun, file = self.folder / f"{name}.begun", self.folder / name
+            if not file.exists():
+                begun.write_bytes(content)
+                begun.replace(file)  # so that a process that is killed here leaves no half of it
 
     def save(self, state: TrainState, data: Position) -> None:
         """Save after the step that ``state.step`` counts; returns as soon as the arrays are copied.
@@ -100,7 +100,8 @@ class Checkpoints:
                 f"step {self.latest()} in {self.folder} is the newest: lower optimizer.learning_rate and start again"
             )
         config = experiment(self._config)
-        checksums = {"arrays": sums, "config": sha256_of(config), "tokenizer": sha256(self._tokenizer)}
+        tokenizer = {name: sha256(content) for name, content in self._tokenizer.items()}
+        checksums = {"arrays": sums, "config": sha256_of(config), "tokenizer": tokenizer}
         try:
             self._manager.save(
                 int(state.step),
@@ -191,13 +192,11 @@ class Checkpoints:
         return TrainState(step=rest["step"], model=model, opt_state=rest["state"], usual=rest["usual"]), ""
 
     def _check_it_fits(self, folder: epath.Path, saved: Config) -> None:
-        for field in dataclasses.fields(saved.model):
-            old, new = getattr(saved.model, field.name), getattr(self._config.model, field.name)
-            if old != new and field.name not in ("compute_dtype", "attention"):
-                raise UserError(
-                    f"the checkpoint {folder} has model.{field.name} {old}, but the config says "
-                    f"{new}: continue with --model.{field.name} {old}, or start a new run with another --train.run_dir"
-                )
+        for name, old, new in differences(saved.model, self._config.model):
+            raise UserError(
+                f"the checkpoint {folder} has model.{name} {old}, but the config says {new}: continue with "
+                f"--model.{name} {old}, or start a new run with another --train.run_dir"
+            )
         if saved.optimizer.name != self._config.optimizer.name:
             raise UserError(
                 f"the checkpoint {folder} was trained with optimizer.name {saved.optimizer.name}, but "

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from layerskip_jax.checkpoint import find_checkpoint, load_model, store_swept
+from layerskip_jax.checkpoint import load_model, run_folder, store_swept
 from layerskip_jax.command_line import add_settings, apply_overrides, integer, make_parser
 from layerskip_jax.commands.prompts import add_prompt_options, read_prompts
 from layerskip_jax.config import DecodeConfig, ModelConfig
@@ -188,7 +188,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(
         "Time exits and draft lengths of a checkpoint on prompts, and store the fastest lossless way with it."
     )
-    parser.add_argument("--checkpoint", metavar="RUN", required=True, help="run folder, or one checkpoint in it")
+    parser.add_argument(
+        "--checkpoint", metavar="RUN", required=True, help="run folder, one checkpoint in it, or a Hugging Face folder"
+    )
     add_prompt_options(parser)
     parser.add_argument(
         "--try_exits", metavar="E", type=integer, nargs="+", help="exits (default: L/8, L/4, 3L/8, L/2)"
@@ -203,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_known_options(argv)
     given = {field.name for field in dataclasses.fields(DecodeConfig)} & vars(options).keys()
 
-    model, config, tokenizer_path = load_model(options.checkpoint)
+    model, config, tokenizer_path = load_model(options.checkpoint, unstacked=True)
     settings = apply_overrides(config.decode, {name: getattr(options, name) for name in given})
     layers = config.model.num_layers
     exits = sorted(set(options.try_exits or [max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4)]))
@@ -215,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     texts = read_prompts(options.prompt, options.prompts, held_out, config)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
     eos = -1 if settings.ignore_eos else tokenizer.eos_id
-    model = with_weights(model.unstacked(), settings.weights)
+    model = with_weights(model, settings.weights)
     grid, finals, width_cost = sweep(model, prompts, settings, exits, lengths, options.repeats, eos)
 
     winner = max(finals[:3], key=lambda m: m.tokens_per_second)
@@ -231,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         print(table(config.model, grid, finals))
         said = ", ".join(f"{name} {value}" for name, value in chosen.items())
         print(f"recommended: {said} ({winner.speedup:.2f}x plain decoding)")
-    run = find_checkpoint(options.checkpoint).parent.parent
+    run = run_folder(options.checkpoint)
     plot(grid, exits, lengths, run / "plots" / "sweep.png")
     if not options.json:
         print(f"plot: {run}/plots/sweep.png")

@@ -20,7 +20,7 @@ from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import batch_sharding, batch_shards, shardings_of, target_platform
 from layerskip_jax.skipping import apply_skipping
 
-TPU_OPTIONS = dict.fromkeys(
+TPU_OPTIONS: dict[str, str | bool] = dict.fromkeys(
     (
         "xla_enable_async_all_gather",
         "xla_enable_async_reduce_scatter_fusion",
@@ -76,14 +76,14 @@ class Trainer:
     recipe: Recipe
     mesh: Mesh
 
-    def init(self) -> TrainState:
-        """Return the state before step 0, made on the mesh from ``config.train.seed``."""
+    def init(self, model: Transformer | None = None) -> TrainState:
+        """Return the state before step 0 on the mesh: of ``model``, or of one made from ``config.train.seed``."""
         with jax.set_mesh(self.mesh):
-            return self._init_on_mesh()
+            return self._init_on_mesh(model)
 
     @partial(jax.jit, static_argnums=0)
-    def _init_on_mesh(self) -> TrainState:
-        return jax.lax.with_sharding_constraint(self._init(), self.state_shardings())
+    def _init_on_mesh(self, model: Transformer | None) -> TrainState:
+        return jax.lax.with_sharding_constraint(self._init(model), self.state_shardings())
 
     def abstract_state(self) -> TrainState:
         """Return the state's shapes and shardings without any array: what a checkpoint is restored into."""
@@ -97,8 +97,9 @@ class Trainer:
         state = jax.eval_shape(self._init)
         return shardings_of(state, state.model, self.mesh)
 
-    def _init(self) -> TrainState:
-        model = Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
+    def _init(self, model: Transformer | None = None) -> TrainState:
+        if model is None:
+            model = Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
         opt_state = make_optimizer(self.config).init(model)
         return TrainState(jnp.zeros((), jnp.int32), model, opt_state, usual=jnp.zeros(()))
 

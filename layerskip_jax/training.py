@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from layerskip_jax.bad_steps import BadSteps
+from layerskip_jax.checkpoint import initial_model
 from layerskip_jax.config import Config, experiment
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.position import Position
@@ -50,7 +51,11 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
         checkpoints.keep_tokenizer(tokenizer)
         position = Position(data, rows)
         state, start = checkpoints.restore(trainer.abstract_state(), position), "from scratch"
-        if state is None:
+        if state is None and config.train.init_from:
+            check = partial(initial_model, config, tokenizer, trainer.abstract_state().model)
+            state, first = trainer.init(together("initial weights", check)()), 0
+            start = f"from {config.train.init_from}"
+        elif state is None:
             state, first = trainer.init(), 0
         else:
             first = int(state.step)
@@ -107,7 +112,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
 
 def _open(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator]:
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    tokenizer.check_vocabulary(config.model.vocab_size)
+    tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
     data = iter(local_batches(config, config.data.train_split, mesh))
     local_batches(config, config.data.validation_split, mesh, epochs=1)  # what cannot be read is said now, not later
     return tokenizer, data

@@ -40,7 +40,7 @@ NAN, INF = float("nan"), float("inf")
 GREEDY_STEPS = [
     Autoregressive(Greedy(), draft_length=0),
     SelfSpeculative(Greedy(), Fixed(1, DRAFTS)),
-    SelfSpeculative(Greedy(), Adaptive(1, DRAFTS, (1, 2), probe_every=2)),
+    SelfSpeculative(Greedy(), Adaptive(1, DRAFTS, (1, 2), probe_share=0.5)),
     PromptLookup(Greedy(), DRAFTS),
 ]
 # What cannot be made, or not be run on a model of two layers, and a word of what is said of it.
@@ -57,7 +57,7 @@ BAD_STEPS = [
     (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (2, 1))), "exits must rise"),
     (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 9))), "exit layer 9"),
     (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (0, 1))), "exits must rise"),
-    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), probe_every=0)), "probe_every"),
+    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), probe_share=0.0)), "probe_share"),
     (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), horizon=NAN)), "horizon"),
     (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), width_cost=INF)), "width_cost"),
     (lambda: PromptLookup(Greedy(), 0), "draft_length"),

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from test_bad_input import CASES, assert_one_sentence
 
 from layerskip_jax import checkpoint
-from layerskip_jax.checkpoint import SWEPT, TOKENIZER, find_checkpoint, load_model
+from layerskip_jax.checkpoint import SWEPT, find_checkpoint, load_model
 from layerskip_jax.commands import decode
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
+from layerskip_jax.data.tokenizer import TOKENIZER, Tokenizer, train_tokenizer
 from layerskip_jax.decoding import terminal
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.errors import UserError

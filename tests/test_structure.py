@@ -20,13 +20,14 @@ LAYERS = [
     {"data", "flops"},
     {"losses"},
     {"train_step"},
+    {"llama"},
     {"metrics", "checkpoint"},
     {"run_checkpoints"},
     {"progress", "bad_steps"},
     {"decoding", "quantization"},
     {"training", "plots"},
     {"evaluation"},
-    {"commands", "sweep", "report"},
+    {"commands", "sweep", "report", "export"},
 ]
 
 

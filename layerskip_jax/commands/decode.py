@@ -21,10 +21,12 @@ REPEATS = 3
 def main(argv: list[str] | None = None) -> None:
     """Load a checkpoint, generate, and report; with ``--compare`` also against plain decoding."""
     parser = make_parser(
-        "Generate text from a checkpoint of train.py. Settings not given here are those that python -m "
-        "layerskip_jax.sweep found best and stored with the checkpoint, or else the checkpoint's own config."
+        "Generate text from a checkpoint of train.py or a Hugging Face Llama. Settings not given here are those that "
+        "python -m layerskip_jax.sweep found best and stored with the checkpoint, or else the checkpoint's own config."
     )
-    parser.add_argument("--checkpoint", metavar="RUN", required=True, help="run folder, or one checkpoint in it")
+    parser.add_argument(
+        "--checkpoint", metavar="RUN", required=True, help="run folder, one checkpoint in it, or a Hugging Face folder"
+    )
     add_prompt_options(parser)
     parser.add_argument("--batch_size", metavar="N", type=integer, default=1, help="prompts generated together")
     parser.add_argument("--compare", action="store_true", help="time plain decoding too, and compare the texts")
@@ -41,14 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     from layerskip_jax.decoding.text import TextGenerator
     from layerskip_jax.quantization import with_weights
 
-    model, config, tokenizer_path = load_model(options.checkpoint)
+    model, config, tokenizer_path = load_model(options.checkpoint, unstacked=True)
     chosen = {name: getattr(options, name) for name in given}
     settings = apply_overrides(config.decode, swept_settings(options.checkpoint, given) | chosen)
     tokenizer = Tokenizer.load(str(tokenizer_path))
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, not {options.batch_size}")
     prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
-    model = with_weights(model.unstacked(), settings.weights)
+    model = with_weights(model, settings.weights)
     generator = TextGenerator(model, tokenizer, settings)
     batches = [prompts[i : i + options.batch_size] for i in range(0, len(prompts), options.batch_size)]
 

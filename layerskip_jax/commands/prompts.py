@@ -55,8 +55,8 @@ def _of_json(file: str, number: int, line: str) -> str:
 
 
 def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
-    """Return the beginnings of the first ``count`` held-out documents: so many characters, or half of a short one."""
-    from layerskip_jax.data.sources import open_documents
+    """Return the beginnings of held-out documents: their prompts, so many characters, or half of a short one."""
+    from layerskip_jax.data.sources import Pair, open_documents
 
     if count < 1:
         raise UserError(f"--held_out must be at least 1, not {count}")
@@ -69,7 +69,7 @@ def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
             raise UserError(
                 "--held_out needs a source of text, and this checkpoint's corpus is of tokens: use --prompt"
             )
-        prompts.append(text[: min(characters, len(text) // 2)])
+        prompts.append(text.prompt if isinstance(text, Pair) else text[: min(characters, len(text) // 2)])
         if len(prompts) == count:
             return prompts
     raise UserError(f"the held-out split has only {len(prompts)} documents: give --held_out {len(prompts)} or less")

@@ -1,7 +1,8 @@
 """Packed batches through grain: shuffle, share out, tokenise, pack with document boundaries, batch.
 
 B rows, T predicted tokens a row. Which documents make row r of batch b depends on the seed and on B, and on nothing
-else: any number of processes makes the same batches, and each reads the documents of its own rows only.
+else: any number of processes makes the same batches, and each reads the documents of its own rows only. Prompts and
+their responses (data.prompt_key) are packed whole, and the loss is on responses alone.
 """
 
 import dataclasses
@@ -13,8 +14,11 @@ import numpy as np
 from absl import flags
 
 from layerskip_jax.config import Config
-from layerskip_jax.data.sources import Document, open_documents
+from layerskip_jax.data.sources import Document, Pair, open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
+
+PACKING_BINS = 32
+"""Rows that are filled at the same time with prompts and responses, each put into the first one that has room."""
 
 
 def make_batches(
@@ -37,16 +41,19 @@ def make_batches(
     filled up with rows that do not count. ``epochs=None`` goes on forever.
 
     ``segments_BT`` numbers the documents of a row from 1 (0 is padding). ``mask_BT`` is 1.0 where ``targets_BT``, the
-    next token, belongs to the same document as its input. `layerskip_jax.data.position` saves where an iterator is.
+    next token, belongs to the same document as its input (and, with prompts, to a response or its EOS).
+    `layerskip_jax.data.position` saves where an iterator is.
     """
     rows = range(batch_size) if rows is None else rows
     tokenizer = Tokenizer.load(config.data.tokenizer)
+    length = config.data.sequence_length + 1
+    tokenise = _TokenisePair(tokenizer, length) if config.data.prompt_key else _Tokenise(tokenizer)
     documents = grain.MapDataset.source(open_documents(config.data, split))
     if not shuffle:
-        packed = _packed(config, documents.repeat(epochs).map(_Tokenise(tokenizer)))
+        packed = _packed(config, documents.repeat(epochs).map(tokenise))
         batches = packed.batch(batch_size, drop_remainder=False).map(_OwnRows(rows, batch_size))
         return _in_a_process(batches) if config.data.workers else batches
-    tokens = documents.shuffle(seed=seed).repeat(epochs).map(_Tokenise(tokenizer))
+    tokens = documents.shuffle(seed=seed).repeat(epochs).map(tokenise)
     window = config.data.shuffle_window // batch_size
     streams = []
     for row in rows:
@@ -67,9 +74,12 @@ def _packed(config: Config, documents: grain.MapDataset) -> grain.IterDataset:
     """Return the packed rows of ``{"tokens"}`` documents, one after the other."""
     # No read-ahead threads by default: they would compete with the compiler's on a small machine, and workers exist.
     threads = grain.ReadOptions(num_threads=1 if config.data.workers else 0, prefetch_buffer_size=4)
-    rows = grain.experimental.ConcatThenSplitIterDataset(
-        documents.to_iter_dataset(threads), length_struct={"tokens": config.data.sequence_length + 1}
-    )
+    tokens, length = documents.to_iter_dataset(threads), config.data.sequence_length + 1
+    if config.data.prompt_key:  # a response cut from its prompt would teach nothing
+        lengths = {"tokens": length, "counts": length}
+        rows = grain.experimental.FirstFitPackIterDataset(tokens, length_struct=lengths, num_packing_bins=PACKING_BINS)
+    else:
+        rows = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"tokens": length})
     return rows.map(_ToRow(config.data.cross_document_attention))
 
 
@@ -115,6 +125,22 @@ class _Tokenise:
         return {"tokens": document_tokens(self._tokenizer, document)}
 
 
+class _TokenisePair:
+    """A prompt and its response to their tokens, ``length`` at most, and which of them count: the response and EOS."""
+
+    def __init__(self, tokenizer: Tokenizer, length: int):
+        self._tokenizer, self._length = tokenizer, length
+
+    def __call__(self, document: Document) -> dict[str, np.ndarray]:
+        assert isinstance(document, Pair)
+        # Apart, as in generation, where the prompt is all there is.
+        prompt = [self._tokenizer.bos_id, *self._tokenizer.encode(document.prompt)]
+        response = [*self._tokenizer.encode(document.response), self._tokenizer.eos_id]
+        counts = np.repeat(np.array([0, 1], np.int32), [len(prompt), len(response)])
+        tokens = np.array(prompt + response, np.int32)
+        return {"tokens": tokens[: self._length], "counts": counts[: self._length]}
+
+
 def document_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Return the int32 tokens of one training document: BOS, the text, EOS."""
     return np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.int32)
@@ -133,6 +159,8 @@ class _ToRow:
             segments = (segments > 0).astype(np.int32)
         else:
             counts = counts & (segments[1:] == segments[:-1])
+        if "counts" in packed:
+            counts = counts & (packed["counts"][1:] > 0)
         return {
             "inputs_BT": tokens[:-1],
             "targets_BT": tokens[1:],

@@ -26,6 +26,8 @@ def pretokenize(config: DataConfig, out: str) -> dict[str, Any]:
     """
     if config.source == "tokens":
         raise UserError("data.source is 'tokens': this corpus is tokenised already")
+    if config.prompt_key:
+        raise UserError("data.prompt_key is set: what is a prompt would be lost in tokens; train on data.source jsonl")
     target = locate(out)
     if target.exists():
         raise UserError(f"{out} exists: give --out a new folder, or remove it first")

@@ -17,9 +17,24 @@ from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.locations import locate
 
 Document = str | np.ndarray
-"""A text, or from the source ``tokens`` its token ids (int32)."""
+"""A text (a `Pair`, where prompts have a field), or from the source ``tokens`` its token ids (int32)."""
 
 VALIDATION_PERCENT = 5
+
+
+class Pair(str):
+    """A prompt and its response, as one text (data.prompt_key); only the response has a loss."""
+
+    prompt: str
+    response: str
+
+    def __new__(cls, prompt: str, response: str) -> "Pair":
+        pair = super().__new__(cls, prompt + response)
+        pair.prompt, pair.response = prompt, response
+        return pair
+
+    def __reduce__(self) -> tuple[type["Pair"], tuple[str, str]]:
+        return Pair, (self.prompt, self.response)
 
 
 class Documents(Protocol):
@@ -53,18 +68,25 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
     return documents
 
 
-class _Field:
-    """One text field of a sequence of examples."""
+class _Fields:
+    """The text field of a sequence of examples, or the prompt and the text."""
 
-    def __init__(self, examples: Sequence[Any], key: str):
-        self._examples, self._key = examples, key
+    def __init__(self, examples: Sequence[Any], keys: Sequence[str]):
+        self._examples, self._keys = examples, keys
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> str:
-        value = self._examples[index][self._key]
-        return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+        values = [self._examples[index][key] for key in self._keys]
+        texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values]
+        return Pair(*texts) if len(texts) == 2 else texts[0]
+
+
+def _keys(config: DataConfig) -> dict[str, str]:
+    """Return the settings that name fields, with the fields, in the order of a document."""
+    prompt = {"data.prompt_key": config.prompt_key} if config.prompt_key else {}
+    return prompt | {"data.text_key": config.text_key}
 
 
 def _open_stdlib(config: DataConfig, split: str) -> Documents:
@@ -75,11 +97,11 @@ def _open_stdlib(config: DataConfig, split: str) -> Documents:
     builder = Builder(data_dir=config.data_dir, file_format="array_record")
     tfds.disable_progress_bar()
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    return _data_source(builder, config, split, "text")
+    return _data_source(builder, config, split, {"data.text_key": "text"})
 
 
 def _open_tfds(config: DataConfig, split: str) -> Documents:
-    return _data_source(_tfds_builder(config), config, split, config.text_key)
+    return _data_source(_tfds_builder(config), config, split, _keys(config))
 
 
 def open_records(config: DataConfig, split: str) -> Sequence[Any]:
@@ -123,14 +145,15 @@ def _records(builder: Any, config: DataConfig, split: str) -> Sequence[Any]:
     return builder.as_data_source(split=split)
 
 
-def _data_source(builder: Any, config: DataConfig, split: str, key: str) -> Documents:
+def _data_source(builder: Any, config: DataConfig, split: str, keys: dict[str, str]) -> Documents:
     records = _records(builder, config, split)
-    if key not in builder.info.features:
-        raise UserError(
-            f"{builder.info.full_name} has no field {key!r} (data.text_key){nearest(key, builder.info.features)}: "
-            f"it has {', '.join(builder.info.features)}"
-        )
-    return _Field(records, key)
+    for setting, key in keys.items():
+        if key not in builder.info.features:
+            raise UserError(
+                f"{builder.info.full_name} has no field {key!r} ({setting}){nearest(key, builder.info.features)}: "
+                f"it has {', '.join(builder.info.features)}"
+            )
+    return _Fields(records, list(keys.values()))
 
 
 def _files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> tuple[list[epath.Path], bool]:
@@ -221,8 +244,8 @@ class _Paragraphs:
 class _JsonLines:
     """Lines of JSON files, found by their offsets; a document is parsed when it is asked for."""
 
-    def __init__(self, lines: list[tuple[str, int, int]], key: str):
-        self._lines, self._key = lines, key
+    def __init__(self, lines: list[tuple[str, int, int]], keys: dict[str, str]):
+        self._lines, self._keys = lines, keys
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -232,15 +255,18 @@ class _JsonLines:
         with epath.Path(path).open("rb") as file:
             file.seek(offset)
             line = file.readline()
-        try:
-            value = json.loads(line)[self._key]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} line {number} is not a JSON object with a text in {self._key!r} (data.text_key): {error!r}"
-            ) from error
-        if not isinstance(value, str):
-            raise UserError(f"{path} line {number}: {self._key!r} (data.text_key) is not a text")
-        return value
+        texts = []
+        for setting, key in self._keys.items():
+            try:
+                value = json.loads(line)[key]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path} line {number} is not a JSON object with a text in {key!r} ({setting}): {error!r}"
+                ) from error
+            if not isinstance(value, str):
+                raise UserError(f"{path} line {number}: {key!r} ({setting}) is not a text")
+            texts.append(value)
+        return Pair(*texts) if len(texts) == 2 else texts[0]
 
 
 def _open_jsonl(config: DataConfig, split: str) -> Documents:
@@ -255,7 +281,7 @@ def _open_jsonl(config: DataConfig, split: str) -> Documents:
                 offset += len(line)
     names = [f"{epath.Path(path).name}:{number}" for path, number, _ in lines]
     chosen = range(len(lines)) if own else _in_split(names, split, config)
-    return _JsonLines([lines[i] for i in chosen], config.text_key)
+    return _JsonLines([lines[i] for i in chosen], _keys(config))
 
 
 METADATA = "metadata.json"

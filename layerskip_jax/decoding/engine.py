@@ -90,10 +90,9 @@ def start(
     ``model`` is an `unstacked` one. Raises `UserError` for what `check_request` refuses.
     """
     max_length = check_request(model, prompts, max_new_tokens, max_length, step, eos, seed)
-    longest = max(map(len, prompts))
     # The slack lets a round write d+1 tokens from any length without reaching the end of the cache.
     capacity = round_up(max_length + step.draft_length + 1)
-    width = min(round_up(longest - 1), capacity)
+    width = min(round_up(max(map(len, prompts)) - 1), capacity)
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt

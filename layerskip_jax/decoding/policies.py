@@ -169,7 +169,7 @@ class Adaptive(Fixed):
         super().__post_init__()
         rising = list(self.exits) == sorted(set(self.exits)) and self.exits[0] >= 1
         require(rising, f"candidate exits must rise from 1 on, not {self.candidates}")
-        require(self.probe_every >= 1, f"probe_every must be at least 1, not {self.probe_every}")
+        require(0 < self.probe_share <= 1, f"probe_share must be in (0, 1], not {self.probe_share}")
         require(0 < self.horizon < math.inf, f"horizon must be positive and finite, not {self.horizon}")
         require(0 <= self.width_cost < math.inf, f"width_cost must not be negative or infinite: {self.width_cost}")
 

@@ -115,10 +115,7 @@ class SelfSpeculative:
     def _draft(
         self, model: Transformer, state: DecodeState, plan: Plan, key: jax.Array
     ) -> tuple[KVQCache, jax.Array, Any, jax.Array]:
-        """Draft until every row has its tokens or an EOS, and take each last draft through the early blocks too.
-
-        A plan of no drafts runs nothing: the verification of one position is the whole pass.
-        """
+        """Draft until every row has its tokens or an EOS, and take each last draft through the early blocks too."""
         start_token_B, start_B = state.last_token()
         B, d = start_token_B.shape[0], self.draft_length
 
@@ -170,7 +167,6 @@ class SelfSpeculative:
     ) -> tuple[KVQCache, "Verdict"]:
         """Take the exit queries of W positions through the remaining blocks at once, and judge the drafts."""
         cache, width = before[0], position.index_BT.shape[1]
-        slot_BW = jnp.arange(width)[None]
         query_BWD, layers = [query_BQD[:, :width] for query_BQD in cache.exit_query_BQD], cache.layers
         plain = width == 1  # nothing was drafted, so no block has run: this is a round of plain decoding
         x_BWD = model.embed(state.last_token()[0][:, None]) if plain else query_BWD[0]
@@ -184,7 +180,7 @@ class SelfSpeculative:
         accepted_B, next_B = self.sampler.verify(logits_BWV, draft_Bw, evidence, drafted_B, key)
 
         # The context of a position is the full model's own up to the first draft that it refused.
-        valid_BW = (slot_BW <= accepted_B[:, None]) & ~state.done_B[:, None]
+        valid_BW = (jnp.arange(width)[None] <= accepted_B[:, None]) & ~state.done_B[:, None]
 
         def compare(verdict: Verdict) -> Verdict:
             agreed, reached = [], []

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from layerskip_jax.checks import require
 
-NO_TOKEN = -1
-"""What a sampler returns where the largest logit is not finite: weights or activations hold NaN or infinity."""
+NO_TOKEN = -1  # what a sampler returns where the largest logit is not finite: weights or activations hold NaN
 
 
 class Sampler(Protocol):

@@ -49,7 +49,7 @@ class TextGenerator:
     """Generates text with an `unstacked` model in the way that a `DecodeConfig` says."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: DecodeConfig):
-        tokenizer.check_vocabulary(model.config.vocab_size)
+        tokenizer.check_vocabulary(model.config.vocab_size, padded=True)
         self.tokenizer, self.config = tokenizer, config
         self._eos = -1 if config.ignore_eos else tokenizer.eos_id
         self.model, self.round = configured(config, model)

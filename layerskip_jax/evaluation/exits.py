@@ -81,7 +81,7 @@ def exit_quality(model: Transformer, config: Config) -> ExitQuality:
     model = jax.device_put(model, shardings_of(model, model, mesh))
     loss_L = evaluate(Trainer(config, Recipe.from_config(config), mesh), model)
     agreed_L, tokens = np.zeros(config.model.num_layers), 0.0
-    batches = local_batches(config, config.data.validation_split, epochs=1)
+    batches = local_batches(config, config.data.validation_split, mesh, epochs=1)
     with jax.set_mesh(mesh):
         for batch in itertools.islice(batches, config.train.evaluate_batches):
             on_mesh = to_devices(batch, mesh)

@@ -1,0 +1,113 @@
+"""Drafting by transformers on a run of ours: ``python benchmarks/exported.py RUN [--exit_layer 3] [--draft_length 3]``.
+
+The run is exported and opened by transformers, and both continue the beginnings of held-out documents greedily in
+float32: ``generate(assistant_early_exit=E)`` there, self-speculation here. Printed are the texts' equal leading tokens,
+and the acceptance of each. Needs ``pip install layerskip_jax[huggingface] torch transformers``.
+"""
+
+import argparse
+import json
+import tempfile
+from typing import Any
+
+import jax
+
+from layerskip_jax.checkpoint import load_model
+from layerskip_jax.commands.prompts import read_prompts
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.configure import exit_layer_of
+from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.policies import Fixed
+from layerskip_jax.decoding.rounds import SelfSpeculative
+from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.export import export_model
+
+try:
+    import torch
+    import transformers
+    from transformers.generation.candidate_generator import EarlyExitCandidateGenerator
+except ImportError as error:
+    raise SystemExit(f"{error}: this compares with transformers; pip install torch transformers") from None
+
+
+class Counted(EarlyExitCandidateGenerator):
+    """Counts, over all generations, what was drafted and what of it was accepted."""
+
+    drafted = accepted = 0
+
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        candidates = super().get_candidates(input_ids, **kwargs)
+        Counted.drafted += candidates[0].shape[1] - input_ids.shape[1]
+        return candidates
+
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
+        Counted.accepted += int(num_matches)
+        super().update_candidate_strategy(input_ids, scores, num_matches)
+
+
+def compare(run: str, exit_layer: int, draft_length: int, prompts: int, tokens: int) -> dict[str, Any]:
+    """Return equal leading tokens of each text, and both acceptances, at one exit and draft length (0: the run's)."""
+    model, config, tokenizer_path = load_model(run, unstacked=True)
+    exit_layer = exit_layer or exit_layer_of(config.decode, config.model.num_layers)
+    draft_length = draft_length or config.decode.draft_length
+    tokenizer, texts = Tokenizer.load(str(tokenizer_path)), read_prompts(None, None, prompts, config)
+    ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    step = SelfSpeculative(Greedy(), Fixed(exit_layer, draft_length))
+    ours = [generate(model, [prompt], tokens, step) for prompt in ids]
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_model(run, f"{folder}/exported")
+        auto = transformers.AutoTokenizer.from_pretrained(f"{folder}/exported")
+        llama = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/exported", dtype=torch.float32).eval()
+    llama.generation_config.num_assistant_tokens = draft_length
+    llama.generation_config.eos_token_id = None  # no token ends the text
+    transformers.generation.utils.EarlyExitCandidateGenerator = Counted
+    Counted.drafted = Counted.accepted = 0
+    equal = []
+    for prompt, own in zip(ids, ours, strict=True):
+        output = llama.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+            assistant_early_exit=exit_layer,
+        )
+        pairs = enumerate(zip(own.tokens[0], output[0, len(prompt) :].tolist(), strict=True))
+        equal.append(next((place for place, (a, b) in pairs if a != b), tokens))
+    return {
+        "exit_layer": exit_layer,
+        "draft_length": draft_length,
+        "tokens": tokens,
+        "equal_tokens": equal,
+        "same_prompt_ids": all(auto.encode(text) == prompt for text, prompt in zip(texts, ids, strict=True)),
+        "our_acceptance": sum(g.accepted for g in ours) / sum(g.drafted for g in ours),
+        "their_acceptance": Counted.accepted / Counted.drafted,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", help="run folder of train.py")
+    parser.add_argument("--exit_layer", type=int, nargs="+", default=[0], help="exits (default: the run's)")
+    parser.add_argument("--draft_length", type=int, default=0, help="tokens drafted a round (default: the run's)")
+    parser.add_argument("--prompts", type=int, default=8, help="held-out documents (default: 8)")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens of each (default: 128)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line an exit")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # where torch runs
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for exit_layer in args.exit_layer:
+        row = compare(args.run, exit_layer, args.draft_length, args.prompts, args.tokens)
+        same = sum(count == args.tokens for count in row["equal_tokens"])
+        text = (
+            f"exit {row['exit_layer']}, {row['draft_length']} drafts: {same} of {args.prompts} texts of {args.tokens} "
+            f"tokens identical (equal leading tokens: {min(row['equal_tokens'])} or more), acceptance ours "
+            f"{row['our_acceptance']:.1%}, theirs {row['their_acceptance']:.1%}; prompts encoded alike: "
+            f"{row['same_prompt_ids']}"
+        )
+        print(json.dumps(row) if args.json else text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What importing a model holds beside it: ``python benchmarks/import_memory.py [--dtype bfloat16]``.
+
+A random Llama of about 400 MB is written as safetensors, and a new process each opens it for training and for decoding.
+Printed is the growth of the process's largest resident size over the
+model's size in memory (float32, or for bfloat16 files twice the files' size).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layerskip_jax.checkpoint import load_model, named_arrays
+from layerskip_jax.config import DataConfig, ModelConfig
+from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import train_tokenizer
+from layerskip_jax.llama.config_json import CONFIG, config_json
+from layerskip_jax.llama.tokenizer_files import tokenizer_files
+from layerskip_jax.llama.weights import write_weights
+from layerskip_jax.model import Transformer, parameter_count
+
+MODEL = ModelConfig(24, 512, 8, 8, 1536, 16_384)
+WAYS = {
+    "for training": lambda folder: load_model(f"{folder}/llama"),
+    "for decoding": lambda folder: load_model(f"{folder}/llama", unstacked=True),
+}
+
+
+def make(folder: Path, dtype: str) -> None:
+    (folder / "llama").mkdir(parents=True)
+    shapes = named_arrays(jax.eval_shape(lambda: Transformer(MODEL, rngs=nnx.Rngs(0))))
+    random = np.random.default_rng(0)
+    arrays = {name: random.standard_normal(leaf.shape, np.float32) * 0.02 for name, leaf in shapes.items()}
+    write_weights(folder / "llama", MODEL, arrays, jnp.dtype(dtype))
+    corpus = DataConfig(source="text", path=str(Path(__file__).parent))
+    tokenizer = train_tokenizer(open_documents(corpus, "train"), str(folder / "t.model"), 512)
+    (folder / "llama" / CONFIG).write_text(json.dumps(config_json(MODEL, 256, dtype, 1, 2)))
+    for name, content in tokenizer_files(tokenizer).items():
+        (folder / "llama" / name).write_bytes(content)
+
+
+def resident(key: str) -> int:
+    """Return VmRSS or VmHWM, the largest so far [bytes]."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{key}:")[1].split()[0]) * 1024
+
+
+def measure(way: str, folder: str) -> None:
+    jax.block_until_ready(jnp.ones(8) + 1)
+    before = resident("VmRSS")
+    kept = WAYS[way](folder)
+    size = 4 * parameter_count(MODEL)
+    print(f"{way:14} {(resident('VmHWM') - before) / size:.2f} x {size / 1e6:.0f} MB", flush=True)
+    del kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    if args.measure:
+        measure(*args.measure)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder), args.dtype)
+        for way in WAYS:
+            subprocess.run([sys.executable, __file__, "--measure", way, folder], check=True)
+
+
+if __name__ == "__main__":
+    main()

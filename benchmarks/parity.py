@@ -1,0 +1,142 @@
+"""Models of Hugging Face transformers here, and back: ``python benchmarks/parity.py [--tokens 256] [--json]``.
+
+Twelve Llamas of different shapes are made at random by transformers, saved by it, and opened here: float32 logits and
+greedy texts are compared, and what our export writes with what it had saved, bit for bit. Needs
+``pip install layerskip_jax[huggingface] torch transformers``.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layerskip_jax.checkpoint import config_of, load_model, named_arrays
+from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.rounds import Autoregressive
+from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.llama.weights import write_weights
+
+try:
+    import torch
+    import transformers
+    from safetensors import safe_open
+except ImportError as error:
+    raise SystemExit(f"{error}: this compares with transformers; pip install torch transformers safetensors") from None
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+ODD = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 3.5, "low_freq_factor": 0.7, "high_freq_factor": 6.0}
+SHAPES: dict[str, dict[str, Any]] = {
+    "multi_head": {},
+    "grouped": {"num_key_value_heads": 2},
+    "multi_query": {"num_key_value_heads": 1, "vocab_size": 513},
+    "tied": {"tie_word_embeddings": True, "vocab_size": 311},
+    "tied_grouped": {"tie_word_embeddings": True, "num_key_value_heads": 2, "rms_norm_eps": 1e-3},
+    "wide_heads": {"head_dim": 24, "num_key_value_heads": 2},
+    "narrow_heads": {"head_dim": 6, "vocab_size": 97},
+    "base": {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}, "num_hidden_layers": 5},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "llama3": {"rope_parameters": LLAMA3, "num_key_value_heads": 2},
+    "llama3_tied": {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 16, "vocab_size": 1021},
+    "llama3_odd": {"rope_parameters": ODD | {"original_max_position_embeddings": 50}, "num_attention_heads": 6},
+}
+PROMPT = 12
+POSITIONS = 64
+
+
+def make(shape: dict[str, Any], folder: str, dtype: str = "float32", **saving: Any) -> None:
+    """Make a random Llama with transformers, and save it as it does."""
+    values = {
+        "vocab_size": 256,
+        "hidden_size": 48,
+        "intermediate_size": 72,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,  # about 1 / sqrt(hidden_size): activations keep their size, as in a trained model
+        "bos_token_id": 1,
+        "eos_token_id": None,  # so that no token ends the text
+    }
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(values | shape))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **saving)
+
+
+def tensors_of(folder: str) -> dict[str, bytes]:
+    """Return type, shape and bytes of every tensor in a folder's safetensors files."""
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(str(file), "numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                tensor = opened.get_tensor(name)
+                found[name] = f"{tensor.dtype} {tensor.shape} ".encode() + tensor.tobytes()
+    return found
+
+
+def compare(name: str, tokens: int, dtype: str = "float32") -> dict[str, Any]:
+    """Return how far apart the two are on one of `SHAPES`: logits, equal leading tokens of a greedy text, bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        make(SHAPES[name], f"{folder}/theirs", dtype)
+        theirs = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/theirs", dtype=torch.float32).eval()
+        config = config_of(f"{folder}/theirs").model
+        model, _, _ = load_model(f"{folder}/theirs")
+        random = np.random.default_rng(0)
+        inputs = random.integers(0, config.vocab_size, (2, POSITIONS))
+        with torch.no_grad():
+            expected = theirs(torch.tensor(inputs)).logits.numpy()
+            prompt = inputs[:1, :PROMPT]
+            text = theirs.generate(
+                torch.tensor(prompt), max_new_tokens=tokens, do_sample=False, pad_token_id=0, use_cache=True
+            )[0, PROMPT:].tolist()
+        ours = np.asarray(jax.jit(lambda model, inputs: model(inputs))(model, jnp.asarray(inputs)))
+        unstacked, _, _ = load_model(f"{folder}/theirs", unstacked=True)
+        new = generate(unstacked, prompt.tolist(), tokens, Autoregressive(Greedy())).tokens[0]
+        back = Path(folder) / "back"
+        back.mkdir()
+        write_weights(back, config, named_arrays(model), jnp.dtype(dtype))
+        return {
+            "shape": name,
+            "largest_logit": float(np.abs(expected).max()),
+            "logit_difference": float(np.abs(ours - expected).max()),
+            "equal_tokens": next((i for i, (a, b) in enumerate(zip(new, text)) if a != b), len(text)),
+            "tokens": tokens,
+            "same_bytes": tensors_of(str(back)) == tensors_of(f"{folder}/theirs"),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=256, help="new tokens of the greedy text (default: 256)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line a shape")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # where torch runs
+    transformers.utils.logging.disable_progress_bar()
+    if not args.json:
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}")
+        print("shape          largest logit  difference  equal greedy tokens  round trip")
+    for name in SHAPES:
+        row = compare(name, args.tokens)
+        line = (
+            f"{name:14} {row['largest_logit']:13.1f}  {row['logit_difference']:10.1e}  "
+            f"{row['equal_tokens']:15} of {row['tokens']}  {'same bytes' if row['same_bytes'] else 'DIFFERS'}"
+        )
+        print(json.dumps(row) if args.json else line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""A run as a Hugging Face folder: ``python -m layerskip_jax.export RUN FOLDER``.
+
+The way back needs no command: `layerskip_jax.checkpoint.load_model` opens such folders, whoever wrote them.
+"""
+
+import json
+
+import jax.numpy as jnp
+from etils import epath
+
+from layerskip_jax.checkpoint import load_model, named_arrays
+from layerskip_jax.command_line import make_parser, one_of
+from layerskip_jax.config import Config
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.configure import exit_layer_of
+from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.llama.config_json import CONFIG, config_json
+from layerskip_jax.llama.tokenizer_files import tokenizer_files
+from layerskip_jax.llama.weights import write_weights
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export_model(run: str, folder: str, dtype: str = "float32") -> Config:
+    """Write a run's newest checkpoint, or one checkpoint, as a new ``folder`` that transformers opens.
+
+    ``dtype`` is that of the files; a run holds float32. The folder appears under its name when it is complete. Returns
+    the run's config. Raises `UserError` if the folder exists.
+    """
+    target = epath.Path(folder).expanduser()
+    if target.exists():
+        raise UserError(f"{folder} exists: name a new folder, or remove it first")
+    model, config, tokenizer_path = load_model(run)
+    tokenizer = Tokenizer.load(str(tokenizer_path))
+    files = tokenizer_files(tokenizer)
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    said = config_json(config.model, config.model.context_length or config.data.sequence_length, dtype, bos, eos)
+    drafts = {
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        # With these, transformers drafts as we do: generate(assistant_early_exit=E) reads them from here alone.
+        "num_assistant_tokens": config.decode.draft_length,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
+    }
+    partial = target.parent / f"{target.name}.partial"
+    if partial.exists():
+        partial.rmtree()
+    partial.mkdir(parents=True)
+    write_weights(partial, config.model, named_arrays(model), jnp.dtype(dtype))
+    files |= {CONFIG: json.dumps(said, indent=1).encode(), "generation_config.json": json.dumps(drafts).encode()}
+    for name, content in files.items():
+        (partial / name).write_bytes(content)
+    partial.rename(target)
+    return config
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser("Write a run as a folder that Hugging Face transformers, vLLM and lm-eval open.")
+    parser.add_argument("run", metavar="RUN", help="run folder, or one checkpoint in it")
+    parser.add_argument("folder", metavar="FOLDER", help="the new folder")
+    parser.add_argument(
+        "--dtype",
+        metavar="{" + ",".join(DTYPES) + "}",
+        type=one_of(DTYPES),
+        default="float32",
+        help="type of the written weights (default: float32, which loses nothing)",
+    )
+    options = parser.parse_known_options(argv)
+    config = export_model(options.run, options.folder, options.dtype)
+    exit_layer = exit_layer_of(config.decode, config.model.num_layers)
+    print(f"{options.folder}: open it with transformers' AutoModelForCausalLM.from_pretrained")
+    print(f"and draft with generate(..., assistant_early_exit={exit_layer})")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,130 @@
+"""``config.json`` of a Llama model and `ModelConfig`, both ways; what would change the mathematics is refused."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.errors import UserError
+
+CONFIG = "config.json"
+
+SHAPES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "dim",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "ffn_dim",
+    "vocab_size": "vocab_size",
+}
+"""Whole numbers that every ``config.json`` of a Llama has (older ones no ``num_key_value_heads``), and ours."""
+
+ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+}
+"""Keys that change the mathematics, and the only values under which it is ours (None: the key is absent or null)."""
+
+
+def is_llama_folder(path: str) -> bool:
+    """Return whether ``path`` is a folder with a ``config.json``, as Hugging Face projects write one."""
+    return (epath.Path(path).expanduser() / CONFIG).is_file()
+
+
+def read_json(file: epath.Path) -> dict[str, Any]:
+    """Read a JSON object; raises `UserError` for a file that holds none."""
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file} as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} must be a JSON object, not {str(value)[:40]}")
+    return value
+
+
+def read_model_config(folder: epath.Path) -> ModelConfig:
+    """Return the shape of the Llama in ``folder``; raises `UserError` for a model that is not computed as ours is.
+
+    Rotary scaling is read in both spellings, ``rope_scaling`` and the newer ``rope_parameters``.
+    """
+    file = folder / CONFIG
+    values = read_json(file)
+    for key, right in ONLY.items():
+        if values.get(key) not in right:
+            wanted = " or ".join("absent" if value is None else json.dumps(value) for value in right)
+            raise UserError(f"{file}: {key} {json.dumps(values.get(key))[:60]} is not supported, it must be {wanted}")
+    heads = values.get("num_attention_heads")
+    shape: dict[str, Any] = {"num_key_value_heads": heads} | {
+        key: value for key, value in values.items() if value is not None
+    }
+    for key in SHAPES:
+        if type(shape.get(key)) is not int:
+            raise UserError(f"{file}: {key} must be a whole number, not {json.dumps(shape.get(key))}")
+    ours: dict[str, Any] = {name: shape[key] for key, name in SHAPES.items()}
+    head_dim = int(values.get("head_dim") or 0)
+    return ModelConfig(
+        **ours,
+        **_rotary(file, values),
+        head_width=0 if head_dim * ours["num_heads"] == ours["dim"] else head_dim,
+        norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
+        tied_embedding=bool(values.get("tie_word_embeddings", False)),
+        context_length=int(values.get("max_position_embeddings", 2048)),
+    )
+
+
+def _rotary(file: epath.Path, values: dict[str, Any]) -> dict[str, Any]:
+    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    ours: dict[str, Any] = {"rope_base": float(given.get("rope_theta", values.get("rope_theta", 10_000.0)))}
+    if kind == "default":
+        return ours
+    keys = {"rope_factor": "factor"}
+    if kind == "llama3":
+        keys |= {
+            "rope_low_turns": "low_freq_factor",
+            "rope_high_turns": "high_freq_factor",
+            "rope_original_length": "original_max_position_embeddings",
+        }
+    elif kind != "linear":
+        raise UserError(f"{file}: rotary scaling {kind!r} is not supported: it must be default, linear or llama3")
+    missing = [key for key in keys.values() if not isinstance(given.get(key), int | float)]
+    if missing:
+        raise UserError(f"{file}: rotary scaling {kind} needs a number for {', '.join(missing)}")
+    ours |= {name: type(getattr(ModelConfig, name))(given[key]) for name, key in keys.items()}
+    return ours | {"rope_scaling": kind}
+
+
+def config_json(config: ModelConfig, context_length: int, dtype: str, bos: int, eos: int) -> dict[str, Any]:
+    """Return what ``config.json`` says of an exported model, in the spelling that transformers 4 and 5 both read."""
+    scaling: dict[str, Any] | None = None
+    if config.rope_scaling != "none":
+        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if scaling and config.rope_scaling == "llama3":
+        scaling |= {
+            "low_freq_factor": config.rope_low_turns,
+            "high_freq_factor": config.rope_high_turns,
+            "original_max_position_embeddings": config.rope_original_length,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{key: getattr(config, name) for key, name in SHAPES.items()},
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope_base,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": config.tied_embedding,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_position_embeddings": context_length,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "torch_dtype": dtype,
+    }

@@ -1,0 +1,98 @@
+"""The tokenizer files of an exported model, which transformers reads: a SentencePiece model as a ``tokenizer.json``."""
+
+import json
+from typing import Any
+
+import sentencepiece
+
+from layerskip_jax.data.tokenizer import SPACE, SentencePiece, Tokenizer
+from layerskip_jax.data.tokenizer_json import SETTINGS
+from layerskip_jax.errors import UserError
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return names and contents of the files; raises `UserError` for a SentencePiece model that is no plain BPE.
+
+    A ``tokenizer.json`` goes as it came. A SentencePiece model goes as it is and, since transformers would read it with
+    the settings of Llama's own, as a ``tokenizer.json`` that encodes as it does.
+    """
+    if not isinstance(tokenizer, SentencePiece):
+        return tokenizer.files
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    bos, eos, unk = (processor.id_to_piece(i) for i in (tokenizer.bos_id, tokenizer.eos_id, processor.unk_id()))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "unk_token": unk,
+        "clean_up_tokenization_spaces": False,
+    }
+    as_json = json.dumps(_as_json(tokenizer), ensure_ascii=False)
+    return tokenizer.files | {"tokenizer.json": as_json.encode(), SETTINGS: json.dumps(settings, indent=1).encode()}
+
+
+def _as_json(tokenizer: SentencePiece) -> dict[str, Any]:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2  # its classes are made when it is imported, where mypy cannot see them
+    model = proto.ModelProto.FromString(tokenizer.model)
+    kind, trained, text = proto.ModelProto.SentencePiece, model.trainer_spec, model.normalizer_spec
+    control = [token for token, piece in enumerate(model.pieces) if piece.type in (kind.CONTROL, kind.UNKNOWN)]
+    normal = {piece.piece: token for token, piece in enumerate(model.pieces) if piece.type == kind.NORMAL}
+    byte_pieces = [piece for piece in model.pieces if piece.type == kind.BYTE]
+    plain = trained.model_type == trained.BPE and not text.precompiled_charsmap and not text.remove_extra_whitespaces
+    if not plain or len(control) + len(normal) + len(byte_pieces) != len(model.pieces):
+        raise UserError(
+            "this SentencePiece model cannot be written as a tokenizer.json: it must be BPE without normalisation and "
+            "without user-defined pieces, as python -m layerskip_jax.data tokenizer trains it"
+        )
+    spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    back: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if text.add_dummy_prefix:
+        spaces = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
+        back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    bos = model.pieces[tokenizer.bos_id].piece
+    begin, first, second = (
+        {kind: {"id": name, "type_id": 0}}
+        for kind, name in [("SpecialToken", bos), ("Sequence", "A"), ("Sequence", "B")]
+    )
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": token, "content": model.pieces[token].piece, **flags} for token in control],
+        "normalizer": spaces,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, first],
+            "pair": [begin, first, begin, second],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": back},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": model.pieces[trained.unk_id].piece,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": bool(byte_pieces),
+            "vocab": {piece.piece: token for token, piece in enumerate(model.pieces)},
+            "merges": _merges(normal, [piece.score for piece in model.pieces]),
+        },
+    }
+
+
+def _merges(normal: dict[str, int], scores: list[float]) -> list[list[str]]:
+    """Return the pairs that make a piece, in the order in which SentencePiece prefers the pieces: by score."""
+    merges: list[list[str]] = []
+    for piece in sorted(normal, key=lambda piece: -scores[normal[piece]]):
+        halves = [[piece[:cut], piece[cut:]] for cut in range(1, len(piece))]
+        merges += [half for half in halves if half[0] in normal and half[1] in normal]
+    return merges

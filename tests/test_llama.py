@@ -1,0 +1,367 @@
+"""Hugging Face Llamas without transformers: its stored logits, round trips, slices, refusals, and every command."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from corpora import VOCABULARY
+from etils import epath
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny_config, tiny_model
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from layerskip_jax.checkpoint import initial_model, load_model, load_weights, named_arrays, swept_settings
+from layerskip_jax.commands import decode
+from layerskip_jax.config import Config, DecodeConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.text import TextGenerator
+from layerskip_jax.errors import UserError
+from layerskip_jax.export import export_model
+from layerskip_jax.llama import weights
+from layerskip_jax.llama.config_json import config_json, read_model_config
+from layerskip_jax.llama.tokenizer_files import tokenizer_files
+from layerskip_jax.llama.weights import write_weights
+from layerskip_jax.model import Transformer, rotary_frequencies
+from layerskip_jax.recipe import Recipe
+from layerskip_jax.sharding import make_mesh
+from layerskip_jax.train_step import Trainer
+from layerskip_jax.training import train
+
+REFERENCE = np.load(Path(__file__).parent / "fixtures" / "llama_reference.npz")
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "vocab_size": 37,
+}
+REFERENCE_CONFIGS = {
+    "multi_head": {"hidden_act": "silu", "sliding_window": None},
+    "grouped": {"num_key_value_heads": 2, "rope_theta": 5000.0, "rope_scaling": None, "attention_bias": False},
+    "tied": {"num_key_value_heads": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-3, "head_dim": 8},
+}
+
+
+def write_reference(folder, name="grouped", **changes):
+    """Write a model whose logits transformers computed, as transformers would write it."""
+    prefix = f"{name}/"
+    tensors = {key.removeprefix(prefix): REFERENCE[key] for key in REFERENCE.files if key.startswith(prefix)}
+    tokens, logits = tensors.pop("tokens"), tensors.pop("logits")
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA | REFERENCE_CONFIGS[name] | changes))
+    save_file(tensors, str(folder / "model.safetensors"))
+    return jnp.asarray(tokens), logits
+
+
+def write_llama(folder, config, arrays, tokenizer=None, dtype="float32"):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(epath.Path(folder), config, arrays, jnp.dtype(dtype))
+    said = config_json(config, config.context_length or 256, dtype, 1, 2)
+    (folder / "config.json").write_text(json.dumps(said))
+    for name, content in (tokenizer_files(tokenizer) if tokenizer else {}).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return Tokenizer.load(corpus.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(5, vocab_size=VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, model, tokenizer):
+    return write_llama(tmp_path_factory.mktemp("llama") / "model", model.config, named_arrays(model), tokenizer)
+
+
+# Mathematics
+
+
+@pytest.mark.parametrize("name", REFERENCE_CONFIGS)
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_logits_are_those_of_transformers(tmp_path, name, unstacked):
+    tokens, logits = write_reference(tmp_path, name)
+    model, _, _ = load_model(str(tmp_path), unstacked=unstacked)
+    np.testing.assert_allclose(model(tokens), logits, atol=1e-4, rtol=1e-4)
+
+
+@given(
+    head_width=st.sampled_from([2, 6, 64, 128]),
+    base=st.floats(100, 1e6),
+    factor=st.floats(1, 64),
+    low=st.floats(0.1, 4),
+    more=st.floats(0.5, 60),
+    length=st.integers(16, 16_384),
+)
+def test_llama3_scaling_by_wavelength(head_width, base, factor, low, more, length):
+    """As Llama 3.1 states it: by wavelengths, one frequency after the other."""
+    config = tiny_config(
+        head_width=head_width,
+        rope_base=base,
+        rope_scaling="llama3",
+        rope_factor=factor,
+        rope_low_turns=low,
+        rope_high_turns=low + more,
+        rope_original_length=length,
+    )
+    expected = []
+    for i in range(head_width // 2):
+        frequency = base ** (-2 * i / head_width)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < length / (low + more):
+            expected.append(frequency)
+        elif wavelength > length / low:
+            expected.append(frequency / factor)
+        else:
+            smooth = (length / wavelength - low) / more
+            expected.append((1 - smooth) * frequency / factor + smooth * frequency)
+    np.testing.assert_allclose(rotary_frequencies(config), expected, rtol=2e-5)
+
+
+def test_linear_scaling_stretches_positions():
+    plain, scaled = (rotary_frequencies(tiny_config(rope_scaling=kind, rope_factor=4.0)) for kind in ("none", "linear"))
+    np.testing.assert_allclose(scaled * 4, plain, rtol=1e-6)
+
+
+# Round trips
+
+
+@given(
+    layers=st.integers(1, 3),
+    heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    width=st.sampled_from([0, 6]),
+    tied=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    file_bytes=st.sampled_from([1, 4000, 1 << 30]),
+)
+@settings(max_examples=12)
+def test_weights_come_back_bit_for_bit(tmp_path_factory, layers, heads, width, tied, dtype, file_bytes):
+    """Written, read and written again, in one file or many."""
+    folder = tmp_path_factory.mktemp("trip")
+    config = tiny_config(
+        num_layers=layers, dim=24, num_heads=heads[0], num_kv_heads=heads[1], head_width=width, tied_embedding=tied
+    )
+    shapes = named_arrays(jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    random = np.random.default_rng(layers)
+    arrays = {name: random.standard_normal(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    first = write_llama(folder / "first", config, arrays, dtype=dtype)
+    read, _, _ = load_model(str(first))
+    for name, array in named_arrays(read).items():
+        np.testing.assert_array_equal(array, arrays[name].astype(dtype).astype(np.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "FILE_BYTES", file_bytes)
+        second = write_llama(folder / "second", config, jax.device_get(named_arrays(read)), dtype=dtype)
+    assert tensors_of(first) == tensors_of(second)
+    assert (len(list(second.glob("*.safetensors"))) > 1) == (file_bytes < 1 << 30)
+    for old, new in zip(jax.tree.leaves(read), jax.tree.leaves(load_model(str(second))[0]), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def tensors_of(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(str(file), "numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                found[name] = opened.get_slice(name).get_dtype(), opened.get_tensor(name).tobytes()
+    return found
+
+
+@given(
+    changes=st.fixed_dictionaries(
+        {
+            "num_kv_heads": st.sampled_from([1, 2, 4]),
+            "head_width": st.sampled_from([0, 6, 10]),
+            "rope_base": st.sampled_from([1e4, 5e5]),
+            "tied_embedding": st.booleans(),
+            "norm_epsilon": st.sampled_from([1e-5, 1e-6]),
+            "context_length": st.integers(1, 1 << 20),
+        }
+    ),
+    scaling=st.sampled_from(
+        [
+            {},
+            {"rope_scaling": "linear", "rope_factor": 2.5},
+            {"rope_scaling": "llama3", "rope_factor": 32.0, "rope_low_turns": 2.0, "rope_original_length": 64},
+        ]
+    ),
+    newer=st.booleans(),
+)
+def test_a_config_comes_back(tmp_path_factory, changes, scaling, newer):
+    folder, config = tmp_path_factory.getbasetemp(), tiny_config(**changes, **scaling)
+    said = config_json(config, config.context_length, "float32", 1, 2)
+    if newer:  # the spelling of transformers 5
+        said["rope_parameters"] = (said.pop("rope_scaling") or {"rope_type": "default"}) | {
+            "rope_theta": said.pop("rope_theta")
+        }
+    (folder / "config.json").write_text(json.dumps(said))
+    assert read_model_config(epath.Path(folder)) == dataclasses.replace(config, compute_dtype="auto")
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 2), (2, 4, 1, 1)])
+def test_each_device_gets_its_slices(llama, model, shape, monkeypatch):
+    """The values of a mesh are those of one device, and nothing is read whole that is split."""
+    config = Config(
+        model=dataclasses.replace(model.config, vocab_size=VOCABULARY),
+        mesh=MeshConfig(*shape),
+        train=TrainConfig(batch_size=8),
+    )
+    target = named_arrays(Trainer(config, Recipe.from_config(config), make_mesh(config)).abstract_state().model)
+    sizes = []
+    aligned = weights._aligned
+    monkeypatch.setattr(
+        weights, "_aligned", lambda shape, dtype: sizes.append(math.prod(shape)) or aligned(shape, dtype)
+    )
+    arrays = load_weights(str(llama), target)
+    for name, array in named_arrays(model).items():
+        np.testing.assert_array_equal(arrays[name], array)
+        assert arrays[name].sharding == target[name].sharding
+    assert max(sizes) == max(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in target.values())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "qwen2"}, 'model_type "qwen2" is not supported, it must be "llama"'),
+        ({"attention_bias": True}, "attention_bias true is not supported, it must be false or absent"),
+        ({"mlp_bias": True}, "mlp_bias true is not supported"),
+        ({"sliding_window": 4096}, "sliding_window 4096 is not supported, it must be absent"),
+        ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported'),
+        ({"quantization_config": {"bits": 4}}, "quantization_config .* is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs a number for low_freq_factor, high_"),
+        ({"hidden_size": None}, "hidden_size must be a whole number, not null"),
+        ({"num_hidden_layers": 4}, r"lacks 9 tensors .* such as model\.layers\.3\.input_layernorm\.weight"),
+        ({"num_hidden_layers": 2}, r"has tensors that a Llama .* has not, such as model\.layers\.2\.input_layernorm"),
+        ({"intermediate_size": 48}, r"mlp\.down_proj.* has shape \[32, 40\], but by its config.json .* \[32, 48\]"),
+    ],
+)
+def test_what_is_not_computed_as_ours_is_refused(tmp_path, changes, message):
+    write_reference(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path))
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    write_reference(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors as safetensors"):
+        load_model(str(tmp_path))
+    file.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no weights in .*\(\.bin files are not read\)"):
+        load_model(str(tmp_path))
+    (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "model-1-of-2.safetensors"}}))
+    with pytest.raises(UserError, match=r"lacks the file model-1-of-2\.safetensors"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(UserError, match=r"cannot read .*config\.json as JSON"):
+        load_model(str(tmp_path))
+
+
+def test_integer_weights_are_refused(tmp_path):
+    write_reference(tmp_path)
+    with safe_open(str(tmp_path / "model.safetensors"), "numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors | {"model.norm.weight": np.ones(32, np.int8)}, str(tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match="is of type I8: only F32, BF16 and F16"):
+        load_model(str(tmp_path))
+
+
+# Commands
+
+
+def test_decode_takes_a_folder_and_says_what_the_model_says(llama, capsys):
+    arguments = [
+        "--checkpoint",
+        str(llama),
+        "--prompt",
+        "def x",
+        "--max_new_tokens",
+        "24",
+        "--json",
+        "--exit_layer",
+        "2",
+    ]
+    said = {}
+    for kind in ("full", "int8"):
+        decode.main([*arguments, "--weights", kind])
+        said[kind] = json.loads(capsys.readouterr().out.splitlines()[0])["tokens"]
+    model, _, tokenizer_path = load_model(str(llama))
+    settings = DecodeConfig(exit_layer=2, max_new_tokens=24)
+    generator = TextGenerator(model.unstacked(), Tokenizer.load(str(tokenizer_path)), settings)
+    assert said["full"] == generator.generate(["def x"]).completions[0].tokens
+    assert said["int8"]
+    assert swept_settings(str(llama), []) == {}
+
+
+def test_training_starts_from_a_folder_and_exports_to_one(corpus, tokenizer, llama, model, tmp_path):
+    """With next to no learning rate the weights that come out are those that went in."""
+    config = Config(
+        model=model.config,
+        data=dataclasses.replace(corpus, tokenizer=str(llama / "tokenizer.model")),
+        optimizer=OptimizerConfig(learning_rate=1e-30, warmup_steps=0, weight_decay=0.0),
+        train=TrainConfig(
+            run_dir=str(tmp_path / "run"),
+            steps=1,
+            batch_size=8,
+            loss_chunk=32,
+            evaluate_batches=1,
+            init_from=str(llama),
+        ),
+    )
+    state = train(config)
+    for name, array in named_arrays(model).items():
+        np.testing.assert_allclose(named_arrays(state.model)[name], array, atol=1e-20)
+    export_model(config.train.run_dir, str(tmp_path / "exported"))
+    assert tensors_of(tmp_path / "exported") == tensors_of(llama)
+    assert read_model_config(epath.Path(tmp_path / "exported")).context_length == config.data.sequence_length
+    with pytest.raises(UserError, match="exists: name a new folder"):
+        export_model(config.train.run_dir, str(tmp_path / "exported"))
+    # And another run may start from that run.
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.model
+    )
+    again = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=config.train.run_dir))
+    for old, new in zip(jax.tree.leaves(state.model), jax.tree.leaves(initial_model(again, tokenizer, abstract)())):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_other_weights_than_the_configs_are_refused(corpus, tokenizer, llama, model):
+    def check(**changes):
+        config = Config(model=dataclasses.replace(model.config, **changes), train=TrainConfig(init_from=str(llama)))
+        initial_model(config, tokenizer, model)
+
+    check(compute_dtype="bfloat16", context_length=8)
+    with pytest.raises(
+        UserError, match=r"have model\.num_kv_heads 2, but the config says 4: set --model\.num_kv_heads 2"
+    ):
+        check(num_kv_heads=4)
+    with pytest.raises(UserError, match=r"have model\.rope_scaling none, but the config says llama3"):
+        check(rope_scaling="llama3")
+    other = dataclasses.replace(tokenizer, model=tokenizer.model + b"\0")
+    with pytest.raises(UserError, match=r"is another one than that of .*set --data\.tokenizer .*tokenizer\.model"):
+        initial_model(Config(model=model.config, train=TrainConfig(init_from=str(llama))), other, model)
+
+
+def test_shapes_that_make_no_heads_are_named():
+    with pytest.raises(UserError, match=r"model\.head_width must be even"):
+        tiny_config(head_width=7)
+    with pytest.raises(UserError, match="rope_low_turns < rope_high_turns"):
+        ModelConfig(rope_low_turns=4.0)

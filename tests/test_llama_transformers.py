@@ -1,0 +1,39 @@
+"""Against transformers itself, where it is installed (extra ``benchmarks``); tests/test_llama.py has what it stored.
+
+``python benchmarks/parity.py`` is the same over 256 tokens.
+"""
+
+import pytest
+
+pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from benchmarks.parity import SHAPES, compare, make, tensors_of  # noqa: E402
+from layerskip_jax.checkpoint import load_model, named_arrays  # noqa: E402
+
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_text_and_bytes_are_those_of_transformers(name):
+    row = compare(name, tokens=40)
+    print(row)
+    assert row["logit_difference"] < 1e-4
+    assert row["equal_tokens"] == 40
+    assert row["same_bytes"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_short_types_come_back_bit_for_bit(dtype):
+    row = compare("grouped", tokens=1, dtype=dtype)
+    assert row["same_bytes"]
+    assert row["logit_difference"] < 1e-4
+
+
+def test_files_with_an_index_are_read(tmp_path):
+    for name, size in (("one", "1GB"), ("many", "30KB")):
+        make(SHAPES["tied_grouped"], str(tmp_path / name), max_shard_size=size)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert tensors_of(tmp_path / "one") == tensors_of(tmp_path / "many")
+    one, many = (named_arrays(load_model(str(tmp_path / name))[0]) for name in ("one", "many"))
+    assert all((one[name] == many[name]).all() for name in one)

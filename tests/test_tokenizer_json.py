@@ -1,0 +1,106 @@
+"""tokenizer.json: what we write encodes as SentencePiece does, and what others write comes back without loss."""
+
+import json
+import pickle
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import SPACE, Tokenizer, tokenizer_in
+from layerskip_jax.errors import UserError
+from layerskip_jax.llama.tokenizer_files import tokenizer_files
+
+TEXTS = st.text(
+    st.one_of(st.sampled_from(" \n\tabdefx=("), st.characters(codec="utf-8", exclude_characters=SPACE + "<"))
+)
+
+
+@pytest.fixture(scope="module")
+def exported(corpus, tmp_path_factory):
+    """Our SentencePiece model, and the tokenizer.json made of it."""
+    folder = tmp_path_factory.mktemp("exported")
+    ours = Tokenizer.load(corpus.tokenizer)
+    for name, content in tokenizer_files(ours).items():
+        (folder / name).write_bytes(content)
+    return ours, Tokenizer.load(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def byte_level(corpus, tmp_path_factory):
+    """A byte-level BPE of the kind of Llama 3, trained by the tokenizers library."""
+    folder = tmp_path_factory.mktemp("byte_level")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    documents = open_documents(corpus, "train")
+    library.train_from_iterator((str(documents[i]) for i in range(len(documents))), trainer)
+    library.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|end_of_text|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@given(text=TEXTS)
+def test_the_written_json_encodes_as_sentencepiece_does(exported, text):
+    ours, written = exported
+    assert written.encode(text) == ours.encode(text)
+    assert written.decode(ours.encode(text)) == ours.decode(ours.encode(text)) == text
+    assert (written.bos_id, written.eos_id, written.vocab_size) == (ours.bos_id, ours.eos_id, ours.vocab_size)
+
+
+@given(text=TEXTS)
+def test_byte_level_decoding_gives_the_text_back_bit_by_bit(byte_level, text):
+    tokenizer, before = Tokenizer.load(str(byte_level / "tokenizer.json")), ""
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
+    for n in range(len(ids) + 1):
+        now = tokenizer.decode_partial(ids[:n])
+        assert now.startswith(before)
+        assert text.startswith(now)
+        before = now
+    assert before == text
+
+
+def test_it_pickles_and_lies_beside_its_settings(byte_level):
+    tokenizer = Tokenizer.load(str(tokenizer_in(byte_level)))
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again == tokenizer
+    assert again.encode("def x") == tokenizer.encode("def x")
+    assert tokenizer.files == {path.name: path.read_bytes() for path in byte_level.iterdir()}
+
+
+def test_tokens_beyond_the_vocabulary_have_no_text(exported):
+    """A padded model may say them."""
+    for tokenizer in exported:
+        assert tokenizer.decode([*tokenizer.encode("ab"), tokenizer.vocab_size + 3]) == "ab"
+        tokenizer.check_vocabulary(tokenizer.vocab_size + 8, padded=True)
+        with pytest.raises(UserError, match="pieces and the model's vocabulary"):
+            tokenizer.check_vocabulary(tokenizer.vocab_size - 1, padded=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        (None, None, "needs the tokenizer_config.json that belongs beside it"),
+        (None, {"eos_token": "<|end_of_text|>"}, "must name a bos_token of the vocabulary, not None"),
+        ("{}", {}, "is not a tokenizer.json"),
+        ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, {}, "only byte-level BPE and BPE with"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(byte_level, tmp_path, content, settings, message):
+    whole = json.loads((byte_level / "tokenizer.json").read_text())
+    text = content if isinstance(content, str) else json.dumps(whole | (content or {}))
+    (tmp_path / "tokenizer.json").write_text(text)
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(str(tmp_path / "tokenizer.json"))
