@@ -69,11 +69,11 @@ class Work:
 
 
 class Program:
-    """The computations of an optimized module. ``slices`` split the devices, numbered slice by slice, evenly."""
+    """The computations of an optimized module: on several slices, what each of them runs."""
 
-    def __init__(self, text: str, slices: int = 1):
+    def __init__(self, text: str):
         self._computations: dict[str, dict[str, Instruction]] = {}
-        self._text, self._slices = {}, slices
+        self._text: dict[str, str] = {}
         entry = re.search(r"^ENTRY %?([\w.\-]+)", text, flags=re.M)
         if entry is None:
             raise ValueError("this is no text of a compiled program: it has no ENTRY")
@@ -114,6 +114,8 @@ class Program:
     def _add_instruction(self, work: Work, name: str, one: Instruction, chains: set[str], choose: Choice) -> None:
         if one.opcode in ("convolution", "dot"):
             work.flops += self._product(name, one)
+        elif one.opcode == "recv" and "megascale" in one.rest:
+            self._receive_from_slices(work, one)
         elif one.opcode.removesuffix("-start") in COLLECTIVES:
             self._receive(work, name, one, overlapped=one.opcode.endswith("-start"))
         elif one.opcode in ("fusion", "call", *STARTS):
@@ -160,8 +162,7 @@ class Program:
     def _receive(self, work: Work, computation: str, one: Instruction, overlapped: bool) -> None:
         kind, known = one.opcode.removesuffix("-start"), self._computations[computation]
         size = sum(_bytes(known[operand].shape) for operand in one.operands if operand in known)
-        groups = device_groups(one.rest, self._devices)
-        n = len(groups[0])
+        n = len(device_groups(one.rest, self._devices)[0])
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # the fusion keeps a device's own part alone
         received = {
@@ -171,9 +172,16 @@ class Program:
             "all-to-all": size * (n - 1) / n,
             "collective-permute": size,
         }[kind]
-        per_slice = self._devices // self._slices
-        crosses = any(len({device // per_slice for device in group}) > 1 for group in groups)
-        transfer = Transfer(kind, overlapped, crosses)
+        transfer = Transfer(kind, overlapped, between_slices=False)
+        work.received[transfer] = work.received.get(transfer, 0.0) + received
+
+    def _receive_from_slices(self, work: Work, one: Instruction) -> None:
+        """Count what the hosts exchange over the data-center network, which goes on beside the program."""
+        kind = one.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+        slices = len(one.attribute(r'_xla_megascale_target="\{([\d,]*)\}').split(","))
+        size = _bytes(one.shape[: one.shape.index("]") + 1])
+        transfer = Transfer(kind, overlapped=True, between_slices=True)
+        received = 2 * size * (slices - 1) / slices if kind == "all-reduce" else size
         work.received[transfer] = work.received.get(transfer, 0.0) + received
 
 

@@ -58,16 +58,19 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     if data % slices:
         raise UserError(f"mesh.data = {data} must be a multiple of the {slices} slices, which only it crosses")
     _check_divides(config, data)
-    within_slice = mesh_utils.create_device_mesh if slices == 1 else _across_slices(slices)
-    return Mesh(within_slice(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    try:
+        grid = _arranged(shape, slices, devices)
+    except NotImplementedError:  # an axis of the mesh is no product of whole axes of the torus: it takes parts of them
+        grid = _arranged(shape, slices, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _across_slices(slices: int) -> Callable[..., Any]:
-    def create(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Any:
-        of_slice = (shape[0] // slices, *shape[1:])
-        return mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1, 1), devices)
-
-    return create
+def _arranged(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device], **options: bool) -> np.ndarray:
+    """Return ``devices`` in the ``shape`` of the mesh such that neighbours on it are neighbours on the wires."""
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, **options)
+    of_slice = (shape[0] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1, 1), devices, **options)
 
 
 def _check_divides(config: Config, data: int) -> None:

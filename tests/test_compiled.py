@@ -62,9 +62,20 @@ def test_a_loop_counts_as_often_as_it_turns():
 
 
 def test_what_crosses_slices_is_told_apart():
-    """Devices 0-3 and 4-7: mesh axis a joins 0 and 4, and groups of four neighbours stay within a slice."""
-    crossing = {transfer.kind: transfer.between_slices for transfer in Program(LOOP, slices=2).work(never).received}
-    assert crossing == {"collective-permute": False, "all-reduce": True, "all-gather": False}
+    """A slice runs a program of its own; what goes between slices is handed to the hosts. A sum over 4: 2 x 3/4."""
+    text = """HloModule m, num_partitions=8
+
+ENTRY %main (x: bf16[512,8]) -> bf16[512,8] {
+  %x = bf16[512,8]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[512,8]{1,0}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2,3,4}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (bf16[512,8]{1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2,3,4}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %done = (bf16[512,8]{1,0}, token[]) recv-done(%recv), channel_id=1
+  ROOT %y = bf16[512,8]{1,0} get-tuple-element(%done), index=0
+}
+"""  # noqa: E501
+    received = Program(text).work(never).received
+    assert received == {Transfer("all-reduce", overlapped=True, between_slices=True): 2 * 2 * 512 * 8 * 3 / 4}
 
 
 @pytest.mark.parametrize("takes", [0, 1])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from layerskip_jax import plots, report, sweep
+from layerskip_jax import export, plots, report, sweep
 from layerskip_jax.command_line import add_settings, make_parser, parse_config
 from layerskip_jax.commands.prompts import add_prompt_options
 from layerskip_jax.config import DecodeConfig
@@ -21,9 +21,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = {page.name: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 # What is said to other programs; those of tpu/pod are run in test_tpu_files.py.
-OTHERS = {"kill", "gcloud", "export", "ssh-add", "kubectl", "docker", "tpu/pod"}
+OTHERS = {"hf", "kill", "gcloud", "export", "ssh-add", "kubectl", "docker", "tpu/pod"}
 PROGRAMS = {"make", "python", "pip", "pytest", "layerskip-train", "layerskip-decode", *OTHERS}
 OF_CHECKPOINTS = {
+    "layerskip_jax.export": export.main,
     "layerskip_jax.sweep": sweep.main,
     "layerskip_jax.evaluation": evaluation.main,
     "layerskip_jax.evaluation.generation": generation.main,
@@ -117,9 +118,12 @@ def test_commands_are_what_the_programs_take(command, monkeypatch):
         else:
             assert all(f'"{word}"' in source or word == "--config" for word in words if word.startswith("--"))
     elif words[2] in OF_CHECKPOINTS:
-        argv = ["nowhere" if word.startswith("runs/quickstart") else word for word in words[3:]]
+        argv = ["nowhere" if word.startswith(("runs/quickstart", "layerskip-1b")) else word for word in words[3:]]
         with pytest.raises(UserError, match=r"no (checkpoint|metrics) at nowhere"):  # so the rest was understood
             OF_CHECKPOINTS[words[2]](argv)
+    elif words[2].startswith("benchmarks."):
+        source = (ROOT / words[2].replace(".", "/")).with_suffix(".py").read_text()
+        assert all(f'"{word}"' in source for word in words[3:])
     else:
         assert words[1:3] == ["-m", "layerskip_jax.data"]
         assert words[3] in (ROOT / "layerskip_jax/data/__main__.py").read_text()

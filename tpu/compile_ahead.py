@@ -78,7 +78,7 @@ def devices_of(topology: str, slices: int) -> Sequence[Any]:
         raise UserError(f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}") from error
 
 
-def compile_step(config: Config, devices: Sequence[Any], slices: int) -> Compiled:
+def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
     """Compile ``Trainer.step``; what does not fit into a chip's memory raises `UserError` with its figures."""
     trainer, began = Trainer(config, Recipe.from_config(config), make_mesh(config, devices)), time.perf_counter()
     try:
@@ -93,7 +93,7 @@ def compile_step(config: Config, devices: Sequence[Any], slices: int) -> Compile
     weights_L, rates_L = typical_step(config)
     # A loop over kept rows turns as often as its groups hold one; a group of one row as often as rows are kept.
     kept = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
-    work = Program(text, slices).work(taken_in(EXIT_LOSS, np.count_nonzero(weights_L) / len(weights_L)), kept)
+    work = Program(text).work(taken_in(EXIT_LOSS, np.count_nonzero(weights_L) / len(weights_L)), kept)
     return Compiled(
         peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes, work, "splash" in text,
         time.perf_counter() - began,
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     problem = "nothing to try: train.batch_size must be a multiple of the chips"
     for words, candidate in tried:
         try:
-            found = report(candidate, chip, peak, len(devices), compile_step(candidate, devices, options.slices))
+            found = report(candidate, chip, peak, len(devices), compile_step(candidate, devices))
         except UserError as error:
             if not options.suggest:
                 raise

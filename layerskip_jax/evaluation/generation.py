@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from layerskip_jax.checkpoint import find_checkpoint, load_model, swept_settings
+from layerskip_jax.checkpoint import home, load_model, swept_settings
 from layerskip_jax.command_line import add_settings, apply_overrides, integer, make_parser, run_file
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
 
-    find_checkpoint(options.checkpoint)  # before examples are read, so that a mistake is said at once
+    home(options.checkpoint)  # before examples are read, so that a mistake is said at once
     asked = []
     for word in options.task:
         name, _, file = word.partition("=")

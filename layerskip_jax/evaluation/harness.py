@@ -2,7 +2,7 @@
 
 import json
 
-from layerskip_jax.checkpoint import find_checkpoint, load_model
+from layerskip_jax.checkpoint import home, load_model
 from layerskip_jax.command_line import integer, make_parser
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError, run_command
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_length", metavar="N", type=integer, help="tokens seen at once (default: as trained)")
     parser.add_argument("--json", action="store_true", help="print one JSON line a task instead of the table")
     options = parser.parse_known_options(argv)
-    find_checkpoint(options.checkpoint)  # before lm-eval is imported, which takes a while
+    home(options.checkpoint)  # before lm-eval is imported, which takes a while
     try:
         from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
