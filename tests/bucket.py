@@ -9,7 +9,7 @@ from corpora import VOCABULARY
 from etils import epath
 from etils.epath.testing import mock_epath
 
-from layerskip_jax import checkpoint, locations
+from layerskip_jax import locations, run_checkpoints
 from layerskip_jax.config import Config, DataConfig, DecodeConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.training import train
 
@@ -62,11 +62,11 @@ def run_config(data: DataConfig) -> Config:
 def trained(data: DataConfig) -> Path:
     """Train `run_config` into the bucket, once a test run; return the folder from which the bucket is served."""
     folder = Path(data.tokenizer).parent / "served"
-    original = checkpoint.checkpoint_folder
+    original = run_checkpoints.checkpoint_folder
     with served(folder), pytest.MonkeyPatch.context() as patch:
         # Arrays go to Cloud Storage through TensorStore, which has no stand-in: they alone go straight to the folder.
         local = lambda config: epath.Path(str(original(config)).replace("gs://", f"{folder}/"))  # noqa: E731
-        patch.setattr(checkpoint, "checkpoint_folder", local)
+        patch.setattr(run_checkpoints, "checkpoint_folder", local)
         train(run_config(data))
     return folder
 
