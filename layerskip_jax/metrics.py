@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import sys
-import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,9 @@ import jax
 import numpy as np
 
 from layerskip_jax.train_step import StepMetrics
+
+FLUSH_SECONDS = 30
+"""How far TensorBoard may be behind metrics.jsonl, which has every line at once."""
 
 
 class MetricsWriter:
@@ -25,6 +28,7 @@ class MetricsWriter:
     def __init__(self, run_dir: str):
         self._folder = Path(run_dir)
         self._sinks: dict[str, Any] = {}
+        self._flushed = time.monotonic()
         if jax.process_index() == 0:
             self._try("metrics.jsonl", self._open_lines)
             self._try("TensorBoard", self._open_board)
@@ -34,17 +38,19 @@ class MetricsWriter:
         self._sinks["metrics.jsonl"] = (self._folder / "metrics.jsonl").open("a", buffering=1)
 
     def _open_board(self) -> None:
-        from tensorboardX import SummaryWriter  # here, since it takes a second to import
+        from tensorboardX.event_file_writer import EventsWriter  # here, since it takes a second to import
 
-        before = set(threading.enumerate())
-        self._sinks["TensorBoard"] = SummaryWriter(str(self._folder / "tensorboard"), max_queue=1000)
-        self._board_threads = set(threading.enumerate()) - before
+        # Not SummaryWriter: its thread dies of a full disk, and then whoever gives it more waits for ever.
+        (self._folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+        self._sinks["TensorBoard"] = EventsWriter(str(self._folder / "tensorboard" / "events"))
 
     def _try(self, sink: str, act: Callable[[], object]) -> None:
         try:
             act()
         except Exception as error:
-            self._sinks.pop(sink, None)
+            broken = self._sinks.pop(sink, None)
+            with contextlib.suppress(Exception):
+                broken.close()
             print(f"WARNING: no more is written to {sink}: {error}", file=sys.stderr, flush=True)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -57,15 +63,15 @@ class MetricsWriter:
         self._sinks["metrics.jsonl"].write(json.dumps({"step": step, **values}) + "\n")
 
     def _write_to_board(self, step: int, values: Mapping[str, Any]) -> None:
-        # On a full disk its thread dies, and whoever gives it more than its queue holds waits for ever.
-        if not all(thread.is_alive() for thread in self._board_threads):
-            raise OSError("its writer has ended")
-        board = self._sinks["TensorBoard"]
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar, text
+
         for name, value in values.items():
-            if isinstance(value, str):
-                board.add_text(name, value, step)
-            else:
-                board.add_scalar(name, value, step)
+            summary = text(name, value) if isinstance(value, str) else scalar(name, value)
+            self._sinks["TensorBoard"].write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:  # not every time: it waits for the disk
+            self._sinks["TensorBoard"].flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         for sink in list(self._sinks):

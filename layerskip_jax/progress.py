@@ -61,7 +61,9 @@ class Progress:
         self._watchdog.hear()
         self._done_here += 1
         self._tokens, self._steps = self._tokens + float(metrics.tokens), self._steps + 1
-        self._computed += step_flops(self._config, metrics.exit_weight_L, metrics.drop_rate_L).hardware
+        self._computed += step_flops(
+            self._config, np.asarray(metrics.exit_weight_L), np.asarray(metrics.drop_rate_L)
+        ).hardware
         seconds = time.perf_counter() - self._clock
         rate = self._tokens / seconds
         mfu, hfu = rate * self._flops / self._peak, self._computed / seconds / self._peak
