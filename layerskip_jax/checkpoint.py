@@ -71,9 +71,9 @@ def sha256_of(values: Any) -> str:
 
 
 def in_short(error: BaseException) -> str:
-    """Return the error that is at the bottom of one, in a line."""
-    line = str(error).strip().splitlines() or [type(error).__name__]
-    return line[0][:400]
+    """Return what an error of orbax or tensorstore says, in a line: its beginning, and its end, where the reason is."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:120]} ... {line[-180:]}"
 
 
 def _read_json(folder: epath.Path, item: str) -> Any:

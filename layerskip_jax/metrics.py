@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ from layerskip_jax.locations import is_remote, locate
 from layerskip_jax.train_step import StepMetrics
 
 METRICS = "metrics.jsonl"
+FLUSH_SECONDS = 30
+"""How far TensorBoard may be behind metrics.jsonl, which has every line at once."""
 
 
 class Sink(Protocol):
@@ -60,7 +62,9 @@ class MetricsWriter:
         try:
             act()
         except Exception as error:
-            self._sinks.pop(name, None)
+            if broken := self._sinks.pop(name, None):
+                with contextlib.suppress(Exception):
+                    broken.close()
             print(f"WARNING: no more is written to {name}: {error}", file=sys.stderr, flush=True)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -115,24 +119,25 @@ class Board:
     """TensorBoard's event files, in ``folder/tensorboard``."""
 
     def __init__(self, folder: Path):
-        from tensorboardX import SummaryWriter  # here, since it takes a second to import
+        from tensorboardX.event_file_writer import EventsWriter  # here, since it takes a second to import
 
-        before = set(threading.enumerate())
-        self._writer = SummaryWriter(str(folder / "tensorboard"), max_queue=1000)
-        self._threads = set(threading.enumerate()) - before
+        # Not SummaryWriter: its thread dies of a full disk, and then whoever gives it more waits for ever.
+        (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+        self._writer, self._flushed = EventsWriter(str(folder / "tensorboard" / "events")), time.monotonic()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        # On a full disk its thread dies, and whoever gives it more than its queue holds waits for ever.
-        if not all(thread.is_alive() for thread in self._threads):
-            raise OSError("its writer has ended")
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar, text
+
         for name, value in values.items():
-            if isinstance(value, str):
-                self._writer.add_text(name, value, step)
-            else:
-                self._writer.add_scalar(name, value, step)
+            summary = text(name, value) if isinstance(value, str) else scalar(name, value)
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:  # not every time: it waits for the disk
+            self.flush()
 
     def flush(self) -> None:
         self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._writer.close()
