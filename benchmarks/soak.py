@@ -19,7 +19,7 @@ import statistics
 import sysconfig
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -94,13 +94,13 @@ def make_config(folder: Path) -> Config:
     )
 
 
-def turn(config: Config) -> None:
-    """Train a run from scratch, restore it, and generate from it."""
+def turn(config: Config, ways: Sequence[Sequence[str]]) -> None:
+    """Train a run from scratch, restore it, and generate from it in ``ways``."""
     with contextlib.redirect_stdout(io.StringIO()):
         shutil.rmtree(config.train.run_dir, ignore_errors=True)
         train(config)
         train(config)  # nothing is left to do: it restores
-        for way in WAYS:
+        for way in ways:
             decode.main(["--checkpoint", config.train.run_dir, *way])
 
 
@@ -118,11 +118,16 @@ def looked_at(programs: Programs) -> dict[str, float]:
     }
 
 
-def soak(folder: Path, seconds: float, note: Callable[[dict[str, float]], None] = lambda turn: None) -> list[dict]:
+def soak(
+    folder: Path,
+    seconds: float,
+    note: Callable[[dict[str, float]], None] = lambda turn: None,
+    ways: Sequence[Sequence[str]] = WAYS,
+) -> list[dict]:
     """Repeat `turn` for so long, and at least four times; return what was `looked_at` after each."""
     config, programs, began, turns = make_config(folder), Programs(), time.monotonic(), []
     while len(turns) < 4 or time.monotonic() - began < seconds:
-        turn(config)
+        turn(config, ways)
         turns.append({"turn": len(turns) + 1, "seconds": time.monotonic() - began, **looked_at(programs)})
         note(turns[-1])
     return turns

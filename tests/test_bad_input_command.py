@@ -90,7 +90,7 @@ STOPS = [
     ("\x00", "")[:1],
     ("\U0001f600", "a"),
 ]
-WAYS = [[], ["--mode", "autoregressive"], ["--policy", "adaptive"], ["--mode", "prompt_lookup"]]
+WAYS = [[], ["--mode", "autoregressive"], ["--mode", "prompt_lookup"]]
 SHOWN = [[], ["--json"], ["--quiet"], ["--stream_every", "3"]]
 # Options that are wrong, and a word of what is said of them.
 BAD_OPTIONS = [
