@@ -3,6 +3,7 @@
 import importlib.util
 import re
 
+import jax
 from etils import epath
 
 from layerskip_jax.errors import UserError
@@ -28,6 +29,16 @@ def locate(path: str) -> epath.Path:
     if not any(importlib.util.find_spec(library) for library in BUCKET_LIBRARIES):
         raise UserError(f"{path} needs gcsfs: pip install layerskip_jax[gcs]")
     return epath.Path(path)  # not resolved: that would put it into the working directory
+
+
+def keep_compiled_programs(run_dir: str) -> None:
+    """Let JAX keep what it compiles in ``RUN_DIR/compiled``, unless JAX_COMPILATION_CACHE_DIR names another place.
+
+    So a run that is started again, or that `tpu/compile_ahead.py --store` was called for, need not compile. Not on CPU:
+    there a program is for one kind of processor, and a run may go on on another.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(locate(run_dir) / "compiled"))
 
 
 def is_remote(path: epath.Path) -> bool:

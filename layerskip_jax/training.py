@@ -65,6 +65,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
         profiler = stack.enter_context(Profiler(config.train))
         bad_steps = BadSteps(config, checkpoints)
         progress.say(opening_line(config, mesh, start))
+        advance = trainer.compile_step() if first < config.train.steps else trainer.step
 
         def look_at(done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:
             metrics = jax.device_get(metrics)
@@ -77,7 +78,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
             profiler.before_step(step + 1, state)
             with progress.during("data"):
                 batch = next(data)
-            state, metrics = trainer.step(state, to_devices(batch, mesh))
+            state, metrics = advance(state, to_devices(batch, mesh))
             # The device works on this step while the host looks at the one before.
             if pending is not None:
                 look_at(step, *pending)

@@ -7,9 +7,11 @@
 import dataclasses
 import os
 
+import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from layerskip_jax.config import (
@@ -21,6 +23,7 @@ from layerskip_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from layerskip_jax.locations import keep_compiled_programs
 from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import AXES
 from layerskip_jax.train_step import Trainer
@@ -71,3 +74,14 @@ def test_offloaded_inputs_lie_in_the_hosts_memory(mesh):
     memory = compiled_step(dataclasses.replace(CONFIG, train=train), mesh).memory_analysis()
     rows = CONFIG.train.batch_size // 2  # of a device; bfloat16
     assert memory.host_temp_size_in_bytes == 2 * MODEL.num_layers * rows * CONFIG.data.sequence_length * MODEL.dim
+
+
+def test_the_step_is_kept_for_a_run(mesh, tmp_path):
+    """Under the name by which JAX looks for it; whether a pod then takes it, only a pod can show."""
+    keep_compiled_programs(str(tmp_path))
+    try:
+        compiled_step(CONFIG, mesh)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+    assert [file.name for file in (tmp_path / "compiled").iterdir() if file.name.startswith("jit_step-")]

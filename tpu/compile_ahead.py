@@ -1,6 +1,6 @@
 """Will it fit? Compiles a config's training step for a TPU topology, with the TPU's own compiler, on any machine.
 
-    python tpu/compile_ahead.py --config configs/scratch_1b5.py --topology v5e:4x8 [--slices 2] [--suggest] [--json]
+    python tpu/compile_ahead.py --config configs/scratch_1b5.py --topology v5e:4x8
 
 Prints the memory of a chip, the operations of a step beside the formula's, what goes between chips, and the bound on
 the step's time that follows from the chip's data sheet. Nothing is run, so nothing here is a measured time. Needs
@@ -28,6 +28,7 @@ from layerskip_jax.compiled import Program, Work, taken_in
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.flops import PEAK_FLOPS, attention_flops, flops_per_token, step_flops
+from layerskip_jax.locations import keep_compiled_programs
 from layerskip_jax.losses import EXIT_LOSS
 from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
@@ -179,10 +180,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--suggest", action="store_true", help="try meshes, remat policies and microbatches till one fits"
     )
+    parser.add_argument(
+        "--store", action="store_true", help="keep the compiled step in train.run_dir, where a run looks for it"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     config, options = parse_config(parser, argv)
     devices, chip = devices_of(options.topology, options.slices), CHIPS[options.topology.split(":")[0]]
     peak = PEAK_FLOPS[devices[0].device_kind]
+    if options.store:
+        keep_compiled_programs(config.train.run_dir)
     tried = alternatives(config, len(devices), options.slices) if options.suggest else iter([("", config)])
     problem = "nothing to try: train.batch_size must be a multiple of the chips"
     for words, candidate in tried:
