@@ -1,6 +1,7 @@
 """Where files are: on this machine, or in a bucket."""
 
 import importlib.util
+import os
 import re
 
 import jax
@@ -37,7 +38,7 @@ def keep_compiled_programs(run_dir: str) -> None:
     So a run that is started again, or that `tpu/compile_ahead.py --store` was called for, need not compile. Not on CPU:
     there a program is for one kind of processor, and a run may go on on another.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(locate(run_dir) / "compiled"))
 
 

@@ -9,11 +9,16 @@ from corpora import VOCABULARY
 
 from layerskip_jax import locations
 from layerskip_jax.checkpoint import SWEPT, find_checkpoint, read_config, store_swept, swept_settings
+from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import locate
 from layerskip_jax.metrics import MetricsWriter, read_records
 from layerskip_jax.plots import plot_run
+
+
+def writer(run):
+    return MetricsWriter(Config(train=TrainConfig(run_dir=run)))
 
 
 def test_a_run_is_written_to_its_bucket_and_read_there(corpus):
@@ -37,12 +42,12 @@ def test_a_run_is_written_to_its_bucket_and_read_there(corpus):
 
 def test_metrics_go_on_where_a_bucket_has_them(tmp_path):
     with served(tmp_path / "served"):
-        first = MetricsWriter(RUN)
+        first = writer(RUN)
         first.write(1, {"a": 0.5})
         assert read_records(RUN) == []
         first.publish()
         assert read_records(RUN) == [{"step": 1, "a": 0.5}]
-        second = MetricsWriter(RUN)  # as after a kill
+        second = writer(RUN)  # as after a kill
         second.write(2, {"a": 0.125})
         second.close()
         assert read_records(RUN) == [{"step": 1, "a": 0.5}, {"step": 2, "a": 0.125}]
@@ -52,7 +57,7 @@ def test_metrics_go_on_where_a_bucket_has_them(tmp_path):
 @pytest.mark.parametrize("path", ["gs:/bucket/run", "s3://bucket/run", "file:///tmp/run", "GS://bucket"])
 def test_what_would_be_a_local_folder_named_like_a_scheme_is_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for use in (locate, find_checkpoint, read_records, MetricsWriter, Tokenizer.load):
+    for use in (locate, find_checkpoint, read_records, writer, Tokenizer.load):
         with pytest.raises(UserError, match=r"neither a path of this machine nor a gs:// one"):
             use(path)
     assert list(tmp_path.iterdir()) == []
