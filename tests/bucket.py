@@ -1,6 +1,7 @@
 """A stand-in for Cloud Storage, and one small run that was trained into it."""
 
 import contextlib
+import json
 from functools import cache
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from corpora import VOCABULARY
 from etils import epath
 from etils.epath.testing import mock_epath
 
-from layerskip_jax import locations, run_checkpoints
+from layerskip_jax import checkpoint, locations, run_checkpoints
 from layerskip_jax.config import Config, DataConfig, DecodeConfig, ModelConfig, OptimizerConfig, TrainConfig
+from layerskip_jax.data.tokenizer import TOKENIZER
 from layerskip_jax.training import train
 
 RUN = "gs://bucket/runs/one"
@@ -74,3 +76,21 @@ def trained(data: DataConfig) -> Path:
 def trained_run(data: DataConfig) -> str:
     """Return the run of `trained` as a folder of this machine."""
     return str(trained(data) / RUN.removeprefix("gs://"))
+
+
+def changed(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def sign(step):
+    """Give a checkpoint the digests of what is in it now, as a stranger's would have them."""
+
+    def signed(checksums):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            checksums["config"] = checkpoint.sha256_of(json.loads((step / "config" / "metadata").read_text()))
+        tokenizer = step.parent / TOKENIZER
+        checksums["tokenizer"] = {TOKENIZER: checkpoint.sha256(tokenizer.read_bytes())} if tokenizer.exists() else {}
+
+    changed(step / "checksums" / "metadata", signed)

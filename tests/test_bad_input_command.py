@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from bucket import NEW, trained_run
+from bucket import NEW, changed, sign, trained_run
 from corpora import VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,7 +41,7 @@ def spared():
     """Read the good checkpoint once, and do not time this machine's memory for every case."""
     with pytest.MonkeyPatch.context() as patch:
         load = cache(load_model)
-        patch.setattr(checkpoint, "load_model", lambda path: load(path))
+        patch.setattr(checkpoint, "load_model", lambda path, **options: load(path, **options))
         patch.setattr(terminal, "measured_bandwidth", lambda: 1e10)
         yield
 
@@ -234,12 +234,6 @@ def test_a_prompts_path_that_is_no_file(run, tmp_path):
             decoded("--checkpoint", run, "--prompts", str(path))
 
 
-def changed(path, change):
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
 def with_config(change):
     return lambda step: changed(step / "config" / "metadata", change)
 
@@ -284,7 +278,7 @@ BAD_CHECKPOINTS = {
     "no tokenizer": (lambda step: (step.parent / TOKENIZER).unlink(), "no tokenizer at"),
     "tokenizer a text": (written(TOKENIZER, "def x"), "not a SentencePiece model"),
     "tokenizer empty": (written(TOKENIZER, b""), "must have pieces"),
-    "tokenizer other": (other_tokenizer(VOCABULARY - 10), f"the tokenizer has {VOCABULARY - 10} pieces"),
+    "tokenizer other": (other_tokenizer(VOCABULARY + 10), f"the tokenizer has {VOCABULARY + 10} pieces"),
     "sweep not JSON": (written(SWEPT, "}"), "decode.json is not what"),
     "sweep a list": (written(SWEPT, "[]"), "decode.json is not what"),
     "sweep of a list": (written(SWEPT, '{"decode": []}'), "decode.json is not what"),
@@ -296,8 +290,8 @@ BAD_CHECKPOINTS = {
     "no weights": (lambda step: [shutil.rmtree(path) for path in step.parent.glob("*/model")], "no checkpoint at"),
     "weights empty": (lambda step: [shutil.rmtree(step / "model"), (step / "model").mkdir()], "is missing"),
     "weights a file": (lambda step: [shutil.rmtree(step / "model"), written("model", b"x")(step)], "is missing"),
-    "list not JSON": (written("model/_METADATA", "{"), "cannot be read"),
-    "list a list": (written("model/_METADATA", "[]"), "cannot be read"),
+    "list not JSON": (written("model/_METADATA", "{"), "is damaged"),
+    "list a list": (written("model/_METADATA", "[]"), "is damaged"),
     "no manifest": (lambda step: (step / "model" / "manifest.ocdbt").unlink(), "is missing"),
 }
 
@@ -306,7 +300,10 @@ BAD_CHECKPOINTS = {
 def test_a_bad_checkpoint_is_refused(run, tmp_path, name):
     damage, word = BAD_CHECKPOINTS[name]
     shutil.copytree(run, tmp_path / "run")
-    damage(Path(str(find_checkpoint(str(tmp_path / "run")))))
+    step = Path(str(find_checkpoint(str(tmp_path / "run"))))
+    damage(step)
+    if name != "no weights":
+        sign(step)
     with pytest.raises(UserError) as error:
         decoded("--checkpoint", str(tmp_path / "run"), "--prompt", "x")
     assert_one_sentence(error, [word])

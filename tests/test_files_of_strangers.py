@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bucket import STEPS, trained_run
+from bucket import STEPS, sign, trained_run
 
 from layerskip_jax.checkpoint import SWEPT, find_checkpoint, load_model, read_config
 from layerskip_jax.command_line import add_config_option, make_parser
@@ -93,6 +93,7 @@ def hostile(run, tmp_path):
     config["train"] |= {"run_dir": f"{outside}/run", "sample_prompt": code}
     config["data"] |= {"tokenizer": "../../../../etc/passwd", "path": code, "data_dir": f"{outside}/data", "name": code}
     file.write_text(json.dumps(config))
+    sign(file.parent.parent)
     return folder
 
 
@@ -134,7 +135,7 @@ def test_a_pickle_or_code_in_place_of_a_file_is_refused(run, tmp_path, heard, fi
         "yaml": f"!!python/object/apply:builtins.open [{str(pwned)!r}, w]\n".encode(),
     }
     (tmp_path / "run" / "checkpoints" / file).write_bytes(bomb[content])
-    with heard.listening(), pytest.raises(UserError, match=r"not a SentencePiece|not what|no readable|cannot be read"):
+    with heard.listening(), pytest.raises(UserError, match=r"not a SentencePiece|not what|no readable|is damaged"):
         decoded(tmp_path / "run")
     assert [event for event, _ in heard.run() if event not in ("import", "marshal.loads")] == []
     assert not pwned.exists()
@@ -156,6 +157,7 @@ def test_held_out_prompts_prepare_no_corpus(run, tmp_path):
     config = json.loads(file.read_text())
     config["data"] |= {"source": "python_stdlib", "data_dir": str(data)}
     file.write_text(json.dumps(config))
+    sign(file.parent.parent)
     with pytest.raises(UserError, match=f"python_stdlib is not prepared in {data}"):
         decoded(folder, "--held_out", "1")
     assert not data.exists()

@@ -7,6 +7,7 @@ from etils import epath
 
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import locate
 
 CONFIG = "config.json"
 
@@ -34,7 +35,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
 
 def is_llama_folder(path: str) -> bool:
     """Return whether ``path`` is a folder with a ``config.json``, as Hugging Face projects write one."""
-    return (epath.Path(path).expanduser() / CONFIG).is_file()
+    return (locate(path) / CONFIG).is_file()
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
