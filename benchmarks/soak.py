@@ -1,7 +1,8 @@
 """Does a long run leak? ``python benchmarks/soak.py [--seconds 3600] [--out runs/soak]``.
 
 Trains and generates in a loop in one process, as a user would: ``train`` from scratch with evaluations, checkpoints and
-samples, ``train`` again to restore what is there, and ``decode.py`` in four ways. After every turn it notes memory,
+samples, ``train`` again to restore what is there, and ``decode.py`` in four ways; with ``--kind loops`` steps and
+texts alone, without checkpoints. After every turn it notes memory,
 open files, threads, memory maps and the programs compiled so far. All but memory must not grow after the warm-up;
 memory's slope is the median of the slopes between all pairs of turns (Theil-Sen). Prints a table, and writes
 ``soak.jsonl`` and ``soak.png`` to the folder.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from layerskip_jax.commands import decode
 from layerskip_jax.config import (
@@ -37,9 +39,15 @@ from layerskip_jax.config import (
     TrainConfig,
 )
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import train_tokenizer
-from layerskip_jax.training import train
+from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
+from layerskip_jax.decoding.text import TextGenerator
+from layerskip_jax.model import Transformer
+from layerskip_jax.recipe import Recipe
+from layerskip_jax.sharding import make_mesh
+from layerskip_jax.train_step import Trainer
+from layerskip_jax.training import local_batches, to_devices, train
 
+Turn = Callable[[], None]
 VOCABULARY = 512
 STEPS = 8
 COUNTS = ("files", "threads", "maps", "programs")
@@ -94,14 +102,38 @@ def make_config(folder: Path) -> Config:
     )
 
 
-def turn(config: Config, ways: Sequence[Sequence[str]]) -> None:
-    """Train a run from scratch, restore it, and generate from it in ``ways``."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        shutil.rmtree(config.train.run_dir, ignore_errors=True)
-        train(config)
-        train(config)  # nothing is left to do: it restores
-        for way in ways:
-            decode.main(["--checkpoint", config.train.run_dir, *way])
+def commands(config: Config, ways: Sequence[Sequence[str]] = WAYS) -> Turn:
+    """A turn trains a run from scratch, restores it, and generates from it in ``ways``."""
+
+    def turn() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            shutil.rmtree(config.train.run_dir, ignore_errors=True)
+            train(config)
+            train(config)  # nothing is left to do: it restores
+            for way in ways:
+                decode.main(["--checkpoint", config.train.run_dir, *way])
+
+    return turn
+
+
+def loops(config: Config) -> Turn:
+    """A turn is 200 steps and 50 texts, without saving or restoring anything."""
+    mesh = make_mesh(config)
+    trainer, tokenizer = Trainer(config, Recipe.from_config(config), mesh), Tokenizer.load(config.data.tokenizer)
+    state, data = trainer.init(), iter(local_batches(config, config.data.train_split))
+    model = Transformer(config.model, rngs=nnx.Rngs(0)).unstacked()
+    generator = TextGenerator(model, tokenizer, config.decode)
+
+    def turn() -> None:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            for _ in range(200):
+                state, metrics = trainer.step(state, to_devices(next(data), mesh))
+                jax.device_get(metrics)
+        for _ in range(50):
+            generator.generate(["def f(x):"])
+
+    return turn
 
 
 def looked_at(programs: Programs) -> dict[str, float]:
@@ -121,13 +153,13 @@ def looked_at(programs: Programs) -> dict[str, float]:
 def soak(
     folder: Path,
     seconds: float,
+    kind: Callable[[Config], Turn] = commands,
     note: Callable[[dict[str, float]], None] = lambda turn: None,
-    ways: Sequence[Sequence[str]] = WAYS,
 ) -> list[dict]:
-    """Repeat `turn` for so long, and at least four times; return what was `looked_at` after each."""
-    config, programs, began, turns = make_config(folder), Programs(), time.monotonic(), []
-    while len(turns) < 4 or time.monotonic() - began < seconds:
-        turn(config, ways)
+    """Repeat turns of a kind for so long, and at least eight; return what was `looked_at` after each."""
+    turn, programs, began, turns = kind(make_config(folder)), Programs(), time.monotonic(), []
+    while len(turns) < 8 or time.monotonic() - began < seconds:
+        turn()
         turns.append({"turn": len(turns) + 1, "seconds": time.monotonic() - began, **looked_at(programs)})
         note(turns[-1])
     return turns
@@ -154,10 +186,8 @@ def table(turns: list[dict]) -> str:
         ends = statistics.median(values[:tenth]), statistics.median(values[-tenth:])
         lines.append(f"{name:<16}{ends[0]:>14.1f}{ends[1]:>14.1f}{min(values):>10.1f}{max(values):>10.1f}")
     hours = (steady[-1]["seconds"] - steady[0]["seconds"]) / 3600
-    lines.append(
-        f"memory: {slope_per_hour(steady):+.1f} MB/hour over {hours:.2f} hours, {len(steady)} turns of {STEPS}"
-    )
-    return "\n".join(lines) + " steps and 5 texts, after the warm-up"
+    lines.append(f"memory: {slope_per_hour(steady):+.1f} MB/hour over {hours:.2f} hours, {len(steady)} turns")
+    return "\n".join(lines) + " after the warm-up"
 
 
 def plot(turns: list[dict], file: Path) -> None:
@@ -184,13 +214,15 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/soak"), help="folder for the results (default: runs/soak)"
     )
+    parser.add_argument("--kind", choices=("commands", "loops"), default="commands", help="what a turn is")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     work = options.out / "work"
     shutil.rmtree(work, ignore_errors=True)
     with (options.out / "soak.jsonl").open("w") as file:
         print(f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores", flush=True)
-        turns = soak(work, options.seconds, lambda turn: print(json.dumps(turn), file=file, flush=True))
+        kind = {"commands": commands, "loops": loops}[options.kind]
+        turns = soak(work, options.seconds, kind, lambda turn: print(json.dumps(turn), file=file, flush=True))
     print(table(turns))
     plot(turns, options.out / "soak.png")
 

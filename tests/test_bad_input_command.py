@@ -144,7 +144,7 @@ def commands(draw):
     stop, way = draw(st.sampled_from(STOPS)), draw(st.sampled_from(WAYS))
     wrong = draw(st.lists(st.sampled_from(BAD_OPTIONS), max_size=2))
     options = [*(["--stop", *stop] if stop else []), *(f"--prompt={prompt}" for prompt in prompts)]
-    options += [*way, *draw(st.sampled_from(SHOWN)), *(["--batch_size", "2"] if len(prompts) == 2 else [])]
+    options += [*way, *draw(st.sampled_from(SHOWN))]
     bad = [word for option, _ in wrong for word in option]
     # What is given last counts, so that what is wrong may stand first only where nothing overrides it.
     first = draw(st.booleans()) and not {word for word in bad if word.startswith("--")} & {*options, "--exit_layer"}
