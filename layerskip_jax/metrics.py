@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -38,11 +39,15 @@ class MetricsWriter:
         self._sinks["metrics.jsonl"] = (self._folder / "metrics.jsonl").open("a", buffering=1)
 
     def _open_board(self) -> None:
-        from tensorboardX.event_file_writer import EventsWriter  # here, since it takes a second to import
+        from tensorboardX.proto.event_pb2 import Event  # here, since it takes a second to import
+        from tensorboardX.record_writer import RecordWriter
 
         # Not SummaryWriter: its thread dies of a full disk, and then whoever gives it more waits for ever.
         (self._folder / "tensorboard").mkdir(parents=True, exist_ok=True)
-        self._sinks["TensorBoard"] = EventsWriter(str(self._folder / "tensorboard" / "events"))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._sinks["TensorBoard"] = RecordWriter(str(self._folder / "tensorboard" / name))
+        header = Event(wall_time=time.time(), file_version="brain.Event:2")
+        self._sinks["TensorBoard"].write(header.SerializeToString())
 
     def _try(self, sink: str, act: Callable[[], object]) -> None:
         try:
@@ -68,7 +73,8 @@ class MetricsWriter:
 
         for name, value in values.items():
             summary = text(name, value) if isinstance(value, str) else scalar(name, value)
-            self._sinks["TensorBoard"].write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            event = Event(wall_time=time.time(), step=step, summary=summary)
+            self._sinks["TensorBoard"].write(event.SerializeToString())
         if time.monotonic() - self._flushed > FLUSH_SECONDS:  # not every time: it waits for the disk
             self._sinks["TensorBoard"].flush()
             self._flushed = time.monotonic()
