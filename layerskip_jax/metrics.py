@@ -72,6 +72,8 @@ class MetricsWriter:
         from tensorboardX.summary import scalar, text
 
         for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                continue  # of which it warns, a line each
             summary = text(name, value) if isinstance(value, str) else scalar(name, value)
             event = Event(wall_time=time.time(), step=step, summary=summary)
             self._sinks["TensorBoard"].write(event.SerializeToString())
