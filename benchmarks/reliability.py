@@ -37,7 +37,7 @@ from layerskip_jax.training import local_batches, train
 ROOT = Path(__file__).parent.parent
 TINY = """
     --model.num_layers 2 --model.dim 16 --model.num_heads 2 --model.num_kv_heads 2 --model.ffn_dim 24
-    --model.vocab_size 300 --data.sequence_length 32 --train.loss_chunk 32 --train.batch_size 4 --train.log_every 1
+    --model.vocab_size 300 --data.sequence_length 32 --train.loss_chunk 32 --train.batch_size 8 --train.log_every 1
     --train.evaluate_batches 1 --train.evaluate_every 100000 --optimizer.warmup_steps 2
     --layer_dropout.p_max 0.3 --early_exit.curriculum rotational --early_exit.dilation 2
 """

@@ -71,7 +71,9 @@ def sha256_of(values: Any) -> str:
 
 
 def in_short(error: BaseException) -> str:
-    """Return what an error of orbax or tensorstore says, in a line: its beginning, and its end, where the reason is."""
+    """Return what was the cause of an error of orbax or tensorstore, in a line: its beginning, and its end."""
+    while isinstance(error.__cause__, Exception) and str(error.__cause__):
+        error = error.__cause__
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 300 else f"{line[:120]} ... {line[-180:]}"
 

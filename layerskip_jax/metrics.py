@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
+import socket
 import sys
 import tempfile
 import time
@@ -116,22 +117,27 @@ class Lines:
 
 
 class Board:
-    """TensorBoard's event files, in ``folder/tensorboard``."""
+    """TensorBoard's event file, in ``folder/tensorboard``."""
 
     def __init__(self, folder: Path):
-        from tensorboardX.event_file_writer import EventsWriter  # here, since it takes a second to import
+        from tensorboardX.proto.event_pb2 import Event  # here, since it takes a second to import
+        from tensorboardX.record_writer import RecordWriter
 
         # Not SummaryWriter: its thread dies of a full disk, and then whoever gives it more waits for ever.
         (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
-        self._writer, self._flushed = EventsWriter(str(folder / "tensorboard" / "events")), time.monotonic()
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._writer, self._flushed = RecordWriter(str(folder / "tensorboard" / name)), time.monotonic()
+        self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar, text
 
         for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                continue  # of which it warns, a line each
             summary = text(name, value) if isinstance(value, str) else scalar(name, value)
-            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
         if time.monotonic() - self._flushed > FLUSH_SECONDS:  # not every time: it waits for the disk
             self.flush()
 

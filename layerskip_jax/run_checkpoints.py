@@ -64,7 +64,8 @@ class Checkpoints:
         except Exception as error:
             if kind is None:
                 self._save_has_failed(error)
-            _warn(f"the last checkpoint could not be written: {in_short(error)}")
+            else:
+                _warn(f"the last checkpoint could not be written: {in_short(error)}")
         finally:
             self._manager.close()
 
@@ -124,12 +125,12 @@ class Checkpoints:
             self._save_has_failed(error)
 
     def _save_has_failed(self, error: Exception) -> None:
+        newest = self.latest()
         if jax.process_index() == 0:
             for begun in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):
                     begun.rmtree()
         self._manager.reload()  # it counts what it has begun
-        newest = self.latest()
         kept = f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
         line = f"a checkpoint could not be written to {self.folder}: {in_short(error)}; {kept}"
         if self._config.train.failed_save == "stop":
@@ -137,7 +138,9 @@ class Checkpoints:
         _warn(f"{line}; the run goes on, and tries again at the next one (train.failed_save)")
 
     def latest(self) -> int | None:
-        """Return the step of the newest complete checkpoint, or None."""
+        """Return the step of the newest complete checkpoint, or None; waits for one that is being written."""
+        with contextlib.suppress(Exception):  # a save that has failed is not complete, and is said elsewhere
+            self._manager.wait_until_finished()
         return max(self._steps(), default=None)
 
     def _steps(self) -> list[int]:
