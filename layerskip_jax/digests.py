@@ -19,10 +19,10 @@ def digests(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, int], bool]:
     do not either. Of several processes all must call it, and all get the same.
     """
     leaves = tuple(arrays.values())
-    first = leaves[0].sharding
-    if isinstance(first, NamedSharding):
-        layout = tuple(leaf.sharding.spec for leaf in leaves)
-        sums = np.asarray(_over_mesh(first.mesh, layout, leaves))
+    laid_out = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    if laid_out:  # all of them
+        layout = tuple(sharding.spec for sharding in laid_out)
+        sums = np.asarray(_over_mesh(laid_out[0].mesh, layout, leaves))
     else:
         sums = np.asarray(_on_one_device(leaves))
     return {name: int(value) for name, value in zip(arrays, sums[:-1], strict=True)}, int(sums[-1]) == 0
