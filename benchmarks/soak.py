@@ -120,7 +120,7 @@ def loops(config: Config) -> Turn:
     """A turn is 200 steps and 50 texts, without saving or restoring anything."""
     mesh = make_mesh(config)
     trainer, tokenizer = Trainer(config, Recipe.from_config(config), mesh), Tokenizer.load(config.data.tokenizer)
-    state, data = trainer.init(), iter(local_batches(config, config.data.train_split))
+    state, data = trainer.init(), iter(local_batches(config, config.data.train_split, trainer.mesh))
     model = Transformer(config.model, rngs=nnx.Rngs(0)).unstacked()
     generator = TextGenerator(model, tokenizer, config.decode)
 

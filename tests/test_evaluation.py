@@ -71,9 +71,10 @@ def test_quality_on_text_of_another_place(trained_run, tmp_path, capsys):
 def test_agreement_is_counted_where_text_counts(trained_run):
     model, config, tokenizer = load_model(trained_run)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+    from layerskip_jax.sharding import make_mesh
     from layerskip_jax.training import local_batches
 
-    (batch, *_) = local_batches(config, "validation", epochs=1)
+    (batch, *_) = local_batches(config, "validation", make_mesh(config), epochs=1)
     next_LBT = np.asarray(exit_predictions(model, batch["inputs_BT"], batch["segments_BT"]))
     counted = batch["mask_BT"] > 0
     expected = [(layer[counted] == next_LBT[-1][counted]).mean() for layer in next_LBT]

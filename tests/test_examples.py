@@ -61,7 +61,7 @@ def test_curriculum_and_distillation_train(corpus, monkeypatch):
     trainer, seen = Trainer(config, dataclasses.replace(recipe, curriculum=own.curriculum), mesh), []
     with jax.set_mesh(mesh):
         state = trainer.init()
-        for batch in itertools.islice(local_batches(config, "train"), config.train.steps):
+        for batch in itertools.islice(local_batches(config, "train", mesh), config.train.steps):
             state, metrics = trainer.step(state, to_devices(batch, mesh))
             seen.append(jax.device_get(metrics))
     exits = [(np.flatnonzero(metrics.exit_weight_L) + 1).tolist() for metrics in seen]
