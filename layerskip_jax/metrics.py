@@ -127,7 +127,11 @@ class Board:
         (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
         self._writer, self._flushed = RecordWriter(str(folder / "tensorboard" / name)), time.monotonic()
-        self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        try:
+            self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        except Exception:
+            self._writer.close()
+            raise
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         from tensorboardX.proto.event_pb2 import Event
