@@ -43,18 +43,15 @@ class Checkpoints:
     def __init__(self, config: Config):
         self.folder = checkpoint_folder(config)
         self._config = config
-        self._manager = self._open()
-        self._tokenizer = b""
-
-    def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._config.train.keep_checkpoints,
-            keep_period=self._config.train.keep_every or None,
+            max_to_keep=config.train.keep_checkpoints,
+            keep_period=config.train.keep_every or None,
             create=True,
             cleanup_tmp_directories=True,  # what a killed process had begun
             lightweight_initialize=True,  # reads nothing of a checkpoint that may be damaged
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._tokenizer: dict[str, bytes] = {}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -64,12 +61,13 @@ class Checkpoints:
             return  # another process is gone, for which orbax would wait
         try:
             self._manager.wait_until_finished()
-            self._manager.close()
         except Exception as error:
             if kind is None:
                 self._save_has_failed(error)
             else:
                 _warn(f"the last checkpoint could not be written: {in_short(error)}")
+        finally:
+            self._manager.close()
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise `UserError` if the run has another tokenizer already: one run has one."""
@@ -127,19 +125,16 @@ class Checkpoints:
             self._save_has_failed(error)
 
     def _save_has_failed(self, error: Exception) -> None:
-        alone = jax.process_count() == 1
         newest = self.latest()
-        if alone:  # with several, the others may know of nothing, and would be waited for
-            with contextlib.suppress(Exception):
-                self._manager.close()
+        if jax.process_index() == 0:
             for begun in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):
                     begun.rmtree()
-            self._manager = self._open()  # orbax would raise the same error at every save from here on
+        self._manager.reload()  # it counts what it has begun
         kept = f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
         line = f"a checkpoint could not be written to {self.folder}: {in_short(error)}; {kept}"
-        if self._config.train.failed_save == "stop" or not alone:
-            raise UserError(f"{line} (one process may go on without: train.failed_save go_on)") from error
+        if self._config.train.failed_save == "stop":
+            raise UserError(f"{line} (train.failed_save go_on would go on without)") from error
         _warn(f"{line}; the run goes on, and tries again at the next one (train.failed_save)")
 
     def latest(self) -> int | None:

@@ -32,7 +32,6 @@ from layerskip_jax.config import (
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.metrics import read_records
-from layerskip_jax.train_step import Trainer
 
 ROOT = Path(__file__).parent.parent
 STEPS, STOPPED = 8, 5
@@ -62,10 +61,6 @@ WORKER = """
 
 @pytest.fixture
 def config(corpus, tmp_path):
-    return config_of(corpus, tmp_path / "run")
-
-
-def config_of(corpus, run_dir):
     return Config(
         model=ModelConfig(4, 16, 2, 2, 24, VOCABULARY, compute_dtype="float32"),
         layer_dropout=LayerDropoutConfig(p_max=0.3, time_scale="constant"),
@@ -74,7 +69,7 @@ def config_of(corpus, run_dir):
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
         train=TrainConfig(
-            run_dir=str(run_dir),
+            run_dir=str(tmp_path / "run"),
             steps=STEPS,
             batch_size=8,
             loss_chunk=32,
@@ -86,18 +81,6 @@ def config_of(corpus, run_dir):
         ),
         decode=DecodeConfig(mode="autoregressive", max_new_tokens=4),
     )
-
-
-@pytest.fixture(scope="module")
-def alone(corpus, tmp_path_factory):
-    """The run of one process of 8 devices: its parameters, its folder, and what compiled its steps."""
-    config = config_of(corpus, tmp_path_factory.mktemp("alone"))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, sample_every=0))
-    trainers = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "Trainer", lambda *parts: trainers.append(Trainer(*parts)) or trainers[0])
-        parameters = named_arrays(jax.device_get(training.train(config).model))
-    return parameters, config.train.run_dir, trainers[0]
 
 
 def words(config):
@@ -146,7 +129,7 @@ def finish(*processes, status, within=120):
     return written
 
 
-def test_two_processes_stop_resume_and_train_as_one_does(config, alone, capsys):
+def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, capsys):
     """The parameters after a stop and a resume equal those of one process of 8 devices to 1e-6, not bit for bit.
 
     The largest difference seen is 1.2e-7: gradients are summed over processes in another order than over devices.
@@ -174,7 +157,10 @@ def test_two_processes_stop_resume_and_train_as_one_does(config, alone, capsys):
     sample = alone.generate([config.train.sample_prompt]).completions[0].text  # both processes made it on their mesh
     assert [(r["step"], r["sample"]) for r in read_records(str(run)) if "sample" in r] == [(STEPS, sample)]
 
-    reference, alone_dir, _ = alone
+    alone = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, run_dir=str(tmp_path / "alone"), sample_every=0)
+    )
+    reference = named_arrays(jax.device_get(training.train(alone).model))
     trained = named_arrays(jax.device_get(load_model(str(run))[0]))
     difference = max(float(np.abs(trained[name] - array).max()) for name, array in reference.items())
     with capsys.disabled():
@@ -182,12 +168,12 @@ def test_two_processes_stop_resume_and_train_as_one_does(config, alone, capsys):
     assert difference <= 1e-6
     ours, theirs = (
         {(r["step"], n): v for r in read_records(d) for n, v in r.items() if n.startswith("validation")}
-        for d in (config.train.run_dir, alone_dir)
+        for d in (config.train.run_dir, alone.train.run_dir)
     )
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_one_of_two_processes_is_killed_the_other_says_so_and_one_alone_goes_on(config, alone, monkeypatch):
+def test_one_of_two_processes_is_killed_the_other_says_so_and_one_alone_goes_on(config, tmp_path):
     """Four devices a process before, eight in one process after: the same samples, parameters equal to 1e-6."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every=3, sample_every=0))
     port = free_port()
@@ -204,9 +190,9 @@ def test_one_of_two_processes_is_killed_the_other_says_so_and_one_alone_goes_on(
         assert first.returncode == -signal.SIGABRT
         assert "another task died" in said
 
-    reference, _, trainer = alone
-    monkeypatch.setattr(training, "Trainer", lambda *_: trainer)
     resumed = named_arrays(jax.device_get(training.train(config).model))
+    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(tmp_path / "alone")))
+    reference = named_arrays(jax.device_get(training.train(alone).model))
     assert max(float(np.abs(resumed[name] - array).max()) for name, array in reference.items()) <= 1e-6
     steps = [record["step"] for record in read_records(config.train.run_dir) if "train/objective" in record]
     assert steps[-5:] == [4, 5, 6, 7, 8]  # from the checkpoint of step 3 on

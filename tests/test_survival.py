@@ -94,16 +94,16 @@ def losses(count):
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_parameters(capsys):
-    count = kills(trials=3, seed=1, steps=25)
+    count = kills(trials=4, seed=1, steps=25)
     with capsys.disabled():
         print(dict(count))
-    assert count["kills"] == 3
+    assert count["kills"] == 4
     assert losses(count) == {}
 
 
 @pytest.fixture
-def dropped_work():
-    """When one array cannot be read or written, orbax drops the others half done, which Python calls unraisable."""
+def dropped_reads():
+    """When one array cannot be read, orbax drops its reads of the others half done, which Python calls unraisable."""
     yield
     gc.collect()
 
@@ -112,12 +112,12 @@ DROPPED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWa
 
 
 @DROPPED
-@pytest.mark.usefixtures("dropped_work")
+@pytest.mark.usefixtures("dropped_reads")
 def test_what_is_damaged_is_recognised_and_the_one_before_taken(capsys):
-    count = damage(trials=16)
+    count = damage(trials=24)
     with capsys.disabled():
         print(dict(count))
-    assert count["recognised, and the one before taken"] > 3
+    assert count["recognised, and the one before taken"] > 5
     assert losses(count) == {}
 
 
@@ -129,7 +129,7 @@ def spoil(config, step):
 
 
 @DROPPED
-@pytest.mark.usefixtures("dropped_work")
+@pytest.mark.usefixtures("dropped_reads")
 def test_a_damaged_checkpoint_stops_the_run_or_is_passed_over_as_set(config, capsys):
     train(config)
     spoil(config, STEPS)
@@ -208,8 +208,6 @@ def fill(folder, config):
     return act
 
 
-@DROPPED
-@pytest.mark.usefixtures("dropped_work")
 def test_a_full_disk_stops_the_run_with_the_old_checkpoint_intact(config, small_disk, monkeypatch):
     config = changed(config, run_dir=str(small_disk / "run"), keep_checkpoints=1)
     at_step(monkeypatch, {6: fill(small_disk, config)})
@@ -221,8 +219,6 @@ def test_a_full_disk_stops_the_run_with_the_old_checkpoint_intact(config, small_
     load_model(config.train.run_dir)
 
 
-@DROPPED
-@pytest.mark.usefixtures("dropped_work")
 def test_a_full_disk_is_outlasted_if_so_set(config, small_disk, monkeypatch, capsys):
     config = changed(config, run_dir=str(small_disk / "run"), failed_save="go_on", keep_checkpoints=1)
     kept = []
