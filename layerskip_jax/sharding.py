@@ -7,6 +7,7 @@ To try another layout, change `RULES` with one line in a config file: nothing el
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,19 +59,19 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     if data % slices:
         raise UserError(f"mesh.data = {data} must be a multiple of the {slices} slices, which only it crosses")
     _check_divides(config, data)
-    try:
-        grid = _arranged(shape, slices, devices)
-    except NotImplementedError:  # an axis of the mesh is no product of whole axes of the torus: it takes parts of them
-        grid = _arranged(shape, slices, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arranged(shape, slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _arranged(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device], **options: bool) -> np.ndarray:
+def arranged(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
     """Return ``devices`` in the ``shape`` of the mesh such that neighbours on it are neighbours on the wires."""
-    if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, **options)
-    of_slice = (shape[0] // slices, *shape[1:])
-    return mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1, 1), devices, **options)
+    arrange = partial(mesh_utils.create_device_mesh, shape)
+    if slices > 1:
+        of_slice = (shape[0] // slices, *shape[1:])
+        arrange = partial(mesh_utils.create_hybrid_device_mesh, of_slice, (slices, 1, 1, 1))
+    try:
+        return arrange(devices)
+    except NotImplementedError:  # an axis of the mesh is no product of whole axes of the torus: it takes parts of them
+        return arrange(devices, allow_split_physical_axes=True)
 
 
 def _check_divides(config: Config, data: int) -> None:

@@ -102,7 +102,6 @@ def test_prompts_fit_where_they_can(length, shots, size):
 
 
 def test_scores_by_hand():
-    pytest.importorskip("rouge_score")
     assert rouge_2({}, "the cat sat", "the cat sat down") == pytest.approx(0.8)  # 2 of 2 pairs, 2 of 3
     assert rouge_l({}, "a b c d", "a c d") == pytest.approx(6 / 7)  # 3 of 4 words, 3 of 3
     assert rouge_2({}, "running cats", "runs cat") == 1  # stems
@@ -187,7 +186,6 @@ def scored(capsys, *argv):
 
 
 def test_every_task_of_the_paper(trained_run, files, capsys):
-    pytest.importorskip("rouge_score")
     tasks = [word for name in TASKS for word in ("--task", f"{name}={files / name}.jsonl")]
     request = ["--checkpoint", trained_run, *tasks, "--max_new_tokens", "6", "--batch_size", "2", "--ignore_eos"]
     results = scored(capsys, *request, "--run_code", "--answers")

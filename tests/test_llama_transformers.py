@@ -5,8 +5,9 @@
 
 import pytest
 
-pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+PEERS = "pip install -e '.[benchmarks]'"
+pytest.importorskip("torch", reason=PEERS)
+transformers = pytest.importorskip("transformers", reason=PEERS)
 
 from benchmarks.parity import SHAPES, compare, make, tensors_of  # noqa: E402
 from layerskip_jax.checkpoint import load_model, named_arrays  # noqa: E402
