@@ -114,6 +114,11 @@ def one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
     return convert
 
 
+def given_settings(options: argparse.Namespace, defaults: Any) -> dict[str, Any]:
+    """Return the settings of ``defaults`` that the user has given, of those that `add_settings` has offered."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(defaults) if field.name in options}
+
+
 def apply_overrides(defaults: T, overrides: dict[str, Any]) -> T:
     """Return ``defaults`` with dotted ``overrides`` applied; the checks of the dataclasses run on the result."""
     changes: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from etils import epath
 from tqdm import tqdm
 
 from layerskip_jax.checkpoint import load_model, run_folder, store_swept
-from layerskip_jax.command_line import add_settings, apply_overrides, integer, make_parser
+from layerskip_jax.command_line import add_settings, apply_overrides, given_settings, integer, make_parser
 from layerskip_jax.commands.prompts import add_prompt_options, read_prompts
 from layerskip_jax.config import DecodeConfig, ModelConfig
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -203,10 +203,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no_store", action="store_true", help="do not store the recommendation")
     add_settings(parser, DecodeConfig())
     options = parser.parse_known_options(argv)
-    given = {field.name for field in dataclasses.fields(DecodeConfig)} & vars(options).keys()
+    given = given_settings(options, DecodeConfig)
 
     model, config, tokenizer_path = load_model(options.checkpoint, unstacked=True)
-    settings = apply_overrides(config.decode, {name: getattr(options, name) for name in given})
+    settings = apply_overrides(config.decode, given)
     layers = config.model.num_layers
     exits = sorted(set(options.try_exits or [max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4)]))
     lengths = sorted(set(options.try_lengths))

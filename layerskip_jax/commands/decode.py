@@ -6,7 +6,7 @@ import statistics
 import sys
 from typing import TYPE_CHECKING, Any
 
-from layerskip_jax.command_line import add_settings, apply_overrides, integer, make_parser
+from layerskip_jax.command_line import add_settings, apply_overrides, given_settings, integer, make_parser
 from layerskip_jax.commands.prompts import add_prompt_options, read_prompts
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.errors import UserError, run_command
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON lines: one a prompt, then one of numbers")
     add_settings(parser, DecodeConfig())
     options = parser.parse_known_options(argv)
-    given = {field.name for field in dataclasses.fields(DecodeConfig)} & vars(options).keys()
+    given = given_settings(options, DecodeConfig)
 
     # After parsing, so that --help and mistakes answer at once.
     from layerskip_jax.checkpoint import load_model, swept_settings
@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     from layerskip_jax.quantization import with_weights
 
     model, config, tokenizer_path = load_model(options.checkpoint, unstacked=True)
-    chosen = {name: getattr(options, name) for name in given}
-    settings = apply_overrides(config.decode, swept_settings(options.checkpoint, given) | chosen)
+    settings = apply_overrides(config.decode, swept_settings(options.checkpoint, given) | given)
     tokenizer = Tokenizer.load(str(tokenizer_path))
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, not {options.batch_size}")

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from layerskip_jax.checkpoint import home, load_model, swept_settings
-from layerskip_jax.command_line import add_settings, apply_overrides, integer, make_parser, run_file
+from layerskip_jax.command_line import add_settings, apply_overrides, given_settings, integer, make_parser, run_file
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import Completion, TextGenerator
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line a task instead of the table")
     add_settings(parser, DecodeConfig())
     options = parser.parse_known_options(argv)
-    given = {field.name for field in dataclasses.fields(DecodeConfig)} & vars(options).keys()
+    given = given_settings(options, DecodeConfig)
     for name in ("limit", "batch_size", "prompt_tokens"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
@@ -181,8 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         asked.append((name, task, *read_examples(task, file, options.data_dir, options.limit)))
 
     model, config, tokenizer_path = load_model(options.checkpoint)
-    chosen = {name: getattr(options, name) for name in given}
-    settings = apply_overrides(config.decode, swept_settings(options.checkpoint, given) | chosen)
+    settings = apply_overrides(config.decode, swept_settings(options.checkpoint, given) | given)
     tokenizer = Tokenizer.load(str(tokenizer_path))
     model = with_weights(model.unstacked(), settings.weights)
     results = {}
