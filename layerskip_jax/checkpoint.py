@@ -95,7 +95,7 @@ def read_checksums(folder: epath.Path) -> dict[str, Any]:
 
 def read_data_positions(folder: epath.Path) -> dict[int, Any]:
     try:
-        return read_positions(folder / "data")
+        return read_positions(folder / "batches")
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: no data position: {error}") from error
 

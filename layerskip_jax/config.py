@@ -251,7 +251,7 @@ class TrainConfig:
         "go_back", "the newest checkpoint is damaged: go_back to the one before, which is said loudly, or stop"
     )
     failed_save: Literal["stop", "go_on"] = setting(
-        "stop", "a checkpoint cannot be written: stop the run, or go_on and try again at the next one"
+        "stop", "a checkpoint cannot be written: stop, or (one process alone) go_on and try again at the next one"
     )
     bad_steps: int = setting(5, "steps in a row that are not applied (a loss that is not finite) before the run stops")
     skip_spikes: float = setting(

@@ -43,15 +43,18 @@ class Checkpoints:
     def __init__(self, config: Config):
         self.folder = checkpoint_folder(config)
         self._config = config
+        self._manager = self._open()
+        self._tokenizer: dict[str, bytes] = {}
+
+    def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.train.keep_checkpoints,
-            keep_period=config.train.keep_every or None,
+            max_to_keep=self._config.train.keep_checkpoints,
+            keep_period=self._config.train.keep_every or None,
             create=True,
-            cleanup_tmp_directories=True,  # what a killed process had begun
+            cleanup_tmp_directories=True,  # what a killed process, or a save that failed, had begun
             lightweight_initialize=True,  # reads nothing of a checkpoint that may be damaged
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._tokenizer: dict[str, bytes] = {}
+        return ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -67,7 +70,8 @@ class Checkpoints:
             else:
                 _warn(f"the last checkpoint could not be written: {in_short(error)}")
         finally:
-            self._manager.close()
+            with contextlib.suppress(Exception):  # what it has raised above, it may raise again
+                self._manager.close()
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise `UserError` if the run has another tokenizer already: one run has one."""
@@ -109,7 +113,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(model),
                     optimizer=ocp.args.StandardSave(optimizer),
-                    data=grain.checkpoint.CheckpointSave(data),
+                    batches=grain.checkpoint.CheckpointSave(data),  # named to be written first, for it may fail at once
                     config=ocp.args.JsonSave(config),
                     checksums=ocp.args.JsonSave(checksums),
                 ),
@@ -126,15 +130,15 @@ class Checkpoints:
 
     def _save_has_failed(self, error: Exception) -> None:
         newest = self.latest()
-        if jax.process_index() == 0:
-            for begun in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                with contextlib.suppress(OSError):
-                    begun.rmtree()
-        self._manager.reload()  # it counts what it has begun
+        alone = jax.process_count() == 1  # the others may know of nothing, and would be waited for
+        if alone:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._manager = self._open()  # orbax's would raise the same error at every save from here on
         kept = f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
         line = f"a checkpoint could not be written to {self.folder}: {in_short(error)}; {kept}"
-        if self._config.train.failed_save == "stop":
-            raise UserError(f"{line} (train.failed_save go_on would go on without)") from error
+        if self._config.train.failed_save == "stop" or not alone:
+            raise UserError(f"{line} (a run of one process goes on without, with train.failed_save go_on)") from error
         _warn(f"{line}; the run goes on, and tries again at the next one (train.failed_save)")
 
     def latest(self) -> int | None:
