@@ -40,7 +40,7 @@ endif
 	@echo '  every setting       $(BIN)/python train.py --help'
 	@echo '  pictures            $(RUN)/plots'
 
-test: $(BIN)/.installed-dev  ## run the suite (20 minutes or so on 2 cores)
+test: $(BIN)/.installed-dev  ## run the suite (under 30 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2
 
 lint: $(BIN)/.installed-dev  ## ruff, mypy and shellcheck

@@ -12,6 +12,8 @@ import dataclasses
 import json
 import platform
 import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import flax
 import jax
@@ -22,10 +24,11 @@ from layerskip_jax.config import Config, DecodeConfig
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.configure import configured
+from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.model import Transformer
-from layerskip_jax.sweep import fitted_width_cost, measure
+from layerskip_jax.sweep import Measurement, fitted_overhead, measure
 
 LENGTHS = (2, 4, 6, 8)
 TABLES = [
@@ -81,6 +84,67 @@ def exit_curve(model: Transformer, prompts: list[list[int]], config: DecodeConfi
     return rows
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Every way of decoding on every kind of prompt, each against plain decoding."""
+
+    names: list[str]  # of the ways after plain decoding; the first `fixed` have a fixed exit and length
+    fixed: int
+    overhead: Overhead
+    measured: dict[str, list[Measurement]]  # kind -> plain decoding, then the ways
+
+    def speedups(self, kind: str) -> np.ndarray:
+        return np.array([m.speedup for m in self.measured[kind][1:]])
+
+    def summary(self) -> Iterator[dict[str, Any]]:
+        """Yield a row a kind: the best fixed setting and the other ways; then one of all kinds together."""
+        for kind, measured in self.measured.items():
+            speedup, best = self.speedups(kind), int(np.argmax(self.speedups(kind)[: self.fixed]))
+            others = dict(zip(self.names[self.fixed :], speedup[self.fixed :].tolist(), strict=True))
+            yield {
+                "kind": kind, "plain_tokens_per_second": measured[0].tokens_per_second,
+                "best_fixed": self.names[best], "best_fixed_speedup": float(speedup[best]),
+                "best_acceptance": measured[1 + best].acceptance, **others,
+                "adaptive/best_fixed": others["adaptive"] / float(speedup[best]), "bar": 1.0,
+                "identical": all(m.identical for m in measured),
+            }  # fmt: skip
+        # One setting for all: the time of all kinds together, each weighed by plain decoding's.
+        together = len(self.measured) / sum(1 / self.speedups(kind) for kind in self.measured)
+        one, adaptive = int(np.argmax(together[: self.fixed])), float(together[self.names.index("adaptive")])
+        yield {
+            "one_fixed_for_all": self.names[one], "speedup": float(together[one]), "adaptive": adaptive,
+            "adaptive/one_fixed": adaptive / float(together[one]), "bar": 1.1,
+        }  # fmt: skip
+
+
+def compare(
+    model: Transformer, prompts: dict[str, list[list[int]]], base: DecodeConfig, exits: Sequence[int], repeats: int
+) -> Comparison:
+    """Time all pairs of exit and length, and the other ways, on each kind of prompt in turn."""
+    fixed = [dataclasses.replace(base, exit_layer=e, draft_length=d) for e in exits for d in LENGTHS]
+    # What speculation costs beyond bytes on this machine: from a first look at one kind.
+    look = [way for way in fixed if way.exit_layer in (exits[0], exits[-1])]
+    overhead = fitted_overhead(model.config, measure(model, next(iter(prompts.values())), look, repeats)[1:])
+    longest = max(LENGTHS)
+    others = {
+        "adaptive": dataclasses.replace(
+            base, policy="adaptive", exit_layer=exits[0], exits=tuple(exits), draft_length=longest,
+            start_cost=overhead.start, width_cost=overhead.width,
+        ),
+        "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[1], draft_length=longest),
+        "prompt_lookup": dataclasses.replace(base, mode="prompt_lookup", draft_length=longest),
+    }  # fmt: skip
+    names = [f"E={w.exit_layer} d={w.draft_length}" for w in fixed] + list(others)
+    ways = [*fixed, *others.values()]
+    measured = {kind: measure(model, of_kind, ways, repeats) for kind, of_kind in prompts.items()}
+    return Comparison(names, len(fixed), overhead, measured)
+
+
+def candidates(config: Config) -> list[int]:
+    """Return the exits that are tried: L/8, 3L/16, L/4, 3L/8."""
+    return sorted({max(1, config.model.num_layers * sixteenths // 16) for sixteenths in (2, 3, 4, 6)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN")
@@ -97,48 +161,19 @@ def main() -> None:
             f"{options.run} was trained on {config.data.source}: this benchmark wants a model of Python code"
         )
     tokenizer, model = Tokenizer.load(str(tokenizer_path)), model.unstacked()
-    layers = config.model.num_layers
-    exits = options.exits or sorted({max(1, layers * sixteenths // 16) for sixteenths in (2, 3, 4, 6)})
     base = dataclasses.replace(
         config.decode, mode="self_speculative", policy="fixed", max_new_tokens=options.new_tokens, ignore_eos=True
     )
-    fixed = [dataclasses.replace(base, exit_layer=e, draft_length=d) for e in exits for d in LENGTHS]
     kinds = prompts_of_kinds(config, options.prompts)
     tokens = {kind: [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts] for kind, texts in kinds.items()}
-    # What a wider verification costs on this machine: from a first look at the code prompts.
-    width_cost = fitted_width_cost(config.model, measure(model, tokens["code"], fixed, 1)[1:])
-    others = {
-        "adaptive": dataclasses.replace(
-            base, policy="adaptive", exit_layer=exits[0], exits=tuple(exits), draft_length=max(LENGTHS),
-            width_cost=width_cost,
-        ),
-        "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[1], draft_length=max(LENGTHS)),
-        "prompt_lookup": dataclasses.replace(base, mode="prompt_lookup", draft_length=max(LENGTHS)),
-    }  # fmt: skip
-    ways = [f"E={w.exit_layer} d={w.draft_length}" for w in fixed] + list(others)
     if not options.json:
         print(f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}")
         print(f"{jax.device_count()} {jax.devices()[0].device_kind}; {options.prompts} prompts of a kind, "
-              f"{options.new_tokens} tokens each; width cost {width_cost:.3f}")  # fmt: skip
-    speedups = {}
-    for kind, prompts in tokens.items():
-        measured = measure(model, prompts, [*fixed, *others.values()], options.repeats)
-        speedups[kind] = np.array([m.speedup for m in measured[1:]])
-        acceptance = dict(zip(ways, (m.acceptance for m in measured[1:]), strict=True))
-        best = int(np.argmax(speedups[kind][: len(fixed)]))
-        row = {
-            "kind": kind, "plain_tokens_per_second": measured[0].tokens_per_second, "best_fixed": ways[best],
-            "best_fixed_speedup": speedups[kind][best], "best_acceptance": acceptance[ways[best]],
-            **{name: speedups[kind][len(fixed) + i] for i, name in enumerate(others)},
-            "adaptive/best_fixed": speedups[kind][len(fixed)] / speedups[kind][best], "bar": 1.0,
-            "identical": all(m.identical for m in measured),
-        }  # fmt: skip
+              f"{options.new_tokens} tokens each")  # fmt: skip
+    comparison = compare(model, tokens, base, options.exits or candidates(config), options.repeats)
+    print(json.dumps({"overhead": comparison.overhead._asdict()}))
+    for row in comparison.summary():
         print(json.dumps(row))
-    # One setting for all three: the time of all kinds together, each weighed by plain decoding's.
-    together = 3 / sum(1 / speedup for speedup in speedups.values())
-    one = int(np.argmax(together[: len(fixed)]))
-    print(json.dumps({"one_fixed_for_all": ways[one], "speedup": together[one], "adaptive": together[len(fixed)],
-                      "adaptive/one_fixed": together[len(fixed)] / together[one], "bar": 1.1}))  # fmt: skip
     if not options.no_curve:
         for row in exit_curve(model, tokens["code"], base, options.repeats):
             print(json.dumps({"exit_by_confidence": row}))

@@ -301,9 +301,8 @@ class DecodeConfig:
     exits: tuple[int, ...] = setting((), "candidate exits; none is L/8, L/4, L/2 and exit_layer")
     draft_threshold: float = setting(0.5, "policy confidence: probability below which drafting stops")
     exit_threshold: float = setting(0.0, "mode early_exit: probability at which a token leaves; 0 is at exit_layer")
-    width_cost: float = setting(
-        0.0, "policy adaptive: what a drafted token adds to the verification's time [plain tokens]; sweep measures it"
-    )
+    start_cost: float = setting(0.0, "policy adaptive: what drafting at all adds to a round's time [plain tokens]")
+    width_cost: float = setting(0.0, "policy adaptive: what each drafted token adds to it; sweep measures both")
     weights: Literal["full", "int8"] = setting("full", "int8: weights rounded to 8 bits, not the full model's text")
     max_new_tokens: int = setting(128, "tokens generated after each prompt, at most")
     temperature: float = setting(0.0, "0 is greedy")
@@ -327,9 +326,11 @@ class DecodeConfig:
         require("" not in self.stop, "a stop string must not be empty")
         rising = list(self.exits) == sorted(set(self.exits)) and min(self.exits, default=1) >= 1
         require(rising, f"exits must rise from 1 on, not {' '.join(map(str, self.exits))}")
-        require(0 <= self.draft_threshold <= 1, f"draft_threshold must be in [0, 1], not {self.draft_threshold}")
-        require(0 <= self.exit_threshold <= 1, f"exit_threshold must be in [0, 1], not {self.exit_threshold}")
-        require(0 <= self.width_cost < math.inf, f"width_cost must be 0 or more, and finite, not {self.width_cost}")
+        for name in ("draft_threshold", "exit_threshold"):
+            require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], not {getattr(self, name)}")
+        for name in ("start_cost", "width_cost"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} must be 0 or more, and finite, not {value}")
         require(self.stream_every >= 1, f"stream_every must be at least 1, not {self.stream_every}")
 
 

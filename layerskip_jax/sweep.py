@@ -20,7 +20,7 @@ from layerskip_jax.commands.prompts import add_prompt_options, read_prompts
 from layerskip_jax.config import DecodeConfig, ModelConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.configure import configured
-from layerskip_jax.decoding.cost import predicted_speedup, round_cost
+from layerskip_jax.decoding.cost import Overhead, predicted_speedup, round_cost
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.errors import UserError, run_command
@@ -88,14 +88,17 @@ def measure(
     return measurements
 
 
-def fitted_width_cost(model: ModelConfig, measurements: Iterable[Measurement]) -> float:
-    """Return w of `cost.round_cost` that fits the measured rounds best (least squares), 0 at least."""
-    over = fraction = 0.0
-    for m in measurements:
-        by_bytes = round_cost(model, m.settings["exit_layer"], m.drafted_per_round)
-        over += m.drafted_per_round * (m.round_cost - by_bytes)
-        fraction += m.drafted_per_round**2
-    return max(0.0, over / fraction)
+def fitted_overhead(model: ModelConfig, measurements: Iterable[Measurement]) -> Overhead:
+    """Return c and w of `cost.round_cost` that fit the measured rounds best (least squares), neither negative."""
+    rows = [(m.drafted_per_round, m.settings["exit_layer"], m.round_cost) for m in measurements]
+    beyond = np.array([cost - round_cost(model, exit_layer, drafted) for drafted, exit_layer, cost in rows])
+    columns = np.array([(1.0, drafted) for drafted, _, _ in rows])
+    for used in ([0, 1], [1], [0]):  # what would be negative is left out
+        fitted = np.zeros(2)
+        fitted[used] = np.linalg.lstsq(columns[:, used], beyond)[0]
+        if np.all(fitted >= 0):
+            return Overhead(*fitted.tolist())
+    return Overhead()
 
 
 def sweep(
@@ -106,8 +109,8 @@ def sweep(
     draft_lengths: Sequence[int],
     repeats: int,
     eos: int = -1,
-) -> tuple[list[Measurement], list[Measurement], float]:
-    """Return plain decoding and every pair of exit and length; then the finalists against plain; and w.
+) -> tuple[list[Measurement], list[Measurement], Overhead]:
+    """Return plain decoding and every pair of exit and length; the finalists against plain; the fitted overhead.
 
     The finalists are the fastest pair, the adaptive policy over the same exits up to the greatest length, and prompt
     lookup.
@@ -115,7 +118,7 @@ def sweep(
     fixed = dataclasses.replace(settings, mode="self_speculative", policy="fixed")
     pairs = [dataclasses.replace(fixed, exit_layer=e, draft_length=d) for e in exits for d in draft_lengths]
     grid = measure(model, prompts, pairs, repeats, eos)
-    width_cost = fitted_width_cost(model.config, grid[1:])
+    overhead = fitted_overhead(model.config, grid[1:])
     best = max(grid[1:], key=lambda m: m.tokens_per_second)
     longest = max(draft_lengths)
     finalists = [
@@ -126,11 +129,12 @@ def sweep(
             exit_layer=best.settings["exit_layer"],
             exits=tuple(exits),
             draft_length=longest,
-            width_cost=width_cost,
+            start_cost=overhead.start,
+            width_cost=overhead.width,
         ),
         dataclasses.replace(fixed, mode="prompt_lookup", draft_length=longest),
     ]
-    return grid, measure(model, prompts, finalists, repeats, eos), width_cost
+    return grid, measure(model, prompts, finalists, repeats, eos), overhead
 
 
 def table(model: ModelConfig, grid: list[Measurement], finals: list[Measurement]) -> str:
@@ -218,10 +222,10 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
     eos = -1 if settings.ignore_eos else tokenizer.eos_id
     model = with_weights(model, settings.weights)
-    grid, finals, width_cost = sweep(model, prompts, settings, exits, lengths, options.repeats, eos)
+    grid, finals, overhead = sweep(model, prompts, settings, exits, lengths, options.repeats, eos)
 
     winner = max(finals[:3], key=lambda m: m.tokens_per_second)
-    chosen = winner.settings | {"width_cost": width_cost}
+    chosen = winner.settings | {"start_cost": overhead.start, "width_cost": overhead.width}
     if chosen["policy"] == "adaptive":
         chosen["exits"] = exits
     measured = {"tokens_per_second": winner.tokens_per_second, "speedup": winner.speedup, "prompts": len(prompts)}

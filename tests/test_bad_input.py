@@ -21,6 +21,7 @@ from models import tiny_model
 from layerskip_jax.config import DecodeConfig, from_dict
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.confident_exit import ConfidentExit
+from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
@@ -59,7 +60,7 @@ BAD_STEPS = [
     (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (0, 1))), "exits must rise"),
     (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), probe_share=0.0)), "probe_share"),
     (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), horizon=NAN)), "horizon"),
-    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), width_cost=INF)), "width_cost"),
+    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), overhead=Overhead(width=INF))), "overhead"),
     (lambda: PromptLookup(Greedy(), 0), "draft_length"),
     (lambda: PromptLookup(Greedy(), 64), "draft length 64"),
     (lambda: PromptLookup(Greedy(), 2, longest=0), "longest"),

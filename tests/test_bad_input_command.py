@@ -123,6 +123,7 @@ BAD_OPTIONS = [
     (["--draft_threshold", "1.1"], "draft_threshold"),
     (["--exit_threshold", "-0.1"], "exit_threshold"),
     (["--width_cost", "-1"], "width_cost"),
+    (["--start_cost", "inf"], "start_cost"),
     (["--weights", "int4"], "--weights"),
     (["--mode", "early-exit"], "--mode"),
     (["--policy", ""], "--policy"),

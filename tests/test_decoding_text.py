@@ -21,7 +21,7 @@ from layerskip_jax.config import (
     ModelConfig,
 )
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.decoding.cost import predicted_speedup, round_cost
+from layerskip_jax.decoding.cost import Overhead, predicted_speedup, round_cost
 from layerskip_jax.decoding.engine import generate, start
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -227,14 +227,23 @@ def test_sweep_errors(run_folder):
             sweep.main(["--checkpoint", run_folder, *argv])
 
 
-def test_width_cost_is_fitted():
+@pytest.mark.parametrize("overhead", [Overhead(0.5, 0.07), Overhead(0.0, 0.07), Overhead(0.5, 0.0), Overhead()])
+def test_the_overhead_of_speculation_is_fitted(overhead):
     model = ModelConfig(num_layers=8, vocab_size=1)
     rounds = [(exit_layer, d) for exit_layer in (1, 2, 4) for d in (2, 4, 8)]
     measurements = [
-        sweep.Measurement({"exit_layer": e}, 0, 0, 0, 0, d, round_cost(model, e, d, width_cost=0.07), True)
-        for e, d in rounds
+        sweep.Measurement({"exit_layer": e}, 0, 0, 0, 0, d, round_cost(model, e, d, overhead), True) for e, d in rounds
     ]
-    assert sweep.fitted_width_cost(model, measurements) == pytest.approx(0.07)
+    assert sweep.fitted_overhead(model, measurements) == pytest.approx(overhead, abs=1e-9)
+
+
+def test_an_overhead_is_never_negative():
+    model = ModelConfig(num_layers=8, vocab_size=1)
+    fast = [
+        sweep.Measurement({"exit_layer": 2}, 0, 0, 0, 0, d, cost * round_cost(model, 2, d), True)
+        for d, cost in ((2, 0.9), (4, 1.0), (8, 0.9))
+    ]
+    assert min(sweep.fitted_overhead(model, fast)) >= 0
 
 
 @pytest.mark.parametrize("every", [1, 3, 100])

@@ -2,6 +2,7 @@
 
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.decoding.confident_exit import ConfidentExit
+from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, DraftPolicy, Fixed, default_candidates
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, Round, SelfSpeculative
@@ -44,7 +45,9 @@ def policy_of(config: DecodeConfig, num_layers: int) -> DraftPolicy:
     if config.policy == "confidence":
         return ConfidenceStop(exit_layer, length, config.draft_threshold)
     if config.policy == "adaptive":
-        return Adaptive(exit_layer, length, exits_of(config, num_layers), width_cost=config.width_cost)
+        return Adaptive(
+            exit_layer, length, exits_of(config, num_layers), overhead=Overhead(config.start_cost, config.width_cost)
+        )
     return Fixed(exit_layer, length)
 
 

@@ -5,12 +5,25 @@ in passes of the full model for one token, so 1 is a round of plain decoding.
 """
 
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.model import compute_dtype, parameter_count
+
+
+class Overhead(NamedTuple):
+    """What speculation costs beyond the bytes of the weights, where arithmetic or operations take time."""
+
+    start: float = 0.0
+    """c: once in a round that drafts at all, since several positions are verified otherwise than one."""
+    width: float = 0.0
+    """w: for each drafted token, since it is one more position to verify."""
+
+
+NO_OVERHEAD = Overhead()
 
 
 def weight_count(config: ModelConfig) -> int:
@@ -28,17 +41,17 @@ def head_share(config: ModelConfig) -> float:
     return config.vocab_size * config.dim / weight_count(config)
 
 
-def round_cost(config: ModelConfig, exit_layer: float, drafted: float, width_cost: float = 0.0) -> float:
-    """``(1-h)(1 + d E/L) + h(1+d) + w d``: the draft reads E of L blocks and the head d times, verification all once.
+def round_cost(config: ModelConfig, exit_layer: float, drafted: float, overhead: Overhead = NO_OVERHEAD) -> float:
+    """``(1-h)(1 + d E/L) + h(1+d) + [d > 0] c + w d``: drafts read E of L blocks and the head, verification all once.
 
-    w (``width_cost``) is what one more position in the verification costs: 0 where weights' bytes alone count, more
-    where arithmetic does (`python -m layerskip_jax.sweep` measures it).
+    c and w are 0 where weights' bytes alone count (`python -m layerskip_jax.sweep` measures them).
 
     >>> round(round_cost(ModelConfig(num_layers=8, vocab_size=1), exit_layer=2, drafted=4), 2)
     2.0
     """
     h = head_share(config)
-    return (1 - h) * (1 + drafted * exit_layer / config.num_layers) + h * (1 + drafted) + width_cost * drafted
+    by_bytes = (1 - h) * (1 + drafted * exit_layer / config.num_layers) + h * (1 + drafted)
+    return by_bytes + (overhead.start if drafted else 0.0) + overhead.width * drafted
 
 
 def predicted_speedup(

@@ -16,7 +16,7 @@ import numpy as np
 
 from layerskip_jax.checks import check_type, require
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.decoding.cost import head_share, round_cost
+from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, head_share, round_cost
 
 
 class Plan(NamedTuple):
@@ -163,7 +163,7 @@ class Adaptive(Fixed):
     candidates: tuple[int, ...] = ()
     probe_share: float = 0.05
     horizon: float = 100.0
-    width_cost: float = 0.0
+    overhead: Overhead = NO_OVERHEAD
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,7 +171,8 @@ class Adaptive(Fixed):
         require(rising, f"candidate exits must rise from 1 on, not {self.candidates}")
         require(0 < self.probe_share <= 1, f"probe_share must be in (0, 1], not {self.probe_share}")
         require(0 < self.horizon < math.inf, f"horizon must be positive and finite, not {self.horizon}")
-        require(0 <= self.width_cost < math.inf, f"width_cost must not be negative or infinite: {self.width_cost}")
+        bounded = all(0 <= cost < math.inf for cost in self.overhead)
+        require(bounded, f"overhead must not be negative or infinite: {self.overhead}")
 
     @property
     def exits(self) -> Sequence[int]:
@@ -184,9 +185,9 @@ class Adaptive(Fixed):
     def start(self, model: ModelConfig) -> Any:
         # A verification costs the width that is compiled, not the one that is wanted.
         wide = [next(w for w in self.verify_widths if w > d) - 1 for d in range(self.draft_length + 1)]
+        wider = [self.overhead.width * (wide[d] - d) for d in range(self.draft_length + 1)]
         cost_XQ = np.array([
-            [round_cost(model, exit, d) + self.width_cost * wide[d] for d in range(self.draft_length + 1)]
-            for exit in self.exits
+            [round_cost(model, exit, d, self.overhead) + more for d, more in enumerate(wider)] for exit in self.exits
         ], np.float32)  # fmt: skip
         none_Xd = jnp.zeros((len(self.exits), self.draft_length))
         probe_after = jnp.float32(len(self.exits) * head_share(model) / self.probe_share)
