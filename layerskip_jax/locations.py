@@ -6,6 +6,7 @@ import re
 
 import jax
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from layerskip_jax.errors import UserError
 
@@ -40,6 +41,7 @@ def keep_compiled_programs(run_dir: str) -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(locate(run_dir) / "compiled"))
+        compilation_cache.reset_cache()  # a program compiled before has settled that none is kept
 
 
 def is_remote(path: epath.Path) -> bool:

@@ -1,0 +1,267 @@
+"""LayerSkip's claims, from scratch: ``python -m benchmarks.evidence [--prose FOLDER] [--group.setting VALUE ...]``.
+
+Trains the variants of ``--config`` (the paper's four and three more) on the same tokens in the same order, measures
+their exits, steps and decoding side by side, and writes the tables and pictures of docs/results.md. All of it goes on
+where it was stopped: what is trained is not trained again, and what is measured of a run is not measured again.
+
+    <train.run_dir>/<corpus>/<variant>-<seed>      the runs
+    <train.run_dir>/<corpus>/measured              what was measured of them
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.adaptive import candidates, compare, prompts_of_kinds
+from benchmarks.decoding import WithoutQueries, in_turn, ratio, speed
+from benchmarks.evidence_page import write_page
+from benchmarks.step_cost import time_steps
+from layerskip_jax.checkpoint import load_model
+from layerskip_jax.command_line import apply_overrides, make_parser, parse_config
+from layerskip_jax.commands.prompts import read_prompts
+from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
+from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.policies import Fixed
+from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
+from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.errors import run_command
+from layerskip_jax.evaluation.exits import quality_of_checkpoint
+from layerskip_jax.model import Transformer
+from layerskip_jax.plots import read_metrics
+from layerskip_jax.sweep import measure
+from layerskip_jax.training import train
+
+NO_EXITS = {"early_exit.curriculum": "none"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": NO_EXITS | {"layer_dropout.p_max": 0.0},
+    "dropout": NO_EXITS,
+    "exits": {"layer_dropout.p_max": 0.0},
+    "layerskip": {},  # both, as the paper has it
+    "tuned": {"early_exit.always_last": False, "early_exit.e_scale": 1.0},  # one exit a step, whole
+    "all_exits": {"early_exit.curriculum": "all"},
+    "decaying": {
+        "layer_dropout.p_max": 0.6,
+        "layer_dropout.layer_scale": "linear",
+        "layer_dropout.time_scale": "decaying",
+        "layer_dropout.rescale": True,
+    },
+}
+Measured = dict[str, Any]
+
+
+def corpus_of(config: Config, prose: str | None) -> Config:
+    """Return the config of a corpus: its own, or the text files of ``prose``; each has its folder of runs."""
+    folder = f"{config.train.run_dir}/{'prose' if prose else 'code'}"
+    changes: dict[str, Any] = {"data.tokenizer": f"{folder}/tokenizer.model", "train.run_dir": folder}
+    return apply_overrides(config, changes | ({"data.source": "text", "data.path": prose} if prose else {}))
+
+
+def variant_of(config: Config, name: str, seed: int) -> Config:
+    folder = f"{config.train.run_dir}/{name}-{seed}"
+    return apply_overrides(config, VARIANTS[name] | {"train.seed": seed, "train.run_dir": folder})
+
+
+def is_trained(config: Config) -> bool:
+    folder = Path(config.train.run_dir) / "checkpoints" / str(config.train.steps)
+    return folder.is_dir()
+
+
+def parameters_sum(run: str) -> str:
+    """Return a SHA-256 of all parameters of a run."""
+    model, _, _ = load_model(run)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(model)]
+    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
+
+
+def held_out(run: str, layers: int) -> dict[str, list[float]]:
+    """Return the held-out loss of every exit at each evaluation of training, as ``{step: loss_L}``."""
+    metrics = read_metrics(run)
+    exits = [metrics[f"validation/exit_loss/{exit_layer}"] for exit_layer in range(1, layers + 1)]
+    return {str(step): [points[step] for points in exits] for step in exits[0]}
+
+
+def quality(run: str, config: Config) -> Measured:
+    ledger = read_metrics(run)["run/seconds/training"]
+    return quality_of_checkpoint(run, batches=64).as_dict() | {
+        "held_out_loss": held_out(run, config.model.num_layers),
+        "tokens": config.train.steps * config.train.batch_size * config.data.sequence_length,
+        "seconds": ledger[max(ledger)],
+        "parameters": parameters_sum(run),
+    }
+
+
+def decoder(run: str) -> tuple[Transformer, Tokenizer, DecodeConfig]:
+    model, config, tokenizer = load_model(run, unstacked=True)
+    base = dataclasses.replace(config.decode, mode="self_speculative", policy="fixed", ignore_eos=True)
+    return model, Tokenizer.load(str(tokenizer)), base
+
+
+def tokens_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+
+
+def decoding(run: str, config: Config, repeats: int) -> Measured:
+    """Time all pairs of exit and length, and the policies, on every kind of prompt that the corpus has."""
+    model, tokenizer, base = decoder(run)
+    code = config.data.source == "python_stdlib"
+    kinds = prompts_of_kinds(config, 4) if code else {"prose": read_prompts(None, None, 8, config)}
+    prompts = {kind: tokens_of(tokenizer, texts) for kind, texts in kinds.items()}
+    comparison = compare(model, prompts, base, candidates(config), repeats)
+    rows = {
+        kind: [
+            dataclasses.asdict(m)
+            | {"name": name, "predicted": m.predicted_speedup(config.model) if name[0] == "E" else math.nan}
+            for name, m in zip(["plain", *comparison.names], measured, strict=True)
+        ]
+        for kind, measured in comparison.measured.items()
+    }
+    return {"ways": rows, "summary": list(comparison.summary()), "overhead": comparison.overhead._asdict()}
+
+
+def best_fixed(measured: Measured, kind: str) -> tuple[int, int]:
+    rows = [row for row in measured["ways"][kind] if row["name"].startswith("E=")]
+    best = max(rows, key=lambda row: row["speedup"])["settings"]
+    return best["exit_layer"], best["draft_length"]
+
+
+def reuse_and_temperature(run: str, config: Config, exit_layer: int, length: int, repeats: int) -> Measured:
+    """Time one setting with and without reuse of the exit queries, and at several temperatures."""
+    model, tokenizer, base = decoder(run)
+    prompts = tokens_of(tokenizer, read_prompts(None, None, 8, config))
+    steps = {
+        "plain": Autoregressive(Greedy()),
+        "with": SelfSpeculative(Greedy(), Fixed(exit_layer, length)),
+        "without": WithoutQueries(Greedy(), Fixed(exit_layer, length)),
+    }
+    runs = in_turn(
+        {name: partial(generate, model, prompts[:1], base.max_new_tokens, step) for name, step in steps.items()},
+        repeats,
+    )
+    reuse = {"tokens_per_second": speed(runs["with"]), "with/without": ratio(runs["with"], runs["without"])}
+    rows = []
+    for temperature in (0.0, 0.3, 0.6, 1.0):
+        way = dataclasses.replace(base, exit_layer=exit_layer, draft_length=length, temperature=temperature)
+        _, m = measure(model, prompts[:4], [way], repeats)
+        rows.append({"temperature": temperature, "acceptance": m.acceptance, "speedup": m.speedup})
+    return {"exit_layer": exit_layer, "draft_length": length, "reuse": reuse, "temperature": rows}
+
+
+def step_times(config: Config) -> Measured:
+    """Time the variants' steps in turn, at the middle of training."""
+    configs = {name: variant_of(config, name, 0) for name in VARIANTS}
+    configs["decaying_skipping"] = apply_overrides(configs["decaying"], {"layer_dropout.form": "skipping"})
+    steps = time_steps(configs, turns=2 * (config.model.num_layers - 1), first=config.train.steps // 2)
+    tokens = config.train.batch_size * config.data.sequence_length
+    return {
+        name: {"of_plain": steps.of_first(name), "tokens_per_second": tokens / float(np.median(seconds))}
+        for name, seconds in steps.seconds.items()
+    }
+
+
+def machine() -> str:
+    if jax.default_backend() != "cpu":
+        device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        device = f"{os.cpu_count()} cores, {names[0] if names else platform.machine()}"
+    return f"{device}, Python {platform.python_version()}, jax {jax.__version__}"
+
+
+def commit() -> str:
+    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return said.stdout.strip() or "not in a checkout"
+
+
+class Results:
+    """A folder of what was measured, a JSON file a part: each is measured once, and kept when the next one fails."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def once(self, name: str, measure_it: Callable[[], Measured]) -> Measured:
+        file = self.folder / f"{name}.json"
+        if not file.exists():
+            print(f"measuring {name}", flush=True)
+            began = time.time()
+            measured = measure_it()
+            about = {"commit": commit(), "machine": machine(), "seconds": time.time() - began}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            begun = file.with_suffix(".begun")
+            begun.write_text(json.dumps({"measured": measured, "about": about}, indent=1))
+            begun.replace(file)
+        return json.loads(file.read_text())["measured"]
+
+    def parts(self) -> dict[str, Any]:
+        files = sorted(self.folder.rglob("*.json"), key=lambda file: file.stat().st_mtime)
+        return {str(file.relative_to(self.folder).with_suffix("")): json.loads(file.read_text()) for file in files}
+
+
+def train_all(config: Config, variants: list[str], seeds: list[int], again: str | None) -> list[Config]:
+    """Train what is not trained yet; return the configs of all runs."""
+    if not Path(config.data.tokenizer).exists():
+        documents = open_documents(config.data, config.data.train_split)
+        train_tokenizer(documents, config.data.tokenizer, config.model.vocab_size)
+    runs = [variant_of(config, name, seed) for seed in seeds for name in variants]
+    if again:
+        first = variant_of(config, again, seeds[0])
+        runs.append(apply_overrides(first, {"train.run_dir": f"{first.train.run_dir}-again"}))
+    for run in runs:
+        if not is_trained(run):
+            print(f"training {run.train.run_dir}", flush=True)
+            train(run)
+    return runs
+
+
+def measure_all(config: Config, runs: list[Config], variants: list[str], seed: int, repeats: int) -> dict[str, Any]:
+    """Measure what is not measured yet; return all parts by name."""
+    results = Results(Path(config.train.run_dir) / "measured")
+    for run in runs:
+        folder = run.train.run_dir
+        results.once(f"quality/{Path(folder).name}", partial(quality, folder, run))
+    for name in variants:
+        run = variant_of(config, name, seed)
+        ways = results.once(f"decoding/{name}", partial(decoding, run.train.run_dir, run, repeats))
+        setting = best_fixed(ways, next(iter(ways["ways"])))
+        results.once(f"more/{name}", partial(reuse_and_temperature, run.train.run_dir, run, *setting, repeats))
+    results.once("steps", partial(step_times, config))
+    return results.parts()
+
+
+def main() -> None:
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--prose", metavar="FOLDER", help="a corpus of text files, in place of the Python code")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each variant (default: 0)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each way of decoding (default: 3)")
+    parser.add_argument("--again", choices=VARIANTS, help="train this variant twice, to compare bit for bit")
+    parser.add_argument("--no_measuring", action="store_true", help="train only: variants may train beside each other")
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="whose tables are written anew")
+    config, options = parse_config(parser, ["--config", "configs/evidence.py", *sys.argv[1:]])
+    corpus = corpus_of(config, options.prose)
+    runs = train_all(corpus, options.variants, options.seeds, options.again)
+    if options.no_measuring:
+        return
+    parts = measure_all(corpus, runs, options.variants, options.seeds[0], options.repeats)
+    for path in write_page(options.page, Path(corpus.train.run_dir).name, corpus, parts):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

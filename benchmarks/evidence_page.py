@@ -1,0 +1,227 @@
+"""The tables and pictures of docs/results.md, from what `benchmarks.evidence` measured."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from layerskip_jax.config import Config
+from layerskip_jax.plots import save_picture
+
+Parts = dict[str, Any]
+END = "<!-- end -->"
+
+
+def measured(parts: Parts, prefix: str) -> dict[str, Any]:
+    """Return what was measured under the names that begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): part["measured"] for name, part in parts.items() if name.startswith(prefix)}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def by_variant(parts: Parts) -> dict[str, list[dict[str, Any]]]:
+    """Return what was measured of each variant's exits, a list of seeds."""
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for name, one in measured(parts, "quality/").items():
+        if not name.endswith("-again"):
+            variants.setdefault(name.rsplit("-", 1)[0], []).append(one)
+    return variants
+
+
+def mean_loss(seeds: list[dict[str, Any]]) -> np.ndarray:
+    return np.mean([one["held_out_loss_by_exit"] for one in seeds], axis=0)
+
+
+def exits_table(parts: Parts) -> str:
+    """Lay the held-out losses of the exits out, a variant a row, with the middle and the last against plain."""
+    variants = by_variant(parts)
+    layers = len(mean_loss(next(iter(variants.values()))))
+    shown = sorted({2, 3, 4, layers // 2, 2 * layers // 3, layers})
+    plain = mean_loss(variants["plain"]) if "plain" in variants else np.full(layers, math.nan)
+    rows = []
+    for name, seeds in variants.items():
+        loss = mean_loss(seeds)
+        rows.append(
+            [
+                name,
+                *(f"{loss[exit_layer - 1]:.3f}" for exit_layer in shown),
+                f"{np.exp(loss[layers // 2 - 1]):.1f}",
+                f"{np.exp(plain[layers // 2 - 1] - loss[layers // 2 - 1]):.2f}x",
+                f"{loss[-1] / plain[-1] - 1:+.1%}",
+            ]
+        )
+    middle = layers // 2
+    head = ["variant", *(f"exit {exit_layer}" for exit_layer in shown)]
+    return table([*head, f"perplexity of {middle}", f"plain's / its, at {middle}", "last loss to plain's"], rows)
+
+
+def middle_table(parts: Parts) -> str:
+    """Lay the middle exit's perplexity out over training."""
+    rows = []
+    for name, seeds in by_variant(parts).items():
+        steps = seeds[0]["held_out_loss"]
+        layers, last = len(seeds[0]["held_out_loss_by_exit"]), max(map(int, steps))
+        points = [int(step) for step in steps if int(step) == last or round(10 * int(step) / last) in (1, 2, 5, 8)]
+        each = [np.mean([one["held_out_loss"][str(step)] for one in seeds], axis=0) for step in points]
+        rows.append([name, *(f"{np.exp(loss[layers // 2 - 1]):.1f}" for loss in each)])
+        tokens = [seeds[0]["tokens"] * step / last / 1e6 for step in points]
+    return table(["variant", *(f"{millions:.1f}M tokens" for millions in tokens)], rows)
+
+
+def steps_table(parts: Parts) -> str:
+    rows = [
+        [name, f"{row['of_plain']:.3f}x", f"{row['tokens_per_second']:,.0f}"]
+        for name, row in measured(parts, "steps")[""].items()
+    ]
+    return table(["variant", "step, of plain's", "tokens/s"], rows)
+
+
+def decoding_table(parts: Parts) -> str:
+    """Lay the fastest fixed setting of each variant out, a kind of prompt a row, with the other ways."""
+    rows = []
+    for name, one in measured(parts, "decoding/").items():
+        for kind, ways in one["ways"].items():
+            fixed = [way for way in ways if way["name"].startswith("E=")]
+            best = max(fixed, key=lambda way: way["speedup"])
+            same = all(way["identical"] for way in ways)
+            others = [way for way in ways if way["name"] in ("adaptive", "confidence", "prompt_lookup")]
+            rows.append(
+                [
+                    name, kind, f"{ways[0]['tokens_per_second']:,.0f}", best["name"], f"{best['acceptance']:.1%}",
+                    f"{best['speedup']:.2f}x", f"{best['predicted']:.2f}x",
+                    *(f"{way['speedup']:.2f}x" for way in others), "yes" if same else "NO",
+                ]
+            )  # fmt: skip
+    head = ["variant", "prompts", "plain tokens/s", "fastest fixed", "acceptance", "speedup", "by bytes"]
+    return table([*head, "adaptive", "confidence", "prompt lookup", "same text"], rows)
+
+
+def adaptive_table(parts: Parts) -> str:
+    """Lay out what one setting for all kinds of prompt gives, and the adaptive policy."""
+    rows = []
+    for name, one in measured(parts, "decoding/").items():
+        last = one["summary"][-1]
+        values = (last["speedup"], last["adaptive"], last["adaptive/one_fixed"])
+        rows.append([name, last["one_fixed_for_all"], *(f"{value:.2f}x" for value in values)])
+    return table(["variant", "one fixed for all", "its speedup", "adaptive's", "ratio"], rows)
+
+
+def temperature_table(parts: Parts) -> str:
+    rows = []
+    for name, one in measured(parts, "more/").items():
+        cells = [f"{row['acceptance']:.1%}, {row['speedup']:.2f}x" for row in one["temperature"]]
+        setting = f"E={one['exit_layer']} d={one['draft_length']}"
+        rows.append([name, setting, *cells, f"{one['reuse']['with/without']:.2f}x"])
+        temperatures = [row["temperature"] for row in one["temperature"]]
+    head = [f"temperature {temperature:g}" for temperature in temperatures]
+    return table(["variant", "setting", *head, "exit queries reused, against not"], rows)
+
+
+def runs_table(parts: Parts) -> str:
+    """Lay out what each run took, and where and from which commit it was measured."""
+    rows = []
+    for name, part in parts.items():
+        if name.startswith("quality/"):
+            one, about = part["measured"], part["about"]
+            minutes, millions = one["seconds"] / 60, one["tokens"] / 1e6
+            loss = one["held_out_loss_by_exit"][-1]
+            rows.append(
+                [name.removeprefix("quality/"), f"{millions:.1f}M",
+                 f"{minutes:.0f} min", f"{loss!r}", one["parameters"][:12], about["commit"]]
+            )  # fmt: skip
+    head = ["variant-seed", "tokens", "training", "last exit's loss", "SHA-256 of the parameters", "commit"]
+    machines = sorted({part["about"]["machine"] for part in parts.values()})
+    return table(head, rows) + "\n\nMeasured on: " + "; ".join(machines) + "."
+
+
+TABLES = {
+    "exits": exits_table,
+    "middle": middle_table,
+    "steps": steps_table,
+    "decoding": decoding_table,
+    "adaptive": adaptive_table,
+    "temperature": temperature_table,
+    "runs": runs_table,
+}
+
+
+def draw_training(path: Path, config: Config, parts: Parts) -> None:
+    """Draw the perplexity of a quarter, the middle and the last exit over tokens, a variant a line."""
+    layers = config.model.num_layers
+    shown = (layers // 4, layers // 2, layers)
+
+    def draw(axes: np.ndarray) -> None:
+        for axis, exit_layer in zip(axes, shown, strict=True):
+            for name, seeds in by_variant(parts).items():
+                steps = sorted(map(int, seeds[0]["held_out_loss"]))
+                loss = [np.mean([one["held_out_loss"][str(step)][exit_layer - 1] for one in seeds]) for step in steps]
+                tokens = np.array(steps) / steps[-1] * seeds[0]["tokens"] / 1e6
+                axis.semilogy(tokens, np.exp(loss), marker=".", label=name)
+            axis.set(title=f"exit {exit_layer} of {layers}", xlabel="million tokens", ylabel="held-out perplexity")
+        axes[0].legend(fontsize="small")
+
+    save_picture(epath.Path(path), draw, panels=3, size=(15, 4.5))
+
+
+def draw_exits(path: Path, config: Config, parts: Parts) -> None:
+    """Draw perplexity and agreement by exit at the end, a variant a line."""
+    exits = range(1, config.model.num_layers + 1)
+
+    def draw(axes: np.ndarray) -> None:
+        for name, seeds in by_variant(parts).items():
+            axes[0].semilogy(exits, np.exp(mean_loss(seeds)), marker="o", label=name)
+            agreement = np.mean([one["agreement_by_exit"] for one in seeds], axis=0)
+            axes[1].plot(exits, agreement, marker="o", label=name)
+        axes[0].set(title="at the end of training", xlabel="exit layer", ylabel="held-out perplexity")
+        axes[1].set(title="same next token as the last exit", xlabel="exit layer", ylabel="share", ylim=(0, 1.05))
+        axes[0].legend(fontsize="small")
+
+    save_picture(epath.Path(path), draw)
+
+
+def draw_ways(path: Path, parts: Parts) -> None:
+    """Draw the speedup over draft length, an exit a line, a variant a panel, on the first kind of prompt."""
+    decoded = measured(parts, "decoding/")
+
+    def draw(axes: np.ndarray) -> None:
+        for axis, (name, one) in zip(axes, decoded.items(), strict=True):
+            kind, ways = next(iter(one["ways"].items()))
+            lines: dict[int, list[dict[str, Any]]] = {}
+            for way in ways:
+                if way["name"].startswith("E="):
+                    lines.setdefault(way["settings"]["exit_layer"], []).append(way)
+            for exit_layer, line in lines.items():
+                lengths = [way["settings"]["draft_length"] for way in line]
+                (drawn,) = axis.plot(lengths, [way["speedup"] for way in line], marker="o", label=f"E={exit_layer}")
+                axis.plot(lengths, [way["predicted"] for way in line], ":", color=drawn.get_color())
+            axis.axhline(1.0, color="gray", linewidth=0.8)
+            axis.set(title=f"{name}, {kind}", xlabel="draft length d", ylabel="speedup (dotted: by bytes)")
+        axes[0].legend(fontsize="small")
+
+    save_picture(epath.Path(path), draw, panels=len(decoded), size=(3.6 * len(decoded), 4))
+
+
+def write_page(page: Path, corpus: str, config: Config, parts: Parts) -> list[Path]:
+    """Put the tables between the page's marks of this corpus, and the pictures beside it; return what was written.
+
+    A mark is ``<!-- evidence: CORPUS TABLE -->``, and what follows it, to ``<!-- end -->``, is written anew.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        mark = f"<!-- evidence: {corpus} {name} -->"
+        if mark in text:
+            before, rest = text.split(mark, 1)
+            text = f"{before}{mark}\n\n{make(parts)}\n\n{END}{rest.split(END, 1)[1]}"
+    page.write_text(text, encoding="utf-8")
+    folder = page.parent / "results"
+    pictures = [folder / f"{corpus}_{name}.png" for name in ("training", "exits", "speed")]
+    draw_training(pictures[0], config, parts)
+    draw_exits(pictures[1], config, parts)
+    draw_ways(pictures[2], parts)
+    return [page, *pictures]

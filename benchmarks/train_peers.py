@@ -1,0 +1,181 @@
+"""An optimizer step beside others', on CPU: ``python -m benchmarks.train_peers [--turns 4] [--json]``.
+
+The same model (12 layers x 256, vocabulary 4,096), batch (8 x 256 random tokens), AdamW, float32, machine and run: a
+transformers Llama in PyTorch against our plain step; torchtune with layer dropout 0.2 and rotational exits (R = 8)
+against our LayerSkip step. Each runs ``--steps`` steps in its turn, after some that compile; medians. Needs
+``pip install torch transformers torchtune torchao``, and a machine that does nothing else.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.step_cost import PLAIN
+from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig
+from layerskip_jax.losses import Batch
+from layerskip_jax.recipe import Recipe
+from layerskip_jax.sharding import make_mesh
+from layerskip_jax.train_step import Trainer
+
+try:
+    import torch
+    import transformers
+
+    # torchtune 0.6.1 imports a quantised type that later torchao have not, and which nothing here uses.
+    gone = types.ModuleType("torchao.dtypes.nf4tensor")
+    gone.__dict__.update(NF4Tensor=type("NF4Tensor", (torch.Tensor,), {}), to_nf4=None, linear_nf4=None, implements=lambda _: lambda f: f)
+    sys.modules.setdefault("torchao.dtypes.nf4tensor", gone)
+    import torchtune
+    from torchtune.models.llama3 import llama3
+    from torchtune.modules.early_exit_loss import RotationalEarlyExitCurriculum, early_exit_loss, sum_l_loss_scale
+    from torchtune.modules.layer_dropout import ScaleType, prepare_layer_dropout
+except ImportError as error:
+    raise SystemExit(f"{error}: this compares with PyTorch; pip install torch transformers torchtune torchao") from None
+
+R, DROPOUT = 8, 0.2
+LAYERSKIP = dataclasses.replace(
+    PLAIN,
+    layer_dropout=LayerDropoutConfig(p_max=DROPOUT, time_scale="constant"),
+    early_exit=EarlyExitConfig(curriculum="rotational", dilation=R, e_scale=0.2),
+)
+SKIPPING = dataclasses.replace(LAYERSKIP, layer_dropout=dataclasses.replace(LAYERSKIP.layer_dropout, form="skipping"))
+BARS = {"ours plain": ("transformers plain", 1.0), "ours LayerSkip": ("torchtune LayerSkip", 1.1)}
+Step = Callable[[], None]
+
+
+def tokens(config: Config) -> np.ndarray:
+    shape = (config.train.batch_size, config.data.sequence_length + 1)
+    return np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
+
+
+def ours(config: Config) -> Step:
+    trainer = Trainer(config, Recipe.from_config(config), make_mesh(config))
+    token_BT = tokens(config)
+    ones_BT = np.ones_like(token_BT[:, 1:])
+    batch = Batch(token_BT[:, :-1], token_BT[:, 1:], ones_BT, ones_BT.astype(np.float32))
+    state, compiled = trainer.init(), trainer.compile_step()
+
+    def step() -> None:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(metrics)
+
+    return step
+
+
+def in_torch(config: Config, model: torch.nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate, betas=(0.9, 0.95))
+    token_BT = torch.tensor(tokens(config), dtype=torch.long)
+
+    def step() -> None:
+        loss_of(token_BT).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def transformers_plain(config: Config) -> Step:
+    model = config.model
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            num_hidden_layers=model.num_layers,
+            hidden_size=model.dim,
+            num_attention_heads=model.num_heads,
+            num_key_value_heads=model.num_kv_heads,
+            intermediate_size=model.ffn_dim,
+            vocab_size=model.vocab_size,
+            tie_word_embeddings=False,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
+    cross_entropy = torch.nn.CrossEntropyLoss()
+
+    def loss_of(token_BT: torch.Tensor) -> torch.Tensor:
+        logits_BTV = llama(token_BT[:, :-1]).logits
+        return cross_entropy(logits_BTV.flatten(0, 1), token_BT[:, 1:].flatten())  # type: ignore[no-any-return]
+
+    return in_torch(config, llama.train(), loss_of)
+
+
+def torchtune_layerskip(config: Config) -> Step:
+    model = config.model
+    decoder = llama3(
+        vocab_size=model.vocab_size,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        embed_dim=model.dim,
+        intermediate_dim=model.ffn_dim,
+        max_seq_len=config.data.sequence_length,
+    )
+    prepare_layer_dropout(decoder.layers, prob_max=DROPOUT, prob_layer_scale=ScaleType.EXP)
+    curriculum = RotationalEarlyExitCurriculum([layer % R == 0 for layer in range(model.num_layers)], max_steps=10_000)
+    cross_entropy = torch.nn.CrossEntropyLoss()
+
+    def loss_of(token_BT: torch.Tensor) -> torch.Tensor:
+        # As torchtune's recipe has it: the last exit's loss comes from the logits, the others' beside it.
+        exits = np.flatnonzero(curriculum.get())
+        decoder.output_hidden_states = exits.tolist()
+        *hidden, logits_BTV = decoder(token_BT[:, :-1])
+        last = cross_entropy(logits_BTV.float().flatten(0, 1), token_BT[:, 1:].flatten())
+        by_exit = dict(zip(exits.tolist(), hidden, strict=True))
+        early = early_exit_loss(decoder, by_exit, token_BT[:, 1:], cross_entropy, 0.2, sum_l_loss_scale)
+        curriculum.step()
+        return last + early  # type: ignore[no-any-return]
+
+    return in_torch(config, decoder.train(), loss_of)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=4, help="turns of each (default: 4)")
+    parser.add_argument("--steps", type=int, default=8, help="steps in a turn (default: 8, a rotation)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line only")
+    options = parser.parse_args()
+    if not options.json:
+        print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+              f"torchtune {torchtune.__version__}, Python {platform.python_version()}, {platform.machine()}, "
+              f"{torch.get_num_threads()} threads")  # fmt: skip
+    ways: dict[str, Step] = {
+        "transformers plain": transformers_plain(PLAIN),
+        "ours plain": ours(PLAIN),
+        "torchtune LayerSkip": torchtune_layerskip(LAYERSKIP),
+        "ours LayerSkip": ours(LAYERSKIP),
+        "ours LayerSkip, skipping": ours(SKIPPING),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}  # of a turn
+    for turn in range(options.turns + 1):
+        for name, step in ways.items():
+            step()  # the others' threads go to sleep
+            began = time.perf_counter()
+            for _ in range(options.steps):
+                step()
+            if turn:
+                seconds[name].append((time.perf_counter() - began) / options.steps)
+    per_step = PLAIN.train.batch_size * PLAIN.data.sequence_length
+    rows: dict[str, Any] = {name: {"tokens_per_second": per_step / statistics.median(s)} for name, s in seconds.items()}
+    for name, (peer, bar) in BARS.items():
+        ratio = statistics.median(b / a for a, b in zip(seconds[name], seconds[peer], strict=True))
+        rows[name] |= {f"of {peer}": ratio, "bar": bar}
+    if options.json:
+        print(json.dumps(rows))
+        return
+    for name, row in rows.items():
+        print(f"{name:26}" + "  ".join(f"{key} {value:,.2f}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The command behind docs/results.md: its variants, what it keeps when stopped, and the page it writes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.evidence import VARIANTS, Results, corpus_of, held_out, is_trained, variant_of
+from benchmarks.evidence_page import TABLES, write_page
+from configs.evidence import get_config
+from layerskip_jax.recipe import Recipe
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_has_the_recipe_of_its_name(name):
+    config = variant_of(corpus_of(get_config(), None), name, seed=3)
+    recipe, layers = Recipe.from_config(config), config.model.num_layers
+    steps = range(0, config.train.steps, config.train.steps // 20)
+    dropped = max(float(np.max(recipe.drop_rates(step))) for step in steps)
+    exits = [int(np.sum(np.asarray(recipe.exit_weights(step)) > 0)) for step in range(2 * layers)]
+    assert dropped > 0 or name in ("plain", "exits")
+    assert (max(exits) == 1) == (name in ("plain", "dropout", "tuned"))
+    assert (min(exits) > 2) == (name == "all_exits")
+    assert config.train.seed == 3
+    assert config.train.run_dir == f"runs/evidence/code/{name}-3"
+    assert config.train.steps * config.train.batch_size * config.data.sequence_length >= 10_000_000
+    assert not is_trained(config)
+
+
+def test_prose_has_a_folder_and_a_tokenizer_of_its_own():
+    config = corpus_of(get_config(), "texts")
+    assert (config.data.source, config.data.path) == ("text", "texts")
+    assert config.data.tokenizer == "runs/evidence/prose/tokenizer.model"
+
+
+def test_what_was_measured_is_kept_when_the_next_part_fails(tmp_path):
+    results, calls = Results(tmp_path), []
+
+    def fail():
+        raise OSError("no space left")
+
+    for _ in range(2):
+        assert results.once("quality/plain-0", lambda: calls.append(1) or {"value": 1}) == {"value": 1}
+        with pytest.raises(OSError, match="no space left"):
+            results.once("steps", fail)
+    assert calls == [1]
+    assert results.parts()["quality/plain-0"]["measured"] == {"value": 1}
+    assert set(results.parts()) == {"quality/plain-0"}
+
+
+def test_the_losses_of_every_evaluation_are_read_from_the_metrics(tmp_path):
+    lines = [
+        {"step": step, "validation/exit_loss/1": 3.0 - step, "validation/exit_loss/2": 2.0 - step} for step in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert held_out(str(tmp_path), 2) == {"1": [2.0, 1.0], "2": [1.0, 0.0]}
+
+
+def way(name, speedup, **settings):
+    return {
+        "name": name, "settings": settings, "speedup": speedup, "predicted": 1.5, "acceptance": 0.5,
+        "tokens_per_second": 100.0 * speedup, "identical": True,
+    }  # fmt: skip
+
+
+def parts_of(middles):
+    """Twelve exits; the middle one's loss as given, all others 2."""
+    about = {"commit": "abc", "machine": "here", "seconds": 1.0}
+    parts = {}
+    for run, middle in middles.items():
+        loss = [2.0] * 5 + [middle] + [2.0] * 6
+        quality = {
+            "held_out_loss_by_exit": loss, "agreement_by_exit": [0.5] * 12, "tokens": 1_000_000, "seconds": 60.0,
+            "held_out_loss": {str(step): loss for step in range(1, 11)}, "parameters": "f" * 64,
+        }  # fmt: skip
+        parts[f"quality/{run}"] = {"measured": quality, "about": about}
+    ways = [way("plain", 1.0), way("E=3 d=2", 1.2, exit_layer=3, draft_length=2)]
+    ways += [way("E=4 d=2", 1.4, exit_layer=4, draft_length=2), way("adaptive", 1.3), way("prompt_lookup", 0.9)]
+    last = {"one_fixed_for_all": "E=4 d=2", "speedup": 1.4, "adaptive": 1.3, "adaptive/one_fixed": 1.3 / 1.4}
+    more = {"exit_layer": 4, "draft_length": 2, "reuse": {"tokens_per_second": 1.0, "with/without": 1.1}}
+    more["temperature"] = [{"temperature": 0.0, "acceptance": 0.5, "speedup": 1.4}]
+    steps = {"plain": {"of_plain": 1.0, "tokens_per_second": 1000.0}}
+    for name, one in {
+        "decoding/layerskip": {"ways": {"code": ways}, "summary": [last]}, "more/layerskip": more, "steps": steps,
+    }.items():  # fmt: skip
+        parts[name] = {"measured": one, "about": about}
+    return parts
+
+
+def test_the_page_gets_its_tables_and_pictures_and_keeps_what_is_written_by_hand(tmp_path):
+    page = tmp_path / "results.md"
+    marks = "\n".join(f"<!-- evidence: code {name} -->\nold\n<!-- end -->" for name in TABLES)
+    page.write_text(f"# By hand\n{marks}\n<!-- evidence: prose exits -->\nkept\n<!-- end -->\nthe end\n")
+    # Two seeds of one variant: their mean counts. The twin is a rerun, and not another seed.
+    parts = parts_of({"plain-0": 4.0, "layerskip-0": 1.0, "layerskip-1": 2.0, "plain-0-again": 9.0})
+    for _ in range(2):
+        written = write_page(page, "code", get_config(), parts)
+    text = page.read_text()
+    assert text.startswith("# By hand\n")
+    assert text.endswith("kept\n<!-- end -->\nthe end\n")
+    assert "old" not in text
+    assert f"| {math.exp(1.5):.1f} | {math.exp(2.5):.2f}x | +0.0% |" in text  # e^(4 - 1.5) times the perplexity
+    assert "| layerskip | code | 100 | E=4 d=2 | 50.0% | 1.40x | 1.50x |" in text
+    assert "| plain-0-again | 1.0M | 1 min |" in text
+    assert all(path.exists() for path in written)
+    assert len(written) == 4
