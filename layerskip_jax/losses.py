@@ -12,7 +12,7 @@ from layerskip_jax.attention import SAVED_OUTPUT
 from layerskip_jax.early_exit import ExitLoss, cross_entropy
 from layerskip_jax.layer_dropout import BlockFunction, Rows, apply_masked
 from layerskip_jax.model import Block, Transformer, run_layers
-from layerskip_jax.sharding import constrain, mesh_size
+from layerskip_jax.sharding import constrain, mesh_size, on_each_device, sum_over
 
 Apply = Callable[[BlockFunction, Block, Rows, jax.Array, jax.Array], jax.Array]
 """``(f, block, (x_BTD, segments_BT), kept_B, scale) -> x_BTD``: eq. 1, in the masked or the skipping form."""
@@ -34,6 +34,7 @@ INPUTS_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
 )
 
 
+ROWS = ("batch",)
 Labels = tuple[jax.Array, jax.Array, Any]
 """``targets_BT``, ``mask_BT`` and the guide of a recipe's exit loss, or a chunk of each."""
 
@@ -76,46 +77,52 @@ def exit_loss(
     They are ``(d_x_BTD, d_norm_D)`` (``of_x``), and ``d_head``, added to the one that comes in (None: not asked for).
     Only ``chunk`` positions of each sequence are unembedded at once; it divides T or exceeds it.
     """
-    B, T = x_BTD.shape[:2]
-    chunk = min(chunk, T)
     norm_D, kept_head = model.head()
     axes = kept_head.get_metadata()["axes"]
-    # Whole on every device but for a split vocabulary, around the loop and in it: else each chunk would gather it, and
-    # scatter its gradient.
+    # Whole on every device but for a split vocabulary, around the loop and in it: else each chunk would gather it.
     whole = lambda matrix: constrain(matrix, *(axis if axis == "vocab" else None for axis in axes))  # noqa: E731
     head = jax.tree.map(lambda matrix: whole(matrix.astype(x_BTD.dtype)), kept_head)
 
-    def add(carry: tuple[jax.Array, Any, Any], piece: tuple[jax.Array, Labels]) -> tuple[Any, Any]:
-        (total, d_norm_D, d_head), (x_BCD, labels) = carry, piece
+    def of_rows(x_BTD: jax.Array, labels: Labels, norm_D: Any, head: Any, weight: jax.Array) -> tuple[Any, ...]:
+        """Go through a device's own rows; what all rows add up to is summed over the devices at the end."""
+        B, T = x_BTD.shape[:2]
+        C = min(chunk, T)
+        parts = mesh_size("length")  # of a sequence that lies on several devices, a chunk takes some of each part
 
-        def of_chunk(x_BCD: jax.Array, norm_D: Any, head: Any) -> jax.Array:
-            return loss(partial(model.unembed, head=(norm_D, jax.tree.map(whole, head))), x_BCD, *labels)
+        def chunks(array: jax.Array) -> jax.Array:
+            array = array.reshape(B, parts, T // C, C // parts, *array.shape[2:])
+            return jnp.moveaxis(array, 2, 0).reshape(T // C, B, C, *array.shape[4:])
 
-        if not of_x and d_head is None:
-            return (total + of_chunk(x_BCD, norm_D, head), None, None), None
-        value, pullback = jax.vjp(of_chunk, x_BCD, norm_D, head)
-        d_x_BCD, more_norm_D, more_head = pullback(weight)
-        d_norm_D = jax.tree.map(jnp.add, d_norm_D, more_norm_D) if of_x else None
-        if d_head is not None:
-            d_head = jax.tree.map(lambda a, b: whole(a + b), d_head, more_head)
-        return (total + value, d_norm_D, d_head), d_x_BCD if of_x else None
+        def joined(d_x: jax.Array) -> jax.Array:
+            d_x = d_x.reshape(T // C, B, parts, C // parts, -1)
+            return jnp.moveaxis(d_x, 0, 2).reshape(x_BTD.shape)
 
-    parts = mesh_size("length")  # of a sequence that lies on several devices, a chunk takes some of each part
+        def add(carry: tuple[jax.Array, Any, Any], piece: tuple[jax.Array, Labels]) -> tuple[Any, Any]:
+            (total, d_norm_D, d_head), (x_BCD, labels) = carry, piece
 
-    def chunks(array: jax.Array) -> jax.Array:
-        array = array.reshape(B, parts, T // chunk, chunk // parts, *array.shape[2:])
-        return jnp.moveaxis(array, 2, 0).reshape(T // chunk, B, chunk, *array.shape[4:])
+            def of_chunk(x_BCD: jax.Array, norm_D: Any, head: Any) -> jax.Array:
+                return loss(partial(model.unembed, head=(norm_D, jax.tree.map(whole, head))), x_BCD, *labels)
 
-    def joined(d_x: jax.Array) -> jax.Array:
-        d_x = d_x.reshape(T // chunk, B, parts, chunk // parts, -1)
-        return jnp.moveaxis(d_x, 0, 2).reshape(x_BTD.shape)
+            if not of_x and d_head is None:
+                return (total + of_chunk(x_BCD, norm_D, head), None, None), None
+            value, pullback = jax.vjp(of_chunk, x_BCD, norm_D, head)
+            d_x_BCD, more_norm_D, more_head = pullback(weight)
+            d_norm_D = jax.tree.map(jnp.add, d_norm_D, more_norm_D) if of_x else None
+            if d_head is not None:
+                d_head = jax.tree.map(lambda a, b: whole(a + b), d_head, more_head)
+            return (total + value, d_norm_D, d_head), d_x_BCD if of_x else None
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head) if d_head is not None else None
-    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, norm_D) if of_x else None, zeros
-    (value, d_norm_D, more), d_x = jax.lax.scan(add, start, jax.tree.map(chunks, (x_BTD, labels)))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head) if d_head is not None else None
+        start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, norm_D) if of_x else None, zeros
+        sums, d_x = jax.lax.scan(add, start, jax.tree.map(chunks, (x_BTD, labels)))
+        return *sum_over("batch", sums), joined(d_x) if of_x else None
+
+    # Each device by itself: the compiler would sum the head's gradient over the devices after every chunk.
+    of_devices = on_each_device(of_rows, [ROWS, ROWS, (), (), ()], [(), (), (), ROWS], along=ROWS)
+    value, d_norm_D, more, d_x_BTD = of_devices(x_BTD, labels, norm_D, head, weight)
     if d_head is not None:  # lies as the head does
         d_head = jax.tree.map(lambda a, b: a + constrain(b, *axes), d_head, more)
-    return value, (joined(d_x), d_norm_D) if of_x else None, d_head
+    return value, (d_x_BTD, d_norm_D) if of_x else None, d_head
 
 
 @jax.custom_vjp

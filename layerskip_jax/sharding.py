@@ -184,14 +184,15 @@ def target_platform() -> str:
 def on_each_device(
     f: Callable[..., Any],
     inputs: Sequence[tuple[str | None, ...]],
-    output: tuple[str | None, ...],
+    output: tuple[str | None, ...] | list[tuple[str | None, ...]],
     along: Sequence[str] | None = None,
 ) -> Callable[..., Any]:
     """Return ``f`` as every device runs it on its own part of the arguments, whose logical axes ``inputs`` names.
 
-    Axes of an argument or of the output hold for all arrays in it; () is whole on every device. The work is shared out
-    along the mesh axes of the logical axes ``along`` (None: all mesh axes); the others stay the compiler's. Outside
-    `jax.set_mesh`, or where a surrounding call has shared it out already, this is ``f``.
+    Axes of an argument or of the output hold for all arrays in it (a list has those of each output); () is whole on
+    every device. The work is shared out along the mesh axes of the logical axes ``along`` (None: all mesh axes); the
+    others stay the compiler's. Outside `jax.set_mesh`, or where a surrounding call has shared it out already, this is
+    ``f``.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = _free_axes(mesh)
@@ -199,7 +200,15 @@ def on_each_device(
     if mesh.size == 1 or not taken:
         return f
     in_specs = tuple(_split(axes, taken) for axes in inputs)
-    return jax.shard_map(f, in_specs=in_specs, out_specs=_split(output, taken), axis_names=taken, check_vma=False)
+    out_specs = tuple(_split(axes, taken) for axes in output) if isinstance(output, list) else _split(output, taken)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=taken, check_vma=False)
+
+
+def sum_over(logical: str, values: Any) -> Any:
+    """Sum arrays over the devices to which `on_each_device` has shared the work out along a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in _mesh_axes(logical) if axis in set(mesh.axis_names) - _free_axes(mesh))
+    return jax.lax.psum(values, axes) if axes else values
 
 
 def _free_axes(mesh: AbstractMesh) -> set[str]:
