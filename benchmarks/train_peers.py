@@ -33,7 +33,9 @@ try:
 
     # torchtune 0.6.1 imports a quantised type that later torchao have not, and which nothing here uses.
     gone = types.ModuleType("torchao.dtypes.nf4tensor")
-    gone.__dict__.update(NF4Tensor=type("NF4Tensor", (torch.Tensor,), {}), to_nf4=None, linear_nf4=None, implements=lambda _: lambda f: f)
+    gone.__dict__.update(
+        NF4Tensor=type("NF4Tensor", (torch.Tensor,), {}), to_nf4=None, linear_nf4=None, implements=lambda _: lambda f: f
+    )
     sys.modules.setdefault("torchao.dtypes.nf4tensor", gone)
     import torchtune
     from torchtune.models.llama3 import llama3
