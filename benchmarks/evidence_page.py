@@ -210,11 +210,14 @@ def draw_ways(path: Path, parts: Parts) -> None:
 def write_page(page: Path, corpus: str, config: Config, parts: Parts) -> list[Path]:
     """Put the tables between the page's marks of this corpus, and the pictures beside it; return what was written.
 
-    A mark is ``<!-- evidence: CORPUS TABLE -->``, and what follows it, to ``<!-- end -->``, is written anew.
+    A mark is ``<!-- evidence: CORPUS TABLE -->``, and what follows it, to ``<!-- end -->``, is written anew. A page that is
+    not there begins with the marks alone.
     """
-    text = page.read_text(encoding="utf-8")
+    marks = {name: f"<!-- evidence: {corpus} {name} -->" for name in TABLES}
+    begun = "# Results\n\n" + "".join(f"{mark}\n{END}\n\n" for mark in marks.values())
+    text = page.read_text(encoding="utf-8") if page.exists() else begun
     for name, make in TABLES.items():
-        mark = f"<!-- evidence: {corpus} {name} -->"
+        mark = marks[name]
         if mark in text:
             before, rest = text.split(mark, 1)
             text = f"{before}{mark}\n\n{make(parts)}\n\n{END}{rest.split(END, 1)[1]}"

@@ -105,3 +105,5 @@ def test_the_page_gets_its_tables_and_pictures_and_keeps_what_is_written_by_hand
     assert "| plain-0-again | 1.0M | 1 min |" in text
     assert all(path.exists() for path in written)
     assert len(written) == 4
+    write_page(tmp_path / "new.md", "code", get_config(), parts)
+    assert "| layerskip | code | 100 | E=4 d=2 |" in (tmp_path / "new.md").read_text()
