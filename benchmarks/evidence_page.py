@@ -210,8 +210,8 @@ def draw_ways(path: Path, parts: Parts) -> None:
 def write_page(page: Path, corpus: str, config: Config, parts: Parts) -> list[Path]:
     """Put the tables between the page's marks of this corpus, and the pictures beside it; return what was written.
 
-    A mark is ``<!-- evidence: CORPUS TABLE -->``, and what follows it, to ``<!-- end -->``, is written anew. A page that
-    is not there begins with the marks alone.
+    A mark is ``<!-- evidence: CORPUS TABLE -->``, and what follows it, to ``<!-- end -->``, is written anew. A page
+    that is not there begins with the marks alone.
     """
     marks = {name: f"<!-- evidence: {corpus} {name} -->" for name in TABLES}
     begun = "# Results\n\n" + "".join(f"{mark}\n{END}\n\n" for mark in marks.values())
