@@ -28,7 +28,7 @@ from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.model import Transformer
-from layerskip_jax.sweep import Measurement, fitted_overhead, measure
+from layerskip_jax.sweep import Measurement, adaptive_way, fitted_overhead, measure
 
 LENGTHS = (2, 4, 6, 8)
 TABLES = [
@@ -127,10 +127,7 @@ def compare(
     overhead = fitted_overhead(model.config, measure(model, next(iter(prompts.values())), look, repeats)[1:])
     longest = max(LENGTHS)
     others = {
-        "adaptive": dataclasses.replace(
-            base, policy="adaptive", exit_layer=exits[0], exits=tuple(exits), draft_length=longest,
-            start_cost=overhead.start, width_cost=overhead.width,
-        ),
+        "adaptive": adaptive_way(dataclasses.replace(base, exit_layer=exits[0]), exits, longest, overhead),
         "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[1], draft_length=longest),
         "prompt_lookup": dataclasses.replace(base, mode="prompt_lookup", draft_length=longest),
     }  # fmt: skip
@@ -165,7 +162,7 @@ def main() -> None:
         config.decode, mode="self_speculative", policy="fixed", max_new_tokens=options.new_tokens, ignore_eos=True
     )
     kinds = prompts_of_kinds(config, options.prompts)
-    tokens = {kind: [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts] for kind, texts in kinds.items()}
+    tokens = {kind: [tokenizer.encode_prompt(text) for text in texts] for kind, texts in kinds.items()}
     if not options.json:
         print(f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}")
         print(f"{jax.device_count()} {jax.devices()[0].device_kind}; {options.prompts} prompts of a kind, "

@@ -9,9 +9,7 @@ where it was stopped: what is trained is not trained again, and what is measured
 """
 
 import dataclasses
-import hashlib
 import json
-import math
 import os
 import platform
 import subprocess
@@ -27,9 +25,9 @@ import numpy as np
 
 from benchmarks.adaptive import candidates, compare, prompts_of_kinds
 from benchmarks.decoding import WithoutQueries, in_turn, ratio, speed
-from benchmarks.evidence_page import write_page
+from benchmarks.evidence_page import fastest_fixed, write_page
 from benchmarks.step_cost import time_steps
-from layerskip_jax.checkpoint import load_model
+from layerskip_jax.checkpoint import find_checkpoint, load_model, read_checksums, sha256_of
 from layerskip_jax.command_line import apply_overrides, make_parser, parse_config
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import Config, DecodeConfig
@@ -81,13 +79,6 @@ def is_trained(config: Config) -> bool:
     return folder.is_dir()
 
 
-def parameters_sum(run: str) -> str:
-    """Return a SHA-256 of all parameters of a run."""
-    model, _, _ = load_model(run)
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(model)]
-    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
-
-
 def held_out(run: str, layers: int) -> dict[str, list[float]]:
     """Return the held-out loss of every exit at each evaluation of training, as ``{step: loss_L}``."""
     metrics = read_metrics(run)
@@ -101,7 +92,7 @@ def quality(run: str, config: Config) -> Measured:
         "held_out_loss": held_out(run, config.model.num_layers),
         "tokens": config.train.steps * config.train.batch_size * config.data.sequence_length,
         "seconds": ledger[max(ledger)],
-        "parameters": parameters_sum(run),
+        "arrays": sha256_of(read_checksums(find_checkpoint(run))["arrays"]),
     }
 
 
@@ -111,22 +102,19 @@ def decoder(run: str) -> tuple[Transformer, Tokenizer, DecodeConfig]:
     return model, Tokenizer.load(str(tokenizer)), base
 
 
-def tokens_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    return [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
-
-
 def decoding(run: str, config: Config, repeats: int) -> Measured:
     """Time all pairs of exit and length, and the policies, on every kind of prompt that the corpus has."""
     model, tokenizer, base = decoder(run)
     code = config.data.source == "python_stdlib"
     kinds = prompts_of_kinds(config, 4) if code else {"prose": read_prompts(None, None, 8, config)}
-    prompts = {kind: tokens_of(tokenizer, texts) for kind, texts in kinds.items()}
+    prompts = {kind: [tokenizer.encode_prompt(text) for text in texts] for kind, texts in kinds.items()}
     comparison = compare(model, prompts, base, candidates(config), repeats)
+    names = ["plain", *comparison.names]
+    is_fixed = [0 < place <= comparison.fixed for place in range(len(names))]
     rows = {
         kind: [
-            dataclasses.asdict(m)
-            | {"name": name, "predicted": m.predicted_speedup(config.model) if name[0] == "E" else math.nan}
-            for name, m in zip(["plain", *comparison.names], measured, strict=True)
+            dataclasses.asdict(m) | {"name": name, "predicted": m.predicted_speedup(config.model) if fixed else None}
+            for name, m, fixed in zip(names, measured, is_fixed, strict=True)
         ]
         for kind, measured in comparison.measured.items()
     }
@@ -134,15 +122,14 @@ def decoding(run: str, config: Config, repeats: int) -> Measured:
 
 
 def best_fixed(measured: Measured, kind: str) -> tuple[int, int]:
-    rows = [row for row in measured["ways"][kind] if row["name"].startswith("E=")]
-    best = max(rows, key=lambda row: row["speedup"])["settings"]
+    best = fastest_fixed(measured["ways"][kind])["settings"]
     return best["exit_layer"], best["draft_length"]
 
 
 def reuse_and_temperature(run: str, config: Config, exit_layer: int, length: int, repeats: int) -> Measured:
     """Time one setting with and without reuse of the exit queries, and at several temperatures."""
     model, tokenizer, base = decoder(run)
-    prompts = tokens_of(tokenizer, read_prompts(None, None, 8, config))
+    prompts = [tokenizer.encode_prompt(text) for text in read_prompts(None, None, 8, config)]
     steps = {
         "plain": Autoregressive(Greedy()),
         "with": SelfSpeculative(Greedy(), Fixed(exit_layer, length)),

@@ -38,6 +38,15 @@ def mean_loss(seeds: list[dict[str, Any]]) -> np.ndarray:
     return np.mean([one["held_out_loss_by_exit"] for one in seeds], axis=0)
 
 
+def fixed_ways(ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the ways of a fixed exit and length: those of which the bytes alone predict a speedup."""
+    return [way for way in ways if way["predicted"] is not None]
+
+
+def fastest_fixed(ways: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(fixed_ways(ways), key=lambda way: way["speedup"])
+
+
 def exits_table(parts: Parts) -> str:
     """Lay the held-out losses of the exits out, a variant a row, with the middle and the last against plain."""
     variants = by_variant(parts)
@@ -87,8 +96,7 @@ def decoding_table(parts: Parts) -> str:
     rows = []
     for name, one in measured(parts, "decoding/").items():
         for kind, ways in one["ways"].items():
-            fixed = [way for way in ways if way["name"].startswith("E=")]
-            best = max(fixed, key=lambda way: way["speedup"])
+            best = fastest_fixed(ways)
             same = all(way["identical"] for way in ways)
             others = [way for way in ways if way["name"] in ("adaptive", "confidence", "prompt_lookup")]
             rows.append(
@@ -133,9 +141,9 @@ def runs_table(parts: Parts) -> str:
             loss = one["held_out_loss_by_exit"][-1]
             rows.append(
                 [name.removeprefix("quality/"), f"{millions:.1f}M",
-                 f"{minutes:.0f} min", f"{loss!r}", one["parameters"][:12], about["commit"]]
+                 f"{minutes:.0f} min", f"{loss!r}", one["arrays"][:12], about["commit"]]
             )  # fmt: skip
-    head = ["variant-seed", "tokens", "training", "last exit's loss", "SHA-256 of the parameters", "commit"]
+    head = ["variant-seed", "tokens", "training", "last exit's loss", "SHA-256 of all arrays", "commit"]
     machines = sorted({part["about"]["machine"] for part in parts.values()})
     return table(head, rows) + "\n\nMeasured on: " + "; ".join(machines) + "."
 
@@ -193,9 +201,8 @@ def draw_ways(path: Path, parts: Parts) -> None:
         for axis, (name, one) in zip(axes, decoded.items(), strict=True):
             kind, ways = next(iter(one["ways"].items()))
             lines: dict[int, list[dict[str, Any]]] = {}
-            for way in ways:
-                if way["name"].startswith("E="):
-                    lines.setdefault(way["settings"]["exit_layer"], []).append(way)
+            for way in fixed_ways(ways):
+                lines.setdefault(way["settings"]["exit_layer"], []).append(way)
             for exit_layer, line in lines.items():
                 lengths = [way["settings"]["draft_length"] for way in line]
                 (drawn,) = axis.plot(lengths, [way["speedup"] for way in line], marker="o", label=f"E={exit_layer}")

@@ -51,7 +51,7 @@ def compare(run: str, exit_layer: int, draft_length: int, prompts: int, tokens: 
     exit_layer = exit_layer or exit_layer_of(config.decode, config.model.num_layers)
     draft_length = draft_length or config.decode.draft_length
     tokenizer, texts = Tokenizer.load(str(tokenizer_path)), read_prompts(None, None, prompts, config)
-    ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    ids = [tokenizer.encode_prompt(text) for text in texts]
     step = SelfSpeculative(Greedy(), Fixed(exit_layer, draft_length))
     ours = [generate(model, [prompt], tokens, step) for prompt in ids]
 

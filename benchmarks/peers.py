@@ -12,24 +12,29 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
+from layerskip_jax.checkpoint import named_arrays
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, Round, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.llama.config_json import CONFIG, config_json
+from layerskip_jax.llama.weights import write_weights
 from layerskip_jax.model import Transformer
 
 try:
@@ -45,6 +50,7 @@ MODELS = {
 }
 EXIT_LAYER, DRAFT_LENGTH = 4, 6
 PROMPT, NEW_TOKENS = 64, 256
+CONTEXT = 2048  # what the Llamas are said to be made for [tokens]
 STEPS: dict[str, Round] = {
     "plain": Autoregressive(Greedy()),
     "speculative": SelfSpeculative(Greedy(), Fixed(exit_layer=EXIT_LAYER, draft_length=DRAFT_LENGTH)),
@@ -61,42 +67,13 @@ def with_tail(model: Transformer, scale: float) -> Transformer:
     return model
 
 
-def as_llama(model: Transformer) -> transformers.LlamaForCausalLM:
-    """Return the same weights as a transformers model, set up to draft as we do."""
-    config = model.config
-    llama_config = transformers.LlamaConfig(
-        num_hidden_layers=config.num_layers,
-        hidden_size=config.dim,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        intermediate_size=config.ffn_dim,
-        vocab_size=config.vocab_size,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-        rms_norm_eps=config.norm_epsilon,
-        tie_word_embeddings=config.tied_embedding,
-        bos_token_id=None,
-        eos_token_id=None,  # so that no token ends the text
-        attn_implementation="sdpa",
-    )
-    llama = transformers.LlamaForCausalLM(llama_config)
-    head_VD = model.embedding_VD[...] if config.tied_embedding else model.head_DV[...].T
-    weights = {"lm_head": head_VD, "model.embed_tokens": model.embedding_VD[...], "model.norm": model.final_norm_D[...]}
-    for layer in range(config.num_layers):
-        block = jax.tree.map(itemgetter(layer), model.blocks)
-        # Our matrices have their inputs in front; those of torch's Linear have their outputs there.
-        of_block = {
-            "input_layernorm": block.attention_norm_D[...],
-            "self_attn.q_proj": block.query_DNH[...].reshape(config.dim, -1).T,
-            "self_attn.k_proj": block.key_DKH[...].reshape(config.dim, -1).T,
-            "self_attn.v_proj": block.value_DKH[...].reshape(config.dim, -1).T,
-            "self_attn.o_proj": block.output_NHD[...].reshape(-1, config.dim).T,
-            "post_attention_layernorm": block.ffn_norm_D[...],
-            "mlp.gate_proj": block.gate_DF[...].T,
-            "mlp.up_proj": block.up_DF[...].T,
-            "mlp.down_proj": block.down_FD[...].T,
-        }
-        weights |= {f"model.layers.{layer}.{name}": weight for name, weight in of_block.items()}
-    llama.load_state_dict({f"{name}.weight": torch.tensor(np.asarray(weight)) for name, weight in weights.items()})
+def as_llama(model: Transformer, bos: int | None = None, eos: int | None = None) -> transformers.LlamaForCausalLM:
+    """Return the same weights as a transformers model, set up to draft as we do; no ``eos``: no token ends a text."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = config_json(model.config, CONTEXT, "float32", bos, eos)
+        write_weights(epath.Path(folder), model.config, named_arrays(model), np.float32)
+        (Path(folder) / CONFIG).write_text(json.dumps(said))
+        llama = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     # Drafting is read from the model's own generation_config; these as arguments of generate() are silently ignored.
     llama.generation_config.num_assistant_tokens = DRAFT_LENGTH

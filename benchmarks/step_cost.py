@@ -63,6 +63,12 @@ class Steps:
         return statistics.median(a / b for a, b in zip(self.seconds[name], first, strict=True))
 
 
+def random_batch(config: Config) -> Batch:
+    shape = (config.train.batch_size, config.data.sequence_length)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, np.int32), np.ones(shape, np.float32))
+
+
 def time_steps(recipes: dict[str, Config], turns: int, first: int = 0) -> Steps:
     """Time ``turns`` steps of each recipe on random tokens, from step number ``first``, after one that compiles."""
     compiled: list[float] = []
@@ -71,10 +77,7 @@ def time_steps(recipes: dict[str, Config], turns: int, first: int = 0) -> Steps:
     )
     trainers, states, memory, batches = {}, {}, {}, {}
     for name, config in recipes.items():
-        shape = (config.train.batch_size, config.data.sequence_length)
-        tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1))
-        tokens = tokens.astype(np.int32)
-        batches[name] = Batch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, np.int32), np.ones(shape, np.float32))
+        batches[name] = random_batch(config)
         trainer = Trainer(config, Recipe.from_config(config), make_mesh(config))
         memory[name] = trainer.compile_step().memory_analysis().temp_size_in_bytes
         trainers[name] = trainer

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.step_cost import PLAIN
+from benchmarks.step_cost import PLAIN, random_batch
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig
-from layerskip_jax.losses import Batch
+from layerskip_jax.llama.config_json import config_json
 from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.train_step import Trainer
@@ -51,20 +51,17 @@ LAYERSKIP = dataclasses.replace(
     early_exit=EarlyExitConfig(curriculum="rotational", dilation=R, e_scale=0.2),
 )
 SKIPPING = dataclasses.replace(LAYERSKIP, layer_dropout=dataclasses.replace(LAYERSKIP.layer_dropout, form="skipping"))
-BARS = {"ours plain": ("transformers plain", 1.0), "ours LayerSkip": ("torchtune LayerSkip", 1.1)}
+BARS = {
+    "ours plain": ("transformers plain", 1.0),
+    "ours LayerSkip": ("torchtune LayerSkip", 1.1),
+    "ours LayerSkip, skipping": ("torchtune LayerSkip", 1.1),
+}
 Step = Callable[[], None]
-
-
-def tokens(config: Config) -> np.ndarray:
-    shape = (config.train.batch_size, config.data.sequence_length + 1)
-    return np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
 
 
 def ours(config: Config) -> Step:
     trainer = Trainer(config, Recipe.from_config(config), make_mesh(config))
-    token_BT = tokens(config)
-    ones_BT = np.ones_like(token_BT[:, 1:])
-    batch = Batch(token_BT[:, :-1], token_BT[:, 1:], ones_BT, ones_BT.astype(np.float32))
+    batch = random_batch(config)
     state, compiled = trainer.init(), trainer.compile_step()
 
     def step() -> None:
@@ -75,12 +72,13 @@ def ours(config: Config) -> Step:
     return step
 
 
-def in_torch(config: Config, model: torch.nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> Step:
+def in_torch(config: Config, model: torch.nn.Module, loss_of: Callable[..., torch.Tensor]) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate, betas=(0.9, 0.95))
-    token_BT = torch.tensor(tokens(config), dtype=torch.long)
+    batch = random_batch(config)
+    inputs_BT, targets_BT = (torch.tensor(array, dtype=torch.long) for array in (batch.inputs_BT, batch.targets_BT))
 
     def step() -> None:
-        loss_of(token_BT).backward()  # type: ignore[no-untyped-call]
+        loss_of(inputs_BT, targets_BT).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -89,25 +87,12 @@ def in_torch(config: Config, model: torch.nn.Module, loss_of: Callable[[torch.Te
 
 
 def transformers_plain(config: Config) -> Step:
-    model = config.model
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            num_hidden_layers=model.num_layers,
-            hidden_size=model.dim,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            intermediate_size=model.ffn_dim,
-            vocab_size=model.vocab_size,
-            tie_word_embeddings=False,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-    )
+    said = config_json(config.model, config.data.sequence_length, "float32", 1, 2)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(said | {"use_cache": False}))
     cross_entropy = torch.nn.CrossEntropyLoss()
 
-    def loss_of(token_BT: torch.Tensor) -> torch.Tensor:
-        logits_BTV = llama(token_BT[:, :-1]).logits
-        return cross_entropy(logits_BTV.flatten(0, 1), token_BT[:, 1:].flatten())  # type: ignore[no-any-return]
+    def loss_of(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(llama(inputs_BT).logits.flatten(0, 1), targets_BT.flatten())
 
     return in_torch(config, llama.train(), loss_of)
 
@@ -127,16 +112,13 @@ def torchtune_layerskip(config: Config) -> Step:
     curriculum = RotationalEarlyExitCurriculum([layer % R == 0 for layer in range(model.num_layers)], max_steps=10_000)
     cross_entropy = torch.nn.CrossEntropyLoss()
 
-    def loss_of(token_BT: torch.Tensor) -> torch.Tensor:
-        # As torchtune's recipe has it: the last exit's loss comes from the logits, the others' beside it.
-        exits = np.flatnonzero(curriculum.get())
-        decoder.output_hidden_states = exits.tolist()
-        *hidden, logits_BTV = decoder(token_BT[:, :-1])
-        last = cross_entropy(logits_BTV.float().flatten(0, 1), token_BT[:, 1:].flatten())
-        by_exit = dict(zip(exits.tolist(), hidden, strict=True))
-        early = early_exit_loss(decoder, by_exit, token_BT[:, 1:], cross_entropy, 0.2, sum_l_loss_scale)
+    def loss_of(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        # As in torchtune's recipe: the last exit is among the curriculum's, and the logits that come along are dropped.
+        decoder.output_hidden_states = np.flatnonzero(curriculum.get()).tolist()
+        *hidden, _ = decoder(inputs_BT)
         curriculum.step()
-        return last + early  # type: ignore[no-any-return]
+        by_exit = dict(zip(decoder.output_hidden_states, hidden, strict=True))
+        return early_exit_loss(decoder, by_exit, targets_BT.flatten(), cross_entropy, 0.2, sum_l_loss_scale)
 
     return in_torch(config, decoder.train(), loss_of)
 

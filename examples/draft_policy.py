@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     model, config, tokenizer_path = load_model(options.checkpoint)
     tokenizer = Tokenizer.load(str(tokenizer_path))
     policy = Careful(config.decode.exit_layer or max(1, config.model.num_layers // 4), draft_length=4)
-    prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
+    prompt = tokenizer.encode_prompt(options.prompt)
     result = generate(model.unstacked(), [prompt], config.decode.max_new_tokens, SelfSpeculative(Greedy(), policy))
     print(options.prompt + tokenizer.decode(result.tokens[0]))
     print(f"acceptance {result.acceptance:.1%}, {result.tokens_per_round:.2f} tokens a round")

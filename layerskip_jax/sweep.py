@@ -101,6 +101,11 @@ def fitted_overhead(model: ModelConfig, measurements: Iterable[Measurement]) -> 
     return Overhead()
 
 
+def adaptive_way(base: DecodeConfig, exits: Sequence[int], longest: int, overhead: Overhead) -> DecodeConfig:
+    """Return ``base`` with the adaptive policy over ``exits``, up to ``longest`` drafts."""
+    return dataclasses.replace(base, policy="adaptive", exits=tuple(exits), draft_length=longest, **overhead._asdict())
+
+
 def sweep(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -123,15 +128,7 @@ def sweep(
     longest = max(draft_lengths)
     finalists = [
         dataclasses.replace(fixed, **best.settings),
-        dataclasses.replace(
-            fixed,
-            policy="adaptive",
-            exit_layer=best.settings["exit_layer"],
-            exits=tuple(exits),
-            draft_length=longest,
-            start_cost=overhead.start,
-            width_cost=overhead.width,
-        ),
+        adaptive_way(dataclasses.replace(fixed, exit_layer=best.settings["exit_layer"]), exits, longest, overhead),
         dataclasses.replace(fixed, mode="prompt_lookup", draft_length=longest),
     ]
     return grid, measure(model, prompts, finalists, repeats, eos), overhead
@@ -219,13 +216,13 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = Tokenizer.load(str(tokenizer_path))
     held_out = options.held_out if options.prompt or options.prompts or options.held_out else 8
     texts = read_prompts(options.prompt, options.prompts, held_out, config)
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    prompts = [tokenizer.encode_prompt(text) for text in texts]
     eos = -1 if settings.ignore_eos else tokenizer.eos_id
     model = with_weights(model, settings.weights)
     grid, finals, overhead = sweep(model, prompts, settings, exits, lengths, options.repeats, eos)
 
     winner = max(finals[:3], key=lambda m: m.tokens_per_second)
-    chosen = winner.settings | {"start_cost": overhead.start, "width_cost": overhead.width}
+    chosen = winner.settings | overhead._asdict()
     if chosen["policy"] == "adaptive":
         chosen["exits"] = exits
     measured = {"tokens_per_second": winner.tokens_per_second, "speedup": winner.speedup, "prompts": len(prompts)}

@@ -60,7 +60,7 @@ BAD_STEPS = [
     (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (0, 1))), "exits must rise"),
     (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), probe_share=0.0)), "probe_share"),
     (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), horizon=NAN)), "horizon"),
-    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), overhead=Overhead(width=INF))), "overhead"),
+    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), overhead=Overhead(width_cost=INF))), "overhead"),
     (lambda: PromptLookup(Greedy(), 0), "draft_length"),
     (lambda: PromptLookup(Greedy(), 64), "draft length 64"),
     (lambda: PromptLookup(Greedy(), 2, longest=0), "longest"),

@@ -59,8 +59,8 @@ def test_the_losses_of_every_evaluation_are_read_from_the_metrics(tmp_path):
 
 def way(name, speedup, **settings):
     return {
-        "name": name, "settings": settings, "speedup": speedup, "predicted": 1.5, "acceptance": 0.5,
-        "tokens_per_second": 100.0 * speedup, "identical": True,
+        "name": name, "settings": settings, "speedup": speedup, "predicted": 1.5 if settings else None,
+        "acceptance": 0.5, "tokens_per_second": 100.0 * speedup, "identical": True,
     }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def parts_of(middles):
         loss = [2.0] * 5 + [middle] + [2.0] * 6
         quality = {
             "held_out_loss_by_exit": loss, "agreement_by_exit": [0.5] * 12, "tokens": 1_000_000, "seconds": 60.0,
-            "held_out_loss": {str(step): loss for step in range(1, 11)}, "parameters": "f" * 64,
+            "held_out_loss": {str(step): loss for step in range(1, 11)}, "arrays": "f" * 64,
         }  # fmt: skip
         parts[f"quality/{run}"] = {"measured": quality, "about": about}
     ways = [way("plain", 1.0), way("E=3 d=2", 1.2, exit_layer=3, draft_length=2)]

@@ -105,43 +105,15 @@ class Letters(Tokenizer):
 def peer():
     """The same random weights here and in lm-eval's hf class, and its tokenizer with our letters."""
     pytest.importorskip("lm_eval", reason="pip install -e '.[lm_eval,benchmarks]'")
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[lm_eval,benchmarks]'")
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer as Letterer
     from tokenizers import decoders, models, pre_tokenizers, processors
 
+    from benchmarks.peers import as_llama
+
     model = tiny_model(6, vocab_size=Letters.vocab_size, num_layers=3, dim=32)
-    config = model.config
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            intermediate_size=config.ffn_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            rms_norm_eps=config.norm_epsilon,
-            max_position_embeddings=MAX_LENGTH,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    ).eval()
-    D, blocks = config.dim, model.blocks
-    ours = {
-        "input_layernorm": lambda i: blocks.attention_norm_D[i],
-        "self_attn.q_proj": lambda i: blocks.query_DNH[i].reshape(D, -1).T,
-        "self_attn.k_proj": lambda i: blocks.key_DKH[i].reshape(D, -1).T,
-        "self_attn.v_proj": lambda i: blocks.value_DKH[i].reshape(D, -1).T,
-        "self_attn.o_proj": lambda i: blocks.output_NHD[i].reshape(-1, D).T,
-        "post_attention_layernorm": lambda i: blocks.ffn_norm_D[i],
-        "mlp.gate_proj": lambda i: blocks.gate_DF[i].T,
-        "mlp.up_proj": lambda i: blocks.up_DF[i].T,
-        "mlp.down_proj": lambda i: blocks.down_FD[i].T,
-    }
-    weights = {f"model.layers.{i}.{k}": get(i) for i in range(config.num_layers) for k, get in ours.items()}
-    weights |= {"model.embed_tokens": model.embedding_VD[...], "model.norm": model.final_norm_D[...]}
-    weights["lm_head"] = model.head_DV[...].T
-    llama.load_state_dict({f"{name}.weight": torch.tensor(np.array(value)) for name, value in weights.items()})
+    llama = as_llama(model, Letters.bos_id, Letters.eos_id)
 
     specials = ["<unk>", "<s>", "</s>"]
     letters = Letterer(models.WordLevel({t: i for i, t in enumerate([*specials, *CHARACTERS])}, unk_token="<unk>"))

@@ -28,7 +28,7 @@ from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import AXES
 from layerskip_jax.train_step import Trainer
 
-pytest.importorskip("libtpu")
+pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
 MODEL = ModelConfig(num_layers=4, dim=512, num_heads=4, num_kv_heads=2, ffn_dim=1024, vocab_size=2048)
 CONFIG = Config(
     model=MODEL,

@@ -134,7 +134,7 @@ class _TokenisePair:
     def __call__(self, document: Document) -> dict[str, np.ndarray]:
         assert isinstance(document, Pair)
         # Apart, as in generation, where the prompt is all there is.
-        prompt = [self._tokenizer.bos_id, *self._tokenizer.encode(document.prompt)]
+        prompt = self._tokenizer.encode_prompt(document.prompt)
         response = [*self._tokenizer.encode(document.response), self._tokenizer.eos_id]
         counts = np.repeat(np.array([0, 1], np.int32), [len(prompt), len(response)])
         tokens = np.array(prompt + response, np.int32)
@@ -143,7 +143,7 @@ class _TokenisePair:
 
 def document_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Return the int32 tokens of one training document: BOS, the text, EOS."""
-    return np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.int32)
+    return np.array([*tokenizer.encode_prompt(text), tokenizer.eos_id], np.int32)
 
 
 class _ToRow:

@@ -90,6 +90,10 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without BOS and EOS."""
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a prompt: after the BOS that begins every training document."""
+        return [self.bos_id, *self.encode(text)]
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of ``ids``; control tokens vanish, bytes that make no character become U+FFFD."""
         return self._bytes(ids).decode("utf-8", "replace")

@@ -15,11 +15,14 @@ from layerskip_jax.model import compute_dtype, parameter_count
 
 
 class Overhead(NamedTuple):
-    """What speculation costs beyond the bytes of the weights, where arithmetic or operations take time."""
+    """What speculation costs beyond the bytes of the weights, where arithmetic or operations take time.
 
-    start: float = 0.0
+    As the settings of `DecodeConfig` of the same names, which `python -m layerskip_jax.sweep` measures.
+    """
+
+    start_cost: float = 0.0
     """c: once in a round that drafts at all, since several positions are verified otherwise than one."""
-    width: float = 0.0
+    width_cost: float = 0.0
     """w: for each drafted token, since it is one more position to verify."""
 
 
@@ -44,14 +47,14 @@ def head_share(config: ModelConfig) -> float:
 def round_cost(config: ModelConfig, exit_layer: float, drafted: float, overhead: Overhead = NO_OVERHEAD) -> float:
     """``(1-h)(1 + d E/L) + h(1+d) + [d > 0] c + w d``: drafts read E of L blocks and the head, verification all once.
 
-    c and w are 0 where weights' bytes alone count (`python -m layerskip_jax.sweep` measures them).
+    c and w are 0 where weights' bytes alone count.
 
     >>> round(round_cost(ModelConfig(num_layers=8, vocab_size=1), exit_layer=2, drafted=4), 2)
     2.0
     """
     h = head_share(config)
     by_bytes = (1 - h) * (1 + drafted * exit_layer / config.num_layers) + h * (1 + drafted)
-    return by_bytes + (overhead.start if drafted else 0.0) + overhead.width * drafted
+    return by_bytes + (overhead.start_cost if drafted else 0.0) + overhead.width_cost * drafted
 
 
 def predicted_speedup(

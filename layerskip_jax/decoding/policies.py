@@ -185,7 +185,7 @@ class Adaptive(Fixed):
     def start(self, model: ModelConfig) -> Any:
         # A verification costs the width that is compiled, not the one that is wanted.
         wide = [next(w for w in self.verify_widths if w > d) - 1 for d in range(self.draft_length + 1)]
-        wider = [self.overhead.width * (wide[d] - d) for d in range(self.draft_length + 1)]
+        wider = [self.overhead.width_cost * (wide[d] - d) for d in range(self.draft_length + 1)]
         cost_XQ = np.array([
             [round_cost(model, exit, d, self.overhead) + more for d, more in enumerate(wider)] for exit in self.exits
         ], np.float32)  # fmt: skip

@@ -55,8 +55,7 @@ class TextGenerator:
         self.model, self.round = configured(config, model)
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, after the BOS that begins every training document."""
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        return self.tokenizer.encode_prompt(prompt)
 
     def generate(self, prompts: Sequence[str], show: Callable[[Piece], None] | None = None) -> Answer:
         """Continue a batch of prompts; each ends at its EOS, at a stop string or after ``max_new_tokens``.

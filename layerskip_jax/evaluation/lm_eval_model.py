@@ -68,8 +68,8 @@ class LayerSkipLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return the token ids of a text, after BOS unless ``add_special_tokens`` is False."""
-        ids = self.tokenizer.encode(string)
-        return ids if add_special_tokens is False else [self.tokenizer.bos_id, *ids]
+        encode = self.tokenizer.encode if add_special_tokens is False else self.tokenizer.encode_prompt
+        return encode(string)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False

@@ -42,7 +42,7 @@ def settling_exits(next_LT: np.ndarray) -> np.ndarray:
 
 def token_exits(model: Transformer, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> TokenExits:
     """Continue ``prompt`` greedily with an `unstacked` model, and ask every exit for every token of the text."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = tokenizer.encode_prompt(prompt)
     result = generate(model, [ids], new_tokens, Autoregressive(Greedy()), eos=tokenizer.eos_id)
     text = [*ids, *result.tokens[0]]
     width = -(-len(text) // BUCKET) * BUCKET
