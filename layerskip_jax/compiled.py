@@ -1,4 +1,4 @@
-"""Reads what a compiled program will do out of its text: products, and what goes between devices, loops counted.
+"""Reads what a compiled program will do out of its text: products, cycles, what goes between devices; loops counted.
 
 XLA's own cost analysis counts the body of a loop once. Here a loop counts as often as it turns (as the compiler notes,
 or by the constant that its condition compares with), and a conditional as often as the caller says.
@@ -60,10 +60,13 @@ class Work:
     """What one device does in one run of a program."""
 
     flops: float = 0.0
+    cycles: float = 0.0
+    """What the TPU compiler's own cost model says of its fusions, memory included; nothing of kernels and waits."""
     received: dict[Transfer, float] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "Work", times: float = 1.0) -> None:
         self.flops += times * other.flops
+        self.cycles += times * other.cycles
         for transfer, size in other.received.items():
             self.received[transfer] = self.received.get(transfer, 0.0) + times * size
 
@@ -108,6 +111,7 @@ class Program:
                 for branch, times in zip(branches, often, strict=True):
                     work.add(self._of_computation(branch, choose), times)
             else:
+                work.cycles += float(one.attribute(r'"estimated_cycles":"(\d+)"') or 0)
                 self._add_instruction(work, name, one, chains, choose)
         return work
 

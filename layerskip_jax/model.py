@@ -74,18 +74,20 @@ def rotary_frequencies(config: ModelConfig) -> jax.Array:
 
 
 class Positions(NamedTuple):
-    """Where tokens stand, with the sines and cosines of their rotary angles, which all blocks share."""
+    """Where tokens stand, with what turns a head's H dimensions there (see `rotate`), which all blocks share."""
 
     index_BT: jax.Array
-    sin_BT1H: jax.Array
+    sin_BT1H: jax.Array  # with the sign: the first half's are negative
     cos_BT1H: jax.Array
 
     @classmethod
     def at(cls, index_BT: jax.Array, frequency_H: jax.Array) -> "Positions":
-        """``angle_i = index * frequency_i``, for i below H/2."""
+        """``angle_i = angle_{i + H/2} = index * frequency_i``, for i below H/2."""
         angle_BT1H = index_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
+        sin_BT1H, cos_BT1H = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
+        turns = jnp.concatenate([-sin_BT1H, sin_BT1H], axis=-1), jnp.concatenate([cos_BT1H, cos_BT1H], axis=-1)
         # Without the barrier XLA fuses them into every use, and computes them anew in each block.
-        return cls(index_BT, *jax.lax.optimization_barrier((jnp.sin(angle_BT1H), jnp.cos(angle_BT1H))))
+        return cls(index_BT, *jax.lax.optimization_barrier(turns))
 
     def first(self, count: int) -> "Positions":
         """Return the first ``count`` positions of each row."""
@@ -94,10 +96,15 @@ class Positions(NamedTuple):
 
 def rotate(x_BTNH: jax.Array, position: Positions) -> jax.Array:
     """Rotary positions (RoFormer, eq. 34): dimension i pairs with i + H/2, as in Llama checkpoints."""
-    _, sin_BT1H, cos_BT1H = position
-    a_BTNH, b_BTNH = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = [a_BTNH * cos_BT1H - b_BTNH * sin_BT1H, b_BTNH * cos_BT1H + a_BTNH * sin_BT1H]
-    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+    half = x_BTNH.shape[-1] // 2
+    if target_platform() == "tpu":
+        # Half a head would leave half of a TPU's registers empty. Its matrix unit swaps the halves at almost no cost.
+        swap_HH = jnp.roll(jnp.eye(2 * half, dtype=x_BTNH.dtype), half, axis=1)
+        swapped_BTNH = jnp.matmul(x_BTNH, swap_HH, precision=jax.lax.Precision.HIGHEST)  # float32 stays exact
+    else:
+        swapped_BTNH = jnp.roll(x_BTNH, half, axis=-1)
+    turned_BTNH = x_BTNH.astype(jnp.float32) * position.cos_BT1H + swapped_BTNH.astype(jnp.float32) * position.sin_BT1H
+    return turned_BTNH.astype(x_BTNH.dtype)
 
 
 class Block(nnx.Module):

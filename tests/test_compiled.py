@@ -24,7 +24,8 @@ LOOP = """HloModule jit_step, num_partitions=8
   %start = (bf16[4,8]{1,0}, bf16[4,8]{1,0}) collective-permute-start(%product), source_target_pairs={{0,1},{1,0}}
   %done = bf16[4,8]{1,0} collective-permute-done(%start)
   %next = s32[]{:T(128)} add(%i, %two)
-  ROOT %tuple = (s32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%next, %done)
+  %copy = bf16[4,8]{1,0} copy(%done), backend_config={"window_config":{"estimated_cycles":"70"}}
+  ROOT %tuple = (s32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%next, %copy)
 }
 
 %condition (p: (s32[], bf16[4,8])) -> pred[] {
@@ -54,6 +55,7 @@ def test_a_loop_counts_as_often_as_it_turns():
     """Unrolled by two: a limit of 6 is 3 turns."""
     work = Program(LOOP).work(never)
     assert work.flops == 3 * 2 * 4 * 8 * 8
+    assert work.cycles == 3 * 70
     assert work.received == {
         Transfer("collective-permute", overlapped=True, between_slices=False): 3 * 64,
         Transfer("all-reduce", overlapped=False, between_slices=False): 2 * 64 / 2,

@@ -14,7 +14,7 @@ from models import tiny_config, tiny_model
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
 from layerskip_jax.losses import Batch, exit_losses
-from layerskip_jax.model import empty_cache, parameter_count, run_layers
+from layerskip_jax.model import Positions, empty_cache, parameter_count, rotary_frequencies, rotate, run_layers
 
 REFERENCE = np.load(Path(__file__).parent / "fixtures" / "llama_reference.npz")
 REFERENCE_CONFIGS = {
@@ -57,6 +57,25 @@ def reference_model(name):
 def test_logits_equal_transformers_llama(name):
     logits = reference_model(name)(jnp.asarray(REFERENCE[f"{name}/tokens"]))
     np.testing.assert_allclose(logits, REFERENCE[f"{name}/logits"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tpus_product_turns_a_head_as_moving_its_halves_does(dtype, monkeypatch):
+    """A permutation is exact. Gradients go through it in ``dtype``, so that in bfloat16 they are rounded once more."""
+    config = tiny_config(dim=32, num_heads=2)
+    H = config.head_dim
+    x_BTNH = jax.random.normal(jax.random.key(0), (2, 7, 2, H)).astype(dtype)
+    position = Positions.at(jnp.arange(7)[None], rotary_frequencies(config))
+    weight_H = jnp.arange(1.0, H + 1)
+
+    def turned_and_gradient(platform):
+        monkeypatch.setattr("layerskip_jax.model.target_platform", lambda: platform)
+        turned_BTNH, pullback = jax.vjp(lambda x_BTNH: rotate(x_BTNH, position), x_BTNH)
+        return turned_BTNH, pullback(jnp.broadcast_to(weight_H.astype(dtype), x_BTNH.shape))[0]
+
+    (ours, d_ours), (tpus, d_tpus) = turned_and_gradient("cpu"), turned_and_gradient("tpu")
+    np.testing.assert_array_equal(ours, tpus)
+    np.testing.assert_allclose(d_ours, d_tpus, rtol=0, atol=float(jnp.finfo(dtype).eps) * H)
 
 
 def test_unstacked_blocks_are_the_same_model():

@@ -5,7 +5,10 @@
 """
 
 import dataclasses
+import json
 import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -69,6 +72,31 @@ def test_the_skipping_form_compiles_around_the_kernel(mesh, remat):
     assert [kernel for kernel in SPLASH if kernel not in text] == []
 
 
+def compile_ahead(*options):
+    model = "--model.num_layers 4 --model.dim 1024 --model.num_heads 8 --model.num_kv_heads 8 --model.ffn_dim 4096"
+    command = [sys.executable, "tpu/compile_ahead.py", "--config", "configs/quickstart.py", *model.split(), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_config_compiled_ahead_is_set_beside_the_formula_and_the_data_sheet():
+    said = compile_ahead("--topology", "v5e:2x2", "--mesh.fsdp", "4", "--json")
+    assert said.returncode == 0, said.stderr
+    found = json.loads(said.stdout)
+    assert found["fits"]
+    assert found["chips"] == 4
+    assert found["flops"]["compiled"] == pytest.approx(found["flops"]["formula"], rel=0.03)
+    # The data sheet's time is one that no step beats, and the cost model knows of more than the products.
+    assert 0 < found["seconds"]["products"] <= found["seconds"]["bound"] <= found["seconds"]["estimate"]
+
+
+@pytest.mark.parametrize(("topology", "says"), [("v9:2x2", "must look like v5e:4x8"), ("v5e:3x5", "knows no topology")])
+def test_a_topology_that_is_none_is_named(topology, says):
+    said = compile_ahead("--topology", topology)
+    assert said.returncode == 2
+    assert says in said.stderr
+    assert "Traceback" not in said.stderr
+
+
 def test_offloaded_inputs_lie_in_the_hosts_memory(mesh):
     train = dataclasses.replace(CONFIG.train, remat="offload")
     memory = compiled_step(dataclasses.replace(CONFIG, train=train), mesh).memory_analysis()
@@ -79,8 +107,9 @@ def test_offloaded_inputs_lie_in_the_hosts_memory(mesh):
 def test_the_step_is_kept_for_a_run(mesh, tmp_path):
     """Under the name by which JAX looks for it; whether a pod then takes it, only a pod can show."""
     keep_compiled_programs(str(tmp_path))
+    shorter = dataclasses.replace(CONFIG, data=DataConfig(sequence_length=256))  # the other is in JAX's own memory
     try:
-        compiled_step(CONFIG, mesh)
+        compiled_step(shorter, mesh)
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
