@@ -6,6 +6,8 @@ where it was stopped: what is trained is not trained again, and what is measured
 
     <train.run_dir>/<corpus>/<variant>-<seed>      the runs
     <train.run_dir>/<corpus>/measured              what was measured of them
+
+docs/results/<corpus>.json holds all that the page shows; with ``--published`` more variants join it elsewhere.
 """
 
 import dataclasses
@@ -182,26 +184,44 @@ class Results:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def once(self, name: str, measure_it: Callable[[], Measured]) -> Measured:
+    def take(self, published: Path) -> None:
+        """Take over what a page's JSON has of what is not measured here."""
+        for name, part in json.loads(published.read_text()).items():
+            if not self.has(name):
+                self._keep(name, part)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / f"{name}.json").exists()
+
+    def _keep(self, name: str, part: dict[str, Any]) -> None:
         file = self.folder / f"{name}.json"
-        if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        begun = file.with_suffix(".begun")
+        begun.write_text(json.dumps(part, indent=1))
+        begun.replace(file)
+
+    def once(self, name: str, measure_it: Callable[[], Measured]) -> Measured:
+        if not self.has(name):
             print(f"measuring {name}", flush=True)
             began = time.time()
             measured = measure_it()
             about = {"commit": commit(), "machine": machine(), "seconds": time.time() - began}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            begun = file.with_suffix(".begun")
-            begun.write_text(json.dumps({"measured": measured, "about": about}, indent=1))
-            begun.replace(file)
-        return json.loads(file.read_text())["measured"]
+            self._keep(name, {"measured": measured, "about": about})
+        return json.loads((self.folder / f"{name}.json").read_text())["measured"]
 
     def parts(self) -> dict[str, Any]:
         files = sorted(self.folder.rglob("*.json"), key=lambda file: file.stat().st_mtime)
         return {str(file.relative_to(self.folder).with_suffix("")): json.loads(file.read_text()) for file in files}
 
 
-def train_all(config: Config, variants: list[str], seeds: list[int], again: str | None) -> list[Config]:
-    """Train what is not trained yet; return the configs of all runs."""
+def quality_part(run: Config) -> str:
+    return f"quality/{Path(run.train.run_dir).name}"
+
+
+def train_all(
+    config: Config, results: Results, variants: list[str], seeds: list[int], again: str | None
+) -> list[Config]:
+    """Train what is neither trained nor measured yet; return the configs of all runs."""
     if not Path(config.data.tokenizer).exists():
         documents = open_documents(config.data, config.data.train_split)
         train_tokenizer(documents, config.data.tokenizer, config.model.vocab_size)
@@ -210,18 +230,18 @@ def train_all(config: Config, variants: list[str], seeds: list[int], again: str 
         first = variant_of(config, again, seeds[0])
         runs.append(apply_overrides(first, {"train.run_dir": f"{first.train.run_dir}-again"}))
     for run in runs:
-        if not is_trained(run):
+        if not is_trained(run) and not results.has(quality_part(run)):
             print(f"training {run.train.run_dir}", flush=True)
             train(run)
     return runs
 
 
-def measure_all(config: Config, runs: list[Config], variants: list[str], seed: int, repeats: int) -> dict[str, Any]:
+def measure_all(
+    config: Config, results: Results, runs: list[Config], variants: list[str], seed: int, repeats: int
+) -> dict[str, Any]:
     """Measure what is not measured yet; return all parts by name."""
-    results = Results(Path(config.train.run_dir) / "measured")
     for run in runs:
-        folder = run.train.run_dir
-        results.once(f"quality/{Path(folder).name}", partial(quality, folder, run))
+        results.once(quality_part(run), partial(quality, run.train.run_dir, run))
     for name in variants:
         run = variant_of(config, name, seed)
         ways = results.once(f"decoding/{name}", partial(decoding, run.train.run_dir, run, repeats))
@@ -239,13 +259,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each way of decoding (default: 3)")
     parser.add_argument("--again", choices=VARIANTS, help="train this variant twice, to compare bit for bit")
     parser.add_argument("--no_measuring", action="store_true", help="train only: variants may train beside each other")
+    parser.add_argument(
+        "--published",
+        type=Path,
+        metavar="FILE",
+        help="a page's JSON: what it has is neither trained nor measured again",
+    )
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="whose tables are written anew")
     config, options = parse_config(parser, ["--config", "configs/evidence.py", *sys.argv[1:]])
     corpus = corpus_of(config, options.prose)
-    runs = train_all(corpus, options.variants, options.seeds, options.again)
+    results = Results(Path(corpus.train.run_dir) / "measured")
+    if options.published:
+        results.take(options.published)
+    runs = train_all(corpus, results, options.variants, options.seeds, options.again)
     if options.no_measuring:
         return
-    parts = measure_all(corpus, runs, options.variants, options.seeds[0], options.repeats)
+    parts = measure_all(corpus, results, runs, options.variants, options.seeds[0], options.repeats)
     for path in write_page(options.page, Path(corpus.train.run_dir).name, corpus, parts):
         print(path)
 

@@ -1,5 +1,6 @@
 """The tables and pictures of docs/results.md, from what `benchmarks.evidence` measured."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -215,7 +216,7 @@ def draw_ways(path: Path, parts: Parts) -> None:
 
 
 def write_page(page: Path, corpus: str, config: Config, parts: Parts) -> list[Path]:
-    """Put the tables between the page's marks of this corpus, and the pictures beside it; return what was written.
+    """Put the tables between the page's marks of this corpus, pictures and numbers beside it; return what was written.
 
     A mark is ``<!-- evidence: CORPUS TABLE -->``, and what follows it, to ``<!-- end -->``, is written anew. A page
     that is not there begins with the marks alone.
@@ -234,4 +235,6 @@ def write_page(page: Path, corpus: str, config: Config, parts: Parts) -> list[Pa
     draw_training(pictures[0], config, parts)
     draw_exits(pictures[1], config, parts)
     draw_ways(pictures[2], parts)
-    return [page, *pictures]
+    published = folder / f"{corpus}.json"
+    published.write_text(json.dumps(parts) + "\n", encoding="utf-8")
+    return [page, *pictures, published]

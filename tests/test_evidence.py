@@ -104,6 +104,13 @@ def test_the_page_gets_its_tables_and_pictures_and_keeps_what_is_written_by_hand
     assert "| layerskip | code | 100 | E=4 d=2 | 50.0% | 1.40x | 1.50x |" in text
     assert "| plain-0-again | 1.0M | 1 min |" in text
     assert all(path.exists() for path in written)
-    assert len(written) == 4
+    assert len(written) == 5
+    # Elsewhere, what the page's numbers have is taken over, but for what is measured there.
+    results = Results(tmp_path / "elsewhere")
+    results.once("steps", lambda: {"own": 1})
+    results.take(tmp_path / "results" / "code.json")
+    assert results.parts() == parts | {"steps": results.parts()["steps"]}
+    assert results.once("steps", pytest.fail) == {"own": 1}
+    assert results.has("quality/layerskip-1")
     write_page(tmp_path / "new.md", "code", get_config(), parts)
     assert "| layerskip | code | 100 | E=4 d=2 |" in (tmp_path / "new.md").read_text()
