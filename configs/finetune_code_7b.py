@@ -48,6 +48,7 @@ def get_config() -> Config:
             init_from="llama-7b",
             steps=10_000,
             batch_size=128,
+            loss_chunk=512,  # two sequences on a chip: 1,024 tokens (tpu/README.md)
             remat="full",
             evaluate_every=1000,
             checkpoint_every=1000,
