@@ -236,5 +236,6 @@ def write_page(page: Path, corpus: str, config: Config, parts: Parts) -> list[Pa
     draw_exits(pictures[1], config, parts)
     draw_ways(pictures[2], parts)
     published = folder / f"{corpus}.json"
-    published.write_text(json.dumps(parts) + "\n", encoding="utf-8")
+    strict = json.loads(json.dumps(parts), parse_constant=lambda _: None)  # JSON has no NaN
+    published.write_text(json.dumps(strict, allow_nan=False) + "\n", encoding="utf-8")
     return [page, *pictures, published]
