@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ from layerskip_jax.sharding import AXES
 from layerskip_jax.train_step import Trainer
 
 pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
+ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(num_layers=4, dim=512, num_heads=4, num_kv_heads=2, ffn_dim=1024, vocab_size=2048)
 CONFIG = Config(
     model=MODEL,
@@ -75,7 +77,7 @@ def test_the_skipping_form_compiles_around_the_kernel(mesh, remat):
 def compile_ahead(*options):
     model = "--model.num_layers 4 --model.dim 1024 --model.num_heads 8 --model.num_kv_heads 8 --model.ffn_dim 4096"
     command = [sys.executable, "tpu/compile_ahead.py", "--config", "configs/quickstart.py", *model.split(), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
 def test_a_config_compiled_ahead_is_set_beside_the_formula_and_the_data_sheet():
