@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from layerskip_jax.config import Config, DataConfig, LayerDropoutConfig, ModelConfig, OptimizerConfig, TrainConfig
+from layerskip_jax.flops import flops_per_token
 from layerskip_jax.losses import Batch
-from layerskip_jax.metrics import flops_per_token
 from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.train_step import Trainer

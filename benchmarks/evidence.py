@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from benchmarks.adaptive import candidates, compare, prompts_of_kinds
-from benchmarks.decoding import WithoutQueries, in_turn, ratio, speed
+from benchmarks.decoding import WithoutQueries, in_turn, one_pass_more, ratio, speed
 from benchmarks.evidence_page import fastest_fixed, write_page
 from benchmarks.step_cost import time_steps
 from layerskip_jax.checkpoint import find_checkpoint, load_model, read_checksums, sha256_of
@@ -141,7 +141,8 @@ def reuse_and_temperature(run: str, config: Config, exit_layer: int, length: int
         {name: partial(generate, model, prompts[:1], base.max_new_tokens, step) for name, step in steps.items()},
         repeats,
     )
-    reuse = {"tokens_per_second": speed(runs["with"]), "with/without": ratio(runs["with"], runs["without"])}
+    reused = ratio(runs["with"], runs["without"]) / one_pass_more(config.model, exit_layer, length)
+    reuse = {"tokens_per_second": speed(runs["with"]), "with/without": reused}
     rows = []
     for temperature in (0.0, 0.3, 0.6, 1.0):
         way = dataclasses.replace(base, exit_layer=exit_layer, draft_length=length, temperature=temperature)

@@ -3,15 +3,20 @@
 The same model (12 layers x 256, vocabulary 4,096), batch (8 x 256 random tokens), AdamW, float32, machine and run: a
 transformers Llama in PyTorch against our plain step; torchtune with layer dropout 0.2 and rotational exits (R = 8)
 against our LayerSkip step. Each runs ``--steps`` steps in its turn, after some that compile; medians. Needs
-``pip install torch transformers torchtune torchao``, and a machine that does nothing else.
+``pip install torch transformers torchtune torchao``, and a machine that does nothing else. ``--maxtext PYTHON`` adds
+MaxText's plain step: its jax is another one, so that its turn is a process, of the Python that it is installed for.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable
@@ -51,11 +56,13 @@ LAYERSKIP = dataclasses.replace(
     early_exit=EarlyExitConfig(curriculum="rotational", dilation=R, e_scale=0.2),
 )
 SKIPPING = dataclasses.replace(LAYERSKIP, layer_dropout=dataclasses.replace(LAYERSKIP.layer_dropout, form="skipping"))
-BARS = {
-    "ours plain": ("transformers plain", 1.0),
-    "ours LayerSkip": ("torchtune LayerSkip", 1.1),
-    "ours LayerSkip, skipping": ("torchtune LayerSkip", 1.1),
-}
+MAXTEXT = "MaxText plain"
+BARS = [
+    ("ours plain", "transformers plain", 1.0),
+    ("ours plain", MAXTEXT, 1.3),
+    ("ours LayerSkip", "torchtune LayerSkip", 1.1),
+    ("ours LayerSkip, skipping", "torchtune LayerSkip", 1.1),
+]
 Step = Callable[[], None]
 
 
@@ -123,10 +130,53 @@ def torchtune_layerskip(config: Config) -> Step:
     return in_torch(config, decoder.train(), loss_of)
 
 
+def maxtext_plain(python: str, config: Config, steps: int) -> float:
+    """Return the median seconds of MaxText's last ``steps`` steps, by its log: the first ones compile.
+
+    Its ``minimal`` remat recomputes no product.
+    """
+    model = config.model
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "run_name": "peer",
+            "base_output_directory": folder,
+            "hardware": "cpu",
+            "skip_jax_distributed_system": "true",
+            "dataset_type": "synthetic",
+            "steps": steps + 4,
+            "base_num_decoder_layers": model.num_layers,
+            "base_emb_dim": model.dim,
+            "base_mlp_dim": model.ffn_dim,
+            "base_num_query_heads": model.num_heads,
+            "base_num_kv_heads": model.num_kv_heads,
+            "head_dim": model.head_dim,
+            "vocab_size": model.vocab_size,
+            "max_target_length": config.data.sequence_length,
+            "per_device_batch_size": config.train.batch_size,
+            "dtype": "float32",
+            "weight_dtype": "float32",
+            "enable_checkpointing": "false",
+            "remat_policy": "minimal",
+            "attention": "dot_product",
+        }
+        said = subprocess.run(
+            [python, "-m", "maxtext.trainers.pre_train.train", *(f"{key}={value}" for key, value in settings.items())],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )  # fmt: skip
+    seconds = [float(number) for number in re.findall(r"completed step: \d+, seconds: ([\d.]+)", said.stderr)]
+    if len(seconds) != steps + 4:
+        raise SystemExit(f"MaxText ended early: {(said.stderr.strip() or said.stdout.strip()).splitlines()[-1]}")
+    return statistics.median(seconds[-steps:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=4, help="turns of each (default: 4)")
     parser.add_argument("--steps", type=int, default=8, help="steps in a turn (default: 8, a rotation)")
+    parser.add_argument("--maxtext", metavar="PYTHON", help="a Python that has MaxText (0.2.5), to compare with too")
     parser.add_argument("--json", action="store_true", help="print one JSON line only")
     options = parser.parse_args()
     if not options.json:
@@ -149,11 +199,14 @@ def main() -> None:
                 step()
             if turn:
                 seconds[name].append((time.perf_counter() - began) / options.steps)
+        if turn and options.maxtext:
+            seconds.setdefault(MAXTEXT, []).append(maxtext_plain(options.maxtext, PLAIN, options.steps))
     per_step = PLAIN.train.batch_size * PLAIN.data.sequence_length
     rows: dict[str, Any] = {name: {"tokens_per_second": per_step / statistics.median(s)} for name, s in seconds.items()}
-    for name, (peer, bar) in BARS.items():
-        ratio = statistics.median(b / a for a, b in zip(seconds[name], seconds[peer], strict=True))
-        rows[name] |= {f"of {peer}": ratio, "bar": bar}
+    for name, peer, bar in BARS:
+        if peer in seconds:
+            ratio = statistics.median(b / a for a, b in zip(seconds[name], seconds[peer], strict=True))
+            rows[name][f"of {peer}, bar {bar}"] = ratio
     if options.json:
         print(json.dumps(rows))
         return

@@ -173,6 +173,11 @@ def config_of(path: str) -> Config:
     return read_config(find_checkpoint(path))
 
 
+def context_length(config: Config) -> int:
+    """Return the length of the longest text that a model is made for [tokens]: by its own word, or as trained."""
+    return config.model.context_length or config.data.sequence_length
+
+
 def load_weights(path: str, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Read the named arrays of a stacked model into the shapes, types and shardings of ``target``.
 

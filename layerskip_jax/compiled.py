@@ -63,10 +63,15 @@ class Work:
     cycles: float = 0.0
     """What the TPU compiler's own cost model says of its fusions, memory included; nothing of kernels and waits."""
     received: dict[Transfer, float] = dataclasses.field(default_factory=dict)
+    operations: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    """Cycles and flops by the name that JAX gave what was traced, of all that the cost model knows."""
 
     def add(self, other: "Work", times: float = 1.0) -> None:
         self.flops += times * other.flops
         self.cycles += times * other.cycles
+        for name, (cycles, flops) in other.operations.items():
+            before = self.operations.get(name, (0.0, 0.0))
+            self.operations[name] = (before[0] + times * cycles, before[1] + times * flops)
         for transfer, size in other.received.items():
             self.received[transfer] = self.received.get(transfer, 0.0) + times * size
 
@@ -111,8 +116,11 @@ class Program:
                 for branch, times in zip(branches, often, strict=True):
                     work.add(self._of_computation(branch, choose), times)
             else:
-                work.cycles += float(one.attribute(r'"estimated_cycles":"(\d+)"') or 0)
-                self._add_instruction(work, name, one, chains, choose)
+                part = Work(cycles=float(one.attribute(r'"estimated_cycles":"(\d+)"') or 0))
+                self._add_instruction(part, name, one, chains, choose)
+                if part.cycles:
+                    part.operations[one.attribute(r'op_name="([^"]*)"') or one.name] = (part.cycles, part.flops)
+                work.add(part)
         return work
 
     def _add_instruction(self, work: Work, name: str, one: Instruction, chains: set[str], choose: Choice) -> None:

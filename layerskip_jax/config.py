@@ -43,7 +43,7 @@ class ModelConfig:
     rope_high_turns: float = setting(4.0, "llama3: frequencies of more turns stay; those between are blended")
     rope_original_length: int = setting(8192, "llama3: length of texts before the scaling [tokens]")
     context_length: int = setting(
-        0, "longest text that an exported model says it is made for; 0 is data.sequence_length [tokens]"
+        0, "longest text that the model is made for, in evaluations and exports; 0 is data.sequence_length [tokens]"
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "type of activations and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU"

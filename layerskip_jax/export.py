@@ -8,7 +8,7 @@ import json
 import jax.numpy as jnp
 from etils import epath
 
-from layerskip_jax.checkpoint import load_model, named_arrays
+from layerskip_jax.checkpoint import context_length, load_model, named_arrays
 from layerskip_jax.command_line import make_parser, one_of
 from layerskip_jax.config import Config
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def export_model(run: str, folder: str, dtype: str = "float32") -> Config:
     tokenizer = Tokenizer.load(str(tokenizer_path))
     files = tokenizer_files(tokenizer)
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    said = config_json(config.model, config.model.context_length or config.data.sequence_length, dtype, bos, eos)
+    said = config_json(config.model, context_length(config), dtype, bos, eos)
     drafts = {
         "bos_token_id": bos,
         "eos_token_id": eos,

@@ -3,9 +3,9 @@
 import base64
 import html
 import json
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from layerskip_jax.checkpoint import SWEPT, find_checkpoint, load_model
 from layerskip_jax.command_line import integer, make_parser
@@ -24,7 +24,7 @@ img { max-width: 100%; } code, pre, .tokens { font-family: ui-monospace, monospa
 """
 
 
-def draw_quality(quality: ExitQuality, path: Path) -> Path:
+def draw_quality(quality: ExitQuality, path: epath.Path) -> epath.Path:
     """Draw perplexity and agreement by layer."""
     exits = range(1, len(quality.loss_L) + 1)
 
@@ -37,7 +37,7 @@ def draw_quality(quality: ExitQuality, path: Path) -> Path:
     return save_picture(path, draw)
 
 
-def write_report(run: str, prompts: list[str] | None, new_tokens: int, batches: int) -> Path:
+def write_report(run: str, prompts: list[str] | None, new_tokens: int, batches: int) -> epath.Path:
     """Write ``RUN/report.html`` and the pictures in ``RUN/plots``; return the page's path.
 
     What cannot be measured (the held-out text is not here any more) is said on the page in its place.
@@ -50,13 +50,13 @@ def write_report(run: str, prompts: list[str] | None, new_tokens: int, batches: 
     sections = [("Loss of each exit over time", _image(plots["loss"]))]
 
     try:
-        quality = draw_quality(quality_of_checkpoint(run, batches), Path(folder) / "plots" / "quality.png")
+        quality = draw_quality(quality_of_checkpoint(run, batches), folder / "plots" / "quality.png")
         sections.append(("Perplexity and agreement by layer", _image(quality)))
     except UserError as error:
         sections.append(("Perplexity and agreement by layer", f"<p>Not measured: {html.escape(str(error))}</p>"))
 
-    swept = Path(folder) / "plots" / "sweep.png"
-    stored = Path(checkpoint.parent) / SWEPT
+    swept = folder / "plots" / "sweep.png"
+    stored = checkpoint.parent / SWEPT
     if swept.exists():
         best = f"<pre>{html.escape(stored.read_text())}</pre>" if stored.exists() else ""
         sections.append(("Acceptance and tokens/s over exit and draft length", _image(swept) + best))
@@ -69,14 +69,14 @@ def write_report(run: str, prompts: list[str] | None, new_tokens: int, batches: 
     unstacked, tables = model.unstacked(), []
     for number, prompt in enumerate(texts or read_prompts(None, None, 1, config)):
         figure = token_exits.token_exits(unstacked, tokenizer, prompt, new_tokens)
-        token_exits.draw(figure, Path(folder) / "plots" / f"tokens_{number}.png")
+        token_exits.draw(figure, folder / "plots" / f"tokens_{number}.png")
         tables.append(token_exits.as_html(figure))
     sections.append(("Which layer first predicts each token", "\n".join(tables)))
     sections.append(("Settings", f"<pre>{html.escape(json.dumps(experiment(config), indent=1))}</pre>"))
 
     title = f"{html.escape(run)}, step {checkpoint.name}"
     body = "\n".join(f"<h2>{name}</h2>\n{content}" for name, content in sections)
-    page = Path(folder) / "report.html"
+    page = folder / "report.html"
     page.write_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n",
@@ -85,7 +85,7 @@ def write_report(run: str, prompts: list[str] | None, new_tokens: int, batches: 
     return page
 
 
-def _image(path: Path) -> str:
+def _image(path: epath.Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
 

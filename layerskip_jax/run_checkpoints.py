@@ -91,11 +91,12 @@ class Checkpoints:
                 begun.write_bytes(content)
                 begun.replace(file)  # so that a process that is killed here leaves no half of it
 
-    def save(self, state: TrainState, data: Position) -> None:
+    def save(self, state: TrainState, data: Position, last: bool = False) -> None:
         """Save after the step that ``state.step`` counts; returns as soon as the arrays are copied.
 
         What goes wrong, now or later in the background, is raised as `UserError` or said, as ``train.failed_save`` has
-        it. So are numbers that are not finite, which are never saved.
+        it. So are numbers that are not finite, which are never saved. The ``last`` save of a process is waited for, and
+        raises in any case: no later one makes up for it.
         """
         model, optimizer = named_arrays(state.model), named_arrays(_rest(state))
         sums, finite = digests({**in_item("model", model), **in_item("optimizer", optimizer)})
@@ -118,8 +119,10 @@ class Checkpoints:
                     checksums=ocp.args.JsonSave(checksums),
                 ),
             )
+            if last:
+                self._manager.wait_until_finished()
         except Exception as error:
-            self._save_has_failed(error)
+            self._save_has_failed(error, last)
 
     def check(self) -> None:
         """Raise or say, as ``train.failed_save`` has it, what went wrong in the background since the last look."""
@@ -128,7 +131,7 @@ class Checkpoints:
         except Exception as error:
             self._save_has_failed(error)
 
-    def _save_has_failed(self, error: Exception) -> None:
+    def _save_has_failed(self, error: Exception, last: bool = False) -> None:
         newest = self.latest()
         alone = jax.process_count() == 1  # the others may know of nothing, and would be waited for
         if alone:
@@ -137,6 +140,8 @@ class Checkpoints:
             self._manager = self._open()  # orbax's would raise the same error at every save from here on
         kept = f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
         line = f"a checkpoint could not be written to {self.folder}: {in_short(error)}; {kept}"
+        if last:
+            raise UserError(f"{line}; mend that and start again") from error
         if self._config.train.failed_save == "stop" or not alone:
             raise UserError(f"{line} (a run of one process goes on without, with train.failed_save go_on)") from error
         _warn(f"{line}; the run goes on, and tries again at the next one (train.failed_save)")

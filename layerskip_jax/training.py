@@ -19,7 +19,7 @@ from layerskip_jax.data.position import Position
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.distributed import StopRequest, own_rows, together
-from layerskip_jax.errors import Interrupted
+from layerskip_jax.errors import Interrupted, UserError
 from layerskip_jax.goodput import Goodput
 from layerskip_jax.losses import Batch
 from layerskip_jax.metrics import read_records
@@ -98,7 +98,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
                     progress.after_evaluation(done, evaluate(trainer, state.model))
             if saves:
                 with progress.during("saving"):
-                    checkpoints.save(state, position)
+                    checkpoints.save(state, position, last=bool(stopped) or done == config.train.steps)
                 progress.after_save(done)
             if samples:
                 with progress.during("sampling"):
@@ -142,7 +142,8 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
 def evaluate(trainer: Trainer, model: Transformer, split: str | None = None) -> np.ndarray:
     """Return ``loss_L``: the mean cross-entropy of every exit on held-out text [nats a token].
 
-    The same first ``evaluate_batches`` batches of the validation split every time.
+    The same first ``evaluate_batches`` batches of the validation split every time. Raises `UserError` if no token of
+    them counts.
     """
     config = trainer.config
     batches = local_batches(config, split or config.data.validation_split, trainer.mesh, epochs=1)
@@ -156,6 +157,11 @@ def evaluate(trainer: Trainer, model: Transformer, split: str | None = None) -> 
         for batch in together("number of held-out batches", read, len):
             loss_L, count = jax.device_get(trainer.evaluate(model, to_devices(batch, trainer.mesh)))
             total_L, tokens = total_L + loss_L, tokens + float(count)
+    if not tokens:
+        raise UserError(
+            f"no token of the first train.evaluate_batches {config.train.evaluate_batches} held-out batches counts: "
+            f"data.sequence_length {config.data.sequence_length} must be longer than their prompts (data.prompt_key)"
+        )
     return total_L / tokens
 
 

@@ -7,11 +7,12 @@ import pytest
 from bucket import RUN, STEPS, run_config, served, trained, trained_run
 from corpora import VOCABULARY
 
-from layerskip_jax import locations
-from layerskip_jax.checkpoint import SWEPT, find_checkpoint, read_config, store_swept, swept_settings
+from layerskip_jax import locations, report
+from layerskip_jax.checkpoint import SWEPT, find_checkpoint, load_model, read_config, store_swept, swept_settings
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation.exits import quality_of_checkpoint
 from layerskip_jax.locations import locate
 from layerskip_jax.metrics import MetricsWriter, read_records
 from layerskip_jax.plots import plot_run
@@ -38,6 +39,18 @@ def test_a_run_is_written_to_its_bucket_and_read_there(corpus):
     assert all((run / "plots" / picture.name).stat().st_size > 10_000 for picture in pictures)
     assert str(stored) == f"{RUN}/checkpoints/{SWEPT}"
     (run / "checkpoints" / SWEPT).unlink()
+
+
+def test_a_report_is_written_to_the_bucket(corpus, monkeypatch):
+    here = trained_run(corpus)
+    monkeypatch.setattr(report, "load_model", lambda run: load_model(here))  # arrays are not read through the stand-in
+    monkeypatch.setattr(report, "quality_of_checkpoint", lambda run, batches: quality_of_checkpoint(here, batches))
+    with served(trained(corpus)):
+        page = report.write_report(RUN, ["def x"], 3, 1)
+    assert str(page) == f"{RUN}/report.html"
+    assert (Path(here) / "report.html").stat().st_size > 100_000
+    assert {"quality.png", "tokens_0.png"} <= {picture.name for picture in (Path(here) / "plots").iterdir()}
+    assert not Path("/gs").exists()
 
 
 def test_metrics_go_on_where_a_bucket_has_them(tmp_path):

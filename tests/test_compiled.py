@@ -24,7 +24,7 @@ LOOP = """HloModule jit_step, num_partitions=8
   %start = (bf16[4,8]{1,0}, bf16[4,8]{1,0}) collective-permute-start(%product), source_target_pairs={{0,1},{1,0}}
   %done = bf16[4,8]{1,0} collective-permute-done(%start)
   %next = s32[]{:T(128)} add(%i, %two)
-  %copy = bf16[4,8]{1,0} copy(%done), backend_config={"window_config":{"estimated_cycles":"70"}}
+  %copy = bf16[4,8] copy(%done), metadata={op_name="s/copy"}, backend_config={"window_config":{"estimated_cycles":"70"}}
   ROOT %tuple = (s32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%next, %copy)
 }
 
@@ -56,6 +56,7 @@ def test_a_loop_counts_as_often_as_it_turns():
     work = Program(LOOP).work(never)
     assert work.flops == 3 * 2 * 4 * 8 * 8
     assert work.cycles == 3 * 70
+    assert work.operations == {"s/copy": (3 * 70, 0)}
     assert work.received == {
         Transfer("collective-permute", overlapped=True, between_slices=False): 3 * 64,
         Transfer("all-reduce", overlapped=False, between_slices=False): 2 * 64 / 2,

@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from corpora import VOCABULARY
@@ -21,13 +22,13 @@ from layerskip_jax.config import (
     ModelConfig,
 )
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.decoding.cost import Overhead, predicted_speedup, round_cost
+from layerskip_jax.decoding.cost import Overhead, head_share, predicted_speedup, round_cost
 from layerskip_jax.decoding.engine import generate, start
-from layerskip_jax.decoding.policies import Fixed
+from layerskip_jax.decoding.policies import Fixed, Plan
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.terminal import Report
-from layerskip_jax.decoding.text import TextGenerator
+from layerskip_jax.decoding.text import Answer, TextGenerator
 from layerskip_jax.errors import UserError
 
 PROMPTS = ["def x", "", "漢字 for y"]
@@ -122,6 +123,41 @@ def test_cost_model_by_hand():
     assert predicted_speedup(config, 8, 4, 5) == pytest.approx(1.0, rel=1e-3)
 
 
+class Alternating(Fixed):
+    """Rounds at exit 1 with two drafts and at exit 3 with one, in turn, and every third round without a draft."""
+
+    exits = (1, 3)
+    verify_widths = (1, 2, 3)
+
+    def start(self, model):
+        return jnp.int32(0)
+
+    def plan(self, memory):
+        kind = memory % 3
+        return Plan(jnp.where(kind == 1, 1, 0), jnp.array([2, 1, 0])[kind])
+
+    def learn(self, memory, outcome):
+        return memory + 1
+
+
+def test_a_report_predicts_the_cost_of_the_rounds_that_were(model):
+    step, config = SelfSpeculative(Greedy(), Alternating(1, 2)), DecodeConfig(exit_layer=1, draft_length=2)
+    generation = generate(model, [[1, 2, 3]], 30, step)
+    kinds = [((1, 2), (3, 1), (1, 0))[n % 3] for n in range(generation.rounds)]
+    assert generation.exit_drafts == {exit_layer: sum(d for e, d in kinds if e == exit_layer) for exit_layer in (1, 3)}
+    cost = sum(round_cost(model.config, *kind) for kind in kinds) / len(kinds)
+    report = Report.of([Answer([], generation)], model.config, config)
+    assert report.predicted_speedup == pytest.approx(generation.tokens_per_round / cost)
+
+
+def test_a_report_counts_the_heads_that_looked_for_an_exit(model, tokenizer):
+    """All leave at the third exit of 1, 2, 4: all blocks and three heads."""
+    config = DecodeConfig(mode="early_exit", exit_threshold=1.0, exits=(1, 2), max_new_tokens=5)
+    report = Report.of([TextGenerator(model, tokenizer, config).generate(["x"])], model.config, config)
+    h = head_share(model.config)
+    assert report.predicted_speedup == pytest.approx(1 / (1 - h + 3 * h))
+
+
 def test_report_says_when_speculation_does_not_pay(model, tokenizer):
     config = DecodeConfig(exit_layer=3, draft_length=8, max_new_tokens=24)
     answers = [TextGenerator(model, tokenizer, config).generate(["x"])]
@@ -166,6 +202,24 @@ def test_decode_json_lines(run_folder, capsys, tmp_path):
     assert numbers["identical"] is True
     assert {"speedup", "plain_tokens_per_second", "predicted_speedup", "acceptance"} <= numbers.keys()
     assert np.isfinite([value for value in numbers.values() if isinstance(value, float)]).all()
+
+
+def test_drawn_texts_are_not_called_different(run_folder, capsys):
+    request = [
+        "--checkpoint",
+        run_folder,
+        "--prompt",
+        "def x",
+        "--compare",
+        "--temperature",
+        "1",
+        "--max_new_tokens",
+        "6",
+    ]
+    out = decoded(capsys, *request)
+    assert "each draws texts of its own" in out
+    assert "DIFFER" not in out
+    assert "identical" not in json.loads(decoded(capsys, *request, "--json").splitlines()[-1])
 
 
 def test_decode_from_held_out_text_and_early_exit(run_folder, capsys):
@@ -261,7 +315,7 @@ def test_every_mode_and_policy_is_a_setting(model, tokenizer):
     lossless = [{"policy": "confidence", "draft_threshold": 0.1}, {"policy": "adaptive"}, {"mode": "prompt_lookup"}]
     for values in lossless:
         assert generator(model, tokenizer, **values).generate(PROMPTS).completions == full
-    lossy = generator(model, tokenizer, mode="early_exit", exit_threshold=0.05, exits=(1,))
+    lossy = generator(model, tokenizer, mode="early_exit", exit_threshold=1e-6, exits=(1,))
     answer = lossy.generate(PROMPTS)
     assert set(answer.generation.exit_rounds) == {1, 4}
     report = Report.of([answer], model.config, lossy.config)

@@ -18,7 +18,15 @@ from models import tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from layerskip_jax.checkpoint import initial_model, load_model, load_weights, named_arrays, swept_settings
+from layerskip_jax.checkpoint import (
+    config_of,
+    context_length,
+    initial_model,
+    load_model,
+    load_weights,
+    named_arrays,
+    swept_settings,
+)
 from layerskip_jax.commands import decode
 from layerskip_jax.config import Config, DecodeConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -285,6 +293,12 @@ def test_integer_weights_are_refused(tmp_path):
 
 
 # Commands
+
+
+def test_a_folder_says_how_long_its_texts_may_be(model, tmp_path):
+    """Evaluations keep to it: a folder knows of no length of training."""
+    write_llama(tmp_path / "long", dataclasses.replace(model.config, context_length=4096), named_arrays(model))
+    assert context_length(config_of(str(tmp_path / "long"))) == 4096
 
 
 def test_decode_takes_a_folder_and_says_what_the_model_says(llama, capsys):

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import pickle
+import signal
 import time
 from pathlib import Path
 
@@ -234,6 +235,23 @@ def test_a_full_disk_is_outlasted_if_so_set(config, small_disk, monkeypatch, cap
     assert "the checkpoint of step 4 is intact; the run goes on" in said
     assert kept == [4]
     assert steps_of(config) == [STEPS]
+
+
+@pytest.mark.parametrize("ends", ["at its last step", "by a signal"])
+def test_a_last_save_that_fails_is_never_called_saved(ends, config, small_disk, monkeypatch):
+    """There is no next save that would make up for it, so that going on is no choice."""
+    config = changed(config, run_dir=str(small_disk / "run"), failed_save="go_on", keep_checkpoints=1)
+
+    def act(batch):
+        fill(small_disk, config)(batch)
+        if ends == "by a signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    at_step(monkeypatch, {6: act})
+    with pytest.raises(UserError, match=r"could not be written .*; the checkpoint of step 4 is intact; mend that and"):
+        train(changed(config, steps=7))
+    (small_disk / "filler").unlink()
+    assert steps_of(config) == [4]
 
 
 def test_the_newest_are_kept_and_those_for_good(config):

@@ -89,6 +89,11 @@ def test_a_config_compiled_ahead_is_set_beside_the_formula_and_the_data_sheet():
     assert found["flops"]["compiled"] == pytest.approx(found["flops"]["formula"], rel=0.03)
     # The data sheet's time is one that no step beats, and the cost model knows of more than the products.
     assert 0 < found["seconds"]["products"] <= found["seconds"]["bound"] <= found["seconds"]["estimate"]
+    # What takes longest comes first, and no product is above the peak.
+    shares = [one["share"] for one in found["operations"]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.5 < sum(shares) <= 1
+    assert all(0 <= one["of_peak"] <= 1 for one in found["operations"])
 
 
 @pytest.mark.parametrize(("topology", "says"), [("v9:2x2", "must look like v5e:4x8"), ("v5e:3x5", "knows no topology")])

@@ -4,8 +4,8 @@
 
 Prints the memory of a chip, the operations of a step beside the formula's, what goes between chips, the bound on the
 step's time that follows from the chip's data sheet, and an estimate of it by the cost model with which the compiler
-chooses its tiles. Nothing is run, so nothing here is a measured time. Needs libtpu (``pip install -e '.[tpu]'``), no
-TPU. Status 1 if the step does not fit.
+chooses its tiles; ``--operations`` says on what it is spent. Nothing is run, so nothing here is a measured time. Needs
+libtpu (``pip install -e '.[tpu]'``), no TPU. Status 1 if the step does not fit.
 """
 
 import argparse
@@ -54,6 +54,8 @@ CHIPS = {
     "v5p": Chip(95e9, 1.75e9, 6 * 90e9, 6.25e9),
     "v6e": Chip(32e9, 1.75e9, 4 * 90e9, 12.5e9),
 }
+
+SHOWN = 24  # operations
 
 
 class Compiled(NamedTuple):
@@ -146,11 +148,25 @@ def report(config: Config, chip: Chip, peak: float, chips: int, compiled: Compil
                     "bound": bound, "cost model": modelled, "estimate": estimate},
         "mfu_at_bound": model_flops / bound,
         "mfu_at_estimate": model_flops / estimate,
+        "operations": most_costly(compiled.work, chip.clock, peak),
         "compile_seconds": compiled.seconds,
     }  # fmt: skip
 
 
-def show(found: dict[str, Any]) -> None:
+def most_costly(work: Work, clock: float, peak: float) -> list[dict[str, Any]]:
+    """Return the operations on which the cost model spends most, by the name of what was traced.
+
+    ``of_peak`` is how much of the chip's peak their products would reach, 0 of what has none.
+    """
+    by_cycles = sorted(work.operations.items(), key=lambda one: -one[1][0])
+    return [
+        {"name": name.replace("while/body/closed_call/", ""), "share": cycles / work.cycles,
+         "seconds": cycles / clock, "of_peak": flops / peak / (cycles / clock)}
+        for name, (cycles, flops) in by_cycles[:SHOWN]
+    ]  # fmt: skip
+
+
+def show(found: dict[str, Any], operations: bool) -> None:
     memory, flops, seconds = found["hbm"], found["flops"], found["seconds"]
     left = 1 - memory["peak"] / memory["chip"]
     print(
@@ -169,6 +185,8 @@ def show(found: dict[str, Any]) -> None:
     print(f"  estimate of it      {seconds['estimate']:8.3f} s (the compiler's own of its fusions, memory included, "
           f"{seconds['cost model']:.3f} with attention at the peak); MFU {found['mfu_at_estimate']:.0%}")  # fmt: skip
     print(f"  compiled in         {found['compile_seconds']:8.0f} s")
+    for one in found["operations"] if operations else ():
+        print(f"  {one['share']:6.1%} {one['seconds'] * 1e3:9.2f} ms, {one['of_peak']:4.0%} of the peak  {one['name']}")
 
 
 def alternatives(config: Config, chips: int, slices: int) -> Iterator[tuple[str, Config]]:
@@ -196,6 +214,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--store", action="store_true", help="keep the compiled step in train.run_dir, where a run looks for it"
     )
+    parser.add_argument(
+        "--operations", action="store_true", help=f"list the {SHOWN} operations that take most of the estimate"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     config, options = parse_config(parser, argv)
     devices, chip = devices_of(options.topology, options.slices), CHIPS[options.topology.split(":")[0]]
@@ -218,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             verdict = "fits" if found["fits"] else "does not fit"
             print(f"{options.config} on {options.slices} x {options.topology}: {verdict} {words}".rstrip())
-            show(found)
+            show(found, options.operations)
         if found["fits"]:
             return
         problem = "the peak is above the chip's memory"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.model import compute_dtype, parameter_count
+from layerskip_jax.sharding import target_platform
 
 
 class Overhead(NamedTuple):
@@ -34,9 +35,12 @@ def weight_count(config: ModelConfig) -> int:
     return parameter_count(config) - (0 if config.tied_embedding else config.vocab_size * config.dim)
 
 
-def weight_bytes(config: ModelConfig) -> int:
-    """Return the bytes of a weight in the compute type, in which decoding keeps them."""
-    return compute_dtype(config).itemsize
+def weight_bytes(config: ModelConfig, kind: str = "full") -> int:
+    """Return the bytes in which the loop reads a weight: the compute type's, or 1 of int8 (`DecodeConfig.weights`).
+
+    XLA:CPU makes int8 weights full ones before the loop.
+    """
+    return 1 if kind == "int8" and target_platform() != "cpu" else compute_dtype(config).itemsize
 
 
 def head_share(config: ModelConfig) -> float:

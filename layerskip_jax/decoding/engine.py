@@ -55,7 +55,7 @@ def prefill(
         key=key,
         statistics=Statistics(
             rounds=jnp.int32(0),
-            drafted=jnp.int32(0),
+            drafted_X=jnp.zeros(max(1, len(step.exits)), jnp.int32),
             accepted_histogram_Q=jnp.zeros(step.draft_length + 1, jnp.int32),
             exit_rounds_X=jnp.zeros(max(1, len(step.exits)), jnp.int32),
         ),

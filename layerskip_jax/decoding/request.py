@@ -141,6 +141,7 @@ class Generation:
     accepted: int
     accepted_histogram: list[int]  # rounds of a row with 0, 1, ..., d accepted drafts
     exit_rounds: dict[int, int]  # rounds of the loop at each exit (tokens, where each leaves for itself)
+    exit_drafts: dict[int, int]  # of ``drafted``, at each exit
 
     @classmethod
     def of(cls, state: DecodeState, prompts: Sequence[Sequence[int]], exits: Sequence[int], **seconds: float) -> Self:
@@ -150,10 +151,11 @@ class Generation:
         return cls(
             tokens=[row[len(prompt) :] for row, prompt in zip(known_tokens(state), prompts, strict=True)],
             rounds=int(statistics.rounds),
-            drafted=int(statistics.drafted),
+            drafted=sum(statistics.drafted_X.tolist()),
             accepted=sum(count * rounds for count, rounds in enumerate(histogram)),
             accepted_histogram=histogram,
             exit_rounds=dict(zip(exits, statistics.exit_rounds_X.tolist(), strict=True)),
+            exit_drafts=dict(zip(exits, statistics.drafted_X.tolist(), strict=True)),
             **seconds,
         )
 

@@ -219,7 +219,7 @@ def finish_round(
     counted_BQ = jax.nn.one_hot(accepted_B, draft_Bd.shape[1] + 1, dtype=jnp.int32) * active_B[:, None]
     statistics = Statistics(
         rounds=old.rounds + 1,
-        drafted=old.drafted + jnp.sum(drafted_B * active_B),
+        drafted_X=old.drafted_X.at[exit_index].add(jnp.sum(drafted_B * active_B)),
         accepted_histogram_Q=old.accepted_histogram_Q + jnp.sum(counted_BQ, axis=0),
         exit_rounds_X=old.exit_rounds_X.at[exit_index].add(1),
     )

@@ -35,7 +35,7 @@ class Statistics:
     """What a generation counts, over the rows that were not done."""
 
     rounds: jax.Array  # of the loop
-    drafted: jax.Array  # tokens the early layers proposed
+    drafted_X: jax.Array  # tokens that each exit that may draft has proposed
     accepted_histogram_Q: jax.Array  # rounds of a row in which exactly 0..d drafts were accepted
     exit_rounds_X: jax.Array  # rounds of the loop at each exit that may draft (or at which tokens may leave)
 

@@ -57,7 +57,7 @@ class Report:
     bandwidth: float  # [bytes/s]
     plain_tokens_per_second: float = math.nan
     speedup: float = math.nan
-    identical: bool | None = None
+    identical: bool | None = None  # None where texts are drawn: then they differ, and their distribution is the same
 
     @classmethod
     def of(cls, answers: list[Answer], model: ModelConfig, config: DecodeConfig) -> "Report":
@@ -68,16 +68,16 @@ class Report:
         new_tokens, rounds_of_rows = sum(part.new_tokens for part in parts), sum(histogram)
         rounds = sum(part.rounds for part in parts)
         drafted, accepted = sum(part.drafted for part in parts), sum(part.accepted for part in parts)
-        # The mean cost over rounds at different exits is the cost at their mean, which is linear in d E.
-        mean_exit = sum(exit * count for exit, count in at_exit.items()) / sum(at_exit.values())
         drafted_per_round, bandwidth = drafted / rounds_of_rows, measured_bandwidth()
         if config.mode == "early_exit":
-            cost = round_cost(model, 0, 0) - (1 - head_share(model)) * (1 - mean_exit / model.num_layers)
-        elif config.mode == "prompt_lookup":
+            cost = _mean_exit_cost(model, at_exit)
+        elif config.mode == "prompt_lookup" or not drafted:
             cost = round_cost(model, 0, 0)
         else:
-            cost = round_cost(model, mean_exit, drafted_per_round)
-        seconds = weight_count(model) * weight_bytes(model) / bandwidth * cost
+            # The cost is linear in d and in d E, so its mean over rounds is the cost at the mean exit of the drafts.
+            layers = sum(exit * count for part in parts for exit, count in part.exit_drafts.items())
+            cost = round_cost(model, layers / drafted, drafted_per_round)
+        seconds = weight_count(model) * weight_bytes(model, config.weights) / bandwidth * cost
         return cls(
             mode=config.mode,
             prompts=sum(len(answer.completions) for answer in answers),
@@ -118,11 +118,11 @@ class Report:
                 f"{self.tokens_per_round:.2f} tokens a round, {self.rounds} rounds"
             )
             lines.append(_histogram(self.accepted_histogram))
-        if self.identical is not None:
-            texts = "identical texts" if self.identical else "the texts DIFFER"
+        if not math.isnan(self.speedup):
+            texts = {True: "identical texts", False: "the texts DIFFER", None: "each draws texts of its own"}
             lines.append(
                 f"plain decoding {self.plain_tokens_per_second:.0f} tokens/s; speedup {self.speedup:.2f}x "
-                f"(the cost model says {self.predicted_speedup:.2f}x); {texts}"
+                f"(the cost model says {self.predicted_speedup:.2f}x); {texts[self.identical]}"
             )
         measured = self.speedup if not math.isnan(self.speedup) else self.predicted_speedup
         if measured < 1 and self.mode == "self_speculative":
@@ -132,6 +132,13 @@ class Report:
                 "--exit_layer or a smaller --draft_length, or --mode autoregressive"
             )
         return "\n".join(lines)
+
+
+def _mean_exit_cost(model: ModelConfig, tokens_at: dict[int, int]) -> float:
+    """Return the mean over tokens of ``(1-h) E/L + h n``, where a token's head has run at n exits up to its own, E."""
+    h = head_share(model)
+    costs = [(1 - h) * exit_layer / model.num_layers + h * (n + 1) for n, exit_layer in enumerate(tokens_at)]
+    return sum(cost * count for cost, count in zip(costs, tokens_at.values(), strict=True)) / sum(tokens_at.values())
 
 
 def _histogram(counts: list[int], width: int = 40) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from layerskip_jax.checkpoint import home, load_model, swept_settings
+from layerskip_jax.checkpoint import context_length, home, load_model, swept_settings
 from layerskip_jax.command_line import add_settings, apply_overrides, given_settings, integer, make_parser, run_file
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         "--prompt_tokens",
         metavar="N",
         type=integer,
-        help="prompts are cut to this (default: what answers leave of data.sequence_length)",
+        help="prompts are cut to this (default: what answers leave of the model's context length)",
     )
     parser.add_argument("--run_code", action="store_true", help="run generated code, apart and limited, for pass@1")
     parser.add_argument("--answers", action="store_true", help="with --json: print a line an answer too")
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
             examples,
             shots,
             settings,
-            prompt_tokens=options.prompt_tokens or _room(config.data.sequence_length, task.max_new_tokens),
+            prompt_tokens=options.prompt_tokens or _room(context_length(config), task.max_new_tokens),
             batch_size=options.batch_size,
         )
         if options.json:

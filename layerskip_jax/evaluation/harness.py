@@ -2,7 +2,7 @@
 
 import json
 
-from layerskip_jax.checkpoint import home, load_model
+from layerskip_jax.checkpoint import context_length, home, load_model
 from layerskip_jax.command_line import integer, make_parser
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError, run_command
@@ -19,7 +19,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_fewshot", metavar="N", type=integer, help="solved examples (default: the task's)")
     parser.add_argument("--limit", metavar="N", type=integer, help="examples of a task, at most")
     parser.add_argument("--batch_size", metavar="N", type=integer, default=8, help="texts at once (default: 8)")
-    parser.add_argument("--max_length", metavar="N", type=integer, help="tokens seen at once (default: as trained)")
+    parser.add_argument(
+        "--max_length", metavar="N", type=integer, help="tokens seen at once (default: the model's context length)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line a task instead of the table")
     options = parser.parse_known_options(argv)
     home(options.checkpoint)  # before lm-eval is imported, which takes a while
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         model.unstacked(),
         Tokenizer.load(str(tokenizer_path)),
         config.decode,
-        max_length=options.max_length or config.data.sequence_length,
+        max_length=options.max_length or context_length(config),
         exit_layer=options.exit_layer,
         batch_size=options.batch_size,
     )

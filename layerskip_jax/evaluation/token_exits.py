@@ -2,11 +2,11 @@
 
 import dataclasses
 import html
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.engine import generate
@@ -53,7 +53,7 @@ def token_exits(model: Transformer, tokenizer: Tokenizer, prompt: str, new_token
     return TokenExits(prompt, said, settling_exits(next_LT).tolist())
 
 
-def draw(figure: TokenExits, path: Path) -> Path:
+def draw(figure: TokenExits, path: epath.Path) -> epath.Path:
     """Write the picture as PNG: a row a token, a column an exit."""
     layers = len(figure.said[0])
 
