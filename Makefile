@@ -6,7 +6,7 @@ CONFIG = configs/quickstart.py
 BIN = $(VENV)/bin
 export JAX_PLATFORMS ?= $(if $(ACCELERATOR),,cpu)
 
-.PHONY: help quickstart baseline test lint format docs bench clean
+.PHONY: help quickstart test lint format docs bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -60,7 +60,7 @@ docs: $(BIN)/.installed-dev  ## build the site of docs/ into build/docs; warning
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 	@echo 'open build/docs/index.html'
 
-bench: $(BIN)/.installed  ## the figures of the README's table of bars
+bench: $(BIN)/.installed  ## what a step with exits costs, and how many lines there are to read
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/lines_to_read.py
 

@@ -1,6 +1,7 @@
 """Continual pretraining of Llama3 8B.
 
-LayerSkip table 1: p_max 0.1, S = 1, rotational R = 8, e_scale 0.1, 419B tokens.
+LayerSkip table 1: p_max 0.1, S = 1, rotational R = 8, e_scale 0.1. The paper trains on 419B tokens;
+50,000 steps of this batch are 52B: train.steps 400,000 would be all.
 The paper gives no learning rate and no batch for it; those of Llama2 7B stand in.
 
 Command:  python train.py --config configs/continual_llama3_8b.py --train.run_dir gs://BUCKET/runs/continual_llama3_8b

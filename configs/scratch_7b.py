@@ -39,7 +39,7 @@ def get_config() -> Config:
             tokenizer="gs://your-bucket/tokenizer.model",
             sequence_length=4096,
         ),
-        optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=2000),
+        optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=2000, beta1=0.9, beta2=0.95, final_fraction=0.1),
         mesh=MeshConfig(fsdp=64),
         train=TrainConfig(
             run_dir="gs://your-bucket/runs/scratch_7b",

@@ -98,7 +98,7 @@ class LayerDropoutConfig:
     form: Literal["masked", "skipping"] = setting(
         "masked", "masked computes every block and multiplies by 0 or 1; skipping does not compute what is dropped"
     )
-    row_groups: int = setting(4, "skipping: the batch is skipped in this many row groups; divides the microbatch")
+    row_groups: int = setting(4, "skipping: the batch is skipped in this many row groups; divides a device's rows")
 
     def __post_init__(self) -> None:
         require(0 <= self.p_max < 1, f"layer_dropout.p_max must be in [0, 1), not {self.p_max}")
@@ -113,7 +113,7 @@ class EarlyExitConfig:
         "none", "which exits have a loss at a step; none is the last layer only (an ordinary language model)"
     )
     dilation: int = setting(8, "R of the rotational curriculum: every R-th layer, shifted by one each step")
-    e_scale: float = setting(1.0, "weight of the exits before the last one (eq. 6)")
+    e_scale: float = setting(1.0, "e_scale of eq. 6, for all exits; 0 leaves the ordinary loss of the last")
     always_last: bool = setting(True, "rotational: the last layer has a loss at every step")
 
     def __post_init__(self) -> None:

@@ -19,6 +19,8 @@ from jax.typing import ArrayLike
 Curriculum = Callable[[ArrayLike, int, int], jax.Array]
 """``(step t, total_steps T, num_layers L) -> C_L``, 1 where the exit after block l has a loss at step t, else 0."""
 
+ExitScale = Callable[[int, float], jax.Array]
+"""``(num_layers L, e_scale) -> e_L``, the weight of each exit before eq. 6 makes their sum 1; not negative."""
 
 ExitLoss = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax.Array, Any], jax.Array]
 """``(g, x_BCD, targets_BC, mask_BC, guide) -> loss``: what an exit minimises, summed over counted positions [nats].

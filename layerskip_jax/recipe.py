@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from layerskip_jax import early_exit, layer_dropout
+from layerskip_jax.checks import require
 from layerskip_jax.config import Config
 from layerskip_jax.model import Transformer
 
@@ -45,6 +46,7 @@ class Recipe:
     curriculum: early_exit.Curriculum
     e_scale: float
     is_spike: IsSpike
+    exit_scale: early_exit.ExitScale = early_exit.exit_scale
     exit_loss: early_exit.ExitLoss = early_exit.cross_entropy
     guide: Guide | None = None
 
@@ -68,6 +70,23 @@ class Recipe:
             is_spike=Above(config.train.skip_spikes),
         )
 
+    def check(self) -> None:
+        """Raise `UserError` where a function gives what cannot be meant, at the first, the middle or the last step."""
+        L, T = self.num_layers, self.total_steps
+        per_layer = {"layer_scale": self.layer_scale(L), "exit_scale": self.exit_scale(L, self.e_scale)}
+        for step in sorted({0, T // 2, T - 1}):
+            per_layer["curriculum"] = self.curriculum(step, T, L)
+            for name, value in per_layer.items():
+                shape = jnp.shape(value)
+                require(shape == (L,), f"the recipe's {name} must give {L} numbers, one a layer, not the shape {shape}")
+            shape = jnp.shape(self.time_scale(step, T))
+            require(shape == (), f"the recipe's time_scale must give one number, not the shape {shape}")
+            rates_L, weights_L = self.drop_rates(step), self.exit_weights(step)
+            allowed = bool(jnp.all((rates_L >= 0) & (rates_L < 1)))
+            require(allowed, f"the recipe's drop rates must be in [0, 1), not {rates_L.tolist()} at step {step}")
+            allowed = bool(jnp.all((weights_L >= 0) & jnp.isfinite(weights_L)))
+            require(allowed, f"the recipe's exit weights must not be negative: {weights_L.tolist()} at step {step}")
+
     def drop_rates(self, step: ArrayLike) -> jax.Array:
         """``p_L = S(t) D(l) p_max`` (LayerSkip eq. 2)."""
         return self.time_scale(step, self.total_steps) * self.layer_scale(self.num_layers) * self.p_max
@@ -75,4 +94,4 @@ class Recipe:
     def exit_weights(self, step: ArrayLike) -> jax.Array:
         """``w_L`` (LayerSkip eq. 6) at optimizer step ``step``."""
         enabled_L = self.curriculum(step, self.total_steps, self.num_layers)
-        return early_exit.exit_weights(enabled_L, early_exit.exit_scale(self.num_layers, self.e_scale))
+        return early_exit.exit_weights(enabled_L, self.exit_scale(self.num_layers, self.e_scale))

@@ -42,7 +42,9 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     began = time.time()
     mesh = make_mesh(config)
     rows = own_rows(batch_sharding(mesh), config.train.batch_size)
-    trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
+    recipe = recipe or Recipe.from_config(config)
+    recipe.check()
+    trainer = Trainer(config, recipe, mesh)
 
     with jax.set_mesh(mesh), StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
         tokenizer, data = together("settings", partial(_open, config, mesh), lambda _: experiment(config))

@@ -37,6 +37,86 @@ def test_confidence_stop_drafts_one_token_if_never_sure_and_all_if_always_sure()
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Wild(Fixed):
+    """Plans what it never declared: no draft at all, fewer than none, too many, an exit that is not there."""
+
+    def start(self, model):
+        return jnp.int32(0)
+
+    def plan(self, memory):
+        return Plan(memory % 3 - 1, jnp.array([2, 0, -1, 9, 1])[memory % 5])
+
+    def learn(self, memory, outcome):
+        return memory + 1
+
+
+def test_a_policy_that_plans_beyond_its_bounds_changes_no_text():
+    model = tiny_model(1).unstacked()
+    full = generate(model, PROMPTS, 30, Autoregressive(Greedy()))
+    wild = generate(model, PROMPTS, 30, SelfSpeculative(Greedy(), Wild(2, 3)))
+    assert wild.tokens == full.tokens
+    assert len(wild.accepted_histogram) == 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrow(Fixed):
+    widths: tuple[int, ...] = ()
+    length: int = 2
+
+    @property
+    def verify_widths(self):
+        return self.widths or super().verify_widths
+
+    def plan(self, memory):
+        return Plan(0, self.length)
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        (Narrow(2, 3, (1, 3)), r"verify_widths must rise to draft_length \+ 1 = 4, not \(1, 3\)"),
+        (Narrow(2, 3, (3, 2, 4)), "verify_widths must rise"),
+        (Narrow(2, 3, (), 4), r"a plan's draft_length must be in 0\.\.3, not 4"),
+    ],
+)
+def test_wrong_widths_and_plans_are_named(policy, says):
+    with pytest.raises(UserError, match=says):
+        generate(tiny_model(1).unstacked(), PROMPTS, 5, SelfSpeculative(Greedy(), policy))
+
+
+def test_what_jit_could_not_tell_apart_is_refused():
+    class Loose(Fixed):
+        def __init__(self, threshold):
+            super().__init__(2, 3)
+            object.__setattr__(self, "threshold", threshold)
+
+    with pytest.raises(UserError, match=r"Loose keeps more than its fields: give its class @dataclasses\.dataclass"):
+        generate(tiny_model(1).unstacked(), PROMPTS, 5, SelfSpeculative(Greedy(), Loose(0.5)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin(Fixed):
+    """Goes on while the likeliest token leads by a margin: what no probability of the drafted token alone tells."""
+
+    margin: float = 0.0
+
+    def goes_on(self, memory, token_B, logits_BV):
+        first, second = jnp.moveaxis(jax.lax.top_k(jax.nn.softmax(logits_BV), 2)[0], -1, 0)
+        return first - second >= self.margin
+
+
+def test_a_policy_may_stop_by_the_exits_logits():
+    model = tiny_model(1).unstacked()
+    full = generate(model, PROMPTS, 30, Autoregressive(Greedy()))
+    drafted = {}
+    for margin in (0.0, 0.02, 1.0):
+        result = generate(model, PROMPTS, 30, SelfSpeculative(Greedy(), Margin(2, 4, margin)))
+        assert result.tokens == full.tokens
+        drafted[margin] = result.drafted / sum(result.accepted_histogram)
+    assert drafted[0.0] == 4 > drafted[0.02] > drafted[1.0] == 1
+
+
 def test_adaptive_plans_by_the_formula():
     policy = Adaptive(2, 3, candidates=(1, 2))
     agreed = jnp.array([[9.0, 4.0, 2.0], [18.0, 17.0, 16.0]])

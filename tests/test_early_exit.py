@@ -1,13 +1,17 @@
 """LayerSkip eq. 5-6: the numbers by hand, and what each curriculum promises."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip_jax.config import Config, EarlyExitConfig, ModelConfig, TrainConfig
+from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig, ModelConfig, TrainConfig
 from layerskip_jax.early_exit import Rotational, all_exits, exit_scale, exit_weights, gradual, last_only
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.errors import UserError
+from layerskip_jax.recipe import Above, Recipe
 
 
 def test_scale_by_hand():
@@ -87,6 +91,37 @@ def test_gradual_has_all_exits_on_by_half_time(num_layers, total):
 def test_all_and_none():
     np.testing.assert_array_equal(all_exits(3, 10, 5), 1)
     np.testing.assert_array_equal(last_only(3, 10, 5), [0, 0, 0, 0, 1])
+
+
+def recipe_of(**replaced):
+    config = Config(model=ModelConfig(num_layers=4), layer_dropout=LayerDropoutConfig(p_max=0.5))
+    return dataclasses.replace(Recipe.from_config(config), **replaced)
+
+
+def test_exit_weights_of_ones_own():
+    recipe = recipe_of(curriculum=all_exits, exit_scale=lambda num_layers, e_scale: jnp.ones(num_layers))
+    assert recipe.exit_weights(0).tolist() == [0.25] * 4
+    recipe.check()
+
+
+@pytest.mark.parametrize(
+    ("replaced", "says"),
+    [
+        ({"curriculum": lambda step, total, L: jnp.ones(L - 1)}, r"recipe's curriculum must give 4 numbers, .* \(3,\)"),
+        ({"layer_scale": lambda L: jnp.ones(L + 1)}, "recipe's layer_scale must give 4 numbers"),
+        ({"exit_scale": lambda L, e_scale: 1.0}, "recipe's exit_scale must give 4 numbers"),
+        ({"time_scale": lambda step, total: jnp.ones(2)}, "recipe's time_scale must give one number"),
+        ({"layer_scale": lambda L: 7.0 * jnp.arange(L)}, r"drop rates must be in \[0, 1\), not .* at step"),
+        ({"exit_scale": lambda L, e_scale: 1 - jnp.arange(L)}, "exit weights must not be negative"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_is_named(replaced, says):
+    with pytest.raises(UserError, match=says):
+        recipe_of(**replaced).check()
+
+
+def test_a_rule_against_spikes_is_a_setting():
+    assert Recipe.from_config(Config(train=TrainConfig(skip_spikes=3.0))).is_spike == Above(3.0)
 
 
 @pytest.mark.parametrize("curriculum", ["rotational", "gradual", "all", "none"])

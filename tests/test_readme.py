@@ -1,5 +1,6 @@
 """The README and the pages of docs/ are run: their Python as it stands, their commands through the parsers."""
 
+import importlib
 import itertools
 import json
 import re
@@ -32,6 +33,14 @@ OF_CHECKPOINTS = {
     "layerskip_jax.plots": plots.main,
     "layerskip_jax.report": report.main,
 }
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "benchmarks").glob("[a-z]*.py")))
+def test_a_benchmark_opens_or_says_what_to_install(name):
+    try:
+        importlib.import_module(f"benchmarks.{name}")
+    except SystemExit as said:
+        assert "pip install" in str(said)  # noqa: PT017
 
 
 def blocks(language, text):

@@ -53,7 +53,10 @@ class DraftPolicy(Protocol):
 
     @property
     def verify_widths(self) -> Sequence[int]:
-        """How many positions a verification is compiled for, rising, the last one d+1; the narrowest that fits runs."""
+        """How many positions a verification is compiled for, rising to d+1; the narrowest that fits runs.
+
+        Width 1, a round that drafts nothing, is added or left out as `plan` needs it.
+        """
 
     def start(self, model: ModelConfig) -> Any:
         """Return the memory before the first round."""
@@ -63,8 +66,8 @@ class DraftPolicy(Protocol):
     def probes(self, memory: Any) -> bool | jax.Array:
         """Say whether this round compares all candidate exits with the full model (the head runs once for each)."""
 
-    def goes_on(self, memory: Any, probability_B: jax.Array) -> jax.Array:
-        """Say which rows draft another token after one that the exit gave this probability (at temperature 1)."""
+    def goes_on(self, memory: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+        """Say which rows draft another token after ``token_B``, drawn from the exit's logits at temperature 1."""
 
     def learn(self, memory: Any, outcome: Outcome) -> Any:
         """Return the memory after a round."""
@@ -99,11 +102,34 @@ class Fixed:
     def probes(self, memory: Any) -> bool | jax.Array:
         return False
 
-    def goes_on(self, memory: Any, probability_B: jax.Array) -> jax.Array:
-        return jnp.ones_like(probability_B, bool)
+    def goes_on(self, memory: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+        return jnp.ones_like(token_B, bool)
 
     def learn(self, memory: Any, outcome: Outcome) -> Any:
         return memory
+
+
+def checked_plan(policy: DraftPolicy, memory: Any) -> tuple[Plan, Sequence[int]]:
+    """Return the policy's plan, kept within what it declares, and the widths to compile a verification for.
+
+    Plans and widths that are wrong before the program runs raise `UserError`. So no policy can change the text: where a
+    plan may be of no draft at all, there is a verification that starts from the embedding.
+    """
+    plan, d, widths = policy.plan(memory), policy.draft_length, tuple(policy.verify_widths)
+    rising = list(widths) == sorted(set(widths)) and widths[-1:] == (d + 1,) and widths[0] >= 1
+    require(rising, f"verify_widths must rise to draft_length + 1 = {d + 1}, not {widths}")
+
+    def within(value: int | jax.Array, most: int, name: str) -> int | jax.Array:
+        if isinstance(value, int):
+            require(0 <= value <= most, f"a plan's {name} must be in 0..{most}, not {value}")
+            return value
+        return jnp.clip(value, 0, most)
+
+    length = within(plan.draft_length, d, "draft_length")
+    wider = tuple(width for width in widths if width > 1)
+    drafts_always = isinstance(length, int) and length > 0
+    exit_index = within(plan.exit_index, len(policy.exits) - 1, "exit_index")
+    return Plan(exit_index, length), wider if drafts_always else (1, *wider)
 
 
 def doubling_widths(draft_length: int) -> Sequence[int]:
@@ -130,8 +156,9 @@ class ConfidenceStop(Fixed):
     def verify_widths(self) -> Sequence[int]:
         return doubling_widths(self.draft_length)
 
-    def goes_on(self, memory: Any, probability_B: jax.Array) -> jax.Array:
-        return probability_B >= self.threshold
+    def goes_on(self, memory: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+        probability_BV = jax.nn.softmax(logits_BV)
+        return jnp.take_along_axis(probability_BV, token_B[:, None], axis=1)[:, 0] >= self.threshold
 
 
 class Acceptance(NamedTuple):

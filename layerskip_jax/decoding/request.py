@@ -80,6 +80,13 @@ def check_step(config: ModelConfig, step: Round) -> None:
             f"exit layer {exit_layer} must be in 1..{config.num_layers}, the model's layers",
         )
     require(exits == sorted(set(exits)), f"exit layers must rise, not {' '.join(map(str, exits))}")
+    for part in (step, *getattr(step, "__dict__", {}).values()):
+        known = {field.name for field in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else None
+        # Two that differ elsewhere would be equal to jit, and the second would run the first's program.
+        require(
+            known is None or vars(part).keys() <= known,
+            f"{type(part).__name__} keeps more than its fields: give its class @dataclasses.dataclass(frozen=True)",
+        )
 
 
 def _is_whole(value: Any) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.conditional import run_blocks_if, run_if
-from layerskip_jax.decoding.policies import DraftPolicy, Outcome, Plan
+from layerskip_jax.decoding.policies import DraftPolicy, Outcome, Plan, checked_plan
 from layerskip_jax.decoding.sampling import Sampler
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics, emit
 from layerskip_jax.model import Positions, Transformer
@@ -90,7 +90,7 @@ class SelfSpeculative:
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         key, draft_key, verify_key = jax.random.split(state.key, 3)
-        plan = self.policy.plan(state.memory)
+        plan, widths = checked_plan(self.policy, state.memory)
         cache, draft_Bd, evidence, drafted_B = self._draft(model, state, plan, draft_key)
 
         # The narrowest verification that holds every row's drafts and the token they follow.
@@ -98,11 +98,11 @@ class SelfSpeculative:
         position = model.positions(state.last_token()[1][:, None] + jnp.arange(self.draft_length + 1)[None])
         none_B, none_XQ = jnp.zeros_like(state.length_B), jnp.zeros((len(self.exits), self.draft_length + 1))
         verdict = Verdict(none_B, none_B, jnp.bool(False), none_XQ, none_XQ)
-        for width in self.policy.verify_widths:
+        for width in widths:
             verify = partial(
                 self._verify, model, state, plan, verify_key, position.first(width), draft_Bd, evidence, drafted_B
             )
-            runs = (narrower < needed) & (needed <= width) if len(self.policy.verify_widths) > 1 else True
+            runs = (narrower < needed) & (needed <= width) if len(widths) > 1 else True
             cache, verdict = run_if(runs, verify, (cache, verdict))
             narrower = width
         accepted_B, next_B = verdict.accepted_B, verdict.next_B
@@ -135,9 +135,8 @@ class SelfSpeculative:
                 _, draft_Bd, evidence, drafted_B = drafts
                 logits_BV = model.unembed(x_B1D)[:, 0]
                 token_B, new_evidence = self.sampler.propose(logits_BV, jax.random.fold_in(key, slot))
-                probability_B = jnp.take_along_axis(jax.nn.softmax(logits_BV), token_B[:, None], axis=1)[:, 0]
                 put = lambda all_Bd, one_B: jax.lax.dynamic_update_index_in_dim(all_Bd, one_B, slot, axis=1)  # noqa: E731
-                goes_on_B = (token_B != state.eos) & self.policy.goes_on(state.memory, probability_B)
+                goes_on_B = (token_B != state.eos) & self.policy.goes_on(state.memory, token_B, logits_BV)
                 evidence = jax.tree.map(put, evidence, new_evidence)
                 return drafting_B & goes_on_B, token_B, put(draft_Bd, token_B), evidence, drafted_B + drafting_B
 

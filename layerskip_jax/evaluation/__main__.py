@@ -22,7 +22,7 @@ def table(qualities: dict[str, ExitQuality]) -> str:
         lines.append(f"{row + 1:>4} " + "".join(f"{cell:>{width}}" for cell in cells))
     lines.append("(perplexity; how often the exit's next token is the last exit's)")
     for name, quality in qualities.items():
-        middle = len(quality.loss_L) // 2
+        middle = max(1, len(quality.loss_L) // 2)
         excess = quality.loss_L[middle - 1] / quality.loss_L[-1] - 1
         lines.append(f"{name}: the loss at exit {middle} is {excess:+.1%} of the last exit's")
     return "\n".join(lines)
