@@ -6,10 +6,12 @@ train(config, recipe=recipe)
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from layerskip_jax import early_exit, layer_dropout
@@ -73,19 +75,21 @@ class Recipe:
     def check(self) -> None:
         """Raise `UserError` where a function gives what cannot be meant, at the first, the middle or the last step."""
         L, T = self.num_layers, self.total_steps
-        per_layer = {"layer_scale": self.layer_scale(L), "exit_scale": self.exit_scale(L, self.e_scale)}
+
+        def parts(step: jax.Array) -> dict[str, jax.Array]:
+            scales = {"layer_scale": self.layer_scale(L), "exit_scale": self.exit_scale(L, self.e_scale)}
+            of_step = {"time_scale": self.time_scale(step, T), "curriculum": self.curriculum(step, T, L)}
+            return {name: jnp.asarray(value) for name, value in (scales | of_step).items()}
+
+        for name, part in jax.eval_shape(parts, jax.ShapeDtypeStruct((), jnp.int32)).items():
+            shape, said = ((), "one number") if name == "time_scale" else ((L,), f"{L} numbers, one a layer")
+            require(part.shape == shape, f"the recipe's {name} must give {said}, not the shape {part.shape}")
         for step in sorted({0, T // 2, T - 1}):
-            per_layer["curriculum"] = self.curriculum(step, T, L)
-            for name, value in per_layer.items():
-                shape = jnp.shape(value)
-                require(shape == (L,), f"the recipe's {name} must give {L} numbers, one a layer, not the shape {shape}")
-            shape = jnp.shape(self.time_scale(step, T))
-            require(shape == (), f"the recipe's time_scale must give one number, not the shape {shape}")
-            rates_L, weights_L = self.drop_rates(step), self.exit_weights(step)
-            allowed = bool(jnp.all((rates_L >= 0) & (rates_L < 1)))
-            require(allowed, f"the recipe's drop rates must be in [0, 1), not {rates_L.tolist()} at step {step}")
-            allowed = bool(jnp.all((weights_L >= 0) & jnp.isfinite(weights_L)))
-            require(allowed, f"the recipe's exit weights must not be negative: {weights_L.tolist()} at step {step}")
+            rates_L, weights_L = map(np.asarray, _rates_and_weights(self, step))
+            allowed = np.all((rates_L >= 0) & (rates_L < 1))
+            require(bool(allowed), f"the recipe's drop rates must be in [0, 1), not {rates_L.tolist()} at step {step}")
+            allowed = np.all((weights_L >= 0) & np.isfinite(weights_L))
+            require(bool(allowed), f"the recipe's exit weights must not be negative: {weights_L.tolist()}, step {step}")
 
     def drop_rates(self, step: ArrayLike) -> jax.Array:
         """``p_L = S(t) D(l) p_max`` (LayerSkip eq. 2)."""
@@ -95,3 +99,8 @@ class Recipe:
         """``w_L`` (LayerSkip eq. 6) at optimizer step ``step``."""
         enabled_L = self.curriculum(step, self.total_steps, self.num_layers)
         return early_exit.exit_weights(enabled_L, self.exit_scale(self.num_layers, self.e_scale))
+
+
+@partial(jax.jit, static_argnums=0)  # one small program, where a first call of each operation alone takes a second
+def _rates_and_weights(recipe: Recipe, step: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    return recipe.drop_rates(step), recipe.exit_weights(step)

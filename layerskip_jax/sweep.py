@@ -73,6 +73,7 @@ def measure(
         rounds, drafted = sum(g.rounds for g in of_way), sum(g.drafted for g in of_way)
         tokens = sum(g.new_tokens for g in of_way)
         speedup = statistics.median(turn[index] / turn[0] for turn in rates)
+        same = all([g.tokens for g in turn[index]] == plain_tokens for turn in runs)
         measurements.append(
             Measurement(
                 settings={name: getattr(config, name) for name in ("mode", "policy", "exit_layer", "draft_length")},
@@ -82,9 +83,7 @@ def measure(
                 tokens_per_round=tokens / rounds,
                 drafted_per_round=drafted / rounds,
                 round_cost=tokens / rounds / speedup,
-                identical=None
-                if config.temperature
-                else all([g.tokens for g in t[index]] == plain_tokens for t in runs),
+                identical=None if config.temperature else same,
             )
         )
     return measurements

@@ -70,7 +70,7 @@ def check_request(
 
 
 def check_step(config: ModelConfig, step: Round) -> None:
-    """Raise `UserError` unless a round's exits and draft length suit the model and the cache."""
+    """Raise `UserError` unless a round suits the model and the cache, and jit can tell it from others by its fields."""
     longest, exits = step.draft_length, list(step.exits)
     # A round writes within two pieces of the cache.
     require(0 <= longest < BUCKET, f"draft length {longest} must be in 0..{BUCKET - 1}")
@@ -81,12 +81,12 @@ def check_step(config: ModelConfig, step: Round) -> None:
         )
     require(exits == sorted(set(exits)), f"exit layers must rise, not {' '.join(map(str, exits))}")
     for part in (step, *getattr(step, "__dict__", {}).values()):
-        known = {field.name for field in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else None
-        # Two that differ elsewhere would be equal to jit, and the second would run the first's program.
-        require(
-            known is None or vars(part).keys() <= known,
-            f"{type(part).__name__} keeps more than its fields: give its class @dataclasses.dataclass(frozen=True)",
-        )
+        if dataclasses.is_dataclass(part):
+            # Two that differ elsewhere would be equal to jit, and the second would run the first's program.
+            require(
+                vars(part).keys() <= {field.name for field in dataclasses.fields(part)},
+                f"{type(part).__name__} keeps more than its fields: give its class @dataclasses.dataclass(frozen=True)",
+            )
 
 
 def _is_whole(value: Any) -> bool:
