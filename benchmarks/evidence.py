@@ -4,10 +4,11 @@ Trains the variants of ``--config`` (the paper's four and three more) on the sam
 their exits, steps and decoding side by side, and writes the tables and pictures of docs/results.md. All of it goes on
 where it was stopped: what is trained is not trained again, and what is measured of a run is not measured again.
 
-    <train.run_dir>/<corpus>/<variant>-<seed>      the runs
-    <train.run_dir>/<corpus>/measured              what was measured of them
+    <train.run_dir>/<study>/<variant>-<seed>      the runs
+    <train.run_dir>/<study>/measured              what was measured of them
 
-docs/results/<corpus>.json holds all that the page shows; with ``--published`` more variants join it elsewhere.
+The study is code, prose (``--prose``) or widths (``--widths``: each variant at each width of the model, as tuned@128).
+docs/results/<study>.json holds all that the page shows; with ``--published`` more variants join it elsewhere.
 """
 
 import dataclasses
@@ -64,16 +65,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 Measured = dict[str, Any]
 
 
-def corpus_of(config: Config, prose: str | None) -> Config:
-    """Return the config of a corpus: its own, or the text files of ``prose``; each has its folder of runs."""
-    folder = f"{config.train.run_dir}/{'prose' if prose else 'code'}"
+def study_of(config: Config, prose: str | None, widths: list[int]) -> Config:
+    """Return the config of a study: of its own corpus, or the text files of ``prose``; each has its folder of runs."""
+    folder = f"{config.train.run_dir}/{'widths' if widths else 'prose' if prose else 'code'}"
     changes: dict[str, Any] = {"data.tokenizer": f"{folder}/tokenizer.model", "train.run_dir": folder}
     return apply_overrides(config, changes | ({"data.source": "text", "data.path": prose} if prose else {}))
 
 
+def of_width(dim: int) -> dict[str, Any]:
+    heads = max(2, dim // 64)
+    return {"model.dim": dim, "model.num_heads": heads, "model.num_kv_heads": heads, "model.ffn_dim": 11 * dim // 4}
+
+
 def variant_of(config: Config, name: str, seed: int) -> Config:
+    """Return the config of a variant, ``tuned``, or of one at a width, ``tuned@128``."""
     folder = f"{config.train.run_dir}/{name}-{seed}"
-    return apply_overrides(config, VARIANTS[name] | {"train.seed": seed, "train.run_dir": folder})
+    recipe, _, width = name.partition("@")
+    changes = VARIANTS[recipe] | (of_width(int(width)) if width else {})
+    return apply_overrides(config, changes | {"train.seed": seed, "train.run_dir": folder})
 
 
 def is_trained(config: Config) -> bool:
@@ -248,13 +257,16 @@ def measure_all(
         ways = results.once(f"decoding/{name}", partial(decoding, run.train.run_dir, run, repeats))
         setting = best_fixed(ways, next(iter(ways["ways"])))
         results.once(f"more/{name}", partial(reuse_and_temperature, run.train.run_dir, run, *setting, repeats))
-    results.once("steps", partial(step_times, config))
+    if not any("@" in name for name in variants):  # steps of other widths are no comparison
+        results.once("steps", partial(step_times, config))
     return results.parts()
 
 
 def main() -> None:
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--prose", metavar="FOLDER", help="a corpus of text files, in place of the Python code")
+    study = parser.add_mutually_exclusive_group()
+    study.add_argument("--prose", metavar="FOLDER", help="a corpus of text files, in place of the Python code")
+    study.add_argument("--widths", type=int, nargs="+", default=[], metavar="DIM", help="each variant at these widths")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each variant (default: 0)")
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each way of decoding (default: 3)")
@@ -268,15 +280,16 @@ def main() -> None:
     )
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="whose tables are written anew")
     config, options = parse_config(parser, ["--config", "configs/evidence.py", *sys.argv[1:]])
-    corpus = corpus_of(config, options.prose)
-    results = Results(Path(corpus.train.run_dir) / "measured")
+    study = study_of(config, options.prose, options.widths)
+    variants = [f"{name}@{dim}" for dim in options.widths for name in options.variants] or options.variants
+    results = Results(Path(study.train.run_dir) / "measured")
     if options.published:
         results.take(options.published)
-    runs = train_all(corpus, results, options.variants, options.seeds, options.again)
+    runs = train_all(study, results, variants, options.seeds, options.again)
     if options.no_measuring:
         return
-    parts = measure_all(corpus, results, runs, options.variants, options.seeds[0], options.repeats)
-    for path in write_page(options.page, Path(corpus.train.run_dir).name, corpus, parts):
+    parts = measure_all(study, results, runs, variants, options.seeds[0], options.repeats)
+    for path in write_page(options.page, Path(study.train.run_dir).name, study, parts):
         print(path)
 
 

@@ -1,7 +1,6 @@
 """The tables and pictures of docs/results.md, from what `benchmarks.evidence` measured."""
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,22 +47,27 @@ def fastest_fixed(ways: list[dict[str, Any]]) -> dict[str, Any]:
     return max(fixed_ways(ways), key=lambda way: way["speedup"])
 
 
+def against(plain_L: np.ndarray, loss_L: np.ndarray) -> tuple[str, str]:
+    """Return the middle exit's perplexity and the last one's loss against the plain model's."""
+    middle = len(loss_L) // 2 - 1
+    return f"{np.exp(plain_L[middle] - loss_L[middle]):.2f}x", f"{loss_L[-1] / plain_L[-1] - 1:+.1%}"
+
+
 def exits_table(parts: Parts) -> str:
     """Lay the held-out losses of the exits out, a variant a row, with the middle and the last against plain."""
     variants = by_variant(parts)
     layers = len(mean_loss(next(iter(variants.values()))))
     shown = sorted({2, 3, 4, layers // 2, 2 * layers // 3, layers})
-    plain = mean_loss(variants["plain"]) if "plain" in variants else np.full(layers, math.nan)
     rows = []
     for name, seeds in variants.items():
         loss = mean_loss(seeds)
+        plain = variants.get("plain" + "".join(name.partition("@")[1:]))  # of the same width
         rows.append(
             [
                 name,
                 *(f"{loss[exit_layer - 1]:.3f}" for exit_layer in shown),
                 f"{np.exp(loss[layers // 2 - 1]):.1f}",
-                f"{np.exp(plain[layers // 2 - 1] - loss[layers // 2 - 1]):.2f}x",
-                f"{loss[-1] / plain[-1] - 1:+.1%}",
+                *(against(mean_loss(plain), loss) if plain else ("", "")),
             ]
         )
     middle = layers // 2
@@ -215,27 +219,27 @@ def draw_ways(path: Path, parts: Parts) -> None:
     save_picture(epath.Path(path), draw, panels=len(decoded), size=(3.6 * len(decoded), 4))
 
 
-def write_page(page: Path, corpus: str, config: Config, parts: Parts) -> list[Path]:
-    """Put the tables between the page's marks of this corpus, pictures and numbers beside it; return what was written.
+def write_page(page: Path, study: str, config: Config, parts: Parts) -> list[Path]:
+    """Put the tables between the page's marks of this study, pictures and numbers beside it; return what was written.
 
-    A mark is ``<!-- evidence: CORPUS TABLE -->``, and what follows it, to ``<!-- end -->``, is written anew. A page
+    A mark is ``<!-- evidence: STUDY TABLE -->``, and what follows it, to ``<!-- end -->``, is written anew. A page
     that is not there begins with the marks alone.
     """
-    marks = {name: f"<!-- evidence: {corpus} {name} -->" for name in TABLES}
+    made = {name: make(parts) for name, make in TABLES.items() if name != "steps" or "steps" in parts}
+    marks = {name: f"<!-- evidence: {study} {name} -->" for name in made}
     begun = "# Results\n\n" + "".join(f"{mark}\n{END}\n\n" for mark in marks.values())
     text = page.read_text(encoding="utf-8") if page.exists() else begun
-    for name, make in TABLES.items():
-        mark = marks[name]
+    for name, mark in marks.items():
         if mark in text:
             before, rest = text.split(mark, 1)
-            text = f"{before}{mark}\n\n{make(parts)}\n\n{END}{rest.split(END, 1)[1]}"
+            text = f"{before}{mark}\n\n{made[name]}\n\n{END}{rest.split(END, 1)[1]}"
     page.write_text(text, encoding="utf-8")
     folder = page.parent / "results"
-    pictures = [folder / f"{corpus}_{name}.png" for name in ("training", "exits", "speed")]
+    pictures = [folder / f"{study}_{name}.png" for name in ("training", "exits", "speed")]
     draw_training(pictures[0], config, parts)
     draw_exits(pictures[1], config, parts)
     draw_ways(pictures[2], parts)
-    published = folder / f"{corpus}.json"
+    published = folder / f"{study}.json"
     strict = json.loads(json.dumps(parts), parse_constant=lambda _: None)  # JSON has no NaN
     published.write_text(json.dumps(strict, allow_nan=False) + "\n", encoding="utf-8")
     return [page, *pictures, published]

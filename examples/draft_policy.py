@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = Tokenizer.load(str(tokenizer_path))
     policy = Careful(config.decode.exit_layer or max(1, config.model.num_layers // 4), draft_length=4)
     prompt = tokenizer.encode_prompt(options.prompt)
-    result = generate(model.unstacked(), [prompt], config.decode.max_new_tokens, SelfSpeculative(Greedy(), policy))
+    step, length = SelfSpeculative(Greedy(), policy), config.decode.max_new_tokens
+    result = generate(model.unstacked(), [prompt], length, step, eos=tokenizer.eos_id)
     print(options.prompt + tokenizer.decode(result.tokens[0]))
     print(f"acceptance {result.acceptance:.1%}, {result.tokens_per_round:.2f} tokens a round")
 

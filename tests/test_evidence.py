@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.evidence import VARIANTS, Results, corpus_of, held_out, is_trained, variant_of
+from benchmarks.evidence import VARIANTS, Results, held_out, is_trained, study_of, variant_of
 from benchmarks.evidence_page import TABLES, write_page
 from configs.evidence import get_config
 from layerskip_jax.recipe import Recipe
@@ -14,7 +14,7 @@ from layerskip_jax.recipe import Recipe
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_variant_has_the_recipe_of_its_name(name):
-    config = variant_of(corpus_of(get_config(), None), name, seed=3)
+    config = variant_of(study_of(get_config(), None, []), name, seed=3)
     recipe, layers = Recipe.from_config(config), config.model.num_layers
     steps = range(0, config.train.steps, config.train.steps // 20)
     dropped = max(float(np.max(recipe.drop_rates(step))) for step in steps)
@@ -29,9 +29,18 @@ def test_each_variant_has_the_recipe_of_its_name(name):
 
 
 def test_prose_has_a_folder_and_a_tokenizer_of_its_own():
-    config = corpus_of(get_config(), "texts")
+    config = study_of(get_config(), "texts", [])
     assert (config.data.source, config.data.path) == ("text", "texts")
     assert config.data.tokenizer == "runs/evidence/prose/tokenizer.model"
+
+
+def test_a_variant_at_a_width_has_the_same_recipe_and_the_wider_model():
+    study = study_of(get_config(), None, [64, 128])
+    narrow, wide = (variant_of(study, f"tuned@{dim}", seed=1) for dim in (64, 128))
+    assert narrow.model == get_config().model
+    assert (wide.model.dim, wide.model.ffn_dim, wide.model.num_heads) == (128, 352, 2)
+    assert wide.early_exit == narrow.early_exit == variant_of(study, "tuned", seed=1).early_exit
+    assert wide.train.run_dir == "runs/evidence/widths/tuned@128-1"
 
 
 def test_what_was_measured_is_kept_when_the_next_part_fails(tmp_path):
@@ -114,3 +123,14 @@ def test_the_page_gets_its_tables_and_pictures_and_keeps_what_is_written_by_hand
     assert results.has("quality/layerskip-1")
     write_page(tmp_path / "new.md", "code", get_config(), parts)
     assert "| layerskip | code | 100 | E=4 d=2 |" in (tmp_path / "new.md").read_text()
+
+
+def test_widths_are_compared_with_the_plain_model_of_their_own_and_their_steps_are_not(tmp_path):
+    parts = parts_of({"plain@64-0": 4.0, "tuned@64-0": 1.0, "plain@128-0": 2.0, "tuned@128-0": 1.0, "tuned@256-0": 0.5})
+    del parts["steps"]
+    write_page(tmp_path / "new.md", "widths", get_config(), parts)
+    rows = [line for line in (tmp_path / "new.md").read_text().splitlines() if line.startswith("| tuned@")]
+    assert f"| {math.exp(3.0):.2f}x | +0.0% |" in rows[0]
+    assert f"| {math.exp(1.0):.2f}x | +0.0% |" in rows[1]
+    assert rows[2].endswith("|  |  |")  # of this width no plain model was trained
+    assert "steps" not in (tmp_path / "new.md").read_text()

@@ -18,6 +18,7 @@ from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import TOKENIZER
 from layerskip_jax.decoding import terminal
 from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation.exits import quality_of_checkpoint
 
 
 class Heard:
@@ -149,8 +150,8 @@ def test_a_prompts_file_is_data(run, tmp_path, heard):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_held_out_prompts_prepare_no_corpus(run, tmp_path):
-    """Reading the corpus that a config names is what --held_out asks for; writing one there is not."""
+def test_held_out_text_prepares_no_corpus(run, tmp_path):
+    """Reading the corpus that a config names is what --held_out and an evaluation ask for; writing one there is not."""
     folder, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(run, folder)
     file = Path(str(find_checkpoint(str(folder)))) / "config" / "metadata"
@@ -160,6 +161,8 @@ def test_held_out_prompts_prepare_no_corpus(run, tmp_path):
     sign(file.parent.parent)
     with pytest.raises(UserError, match=f"python_stdlib is not prepared in {data}"):
         decoded(folder, "--held_out", "1")
+    with pytest.raises(UserError, match=f"python_stdlib is not prepared in {data}"):
+        quality_of_checkpoint(str(folder), batches=1)
     assert not data.exists()
     assert open_documents(read_config(find_checkpoint(run)).data, "validation", prepare=False)
 

@@ -325,6 +325,13 @@ def test_decode_takes_a_folder_and_says_what_the_model_says(llama, capsys):
     assert swept_settings(str(llama), []) == {}
 
 
+def test_a_folder_without_a_tokenizer_is_told_to_get_one(model, tmp_path):
+    write_llama(tmp_path, model.config, named_arrays(model))
+    _, _, tokenizer_path = load_model(str(tmp_path))
+    with pytest.raises(UserError, match=r"has no tokenizer: put its tokenizer\.json or tokenizer\.model beside"):
+        Tokenizer.load(str(tokenizer_path))
+
+
 def test_training_starts_from_a_folder_and_exports_to_one(corpus, tokenizer, llama, model, tmp_path):
     """With next to no learning rate the weights that come out are those that went in."""
     config = Config(

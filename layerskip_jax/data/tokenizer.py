@@ -36,6 +36,11 @@ class Tokenizer(abc.ABC):
         """Load a SentencePiece ``.model`` or a ``.json``, local or gs://; raises `UserError` where there is none."""
         file = locate(path)
         if not file.is_file():
+            if (file.parent / "config.json").is_file():
+                raise UserError(
+                    f"the Hugging Face folder {file.parent} has no tokenizer: put its tokenizer.json or "
+                    f"{TOKENIZER} beside its config.json"
+                )
             raise UserError(
                 f"no tokenizer at {path} (data.tokenizer): train one with "
                 "python -m layerskip_jax.data tokenizer --config configs/NAME.py"

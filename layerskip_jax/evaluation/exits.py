@@ -13,6 +13,7 @@ import numpy as np
 from layerskip_jax.checkpoint import load_model
 from layerskip_jax.command_line import apply_overrides
 from layerskip_jax.config import Config, MeshConfig
+from layerskip_jax.data.sources import open_documents
 from layerskip_jax.model import Block, Transformer, run_layers
 from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import make_mesh, shardings_of
@@ -93,11 +94,12 @@ def exit_quality(model: Transformer, config: Config) -> ExitQuality:
 def quality_of_checkpoint(checkpoint: str, batches: int, data: dict[str, Any] | None = None) -> ExitQuality:
     """Measure a checkpoint on its own held-out split, or where the ``DataConfig`` fields of ``data`` say otherwise.
 
-    Raises `UserError` where there is no checkpoint or no such text.
+    Raises `UserError` where there is no checkpoint or no such text; no corpus is prepared for it.
     """
     model, config, tokenizer = load_model(checkpoint)
     overrides = {"data.tokenizer": str(tokenizer), "data.workers": 0, "train.evaluate_batches": batches}
     config = apply_overrides(config, overrides | {f"data.{name}": value for name, value in (data or {}).items()})
+    open_documents(config.data, config.data.validation_split, prepare=False)  # a checkpoint's config writes nothing
     return exit_quality(model, dataclasses.replace(config, mesh=MeshConfig()))
 
 
