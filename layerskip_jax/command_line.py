@@ -158,11 +158,11 @@ def run_file(path: str, function: str, kind: type[T]) -> T:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, function):
+            raise UserError(f"{kind.__name__.lower()} file {path} has no {function}() -> {kind.__name__}")
+        value = getattr(module, function)()
     except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
         raise UserError(f"{kind.__name__.lower()} file {path} does not run: {type(error).__name__}: {error}") from error
-    if not hasattr(module, function):
-        raise UserError(f"{kind.__name__.lower()} file {path} has no {function}() -> {kind.__name__}")
-    value = getattr(module, function)()
     if not isinstance(value, kind):
         raise UserError(
             f"{function}() of {path} returned a {type(value).__name__}, not a {kind.__module__}.{kind.__name__}"

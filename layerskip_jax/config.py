@@ -265,20 +265,15 @@ class TrainConfig:
     hang_seconds: int = setting(1800, "print all stacks once if no step finishes for so long; 0 is never [seconds]")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "evaluate_every"):
-            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("evaluate_batches", "checkpoint_every", "keep_checkpoints", "profile_steps", "bad_steps"):
+        counts = ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "evaluate_every", "evaluate_batches")
+        for name in (*counts, "checkpoint_every", "keep_checkpoints", "profile_steps", "bad_steps"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("sample_every", "profile_step", "hang_seconds", "keep_every"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}")
-        require(
-            self.skip_spikes == 0 or self.skip_spikes > 1,
-            f"train.skip_spikes must be 0 (off) or more than 1, not {self.skip_spikes}",
-        )
-        require(
-            self.batch_size % self.accumulate == 0,
-            f"train.batch_size {self.batch_size} must be a multiple of train.accumulate {self.accumulate}",
-        )
+        require(0 <= self.seed < 2**32, f"train.seed must be in 0..{2**32 - 1}, not {self.seed}")
+        spikes, batch, parts = self.skip_spikes, self.batch_size, self.accumulate
+        require(spikes == 0 or spikes > 1, f"train.skip_spikes must be 0 (off) or more than 1, not {spikes}")
+        require(batch % parts == 0, f"train.batch_size {batch} must be a multiple of train.accumulate {parts}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +303,7 @@ class DecodeConfig:
     temperature: float = setting(0.0, "0 is greedy")
     top_k: int = setting(0, "sample among the k likeliest tokens only; 0 is all")
     top_p: float = setting(1.0, "sample among the likeliest tokens that hold this probability only; 1 is all")
-    seed: int = setting(0, "of the sampling")
+    seed: int = setting(0, "of the sampling, in which each batch of prompts draws for itself")
     ignore_eos: bool = setting(False, "do not stop at the end-of-text token (for timing)")
     stop: tuple[str, ...] = setting((), "strings that end the text; they are not part of it")
     stream_every: int = setting(1, "rounds between two looks at the text, for streaming [rounds]")
@@ -350,13 +345,15 @@ class Config:
 
     def __post_init__(self) -> None:
         chunk, length = self.train.loss_chunk, self.data.sequence_length
+        require(length % min(chunk, length) == 0, f"train.loss_chunk {chunk} must divide data.sequence_length {length}")
+        warmup, steps = self.optimizer.warmup_steps, self.train.steps
+        require(warmup <= steps, f"optimizer.warmup_steps {warmup} must not exceed train.steps {steps}")
+        early, layers = self.early_exit, self.model.num_layers
+        alone = early.curriculum == "rotational" and not early.always_last  # block 0 weighs nothing: e(0) = 0
         require(
-            length % min(chunk, length) == 0,
-            f"train.loss_chunk {chunk} must divide data.sequence_length {length}",
-        )
-        require(
-            self.optimizer.warmup_steps <= self.train.steps,
-            f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed train.steps {self.train.steps}",
+            not alone or (early.dilation < max(layers, 2) and (early.e_scale > 0 or early.dilation == 1)),
+            f"early_exit.always_last false leaves steps without a loss: early_exit.dilation, {early.dilation}, must be "
+            f"less than model.num_layers, {layers}, and early_exit.e_scale, {early.e_scale}, positive",
         )
         for name, exits in (("exit_layer", (self.decode.exit_layer,)), ("exits", self.decode.exits)):
             require(

@@ -94,16 +94,19 @@ def block_flops(config: Config) -> float:
 def peak_flops(seconds: float = 0.3) -> float:
     """Return the peak of all devices together [FLOP/s]: the data sheet's, or where there is none a measured product's.
 
-    A CPU has no useful data sheet, so the best of repeated float32 products of 1024 x 1024 matrices stands in for it.
+    A CPU has no useful data sheet, so the best of repeated float32 products of 1024 x 1024 matrices stands in for it,
+    for all its simulated devices, which share its cores. For each accelerator without one, bfloat16's of 8192 x 8192.
     """
     kind = jax.devices()[0].device_kind
     if kind in PEAK_FLOPS:
         return PEAK_FLOPS[kind] * jax.device_count()
+    on_cpu = jax.default_backend() == "cpu"
+    size, dtype, devices = (1024, jnp.float32, 1) if on_cpu else (8192, jnp.bfloat16, jax.device_count())
     multiply = jax.jit(jnp.matmul)
-    a = jax.block_until_ready(multiply(jnp.ones((1024, 1024)), jnp.ones((1024, 1024))))
+    a = jax.block_until_ready(multiply(jnp.ones((size, size), dtype), jnp.ones((size, size), dtype)))
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
         began = time.perf_counter()
         jax.block_until_ready(multiply(a, a))
         best = min(best, time.perf_counter() - began)
-    return 2 * 1024**3 / best
+    return devices * 2 * size**3 / best

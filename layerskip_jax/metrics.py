@@ -51,8 +51,8 @@ class MetricsWriter:
             if is_remote(self._folder):
                 self._spool = tempfile.TemporaryDirectory(prefix="metrics-")
             folder = Path(self._spool.name if self._spool else str(self._folder))
-            if config.train.wandb_project:  # a mistake in asking for it is the user's to mend
-                self._sinks["Weights & Biases"] = WeightsAndBiases(config)
+            if config.train.wandb_project:
+                self._try("Weights & Biases", lambda: self._open("Weights & Biases", WeightsAndBiases(config)))
             self._try(METRICS, lambda: self._open(METRICS, Lines(folder, self._folder)))
             self._try("TensorBoard", lambda: self._open("TensorBoard", Board(folder)))
 
@@ -62,6 +62,8 @@ class MetricsWriter:
     def _try(self, name: str, act: Callable[[], object]) -> None:
         try:
             act()
+        except UserError:  # a mistake in asking for it
+            raise
         except Exception as error:
             if broken := self._sinks.pop(name, None):
                 with contextlib.suppress(Exception):

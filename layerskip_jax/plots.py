@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -103,9 +104,12 @@ def _draw_schedules(axes: np.ndarray, metrics: dict[str, dict[int, float]], conf
         axes[0].plot(range(config.model.num_layers), recipe.drop_rates(step), marker="o", label=f"step {step}")
     axes[0].set(title="layer dropout: drop rate (eq. 2)", xlabel="block", ylabel="probability")
     axes[0].legend()
-    shown = min(config.train.steps, 4 * config.early_exit.dilation)
-    weights = np.stack([recipe.exit_weights(step) for step in range(shown)], axis=1)
-    image = axes[1].imshow(weights, aspect="auto", origin="lower", interpolation="nearest")
+    steps, turn = config.train.steps, config.early_exit.curriculum == "rotational"
+    last = min(steps, 4 * config.early_exit.dilation) if turn else steps  # turns are seen from near, others as a whole
+    shown = np.unique(np.linspace(0, last - 1, min(last, last if turn else 200)).round().astype(int))
+    weights = np.asarray(jax.vmap(recipe.exit_weights, out_axes=1)(shown))
+    extent = (-0.5, last - 0.5, -0.5, config.model.num_layers - 0.5)
+    image = axes[1].imshow(weights, aspect="auto", origin="lower", interpolation="nearest", extent=extent)
     axes[1].set(title="early-exit loss: weights (eq. 6)", xlabel="optimizer step", ylabel="block")
     axes[1].figure.colorbar(image, ax=axes[1])
 

@@ -65,9 +65,13 @@ def write_report(run: str, prompts: list[str] | None, new_tokens: int, batches: 
         sections.append(("Acceptance and tokens/s over exit and draft length", f"<p>Not swept yet: {command}</p>"))
     sections.append(("Drop rates and exit weights", _image(plots["schedules"])))
 
-    texts = prompts or ([config.train.sample_prompt] if config.train.sample_prompt else None)
+    texts = prompts or ([config.train.sample_prompt] if config.train.sample_prompt else [])
     unstacked, tables = model.unstacked(), []
-    for number, prompt in enumerate(texts or read_prompts(None, None, 1, config)):
+    try:
+        texts = texts or read_prompts(None, None, 1, config)
+    except UserError as error:
+        tables.append(f"<p>Not shown: {html.escape(str(error))}; --prompt TEXT names a text</p>")
+    for number, prompt in enumerate(texts):
         figure = token_exits.token_exits(unstacked, tokenizer, prompt, new_tokens)
         token_exits.draw(figure, folder / "plots" / f"tokens_{number}.png")
         tables.append(token_exits.as_html(figure))

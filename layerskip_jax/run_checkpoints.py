@@ -198,7 +198,7 @@ class Checkpoints:
         problem = problem or wrong_array(folder, sums, {**in_item("model", model), **in_item("optimizer", optimizer)})
         if problem:
             return None, problem
-        data.set_state(positions, self._config.train.batch_size)
+        data.set_state(positions, self._config.train.batch_size, same_rows(saved, self._config))
         rest = with_arrays(_rest(abstract), optimizer)
         model = with_arrays(abstract.model, model)
         return TrainState(step=rest["step"], model=model, opt_state=rest["state"], usual=rest["usual"]), ""
@@ -238,6 +238,21 @@ class Checkpoints:
             if old[group][name] != value
         ]
         return [f"changed settings: {', '.join(changed)}"] if changed else []
+
+
+def same_rows(one: Config, other: Config) -> bool:
+    """Say whether two configs make the same rows of the same documents, wherever those lie."""
+    names = ("source", "name", "train_split", "prompt_key", "sequence_length", "shuffle_window")
+    same = all(getattr(one.data, name) == getattr(other.data, name) for name in names)
+    return same and (one.train.seed, one.train.batch_size) == (other.train.seed, other.train.batch_size)
+
+
+def make_run_folder(config: Config) -> None:
+    """Make the folder of a run's checkpoints; raises `UserError` where that cannot be."""
+    try:
+        checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run folder {config.train.run_dir} (train.run_dir) cannot be made: {error}") from error
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

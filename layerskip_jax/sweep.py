@@ -6,6 +6,7 @@ the checkpoint, where ``decode.py`` finds it.
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -41,6 +42,10 @@ class Measurement:
     drafted_per_round: float
     round_cost: float  # measured [plain tokens]
     identical: bool | None  # to plain decoding's texts; None where texts are drawn
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what was measured, for JSON, which has no NaN: acceptance only where something was drafted."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value == value}
 
     def predicted_speedup(self, model: ModelConfig) -> float:
         """By the bytes of the weights alone; for a fixed exit."""
@@ -149,8 +154,10 @@ def table(model: ModelConfig, grid: list[Measurement], finals: list[Measurement]
     for m in finals[1:]:
         way = m.settings["policy"] if m.settings["mode"] == "self_speculative" else m.settings["mode"]
         lines.append(
-            f"{way:>14}  {m.tokens_per_second:8.0f}  {m.speedup:6.2f}x  acceptance {m.acceptance:.1%}, "
-            f"{m.tokens_per_round:.2f} tokens/round" + ("  texts DIFFER" if m.identical is False else "")
+            f"{way:>14}  {m.tokens_per_second:8.0f}  {m.speedup:6.2f}x  "
+            + ("nothing drafted" if math.isnan(m.acceptance) else f"acceptance {m.acceptance:.1%}")
+            + f", {m.tokens_per_round:.2f} tokens/round"
+            + ("  texts DIFFER" if m.identical is False else "")
         )
     return "\n".join(lines)
 
@@ -202,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--repeats", metavar="N", type=integer, default=3, help="timed runs of each (default: 3)")
     parser.add_argument("--json", action="store_true", help="print JSON lines: one a way, then the recommendation")
-    parser.add_argument("--no_store", action="store_true", help="do not store the recommendation")
+    parser.add_argument("--no_store", action="store_true", help="do not store the recommendation and the plot")
     add_settings(parser, DecodeConfig())
     options = parser.parse_known_options(argv)
     given = given_settings(options, DecodeConfig)
@@ -222,27 +229,30 @@ def main(argv: list[str] | None = None) -> None:
     model = with_weights(model, settings.weights)
     grid, finals, overhead = sweep(model, prompts, settings, exits, lengths, options.repeats, eos)
 
-    winner = max(finals, key=lambda m: m.tokens_per_second)
+    lossless = [m for m in finals if m.identical is not False]  # plain decoding is one
+    winner = max(lossless, key=lambda m: m.tokens_per_second)
     chosen = winner.settings | overhead._asdict()
     if chosen["policy"] == "adaptive":
         chosen["exits"] = exits
     measured = {"tokens_per_second": winner.tokens_per_second, "speedup": winner.speedup, "prompts": len(prompts)}
     if options.json:
         for m in [*grid, *finals[1:]]:
-            print(json.dumps(dataclasses.asdict(m)))
+            print(json.dumps(m.as_dict()))
         print(json.dumps({"recommended": chosen, "measured": measured}))
     else:
         print(table(config.model, grid, finals))
         said = ", ".join(f"{name} {value}" for name, value in chosen.items())
         print(f"recommended: {said} ({winner.speedup:.2f}x plain decoding)")
-    run = run_folder(options.checkpoint)
-    plot(grid, exits, lengths, run / "plots" / "sweep.png")
-    if not options.json:
-        print(f"plot: {run}/plots/sweep.png")
-    if not options.no_store:
+    if options.no_store:
+        return
+    picture = run_folder(options.checkpoint) / "plots" / "sweep.png"
+    try:
+        plot(grid, exits, lengths, picture)
         file = store_swept(options.checkpoint, chosen, measured)
-        if not options.json:
-            print(f"stored: {file}; decode.py uses it by default")
+    except OSError as error:
+        raise UserError(f"what was measured cannot be stored: {error}; --no_store stores nothing") from error
+    if not options.json:
+        print(f"plot: {picture}\nstored: {file}; decode.py uses it by default")
 
 
 if __name__ == "__main__":

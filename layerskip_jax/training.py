@@ -16,7 +16,8 @@ from layerskip_jax.checkpoint import initial_model
 from layerskip_jax.config import Config, experiment
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.position import Position
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.sources import digest_of, open_documents
+from layerskip_jax.data.tokenizer import Tokenizer, fingerprint
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.distributed import StopRequest, own_rows, together
 from layerskip_jax.errors import Interrupted, UserError
@@ -26,7 +27,7 @@ from layerskip_jax.metrics import read_records
 from layerskip_jax.model import Transformer
 from layerskip_jax.progress import Progress, opening_line
 from layerskip_jax.recipe import Recipe
-from layerskip_jax.run_checkpoints import Checkpoints
+from layerskip_jax.run_checkpoints import Checkpoints, make_run_folder
 from layerskip_jax.sharding import batch_sharding, make_mesh
 from layerskip_jax.train_step import StepMetrics, Trainer, TrainState
 from layerskip_jax.watch import Profiler
@@ -48,6 +49,9 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
 
     with jax.set_mesh(mesh), StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
         tokenizer, data = together("settings", partial(_open, config, mesh), lambda _: experiment(config))
+        if jax.process_count() > 1:
+            together("tokenizer and corpus", partial(_read, config), lambda said: said)
+        together("run folder", partial(make_run_folder, config))
         checkpoints = stack.enter_context(Checkpoints(config))
         together("tokenizer", partial(checkpoints.check_tokenizer, tokenizer))
         checkpoints.keep_tokenizer(tokenizer)
@@ -111,6 +115,14 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
                     stopped, f"{name}: ended after step {done}, which is saved; started again, it goes on"
                 )
     return state
+
+
+def _read(config: Config) -> dict[str, str]:
+    """Return what tells a tokenizer and the splits of a corpus from others."""
+    splits = (config.data.train_split, config.data.validation_split)
+    return {"tokenizer": fingerprint(config.data.tokenizer)} | {
+        split: digest_of(open_documents(config.data, split)) for split in splits
+    }
 
 
 def _open(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator]:

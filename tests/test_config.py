@@ -51,6 +51,18 @@ def test_overrides_reach_their_fields():
         (["--model.dim", "100", "--model.num_heads", "8"], r"model.dim 100 must be a multiple of .* = 16"),
         (["--layer_dropout.p_max", "1"], r"layer_dropout.p_max must be in \[0, 1\), not 1.0"),
         (["--train.accumulate", "3"], r"train.batch_size 8 must be a multiple of train.accumulate 3"),
+        (["--train.seed", "-1"], r"train.seed must be in 0..4294967295, not -1"),
+        (
+            [
+                "--early_exit.curriculum",
+                "rotational",
+                "--early_exit.always_last",
+                "false",
+                "--early_exit.dilation",
+                "12",
+            ],
+            r"leaves steps without a loss: early_exit.dilation, 12, must be less than model.num_layers, 12",
+        ),
         (["--decode.exit_layer", "13"], r"decode.exit_layer 13 must be in 1..12"),
         (["--train.loss_chunk", "100"], r"train.loss_chunk 100 must divide data.sequence_length 256"),
         (["--data.source", "jsonl"], r"data.source 'jsonl' needs data.path"),
@@ -109,6 +121,11 @@ def test_config_files_that_do_not_work_are_named(tmp_path):
         ("def get_config(: pass", "does not run: SyntaxError"),
         ("import no_such_module", "does not run: ModuleNotFoundError"),
         ("x = 1", r"has no get_config\(\)"),
+        ("def get_config(): return no_such_name", "does not run: NameError"),
+        (
+            "from layerskip_jax.config import *\ndef get_config(): return TrainConfig(stepss=1)",
+            "does not run: TypeError: .*unexpected keyword argument 'stepss'",
+        ),
         ("def get_config(): return 3", "returned a int, not a layerskip_jax.config.Config"),
     ]:
         (tmp_path / "bad.py").write_text(text)

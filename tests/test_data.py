@@ -4,21 +4,18 @@ import dataclasses
 import itertools
 import json
 import pickle
-from collections import Counter
+import sys
 
 import numpy as np
 import pytest
 from corpora import VOCABULARY, write_corpus
-from etils import epath
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layerskip_jax.config import Config, DataConfig, ModelConfig
-from layerskip_jax.data import pipeline
 from layerskip_jax.data.pipeline import document_tokens, make_batches
-from layerskip_jax.data.position import Position, read_positions
 from layerskip_jax.data.pretokenize import pretokenize
-from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.sources import digest_of, open_documents
 from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.examples import read_tfds
@@ -145,7 +142,6 @@ def test_python_stdlib_is_a_tfds_dataset_with_splits_by_file(tmp_path, monkeypat
 
 
 def _version():
-    import sys
 
     return f"python{sys.version_info.major}_{sys.version_info.minor}"
 
@@ -166,6 +162,30 @@ def test_source_errors(tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(UserError, match=r"cannot read .*latin\.txt as UTF-8"):
         texts(DataConfig(source="text", path=str(tmp_path / "latin.txt")), "train")
+
+
+def test_a_split_of_its_own_is_not_read_for_the_other(tmp_path):
+    """Held-out text would be training text: a folder with train.jsonl and test.jsonl has no validation split."""
+    lines = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(40))
+    for folder, names in {"lines": ["train.jsonl", "test.jsonl"], "texts": ["train/a", "train/b", "valid/c"]}.items():
+        for name in names:
+            file = tmp_path / folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(lines)
+    of_lines = DataConfig(source="jsonl", path=str(tmp_path / "lines"))
+    of_texts = DataConfig(source="text", path=str(tmp_path / "texts"))
+    for config, other in ((of_lines, "test"), (of_texts, "valid")):
+        with pytest.raises(
+            UserError, match=r"has a 'train' split of its own and no 'validation'.*there are .*" + other
+        ):
+            open_documents(config, "validation")
+        assert texts(config, "train")
+        assert len(texts(dataclasses.replace(config, validation_split=other), other)) == (40 if other == "test" else 1)
+    (tmp_path / "files").mkdir()
+    for name in ("train", "validation"):
+        (tmp_path / "files" / f"{name}.txt").write_text(name)
+    of_files = DataConfig(source="text", path=str(tmp_path / "files"))
+    assert [texts(of_files, name) for name in ("train", "validation")] == [["train"], ["validation"]]
 
 
 # Packing
@@ -236,129 +256,11 @@ def assert_equal_batches(ours, theirs):
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def position(iterator, rows, folder, process=0, processes=1):
-    folder.mkdir(exist_ok=True)
-    (folder / f"process_{process}-of-{processes}.json").write_bytes(Position(iterator, rows).get_state())
-    return folder
-
-
-@given(stop=st.integers(0, 60), ahead=st.integers(1, 12), seed=st.integers(0, 5))
-def test_a_position_comes_back_exactly(corpus, tmp_path_factory, stop, ahead, seed):
-    """Over several epochs: 38 short documents are about 40 batches of 4 rows."""
-    batches = make_batches(config_of(corpus), "train", batch_size=4, seed=seed)
-    original = iter(batches)
-    take(original, stop)
-    saved = position(original, range(4), epath.Path(tmp_path_factory.mktemp("position")))
-    expected = take(original, ahead)
-    restored = iter(batches)
-    Position(restored, range(4)).set_state(read_positions(saved), 4)
-    assert_equal_batches(take(restored, ahead), expected)
-
-
-@given(
-    before=st.sampled_from([1, 2, 4]),
-    after=st.sampled_from([1, 2, 4]),
-    stop=st.integers(0, 60),
-    window=st.sampled_from([1, 16, 40]),
-)
-def test_any_number_of_processes_takes_the_same_rows_from_where_others_stopped(
-    corpus, tmp_path_factory, before, after, stop, window
-):
-    config, saved = config_of(corpus, shuffle_window=window), epath.Path(tmp_path_factory.mktemp("position"))
-    alone = iter(make_batches(config, "train", batch_size=4, seed=1))
-    for process, rows in enumerate(shares(4, before)):
-        part = iter(make_batches(config, "train", batch_size=4, rows=rows, seed=1))
-        take(part, stop)
-        position(part, rows, saved, process, before)
-    take(alone, stop)
-    expected = take(alone, 6)
-    for rows in shares(4, after):
-        part = iter(make_batches(config, "train", batch_size=4, rows=rows, seed=1))
-        Position(part, rows).set_state(read_positions(saved), 4)
-        own = [{name: array[rows.start : rows.stop] for name, array in batch.items()} for batch in expected]
-        assert_equal_batches(take(part, 6), own)
-
-
-def test_a_process_reads_the_documents_of_its_own_rows_only(corpus, monkeypatch):
-    documents, read = open_documents(corpus, "train"), []
-
-    class Recorded:
-        def __len__(self):
-            return len(documents)
-
-        def __getitem__(self, index):
-            read[-1].append(index)
-            return documents[index]
-
-    monkeypatch.setattr(pipeline, "open_documents", lambda config, split: Recorded())
-    for rows in shares(4, 2):
-        read.append([])
-        take(iter(make_batches(config_of(corpus, shuffle_window=1), "train", batch_size=4, rows=rows, seed=1)), 4)
-    first, second = (set(part) for part in read)
-    assert first
-    assert second
-    assert not first & second
-
-
-@given(stop=st.integers(0, 30), before=st.integers(1, 5), after=st.integers(1, 5))
-def test_another_batch_size_goes_on_behind_the_documents_that_were_read(corpus, tmp_path_factory, stop, before, after):
-    documents, read = open_documents(corpus, "train"), []
-
-    class Recorded:
-        def __len__(self):
-            return len(documents)
-
-        def __getitem__(self, index):
-            read.append(index)
-            return documents[index]
-
-    def batches(size):
-        return iter(make_batches(config_of(corpus, shuffle_window=1), "train", batch_size=size, seed=1))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "open_documents", lambda config, split: Recorded())
-        original = batches(before)
-        take(original, stop)
-        taken = Counter(read)
-        saved = read_positions(position(original, range(before), epath.Path(tmp_path_factory.mktemp("position"))))
-        restored = batches(after)
-        Position(restored, range(after)).set_state(saved, after)
-        read.clear()
-        take(restored, 3)
-    # As far as both lie in the first epoch, none comes twice but what each row was in the middle of.
-    if before != after and sum(taken.values()) + len(read) < len(documents) // 2:
-        assert len(set(taken) & set(read)) <= before
-
-
-@pytest.mark.parametrize("damage", [lambda text: text.replace("1", "2", 1), lambda text: text[:-40], lambda text: "[]"])
-def test_a_damaged_position_is_named(corpus, tmp_path, damage):
-    batches = iter(make_batches(config_of(corpus), "train", batch_size=4, seed=1))
-    take(batches, 11)
-    folder = epath.Path(position(batches, range(4), tmp_path / "position"))
-    (file,) = folder.iterdir()
-    file.write_text(damage(file.read_text()))
-    with pytest.raises(ValueError, match=r"process_0-of-1\.json does not hold|line 1 column"):
-        read_positions(folder)
-    file.unlink()
-    with pytest.raises(ValueError, match="does not hold the positions of all processes"):
-        read_positions(folder)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_give_the_same_batches_and_positions(corpus, tmp_path, workers):
-    """As many as one likes: a run may go on with another number of them."""
-    batches = make_batches(config_of(corpus, workers=workers), "train", batch_size=4, seed=1)
-    original = iter(batches)
-    take(original, 5)
-    saved = read_positions(epath.Path(position(original, range(4), tmp_path / "position")))
-    expected = take(original, 4)
-    for again in (batches, make_batches(config_of(corpus), "train", batch_size=4, seed=1)):
-        restored = iter(again)
-        Position(restored, range(4)).set_state(saved, 4)
-        assert_equal_batches(take(restored, 4), expected)
-    plain = iter(make_batches(config_of(corpus), "train", batch_size=4, seed=1))
-    take(plain, 5)
-    assert_equal_batches(take(plain, 4), expected)
+def test_corpora_are_told_apart(tmp_path):
+    digests = [digest_of(documents) for documents in (["a", "b"], ["a", "c"], ["b", "a"], ["a", "a", "b"], ["\ud800"])]
+    assert len(set(digests)) == len(digests)
+    tokens = [np.array([1, 2], np.int32)]
+    assert digest_of(tokens) == digest_of([tokens[0].copy()]) != digest_of([np.array([1, 3], np.int32)])
 
 
 def test_order_depends_on_the_seed_and_the_epoch(corpus):
@@ -386,6 +288,12 @@ def test_pretokenized_corpus_gives_the_same_batches(corpus, tmp_path):
     tokens = {"source": "tokens", "path": str(tmp_path / "tokens")}
     ours = iter(make_batches(config_of(corpus, **tokens), "train", batch_size=4, seed=2))
     assert_equal_batches(take(ours, 50), take(iter(make_batches(config_of(corpus), "train", batch_size=4, seed=2)), 50))
+    shard, *_ = (tmp_path / "tokens" / "train").iterdir()
+    shard.rename(tmp_path / "lost")
+    count = metadata["splits"]["train"]["documents"]
+    with pytest.raises(UserError, match=rf"has 0 documents in 0 shards, but {count} were written: copy the folder"):
+        open_documents(dataclasses.replace(corpus, **tokens), "train")
+    (tmp_path / "lost").rename(shard)
     with pytest.raises(UserError, match="exists: give --out a new folder"):
         pretokenize(corpus, str(tmp_path / "tokens"))
     train_tokenizer(open_documents(corpus, "train"), str(tmp_path / "other.model"), VOCABULARY - 1)

@@ -4,8 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
-from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,15 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
 
-from layerskip_jax import sweep
-from layerskip_jax.checkpoint import SWEPT, find_checkpoint, swept_settings
 from layerskip_jax.commands import decode
 from layerskip_jax.config import (
     DecodeConfig,
     ModelConfig,
 )
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.decoding.cost import Overhead, head_share, predicted_speedup, round_cost
+from layerskip_jax.decoding.cost import head_share, predicted_speedup, round_cost
 from layerskip_jax.decoding.engine import generate, start
 from layerskip_jax.decoding.policies import Fixed, Plan
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -98,6 +96,62 @@ def test_pieces_tell_drafts_from_the_full_models_tokens(model, tokenizer):
     assert 0 < drafted < len(answer.completions[0].text)
 
 
+def test_texts_end_at_the_stop_string_they_come_to_first_whenever_it_is_looked_for(model, tokenizer):
+    """One stop string in another's beginning: a text that ran on for some rounds would be cut at the longer one."""
+    text = generator(model, tokenizer, ignore_eos=True, max_new_tokens=40).generate(["x"]).completions[0].text
+    first, late = text[6:7], text[3:20]
+    answers = {}
+    for values in ({"mode": "autoregressive"}, {"draft_length": 5}, {"stream_every": 3}, {"exit_layer": 4}):
+        own = generator(model, tokenizer, ignore_eos=True, max_new_tokens=40, stop=(first, late), **values)
+        pieces = []
+        answers[str(values)] = own.generate(["x"]).completions[0]
+        assert own.generate(["x"], pieces.append).completions[0] == answers[str(values)]
+        assert "".join(piece.text for piece in pieces) == answers[str(values)].text
+    assert len({answer.text for answer in answers.values()}) == 1
+    (answer,) = {(answer.text, answer.finish) for answer in answers.values()}
+    assert answer == (text[: text.index(first)], "stop")
+
+
+def test_rates_are_of_all_tokens_that_were_made_also_behind_a_stop_string(model, tokenizer):
+    free = generator(model, tokenizer, ignore_eos=True).generate(["x"]).completions[0]
+    plain = generator(model, tokenizer, ignore_eos=True, mode="autoregressive", stop=(free.text[1:3],))
+    answer = plain.generate(["x"])
+    report = Report.of([answer], model.config, plain.config)
+    assert report.new_tokens == len(answer.completions[0].tokens) < report.rounds
+    assert report.tokens_per_round == 1
+    assert report.predicted_speedup == pytest.approx(1)
+
+
+def test_looking_compiles_nothing(model, tokenizer):
+    """What is compiled while rounds are timed would be taken for the model's time."""
+    own, compiled = generator(model, tokenizer, ignore_eos=True, stop=("never there",)), []
+    jax.clear_caches()
+    generator(model, tokenizer, ignore_eos=True).generate(["x"])  # the same rounds, without a look
+    count = lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(count)
+    own.generate(["x"], lambda piece: None)
+    assert not compiled
+
+
+def test_prompts_of_several_batches_draw_for_themselves(run_folder, capsys):
+    request = ["--checkpoint", run_folder, "--temperature", "1", "--max_new_tokens", "12", "--json"]
+    same = [word for _ in range(3) for word in ("--prompt", "def ")]
+    texts = []
+    for _ in range(2):
+        *answers, _ = map(json.loads, decoded(capsys, *request, *same).splitlines())
+        texts.append([answer["text"] for answer in answers])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 3
+
+
+def test_tokens_that_left_early_are_counted_in_every_row(model, tokenizer):
+    config = DecodeConfig(mode="early_exit", exit_layer=2, max_new_tokens=5, ignore_eos=True)
+    answer = TextGenerator(model, tokenizer, config).generate(["x", "y"])
+    report = Report.of([answer], model.config, config)
+    assert report.exit_rounds == {2: 10}
+    assert "tokens left after layer 2 of 4 (10)" in report.text()
+
+
 def test_engine_refuses_what_cannot_be(model):
     step = SelfSpeculative(Greedy(), Fixed(2, 3))
     for prompts, more, message in [
@@ -146,7 +200,15 @@ def test_a_report_predicts_the_cost_of_the_rounds_that_were(model):
     kinds = [((1, 2), (3, 1), (1, 0))[n % 3] for n in range(generation.rounds)]
     assert generation.exit_drafts == {exit_layer: sum(d for e, d in kinds if e == exit_layer) for exit_layer in (1, 3)}
     cost = sum(round_cost(model.config, *kind) for kind in kinds) / len(kinds)
+    assert generation.exit_rounds == {
+        exit_layer: sum(d > 0 for e, d in kinds if e == exit_layer) for exit_layer in (1, 3)
+    }
     report = Report.of([Answer([], generation)], model.config, config)
+    undrafted = sum(d == 0 for _, d in kinds)
+    assert (
+        f"exit 1 of 4 ({kinds.count((1, 2))}), 3 of 4 ({kinds.count((3, 1))}), no draft ({undrafted}): "
+        in report.text()
+    )
     assert report.predicted_speedup == pytest.approx(generation.tokens_per_round / cost)
 
 
@@ -244,60 +306,6 @@ def test_decode_command_errors(run_folder, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             decode.main(argv)
-
-
-# The sweep
-
-
-def test_sweep_measures_recommends_and_stores(run_folder, capsys):
-    request = ["--checkpoint", run_folder, "--prompt", "def x", "--max_new_tokens", "6", "--repeats", "1"]
-    before = decoded(capsys, "--checkpoint", run_folder, "--prompt", "def x", "--json").splitlines()[0]
-    sweep.main([*request, "--try_exits", "1", "3", "--try_lengths", "2", "--json"])
-    *ways, last = map(json.loads, capsys.readouterr().out.splitlines())
-    assert [way["settings"]["mode"] for way in ways[:3]] == ["autoregressive", "self_speculative", "self_speculative"]
-    assert [(w["settings"]["exit_layer"], w["settings"]["draft_length"]) for w in ways[1:3]] == [(1, 2), (3, 2)]
-    assert [way["settings"]["policy"] for way in ways[3:]] == ["fixed", "adaptive", "fixed"]
-    assert all(way["identical"] for way in ways)
-    assert (Path(run_folder) / "plots" / "sweep.png").stat().st_size > 10_000
-
-    stored = swept_settings(run_folder, set())
-    assert stored == last["recommended"]
-    assert decoded(capsys, "--checkpoint", run_folder, "--prompt", "def x", "--json").splitlines()[0] == before
-    assert "exit_layer" not in swept_settings(run_folder, {"draft_length"})
-    (find_checkpoint(run_folder).parent / SWEPT).write_text("{}")
-    with pytest.raises(UserError, match=r"decode\.json is not what python -m layerskip_jax\.sweep writes"):
-        decode.main(["--checkpoint", run_folder, "--prompt", "a"])
-    (find_checkpoint(run_folder).parent / SWEPT).unlink()
-
-
-def test_sweep_errors(run_folder):
-    for argv, message in [
-        (["--prompt", "a", "--try_exits", "5"], r"--try_exits must be in 1\.\.4"),
-        (["--prompt", "a", "--try_lengths", "0"], "--try_lengths and --repeats at least 1"),
-        (["--prompt", "a", "--try_lengths", "64"], r"draft_length must be in 1\.\.63"),
-        (["--prompt", "a", "--held_out", "2"], "give the prompts in one way"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            sweep.main(["--checkpoint", run_folder, *argv])
-
-
-@pytest.mark.parametrize("overhead", [Overhead(0.5, 0.07), Overhead(0.0, 0.07), Overhead(0.5, 0.0), Overhead()])
-def test_the_overhead_of_speculation_is_fitted(overhead):
-    model = ModelConfig(num_layers=8, vocab_size=1)
-    rounds = [(exit_layer, d) for exit_layer in (1, 2, 4) for d in (2, 4, 8)]
-    measurements = [
-        sweep.Measurement({"exit_layer": e}, 0, 0, 0, 0, d, round_cost(model, e, d, overhead), True) for e, d in rounds
-    ]
-    assert sweep.fitted_overhead(model, measurements) == pytest.approx(overhead, abs=1e-9)
-
-
-def test_an_overhead_is_never_negative():
-    model = ModelConfig(num_layers=8, vocab_size=1)
-    fast = [
-        sweep.Measurement({"exit_layer": 2}, 0, 0, 0, 0, d, cost * round_cost(model, 2, d), True)
-        for d, cost in ((2, 0.9), (4, 1.0), (8, 0.9))
-    ]
-    assert min(sweep.fitted_overhead(model, fast)) >= 0
 
 
 @pytest.mark.parametrize("every", [1, 3, 100])

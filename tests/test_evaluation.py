@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import shutil
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bucket import sign
 from corpora import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_model
 
-from layerskip_jax.checkpoint import load_model
+from layerskip_jax.checkpoint import find_checkpoint, load_model
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError
@@ -66,6 +69,19 @@ def test_quality_on_text_of_another_place(trained_run, tmp_path, capsys):
     assert other["held_out_loss_by_exit"] != own.loss_L.tolist()
     with pytest.raises(UserError, match="no corpus at"):
         command.main([trained_run, "--data.path", str(tmp_path / "nowhere")])
+
+
+def test_a_checkpoint_is_evaluated_on_any_number_of_devices(trained_run, tmp_path):
+    """What training's settings ask of the devices, evaluation does not: it drops and accumulates nothing."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    step = Path(str(find_checkpoint(str(run))))
+    config = json.loads((step / "config" / "metadata").read_text())
+    config["layer_dropout"] |= {"p_max": 0.1, "form": "skipping", "row_groups": 2}
+    config["train"] |= {"batch_size": 4, "accumulate": 2}
+    (step / "config" / "metadata").write_text(json.dumps(config))
+    sign(step)
+    own = quality_of_checkpoint(str(run), 2)  # on 4 of the 8 devices
+    assert np.isfinite(own.loss_L).all()
 
 
 def test_agreement_is_counted_where_text_counts(trained_run):

@@ -254,6 +254,8 @@ def test_each_device_gets_its_slices(llama, model, shape, monkeypatch):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs a number for low_freq_factor, high_"),
+        ({"rope_scaling": "linear"}, 'rotary scaling must be settings by name, not "linear"'),
+        ({"rms_norm_eps": "small"}, 'rms_norm_eps must be a number, not "small"'),
         ({"hidden_size": None}, "hidden_size must be a whole number, not null"),
         ({"num_hidden_layers": 4}, r"lacks 9 tensors .* such as model\.layers\.3\.input_layernorm\.weight"),
         ({"num_hidden_layers": 2}, r"has tensors that a Llama .* has not, such as model\.layers\.2\.input_layernorm"),

@@ -79,6 +79,16 @@ def test_a_position_in_pairs_comes_back_exactly(corpus, tmp_path):
             np.testing.assert_array_equal(old[name], new[name])
 
 
+def test_a_run_goes_on_with_pairs_that_began_without(corpus, tmp_path):
+    pairs = write(tmp_path / "pairs", [(f"x = {i}", "a b " * (i % 7)) for i in range(60)])
+    original = iter(make_batches(config_of(corpus, pairs, prompt_key=""), "train", batch_size=2))
+    list(itertools.islice(original, 3))
+    (tmp_path / "process_0-of-1.json").write_bytes(Position(original, range(2)).get_state())
+    restored = iter(make_batches(config_of(corpus, pairs), "train", batch_size=2))
+    Position(restored, range(2)).set_state(read_positions(epath.Path(tmp_path)), 2, same_rows=False)
+    assert next(restored)["mask_BT"].any()
+
+
 def test_a_pair_is_a_text_and_pickles():
     pair = Pair("2 + 2 =", " 4")
     again = pickle.loads(pickle.dumps(pair))

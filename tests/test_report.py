@@ -14,15 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from matplotlib import pyplot
 from models import tiny_model
 
 from layerskip_jax import report, sweep
 from layerskip_jax.checkpoint import store_swept
-from layerskip_jax.config import Config, TrainConfig
+from layerskip_jax.config import Config, EarlyExitConfig, TrainConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.token_exits import settling_exits, token_exits
 from layerskip_jax.metrics import MetricsWriter, read_records
+from layerskip_jax.plots import _draw_schedules
 
 
 @given(arrays.arrays(int, st.tuples(st.integers(1, 6), st.integers(1, 8)), elements=st.integers(0, 2)))
@@ -75,13 +77,16 @@ def test_what_is_not_there_is_said_in_its_place(trained_run, tmp_path, monkeypat
     page = report.write_report(shutil.copytree(trained_run, tmp_path / "run").as_posix(), ["x"], 2, 1).read_text()
     assert "Not measured: no corpus at &lt;gone&gt;" in page
     assert "Not swept yet" in page
+    monkeypatch.setattr(report, "read_prompts", no_text)
+    page = report.write_report((tmp_path / "run").as_posix(), None, 2, 1).read_text()
+    assert "Not shown: no corpus at &lt;gone&gt;; --prompt TEXT names a text" in page
     with pytest.raises(UserError, match="no checkpoint at"):
         report.main([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="--batches must be at least 1, not 0"):
         report.main([trained_run, "--batches", "0"])
 
 
-def test_metrics_go_to_wandb_where_asked(tmp_path, monkeypatch):
+def test_metrics_go_to_wandb_where_asked(tmp_path, monkeypatch, capsys):
     """A stand-in for the module, as strict about arguments as what is used of it."""
     runs = []
 
@@ -112,6 +117,29 @@ def test_metrics_go_to_wandb_where_asked(tmp_path, monkeypatch):
     assert all(run.finished for _, run in runs)
     assert runs[0][0] == runs[1][0]
     assert [record["step"] for record in read_records(str(tmp_path / "run"))] == [1, 2]
+
+    def refuse(**_):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    MetricsWriter(config).close()
+    assert "WARNING: no more is written to Weights & Biases: no API key" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'layerskip-jax\[wandb\]'"):
         MetricsWriter(config)
+
+
+def test_schedules_are_drawn_near_where_they_turn_and_whole_where_they_do_not():
+    drawn = []
+    for curriculum in ("rotational", "gradual", "all"):
+        early = EarlyExitConfig(curriculum=curriculum, dilation=3)
+        config = Config(early_exit=early, train=TrainConfig(steps=1000))
+        _, axes = pyplot.subplots(1, 2)
+        _draw_schedules(axes, {}, config)
+        (image,) = axes[1].get_images()
+        drawn.append((image.get_array().shape, image.get_extent()[:2]))
+        weights = np.asarray(image.get_array())
+        np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=1e-5)
+        assert weights[1].max() > 0  # also the early exits of a gradual one, which come late
+        pyplot.close("all")
+    assert drawn == [((12, 12), [-0.5, 11.5]), ((12, 200), [-0.5, 999.5]), ((12, 200), [-0.5, 999.5])]

@@ -281,6 +281,20 @@ def test_stop_lets_the_run_save(installed):
     assert "state: running" in installed.pod("status")
 
 
+def test_stop_is_remembered_where_nothing_runs_at_that_moment(installed):
+    """Between a failure and the launch that watch makes of it, too."""
+    for home in installed.homes():
+        (home / "layerskip_jax_run").mkdir(exist_ok=True)
+        (home / "layerskip_jax_run" / "exit").write_text("1\n")
+    assert installed.pod("stop").count("nothing runs") == 2
+    assert installed.pod("status") == "my-run: READY\n" + 2 * "state: stopped\n"
+    for home in installed.homes():
+        (home / "layerskip_jax_run" / "stopped").unlink()
+        (home / "layerskip_jax_run" / "exit").write_text("0\n")
+    installed.pod("stop")  # what has ended well is not called stopped
+    assert installed.pod("status") == "my-run: READY\n" + 2 * "state: ended 0\n"
+
+
 def test_stop_kills_what_does_not_end(installed):
     installed.write("stubborn")
     installed.pod("launch", *TRAIN)

@@ -257,6 +257,10 @@ def test_what_does_not_fit_is_named_before_anything_is_written(config, tmp_path)
     cases = [
         (changed(config, "data", path=str(tmp_path / "single")), "the 'validation' split of .*single is empty"),
         (changed(config, "data", path=str(empty)), "no files under"),
+        (
+            changed(config, "train", run_dir=str(tmp_path / "single" / "only.txt" / "run")),
+            r"the run folder .*run \(train.run_dir\) cannot be made: .*only\.txt",
+        ),
         (changed(config, "data", tokenizer="nowhere.model"), "no tokenizer at nowhere.model"),
         (
             changed(config, "model", vocab_size=VOCABULARY + 1),

@@ -72,9 +72,10 @@ logs() {
 }
 
 stop() {  # SECONDS [by-hand]: SIGTERM, so that train.py saves a checkpoint; what is left after SECONDS is killed
+  # Tells tpu/pod watch not to start it again, also where it has failed or not begun yet.
+  if [ $# = 2 ] && { running || [ "$(cat "$run/exit" 2> /dev/null)" != 0 ]; }; then mkdir -p "$run"; touch "$run/stopped"; fi
   if ! running; then echo "$(hostname): nothing runs"; return; fi
   local pid tenth
-  [ $# = 1 ] || touch "$run/stopped"  # tells tpu/pod watch not to start it again
   pid=$(cat "$run/pid")
   kill -TERM "$pid"
   for ((tenth = 0; tenth < 10 * $1; tenth++)); do

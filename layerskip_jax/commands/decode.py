@@ -55,11 +55,11 @@ def main(argv: list[str] | None = None) -> None:
 
     streams = not (options.json or options.compare or options.quiet) and len(prompts) == 1
     answers = []
-    for batch in batches:
+    for number, batch in enumerate(batches):
         if streams:
             answers.append(terminal.stream(generator, batch[0], settings))
         else:
-            answers.append(generator.generate(batch))
+            answers.append(generator.generate(batch, first=number * options.batch_size))
             for completion in [] if options.quiet else answers[-1].completions:
                 print(json.dumps(dataclasses.asdict(completion)) if options.json else terminal.shown(completion))
                 sys.stdout.flush()
@@ -84,7 +84,7 @@ def _compare(generator: "TextGenerator", plain: "TextGenerator", batches: list[l
             ours.append(_rate(own))
             theirs.append(_rate(other))
             pairs = zip(own, other, strict=True)
-            identical &= all(a.generation.tokens == b.generation.tokens for a, b in pairs)
+            identical &= all(a.completions == b.completions for a, b in pairs)
     return {
         "tokens_per_second": statistics.median(ours),
         "plain_tokens_per_second": statistics.median(theirs),

@@ -6,6 +6,10 @@ their responses (data.prompt_key) are packed whole, and the loss is on responses
 """
 
 import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +90,21 @@ def _packed(config: Config, documents: grain.MapDataset) -> grain.IterDataset:
 def _in_a_process(dataset: grain.IterDataset) -> grain.IterDataset:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["layerskip_jax"])  # grain's worker processes read absl's flags
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=1))
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=1), _serve_to_the_end)
+
+
+def _serve_to_the_end(worker: int, workers: int) -> None:
+    """Leave signals to the training process, which wants batches until it ends; end with it, however it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, Slurm and systemd send them to all processes
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 # grain's own WindowShuffleIterDataset is slow at small windows: 5 ms a row at 4 rows.

@@ -27,16 +27,17 @@ class Position:
         text = json.dumps(states)
         return json.dumps({"sha256": _sha256(text), "rows": text}).encode()
 
-    def set_state(self, states: dict[int, Any], batch_size: int) -> None:
+    def set_state(self, states: dict[int, Any], batch_size: int, same_rows: bool = True) -> None:
         """Go on from what `read_positions` returned.
 
-        With another batch size than then, other documents make a row: the rows go on with those that come after the
-        documents that were being read, of which some may come twice.
+        With another batch size than then, or not the ``same_rows`` for another reason, other documents make a row: the
+        rows go on with those that come after the documents that were being read, of which some may come twice.
         """
+        same_rows = same_rows and len(states) == batch_size
         first = max(row + len(states) * (_documents(state) + 1) for row, state in states.items())
         whole = self._iterator.get_state()
         for row, stream in zip(self._rows, _streams(whole), strict=True):
-            new = states[row] if len(states) == batch_size else _after(stream, -((row - first) // batch_size))
+            new = states[row] if same_rows else _after(stream, -((row - first) // batch_size))
             stream.clear()
             stream.update(_with_tuples(new))
         self._iterator.set_state(whole)

@@ -68,6 +68,14 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
     return documents
 
 
+def digest_of(documents: Documents) -> str:
+    """Return a digest of how many documents there are, and of the first and the last."""
+    digest = hashlib.sha256(str(len(documents)).encode())
+    for document in (documents[0], documents[len(documents) - 1]):
+        digest.update(document.encode(errors="surrogatepass") if isinstance(document, str) else document.tobytes())
+    return digest.hexdigest()
+
+
 class _Fields:
     """The text field of a sequence of examples, or the prompt and the text."""
 
@@ -164,14 +172,26 @@ def _files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> tuple[l
         raise UserError(f"no corpus at {config.path} (data.path){nearest(str(root), others)}")
     if not root.is_dir():
         return [root], False
-    for own in (root / split, *(root / f"{split}{suffix}" for suffix in suffixes)):
-        if own.exists():
-            return _walk(own, suffixes), True
+    own = {name: _own(root, name, suffixes) for name in (split, config.train_split, config.validation_split)}
+    if found := own[split]:
+        return _walk(found, suffixes), True
+    if others := [name for name, path in own.items() if path]:
+        there = ", ".join(sorted(path.name for path in root.iterdir()))
+        raise UserError(
+            f"{config.path} has a {others[0]!r} split of its own and no {split!r}, which must not be taken out of it: "
+            f"add it, or name another in data.train_split or data.validation_split; there are {there:.200}"
+        )
     files = _walk(root, suffixes)
     if not files:
         kinds = f" ending in {' or '.join(suffixes)}" if suffixes else ""
         raise UserError(f"no files{kinds} under {config.path} (data.path)")
     return files, False
+
+
+def _own(root: epath.Path, split: str, suffixes: tuple[str, ...]) -> epath.Path | None:
+    """Return the folder or file that holds a split alone, by its name."""
+    candidates = [root / split, *(root / f"{split}{suffix}" for suffix in suffixes or (".txt",))]
+    return next((path for path in candidates if path.exists()), None)
 
 
 def _walk(path: epath.Path, suffixes: tuple[str, ...]) -> list[epath.Path]:
@@ -321,4 +341,11 @@ def _open_tokens(config: DataConfig, split: str) -> Documents:
         )
     if split not in metadata["splits"]:
         raise UserError(f"{config.path} has no split {split!r}: it has {', '.join(metadata['splits'])}")
-    return _Tokens(sorted(str(path) for path in (folder / split).glob("*.array_record")), metadata["dtype"])
+    shards, wanted = sorted(map(str, (folder / split).glob("*.array_record"))), metadata["splits"][split]["documents"]
+    documents: Documents = _Tokens(shards, metadata["dtype"]) if shards else []
+    if len(documents) != wanted:
+        raise UserError(
+            f"the {split!r} split of {config.path} has {len(documents)} documents in {len(shards)} shards, but "
+            f"{wanted} were written: copy the folder again, whole"
+        )
+    return documents

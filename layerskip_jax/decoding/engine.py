@@ -139,8 +139,9 @@ def generate(
     else:
         for looks in itertools.count(1):
             state = run_rounds(step, model, state, jnp.int32(looks * look_every))
-            state = dataclasses.replace(state, done_B=state.done_B | jnp.asarray(look(state)))
-            if bool(jnp.all(state.done_B)):
+            done_B = np.asarray(jax.device_get(state.done_B)) | np.asarray(look(state))  # on the host: compiles nothing
+            state = dataclasses.replace(state, done_B=jax.device_put(done_B, state.done_B.sharding))
+            if done_B.all():
                 break
     state = jax.block_until_ready(state)
     seconds, exits = time.perf_counter() - prefilled, step.exits or (model.config.num_layers,)

@@ -147,7 +147,7 @@ class Generation:
     drafted: int
     accepted: int
     accepted_histogram: list[int]  # rounds of a row with 0, 1, ..., d accepted drafts
-    exit_rounds: dict[int, int]  # rounds of the loop at each exit (tokens, where each leaves for itself)
+    exit_rounds: dict[int, int]  # rounds of the loop that drafted at each exit (tokens, where each leaves for itself)
     exit_drafts: dict[int, int]  # of ``drafted``, at each exit
 
     @classmethod

@@ -110,7 +110,7 @@ class SelfSpeculative:
         memory = self.policy.learn(state.memory, Outcome(plan, ~state.done_B, drafted_B, accepted_B, *verdict[2:]))
         state = dataclasses.replace(state, key=key, memory=memory, cache=cache)
         # Accept the agreeing prefix and the full model's own token after it; the length that results is the rollback.
-        return finish_round(state, draft_Bd, drafted_B, accepted_B, next_B, plan.exit_index)
+        return finish_round(state, draft_Bd, drafted_B, accepted_B, next_B, plan.exit_index, jnp.any(drafted_B > 0))
 
     def _draft(
         self, model: Transformer, state: DecodeState, plan: Plan, key: jax.Array
@@ -212,14 +212,15 @@ def finish_round(
     accepted_B: jax.Array,
     next_B: jax.Array,
     exit_index: int | jax.Array = 0,
+    counts: bool | jax.Array = True,
 ) -> DecodeState:
-    """Emit each row's accepted drafts and the token after them, and count."""
+    """Emit each row's accepted drafts and the token after them, and count: for the exit if it ``counts`` there."""
     active_B, old = ~state.done_B, state.statistics
     counted_BQ = jax.nn.one_hot(accepted_B, draft_Bd.shape[1] + 1, dtype=jnp.int32) * active_B[:, None]
     statistics = Statistics(
         rounds=old.rounds + 1,
         drafted_X=old.drafted_X.at[exit_index].add(jnp.sum(drafted_B * active_B)),
         accepted_histogram_Q=old.accepted_histogram_Q + jnp.sum(counted_BQ, axis=0),
-        exit_rounds_X=old.exit_rounds_X.at[exit_index].add(1),
+        exit_rounds_X=old.exit_rounds_X.at[exit_index].add(jnp.int32(counts)),
     )
     return dataclasses.replace(emit(state, draft_Bd, accepted_B, next_B), statistics=statistics)

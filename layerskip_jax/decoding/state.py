@@ -37,7 +37,7 @@ class Statistics:
     rounds: jax.Array  # of the loop
     drafted_X: jax.Array  # tokens that each exit that may draft has proposed
     accepted_histogram_Q: jax.Array  # rounds of a row in which exactly 0..d drafts were accepted
-    exit_rounds_X: jax.Array  # rounds of the loop at each exit that may draft (or at which tokens may leave)
+    exit_rounds_X: jax.Array  # rounds of the loop that drafted at each exit (or tokens that left there)
 
 
 @flax.struct.dataclass

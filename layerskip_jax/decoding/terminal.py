@@ -65,11 +65,13 @@ class Report:
         parts = [answer.generation for answer in answers]
         histogram = [sum(counts) for counts in zip(*(part.accepted_histogram for part in parts), strict=True)]
         at_exit = {exit: sum(part.exit_rounds[exit] for part in parts) for exit in parts[0].exit_rounds}
-        new_tokens, rounds_of_rows = sum(part.new_tokens for part in parts), sum(histogram)
+        made, rounds_of_rows = sum(part.new_tokens for part in parts), sum(histogram)  # also behind a stop string
         rounds = sum(part.rounds for part in parts)
         drafted, accepted = sum(part.drafted for part in parts), sum(part.accepted for part in parts)
         drafted_per_round, bandwidth = drafted / rounds_of_rows, measured_bandwidth()
         if config.mode == "early_exit":
+            if not config.exit_threshold:  # all rows of a round leave at one exit
+                at_exit = dict.fromkeys(at_exit, rounds_of_rows)
             cost = _mean_exit_cost(model, at_exit)
         elif config.mode == "prompt_lookup" or not drafted:
             cost = round_cost(model, 0, 0)
@@ -81,17 +83,17 @@ class Report:
         return cls(
             mode=config.mode,
             prompts=sum(len(answer.completions) for answer in answers),
-            new_tokens=new_tokens,
-            tokens_per_second=new_tokens / sum(part.seconds for part in parts),
+            new_tokens=sum(len(completion.tokens) for answer in answers for completion in answer.completions),
+            tokens_per_second=made / sum(part.seconds for part in parts),
             rounds=rounds,
-            tokens_per_round=new_tokens / rounds_of_rows,
+            tokens_per_round=made / rounds_of_rows,
             num_layers=model.num_layers,
             exit_rounds=at_exit,
             drafted_per_round=drafted_per_round,
             acceptance=accepted / drafted if drafted else math.nan,
             accepted_histogram=histogram,
-            predicted_speedup=new_tokens / rounds_of_rows / cost,
-            predicted_tokens_per_second=new_tokens / rounds / seconds,
+            predicted_speedup=made / rounds_of_rows / cost,
+            predicted_tokens_per_second=made / rounds / seconds,
             bandwidth=bandwidth,
         )
 
@@ -112,9 +114,12 @@ class Report:
         if self.mode == "early_exit":
             lines.append(f"lossy, not the full model's text; tokens left after layer {at_exits}")
         if self.mode in ("self_speculative", "prompt_lookup"):
-            way = f"self-speculative, exit {at_exits}" if self.mode == "self_speculative" else "prompt lookup"
+            plain = self.rounds - sum(self.exit_rounds.values())
+            ways = ["self-speculative", f"exit {at_exits}" if at_exits else "", f"no draft ({plain})" if plain else ""]
+            way = ", ".join(filter(None, ways)) if self.mode == "self_speculative" else "prompt lookup"
+            accepted = "nothing drafted" if math.isnan(self.acceptance) else f"acceptance {self.acceptance:.1%}"
             lines.append(
-                f"{way}: {self.drafted_per_round:.2f} drafts a round, acceptance {self.acceptance:.1%}, "
+                f"{way}: {self.drafted_per_round:.2f} drafts a round, {accepted}, "
                 f"{self.tokens_per_round:.2f} tokens a round, {self.rounds} rounds"
             )
             lines.append(_histogram(self.accepted_histogram))

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import numpy as np
 
 from layerskip_jax.config import DecodeConfig
@@ -31,7 +32,7 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The completions of a batch and the numbers of its generation."""
+    """The completions of a batch and its generation, which has made more tokens where a stop string ended a text."""
 
     completions: list[Completion]
     generation: Generation
@@ -57,10 +58,11 @@ class TextGenerator:
     def encode(self, prompt: str) -> list[int]:
         return self.tokenizer.encode_prompt(prompt)
 
-    def generate(self, prompts: Sequence[str], show: Callable[[Piece], None] | None = None) -> Answer:
+    def generate(self, prompts: Sequence[str], show: Callable[[Piece], None] | None = None, first: int = 0) -> Answer:
         """Continue a batch of prompts; each ends at its EOS, at a stop string or after ``max_new_tokens``.
 
-        With ``show``, the text of the first prompt is passed on round by round as it is made.
+        With ``show``, the text of the first prompt is passed on round by round as it is made. ``first`` is its number
+        among the prompts of several batches, so that each batch draws for itself.
         """
         ids = [self.encode(prompt) for prompt in prompts]
         stream = _Stream(self, len(ids[0])) if show and ids else None
@@ -78,12 +80,11 @@ class TextGenerator:
             self.config.max_new_tokens,
             self.round,
             eos=self._eos,
-            seed=self.config.seed,
+            seed=int(np.random.SeedSequence((self.config.seed % 2**32, first)).generate_state(1)[0]),
             look=look if show or self.config.stop else None,
             look_every=self.config.stream_every if show else ROUNDS_BETWEEN_STOP_CHECKS,
         )
-        completions = [self._complete(*row) for row in zip(prompts, generation.tokens, strict=True)]
-        return Answer(completions, dataclasses.replace(generation, tokens=[c.tokens for c in completions]))
+        return Answer([self._complete(*row) for row in zip(prompts, generation.tokens, strict=True)], generation)
 
     def text(self, new: Sequence[int]) -> str:
         """Decode generated tokens; the EOS is not part of the text."""
@@ -97,15 +98,21 @@ class TextGenerator:
         """Return where the first stop string begins in ``text``, or -1."""
         return min((at for at in map(text.find, self.config.stop) if at >= 0), default=-1)
 
-    def _complete(self, prompt: str, new: list[int]) -> Completion:
+    def cut(self, new: list[int]) -> tuple[str, list[int]] | None:
+        """Return the text before the stop string that ``new`` comes to first, and the tokens up to it."""
         text = self.text(new)
-        stop = self.stop_at(text)
-        if stop >= 0:
-            # The fewest tokens that hold the stop string: what is kept does not depend on when it was looked for.
-            holds = lambda n: self.stop_at(self.partial_text(new[:n])) >= 0  # noqa: E731
-            needed = 1 + bisect.bisect_left(range(1, len(new)), True, key=holds)
-            return Completion(prompt, text[:stop], new[:needed], "stop")
-        return Completion(prompt, text, new, "eos" if new and new[-1] == self._eos else "length")
+        if self.stop_at(text) < 0:
+            return None
+        # The fewest tokens that hold a stop string: what is kept does not depend on when it was looked for.
+        holds = lambda n: self.stop_at(self.partial_text(new[:n])) >= 0  # noqa: E731
+        needed = 1 + bisect.bisect_left(range(1, len(new)), True, key=holds)
+        text = self.partial_text(new[:needed]) if needed < len(new) else text
+        return text[: self.stop_at(text)], new[:needed]
+
+    def _complete(self, prompt: str, new: list[int]) -> Completion:
+        if stopped := self.cut(new):
+            return Completion(prompt, *stopped, "stop")
+        return Completion(prompt, self.text(new), new, "eos" if new and new[-1] == self._eos else "length")
 
 
 class _Stream:
@@ -120,11 +127,11 @@ class _Stream:
 
     def pieces(self, state: DecodeState) -> list[Piece]:
         new = known_tokens(state)[0][self._prompt_length :]
-        is_draft = np.asarray(state.drafted_BS[0])[self._prompt_length :]
-        done = bool(state.done_B[0])
+        is_draft = jax.device_get(state.drafted_BS)[0, self._prompt_length :]
+        done = bool(jax.device_get(state.done_B)[0])
         text = self._generator.text(new) if done else self._generator.partial_text(new)
-        stop = self._generator.stop_at(text)
-        end = stop if stop >= 0 else len(text) - (0 if done else self._held_back(text))
+        stopped = self._generator.cut(new)
+        end = len(stopped[0]) if stopped else len(text) - (0 if done else self._held_back(text))
         pieces = []
         for count in range(self._tokens + 1, len(new) + 1):
             if count == len(new) or is_draft[count] != is_draft[count - 1]:

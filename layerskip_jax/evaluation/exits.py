@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from layerskip_jax.checkpoint import load_model
 from layerskip_jax.command_line import apply_overrides
-from layerskip_jax.config import Config, MeshConfig
+from layerskip_jax.config import Config, LayerDropoutConfig, MeshConfig
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.model import Block, Transformer, run_layers
 from layerskip_jax.recipe import Recipe
@@ -78,7 +79,10 @@ def agreeing(model: Transformer, tokens_BT: jax.Array, segments_BT: jax.Array, m
 
 def exit_quality(model: Transformer, config: Config) -> ExitQuality:
     """Measure every exit on the first ``train.evaluate_batches`` batches of the validation split of ``config``."""
-    mesh = make_mesh(config)
+    # Evaluation drops, accumulates and splits nothing: what training's settings ask of the devices is not asked here.
+    train = dataclasses.replace(config.train, accumulate=1)
+    config = dataclasses.replace(config, mesh=MeshConfig(), layer_dropout=LayerDropoutConfig(), train=train)
+    mesh = make_mesh(config, jax.devices()[: math.gcd(train.batch_size, jax.device_count())])
     model = jax.device_put(model, shardings_of(model, model, mesh))
     loss_L = evaluate(Trainer(config, Recipe.from_config(config), mesh), model)
     agreed_L, tokens = np.zeros(config.model.num_layers), 0.0
@@ -100,7 +104,7 @@ def quality_of_checkpoint(checkpoint: str, batches: int, data: dict[str, Any] | 
     overrides = {"data.tokenizer": str(tokenizer), "data.workers": 0, "train.evaluate_batches": batches}
     config = apply_overrides(config, overrides | {f"data.{name}": value for name, value in (data or {}).items()})
     open_documents(config.data, config.data.validation_split, prepare=False)  # a checkpoint's config writes nothing
-    return exit_quality(model, dataclasses.replace(config, mesh=MeshConfig()))
+    return exit_quality(model, config)
 
 
 @partial(jax.jit, static_argnames="exit_layer")

@@ -69,7 +69,7 @@ def run_task(
     prompts = [task.prompt_for(example, shots, fits) for example in examples]
     starts = range(0, len(prompts), batch_size)
     answers = [
-        generator.generate([text for text, _ in prompts[start : start + batch_size]])
+        generator.generate([text for text, _ in prompts[start : start + batch_size]], first=start)
         for start in tqdm(starts, desc="answers", leave=False)
     ]
     answered = []
@@ -83,7 +83,7 @@ def run_task(
         examples=len(examples),
         scores={name: statistics.fmean(a.scores[name] for a in answered) for name in task.scores},
         shortened=sum(cut for _, cut in prompts),
-        new_tokens=new_tokens,
+        new_tokens=sum(len(a.completion.tokens) for a in answered),
         tokens_per_second=new_tokens / sum(part.seconds for part in parts),
         acceptance=sum(part.accepted for part in parts) / drafted if drafted else math.nan,
     )

@@ -73,16 +73,27 @@ def read_model_config(folder: epath.Path) -> ModelConfig:
         **ours,
         **_rotary(file, values),
         head_width=0 if head_dim * ours["num_heads"] == ours["dim"] else head_dim,
-        norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=_number(file, values, "rms_norm_eps", 1e-6),
         tied_embedding=bool(values.get("tie_word_embeddings", False)),
-        context_length=int(values.get("max_position_embeddings", 2048)),
+        context_length=int(_number(file, values, "max_position_embeddings", 2048)),
     )
+
+
+def _number(file: epath.Path, values: dict[str, Any], key: str, default: float) -> float:
+    """Return a number, or ``default`` where there is none: transformers writes null for what is not set."""
+    value = default if values.get(key) is None else values[key]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{file}: {key} must be a number, not {json.dumps(value)[:60]}")
+    return float(value)
 
 
 def _rotary(file: epath.Path, values: dict[str, Any]) -> dict[str, Any]:
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = given.get("rope_type", given.get("type", "default"))
-    ours: dict[str, Any] = {"rope_base": float(given.get("rope_theta", values.get("rope_theta", 10_000.0)))}
+    if not isinstance(given, dict):
+        raise UserError(f"{file}: rotary scaling must be settings by name, not {json.dumps(given)[:60]}")
+    kind = given.get("rope_type") or given.get("type") or "default"
+    base = _number(file, given, "rope_theta", _number(file, values, "rope_theta", 10_000.0))
+    ours: dict[str, Any] = {"rope_base": base}
     if kind == "default":
         return ours
     keys = {"rope_factor": "factor"}
