@@ -11,6 +11,7 @@ The study is code, prose (``--prose``) or widths (``--widths``: each variant at 
 docs/results/<study>.json holds all that the page shows; with ``--published`` more variants join it elsewhere.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -262,7 +263,8 @@ def measure_all(
     return results.parts()
 
 
-def main() -> None:
+def parse(argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """Return the config and the options of a command line; raises `UserError` for what is wrong in it."""
     parser = make_parser(__doc__ or "")
     study = parser.add_mutually_exclusive_group()
     study.add_argument("--prose", metavar="FOLDER", help="a corpus of text files, in place of the Python code")
@@ -279,7 +281,11 @@ def main() -> None:
         help="a page's JSON: what it has is neither trained nor measured again",
     )
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="whose tables are written anew")
-    config, options = parse_config(parser, ["--config", "configs/evidence.py", *sys.argv[1:]])
+    return parse_config(parser, ["--config", "configs/evidence.py", *argv])
+
+
+def main() -> None:
+    config, options = parse(sys.argv[1:])
     study = study_of(config, options.prose, options.widths)
     variants = [f"{name}@{dim}" for dim in options.widths for name in options.variants] or options.variants
     results = Results(Path(study.train.run_dir) / "measured")

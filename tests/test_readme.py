@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import evidence
 from layerskip_jax import export, plots, report, sweep
 from layerskip_jax.command_line import add_settings, make_parser, parse_config
 from layerskip_jax.commands.prompts import add_prompt_options
@@ -130,6 +131,8 @@ def test_commands_are_what_the_programs_take(command, monkeypatch):
         argv = ["nowhere" if word.startswith(("runs/quickstart", "layerskip-1b")) else word for word in words[3:]]
         with pytest.raises(UserError, match=r"no (checkpoint|metrics) at nowhere"):  # so the rest was understood
             OF_CHECKPOINTS[words[2]](argv)
+    elif words[2] == "benchmarks.evidence":
+        evidence.parse(words[3:])
     elif words[2].startswith("benchmarks."):
         source = (ROOT / words[2].replace(".", "/")).with_suffix(".py").read_text()
         assert all(f'"{word}"' in source for word in words[3:])
