@@ -248,17 +248,17 @@ def train_all(
 
 
 def measure_all(
-    config: Config, results: Results, runs: list[Config], variants: list[str], seed: int, repeats: int
+    config: Config, results: Results, runs: list[Config], decoded: list[str], seed: int, repeats: int
 ) -> dict[str, Any]:
-    """Measure what is not measured yet; return all parts by name."""
+    """Measure what is not measured yet, of ``decoded`` also the decoding; return all parts by name."""
     for run in runs:
         results.once(quality_part(run), partial(quality, run.train.run_dir, run))
-    for name in variants:
+    for name in decoded:
         run = variant_of(config, name, seed)
         ways = results.once(f"decoding/{name}", partial(decoding, run.train.run_dir, run, repeats))
         setting = best_fixed(ways, next(iter(ways["ways"])))
         results.once(f"more/{name}", partial(reuse_and_temperature, run.train.run_dir, run, *setting, repeats))
-    if not any("@" in name for name in variants):  # steps of other widths are no comparison
+    if not any("@" in Path(run.train.run_dir).name for run in runs):  # steps of other widths are no comparison
         results.once("steps", partial(step_times, config))
     return results.parts()
 
@@ -270,6 +270,7 @@ def parse(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     study.add_argument("--prose", metavar="FOLDER", help="a corpus of text files, in place of the Python code")
     study.add_argument("--widths", type=int, nargs="+", default=[], metavar="DIM", help="each variant at these widths")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which (default: all)")
+    parser.add_argument("--decoded", nargs="+", choices=VARIANTS, help="whose decoding is timed (default: of all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each variant (default: 0)")
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each way of decoding (default: 3)")
     parser.add_argument("--again", choices=VARIANTS, help="train this variant twice, to compare bit for bit")
@@ -294,7 +295,8 @@ def main() -> None:
     runs = train_all(study, results, variants, options.seeds, options.again)
     if options.no_measuring:
         return
-    parts = measure_all(study, results, runs, variants, options.seeds[0], options.repeats)
+    decoded = [name for name in variants if name.partition("@")[0] in (options.decoded or VARIANTS)]
+    parts = measure_all(study, results, runs, decoded, options.seeds[0], options.repeats)
     for path in write_page(options.page, Path(study.train.run_dir).name, study, parts):
         print(path)
 
