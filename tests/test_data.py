@@ -171,14 +171,16 @@ def test_a_split_of_its_own_is_not_read_for_the_other(tmp_path):
         for name in names:
             file = tmp_path / folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(lines)
+            file.write_text(lines.replace("document", f"{name} document"))
     of_lines = DataConfig(source="jsonl", path=str(tmp_path / "lines"))
     of_texts = DataConfig(source="text", path=str(tmp_path / "texts"))
-    for config, other in ((of_lines, "test"), (of_texts, "valid")):
+    for config, own, other in ((of_lines, "train.jsonl", "test"), (of_texts, "train", "valid")):
         with pytest.raises(
             UserError, match=r"has a 'train' split of its own and no 'validation'.*there are .*" + other
         ):
             open_documents(config, "validation")
+        inner = dataclasses.replace(config, path=f"{config.path}/{own}")
+        assert not set(texts(inner, "train")) & set(texts(inner, "validation"))
         assert texts(config, "train")
         assert len(texts(dataclasses.replace(config, validation_split=other), other)) == (40 if other == "test" else 1)
     (tmp_path / "files").mkdir()
