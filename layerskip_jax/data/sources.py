@@ -175,8 +175,8 @@ def _files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> tuple[l
     own = {name: _own(root, name, suffixes) for name in (split, config.train_split, config.validation_split)}
     if found := own[split]:
         return _walk(found, suffixes), True
-    if others := [(name, path) for name, path in own.items() if path]:
-        (name, path), there = others[0], ", ".join(sorted(path.name for path in root.iterdir()))
+    if wholes := [(name, path) for name, path in own.items() if path]:
+        (name, path), there = wholes[0], ", ".join(sorted(path.name for path in root.iterdir()))
         raise UserError(
             f"{config.path} has a {name!r} split of its own and no {split!r}: add it, name another in data.train_split "
             f"or data.validation_split, or --data.path {path} to hold a part of that out; there are {there:.200}"

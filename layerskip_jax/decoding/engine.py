@@ -140,7 +140,8 @@ def generate(
         for looks in itertools.count(1):
             state = run_rounds(step, model, state, jnp.int32(looks * look_every))
             done_B = np.asarray(jax.device_get(state.done_B)) | np.asarray(look(state))  # on the host: compiles nothing
-            state = dataclasses.replace(state, done_B=jax.device_put(done_B, state.done_B.sharding))
+            place = state.done_B.sharding if state.done_B.committed else None  # elsewhere, rounds are compiled anew
+            state = dataclasses.replace(state, done_B=jax.device_put(done_B, place))
             if done_B.all():
                 break
     state = jax.block_until_ready(state)

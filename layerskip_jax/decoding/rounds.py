@@ -105,12 +105,11 @@ class SelfSpeculative:
             runs = (narrower < needed) & (needed <= width) if len(widths) > 1 else True
             cache, verdict = run_if(runs, verify, (cache, verdict))
             narrower = width
-        accepted_B, next_B = verdict.accepted_B, verdict.next_B
 
-        memory = self.policy.learn(state.memory, Outcome(plan, ~state.done_B, drafted_B, accepted_B, *verdict[2:]))
+        memory = self.policy.learn(state.memory, Outcome(plan, ~state.done_B, drafted_B, *verdict[:1], *verdict[2:]))
         state = dataclasses.replace(state, key=key, memory=memory, cache=cache)
         # Accept the agreeing prefix and the full model's own token after it; the length that results is the rollback.
-        return finish_round(state, draft_Bd, drafted_B, accepted_B, next_B, plan.exit_index, jnp.any(drafted_B > 0))
+        return finish_round(state, draft_Bd, drafted_B, *verdict[:2], plan.exit_index, jnp.any(drafted_B > 0))
 
     def _draft(
         self, model: Transformer, state: DecodeState, plan: Plan, key: jax.Array
