@@ -241,10 +241,11 @@ class Checkpoints:
 
 
 def same_rows(one: Config, other: Config) -> bool:
-    """Say whether two configs make the same rows of the same documents, wherever those lie."""
+    """Say whether two configs, of one batch size, make the same rows of the same documents, wherever those lie."""
     names = ("source", "name", "train_split", "prompt_key", "sequence_length", "shuffle_window")
-    same = all(getattr(one.data, name) == getattr(other.data, name) for name in names)
-    return same and (one.train.seed, one.train.batch_size) == (other.train.seed, other.train.batch_size)
+    return one.train.seed == other.train.seed and all(
+        getattr(one.data, name) == getattr(other.data, name) for name in names
+    )
 
 
 def make_run_folder(config: Config) -> None:

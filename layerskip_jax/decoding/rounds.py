@@ -106,8 +106,8 @@ class SelfSpeculative:
             cache, verdict = run_if(runs, verify, (cache, verdict))
             narrower = width
 
-        memory = self.policy.learn(state.memory, Outcome(plan, ~state.done_B, drafted_B, *verdict[:1], *verdict[2:]))
-        state = dataclasses.replace(state, key=key, memory=memory, cache=cache)
+        outcome = Outcome(plan, ~state.done_B, drafted_B, verdict.accepted_B, *verdict[2:])
+        state = dataclasses.replace(state, key=key, memory=self.policy.learn(state.memory, outcome), cache=cache)
         # Accept the agreeing prefix and the full model's own token after it; the length that results is the rollback.
         return finish_round(state, draft_Bd, drafted_B, *verdict[:2], plan.exit_index, jnp.any(drafted_B > 0))
 

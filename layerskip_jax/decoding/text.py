@@ -71,6 +71,8 @@ class TextGenerator:
             if stream and show:
                 for piece in stream.pieces(state):
                     show(piece)
+            if not self.config.stop:
+                return [False] * len(ids)
             new = [row[len(prompt) :] for row, prompt in zip(known_tokens(state), ids, strict=True)]
             return [self.stop_at(self.partial_text(row)) >= 0 for row in new]
 
@@ -100,7 +102,7 @@ class TextGenerator:
 
     def cut(self, new: list[int]) -> tuple[str, list[int]] | None:
         """Return the text before the stop string that ``new`` comes to first, and the tokens up to it."""
-        text = self.text(new)
+        text = self.text(new) if self.config.stop else ""
         if self.stop_at(text) < 0:
             return None
         # The fewest tokens that hold a stop string: what is kept does not depend on when it was looked for.
@@ -127,8 +129,8 @@ class _Stream:
 
     def pieces(self, state: DecodeState) -> list[Piece]:
         new = known_tokens(state)[0][self._prompt_length :]
-        is_draft = jax.device_get(state.drafted_BS)[0, self._prompt_length :]
-        done = bool(jax.device_get(state.done_B)[0])
+        drafted_BS, done_B = jax.device_get((state.drafted_BS, state.done_B))
+        is_draft, done = drafted_BS[0, self._prompt_length :], bool(done_B[0])
         text = self._generator.text(new) if done else self._generator.partial_text(new)
         stopped = self._generator.cut(new)
         end = len(stopped[0]) if stopped else len(text) - (0 if done else self._held_back(text))
