@@ -1,4 +1,4 @@
-"""A repository with the real tpu/ scripts beside a stand-in cloud (fixtures/stand_in_gcloud.py), for tests to use."""
+"""Fixtures: a repository with the real tpu/ scripts, and a stand-in cloud (fixtures/stand_in_gcloud.py)."""
 
 import json
 import os
@@ -15,7 +15,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 SETTINGS = {"POD_NAME": "my-run", "POD_PROJECT": "my-project", "POD_ZONE": "us-east5-b", "POD_ACCELERATOR": "v6e-16"}
 TRAIN = ["--", "--config", "configs/some.py", "--train.run_dir", "gs://bucket/run"]
 
-# What train.py is to the scripts: it takes options, lasts, saves at SIGTERM, and ends with a status.
+# A stand-in for train.py: it accepts options, keeps running, saves on SIGTERM, and exits with a status.
 TRAIN_PY = """
 import json, os, pathlib, signal, sys, time
 home = pathlib.Path(os.environ["HOME"])
@@ -31,23 +31,24 @@ while not (home / "finish").exists():
 sys.exit(int((home / "finish").read_text()))
 """
 
-# The python3 of a worker: pip and uv, as strict as they need to be.
+# The python3 of a worker: a stand-in for pip and uv that accepts only these commands.
 WORKER_PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
-  "-m pip install --quiet --user uv") ;;
+  "-m pip install --quiet --user uv") [ "$PIP_BREAK_SYSTEM_PACKAGES" = 1 ] ;;
   "-m uv venv --quiet --python 3.12 "*)
     mkdir -p "$7/bin"
     printf '#!/bin/sh\\nexec {sys.executable} -S "$@"\\n' > "$7/bin/python"
     chmod +x "$7/bin/python" ;;
-  "-m uv pip install --quiet --python $HOME/layerskip_jax_venv/bin/python --editable $HOME/layerskip_jax[tpu]")
-    [ -f "$HOME/layerskip_jax/pyproject.toml" ] ;;
-  *) echo "python3 was not meant to be called with: $*" >&2; exit 2 ;;
+  "-m uv pip install --quiet --python $HOME/layerskip_jax_venv/bin/python\
+ --constraint $HOME/layerskip_jax/tpu/requirements.txt --editable $HOME/layerskip_jax[tpu]")
+    grep -q '^libtpu==' "$HOME/layerskip_jax/tpu/requirements.txt" && [ -f "$HOME/layerskip_jax/pyproject.toml" ] ;;
+  *) echo "unexpected arguments of python3: $*" >&2; exit 2 ;;
 esac
 """
 
 
 class Cloud:
-    """A repository with the real scripts, the stand-in cloud, and tpu/pod to call."""
+    """A repository with the real scripts and the stand-in cloud; `pod` runs tpu/pod."""
 
     def __init__(self, folder):
         self.repository, self.folder = folder / "a repository", folder / "cloud"
@@ -94,7 +95,7 @@ class Cloud:
         return output
 
     def refused(self, *words, status=2, **environment):
-        """The one line that a failing command ends with."""
+        """Return the error line of a command that fails."""
         output = self.pod(*words, status=status, **environment)
         lines = [line for line in output.splitlines() if line.startswith("error:")]
         assert lines
@@ -152,7 +153,7 @@ class Cloud:
 
 @pytest.fixture(scope="session")
 def templates(tmp_path_factory):
-    """A cloud with nothing in it, and one with a slice on which all is installed: made once, copied for each test."""
+    """An empty cloud, and one with a slice on which the package is installed; each test gets a copy."""
     empty, full = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("full")
     for folder in (empty, full):
         Cloud.new(folder)

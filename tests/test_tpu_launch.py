@@ -1,4 +1,4 @@
-"""tpu/pod against a stand-in gcloud that is strict about its arguments and really runs what is sent to the workers."""
+"""tpu/pod with a stand-in gcloud, which checks its arguments strictly and runs the commands sent to the workers."""
 
 import re
 import shlex
@@ -12,18 +12,19 @@ from stand_in_cloud import ROOT, TRAIN, Cloud
 templates, cloud, installed = stand_in_cloud.templates, stand_in_cloud.cloud, stand_in_cloud.installed
 PLACE = ["--project=my-project", "--zone=us-east5-b"]
 
-# --- making and deleting ----------------------------------------------------------------------------------------------
+# --- creating and deleting --------------------------------------------------------------------------------------------
 
 RUNTIMES = {
     "v6e-64": "v2-alpha-tpuv6e",
     "v5p-128": "v2-alpha-tpuv5",
     "v5litepod-16": "v2-alpha-tpuv5-lite",
     "v4-32": "tpu-ubuntu2204-base",
+    "tpu7x-16": "v2-alpha-tpu7-ubuntu2404",
 }
 
 
 @pytest.mark.parametrize(("accelerator", "runtime"), RUNTIMES.items())
-def test_create_takes_the_runtime_that_fits(cloud, accelerator, runtime):
+def test_create_chooses_the_runtime_version(cloud, accelerator, runtime):
     cloud.pod("create", "--accelerator", accelerator)
     (call,) = cloud.calls()
     words = ["my-run", *PLACE, f"--accelerator-type={accelerator}", f"--version={runtime}"]
@@ -49,7 +50,13 @@ def test_create_spot_queued_and_many_slices(cloud, options, command, more):
     assert call == ["compute", "tpus", command, "create", "my-run", *PLACE, "--accelerator-type=v6e-16", *more]
 
 
-def test_a_flag_goes_before_its_variable(cloud):
+def test_create_warns_that_ironwood_may_be_refused(cloud):
+    warning = "Google offers tpu7x through GKE and Compute Engine, so this request may fail: see tpu/README.md"
+    assert warning in cloud.pod("create", "--accelerator=tpu7x-8")
+    assert warning not in cloud.pod("create", "--accelerator=v5p-8", "--name=other")
+
+
+def test_a_flag_overrides_its_variable(cloud):
     cloud.pod("create", "--zone=europe-west4-a", POD_SPOT="1")
     (call,) = cloud.calls()
     assert {"--zone=europe-west4-a", "--spot"} <= set(call)
@@ -66,7 +73,7 @@ def test_delete_asks_unless_told_not_to(cloud):
 
 
 def test_status_from_nothing_to_a_run(cloud):
-    assert cloud.pod("status") == "my-run: there is none\n"
+    assert cloud.pod("status") == "my-run: does not exist\n"
     cloud.pod("create", "--queued")
     assert cloud.pod("status", "--queued") == "my-run: PROVISIONING\n"
     assert cloud.pod("status", "--queued") == "my-run: READY\n" + 2 * "state: absent\n"
@@ -125,14 +132,14 @@ def test_install_that_fails_on_one_worker(cloud):
     output = cloud.pod("install", status=1)
     assert "Connection refused" in output
     assert "worker 1 failed with exit status 255" in output
-    assert output.endswith("error: my-run: not every worker is installed: the messages are above\n")
+    assert output.endswith("error: my-run: could not install on every worker: see the messages above\n")
 
 
 def test_install_needs_a_git_checkout_and_no_run(installed):
     installed.pod("launch", *TRAIN)
-    assert "not every worker is installed" in installed.refused("install", status=1)
+    assert "could not install on every worker" in installed.refused("install", status=1)
     shutil.rmtree(installed.repository / ".git")
-    assert "no git checkout" in installed.refused("install", status=1)
+    assert "is not a git checkout" in installed.refused("install", status=1)
 
 
 # --- launching --------------------------------------------------------------------------------------------------------
@@ -160,7 +167,7 @@ def test_launch_hands_over_every_option_as_it_is(cloud, slices):
 
 def test_launch_is_refused_everywhere_while_one_worker_runs(installed):
     installed.fault("ssh", "Connection reset", status=1, worker=1)
-    installed.pod("launch", *TRAIN, status=1)  # asks first: nothing is started
+    installed.pod("launch", *TRAIN, status=1)  # checks all workers first: nothing is started
     assert list(installed.folder.glob("*/*/layerskip_jax_run/pid")) == []
     installed.pod("launch", *TRAIN)
     one, other = installed.wait_for("*/*/options.json", 2)
@@ -168,7 +175,7 @@ def test_launch_is_refused_everywhere_while_one_worker_runs(installed):
     installed.kill_runs(worker="worker-1")
     installed.wait_for("*/worker-1/layerskip_jax_run/exit", 1)
     output = installed.pod("launch", *TRAIN, status=1)
-    assert re.search(r"a run is going on here \(process \d+\): end it with tpu/pod stop", output)
+    assert re.search(r"a run is active on this worker \(process \d+\): stop it with tpu/pod stop", output)
     assert "nothing was launched" in output
     assert one.exists()
     assert not other.exists()
@@ -179,8 +186,10 @@ def test_launch_before_install(cloud):
     assert "nothing was launched" in cloud.refused("launch", *TRAIN, status=1)
 
 
-def test_one_host_may_write_to_its_own_disk(installed):
-    installed.pod("launch", "--accelerator=v5p-8", "--", "--config=configs/some.py", "--train.run_dir=runs/mine")
+@pytest.mark.parametrize("accelerator", ["v6e-8", "v5p-8", "tpu7x-8"])
+def test_one_host_may_write_to_its_own_disk(installed, accelerator):
+    options = ["--config=configs/some.py", "--train.run_dir=runs/mine"]
+    installed.pod("launch", f"--accelerator={accelerator}", "--", *options)
     installed.wait_for("*/*/options.json", 2)
 
 
@@ -191,40 +200,42 @@ def test_the_config_may_name_the_bucket(cloud, text):
 
 
 MISTAKES = [
-    (["create"], {"POD_NAME": ""}, "no name: give --name or set POD_NAME, as in: --name my-run"),
-    (["create"], {"POD_PROJECT": ""}, "no project: give --project or set POD_PROJECT to"),
-    (["create"], {"POD_ZONE": ""}, "no zone: give --zone or set POD_ZONE, as in: --zone us-east5-b"),
-    (["create"], {"POD_ACCELERATOR": ""}, "no accelerator type: give --accelerator or set"),
-    (["create", "--accelerator", "v6e"], {}, "must look like v6e-16, v5p-128 or v5litepod-16, and is 'v6e'"),
-    (["create", "--accelerator", "v9-8"], {}, "no runtime version is known for v9-8: give --runtime"),
-    (["create", "--name", "My run"], {}, "--name must be small letters, digits and dashes"),
-    (["create", "--slices", "two"], {}, "--slices must be a whole number, and is 'two'"),
-    (["create", "--slices", "0"], {}, "--slices must be 1 or more, and is 0"),
-    (["create"], {"POD_SPOT": "yes"}, "POD_SPOT must be 0 or 1, and is 'yes'"),
-    (["create", "--zone"], {}, "--zone needs a value, as in: --zone VALUE"),
-    (["create", "--zome=x"], {}, "unknown option --zome=x: tpu/pod help lists them"),
-    (["create", *TRAIN], {}, "tpu/pod create takes no train options, and was given: --config"),
-    (["crate"], {}, "unknown command 'crate': tpu/pod help lists them"),
-    ([], {}, "no command: tpu/pod help lists them"),
-    (["launch", "--config", "configs/some.py"], {}, "--config is an option of train.py: those come after --"),
-    (["launch", "--train.steps=3"], {}, "--train.steps=3 is an option of train.py: those come after --"),
-    (["launch"], {}, "no config: say what to train after --"),
-    (["watch"], {}, "no config: say what to train after --"),
-    (["launch", "--", "--config", "configs/none.py"], {}, "there is no config 'configs/none.py' in "),
+    (["create"], {"POD_NAME": ""}, "no name: set --name or POD_NAME, for example --name my-run"),
+    (["create"], {"POD_PROJECT": ""}, "no project: set --project or POD_PROJECT to"),
+    (["create"], {"POD_ZONE": ""}, "no zone: set --zone or POD_ZONE, for example --zone us-east5-b"),
+    (["create"], {"POD_ACCELERATOR": ""}, "no accelerator type: set --accelerator or POD_ACCELERATOR, for example"),
+    (["create", "--accelerator", "v6e"], {}, "must look like v6e-16, v5p-128, v5litepod-16 or tpu7x-16, got 'v6e'"),
+    (["create", "--accelerator", "v9-8"], {}, "no runtime version is known for v9-8: set --runtime"),
+    (["create", "--accelerator", "v7x-8"], {}, "the accelerator type of Ironwood is tpu7x-N, got 'v7x-8'"),
+    (["create", "--name", "My run"], {}, "--name must be lowercase letters, digits and dashes"),
+    (["create", "--slices", "two"], {}, "--slices must be a whole number, got 'two'"),
+    (["create", "--slices", "0"], {}, "--slices must be at least 1, got 0"),
+    (["create"], {"POD_SPOT": "yes"}, "POD_SPOT must be 0 or 1, got 'yes'"),
+    (["create", "--zone"], {}, "--zone needs a value: --zone VALUE"),
+    (["create", "--zome=x"], {}, "unknown option --zome=x: tpu/pod help lists the options"),
+    (["create", *TRAIN], {}, "tpu/pod create takes no train options, got: --config"),
+    (["crate"], {}, "unknown command 'crate': tpu/pod help lists the commands"),
+    ([], {}, "no command: tpu/pod help lists the commands"),
+    (["launch", "--config", "configs/some.py"], {}, "--config is an option of train.py: put it after --"),
+    (["launch", "--train.steps=3"], {}, "--train.steps=3 is an option of train.py: put it after --"),
+    (["launch"], {}, "no config: add the train options after --"),
+    (["watch"], {}, "no config: add the train options after --"),
+    (["launch", "--", "--config", "configs/none.py"], {}, "config 'configs/none.py' does not exist in "),
     (["launch", "--", "--config", "/etc/some.py"], {}, "--config must be a path inside the repository"),
-    (["launch", *TRAIN[:3]], {}, "v6e-16 x 1 has more than one host: --train.run_dir must be a gs:// folder"),
+    (["launch", *TRAIN[:3]], {}, "v6e-16 x 1 has more than one host: set --train.run_dir to a gs:// folder"),
     (["launch", "--accelerator=v6e-8", "--slices=2", *TRAIN[:3]], {}, "v6e-8 x 2 has more than one host"),
+    (["launch", "--accelerator=tpu7x-16", *TRAIN[:3]], {}, "tpu7x-16 x 1 has more than one host"),
     (
         ["launch", *TRAIN, "--train.run_dir=runs/mine"],
         {},
-        "--train.run_dir must be gs://... when there is more than one host, and is 'runs/mine'",
+        "--train.run_dir must be a gs:// folder when there is more than one host, got 'runs/mine'",
     ),
 ]
 
 
 @pytest.mark.parametrize(("words", "environment", "message"), MISTAKES)
 def test_a_mistake_is_one_line_and_calls_nothing(templates, words, environment, message):
-    cloud = Cloud(templates[0])  # not copied: a mistake leaves no trace
+    cloud = Cloud(templates[0])  # without a copy, because a mistake changes nothing
     assert message in cloud.refused(*words, **environment)
     assert cloud.calls() == []
 
@@ -253,7 +264,7 @@ def test_help_names_every_command_and_option(cloud):
 # --- following and stopping -------------------------------------------------------------------------------------------
 
 
-def test_logs_follow_the_worker_asked_for(installed):
+def test_logs_follow_the_chosen_worker(installed):
     assert "there is no log yet" in installed.pod("logs", status=1)
     installed.pod("launch", *TRAIN)
     installed.wait_for("*/*/options.json", 2)
@@ -276,31 +287,31 @@ def test_stop_lets_the_run_save(installed):
     assert installed.pod("stop").count("stopped") == 2
     assert [(home / "saved").exists() for home in installed.homes()] == [True, True]
     assert installed.pod("status") == "my-run: READY\n" + 2 * "state: stopped\n"
-    assert installed.pod("stop").count("nothing runs") == 2
-    installed.pod("launch", *TRAIN)  # and it can be launched anew
+    assert installed.pod("stop").count("no run is active") == 2
+    installed.pod("launch", *TRAIN)  # it can be launched again
     assert "state: running" in installed.pod("status")
 
 
-def test_stop_is_remembered_where_nothing_runs_at_that_moment(installed):
-    """Between a failure and the launch that watch makes of it, too."""
+def test_stop_is_remembered_when_no_run_is_active(installed):
+    """For example between a failure and the next launch by watch."""
     for home in installed.homes():
         (home / "layerskip_jax_run").mkdir(exist_ok=True)
         (home / "layerskip_jax_run" / "exit").write_text("1\n")
-    assert installed.pod("stop").count("nothing runs") == 2
+    assert installed.pod("stop").count("no run is active") == 2
     assert installed.pod("status") == "my-run: READY\n" + 2 * "state: stopped\n"
     for home in installed.homes():
         (home / "layerskip_jax_run" / "stopped").unlink()
         (home / "layerskip_jax_run" / "exit").write_text("0\n")
-    installed.pod("stop")  # what has ended well is not called stopped
+    installed.pod("stop")  # a run that ended with status 0 stays so
     assert installed.pod("status") == "my-run: READY\n" + 2 * "state: ended 0\n"
 
 
-def test_stop_kills_what_does_not_end(installed):
+def test_stop_kills_a_run_that_does_not_end(installed):
     installed.write("stubborn")
     installed.pod("launch", *TRAIN)
     installed.wait_for("*/*/options.json", 2)
     output = installed.pod("stop", "--grace", "1")
-    assert output.count("killed: it had not ended 1 s after SIGTERM, and its last steps may not be saved") == 2
+    assert output.count("killed: still running 1 s after SIGTERM, so its last steps may not be saved") == 2
     assert "running" not in installed.pod("status")
 
 
@@ -308,7 +319,7 @@ def test_a_process_of_an_earlier_boot_is_not_taken_for_the_run(installed):
     other = subprocess.Popen(["sleep", "60"])
     installed.write("layerskip_jax_run/pid", str(other.pid))
     assert installed.pod("status").count("state: lost") == 2
-    assert installed.pod("stop").count("nothing runs") == 2
+    assert installed.pod("stop").count("no run is active") == 2
     assert other.poll() is None
     other.kill()
     other.wait()
@@ -328,7 +339,7 @@ DRY = {
 
 
 @pytest.mark.parametrize("words", DRY.values(), ids=DRY)
-def test_dry_run_prints_what_is_run_and_runs_nothing(request, words):
+def test_dry_run_prints_the_commands_and_runs_nothing(request, words):
     cloud = request.getfixturevalue("cloud" if words[0] == "create" else "installed")
     cloud.forget_calls()
     printed = cloud.pod(words[0], "--dry-run", *words[1:])

@@ -1,4 +1,4 @@
-"""tpu/pod watch: preemptions, errors and broken connections in the middle of a run."""
+"""tpu/pod watch: preemptions, errors and broken connections during a run."""
 
 import json
 
@@ -14,23 +14,23 @@ def finish(cloud, process, status=0):
     return output
 
 
-def test_watch_makes_a_preempted_slice_anew_and_ends_with_the_run(cloud):
+def test_watch_recreates_a_preempted_slice_and_ends_with_the_run(cloud):
     process = cloud.start("watch", "--poll=0", "--spot", *TRAIN)
     cloud.wait_for("*/*/options.json", 2)
     cloud.preempt()
-    cloud.wait_for("*/*/options.json", 0)  # the old disks are gone
+    cloud.wait_for("*/*/options.json", 0)  # deleted with the old disks
     cloud.wait_for("*/*/options.json", 2)
     assert cloud.options() == 2 * [TRAIN[1:]]
     cloud.write("finish", "0")
     output = finish(cloud, process)
-    assert "my-run is PREEMPTED: making it anew" in output
+    assert "my-run is PREEMPTED: recreating it" in output
     assert output.rstrip().endswith("tpu/pod: the run has ended")
     assert len(cloud.calls("tpu-vm create")) == 2
     assert all("--spot" in call for call in cloud.calls("tpu-vm create"))
     assert "--quiet" in cloud.calls("tpu-vm delete")[0]
 
 
-def test_watch_waits_in_line_and_goes_on_with_all_slices(cloud):
+def test_watch_waits_for_capacity_and_recreates_all_slices(cloud):
     process = cloud.start("watch", "--poll=0", "--slices=2", *TRAIN)
     cloud.wait_for("*/*/options.json", 4)
     cloud.preempt("my-run-1", queued=True)
@@ -39,11 +39,11 @@ def test_watch_waits_in_line_and_goes_on_with_all_slices(cloud):
     cloud.write("finish", "0")
     output = finish(cloud, process)
     assert "my-run is WAITING_FOR_RESOURCES" in output or "my-run is PROVISIONING: waiting" in output
-    assert "my-run is SUSPENDED: making it anew" in output
+    assert "my-run is SUSPENDED: recreating it" in output
     assert len(cloud.calls("queued-resources create")) == 2
 
 
-def test_watch_launches_again_after_an_error_and_gives_up_in_the_end(cloud):
+def test_watch_launches_again_after_an_error_and_finally_gives_up(cloud):
     process = cloud.start("watch", "--poll=0", "--retries=1", "--grace=1", *TRAIN)
     homes = [file.parent for file in cloud.wait_for("*/*/options.json", 2)]
     for _ in range(2):
@@ -59,7 +59,7 @@ def test_watch_launches_again_after_an_error_and_gives_up_in_the_end(cloud):
     assert output.rstrip().endswith("watch gives up after 2 failures, and my-run may still cost money")
 
 
-def test_watch_outlives_a_quota_error_a_broken_connection_and_a_failed_look(cloud):
+def test_watch_survives_a_quota_error_a_broken_connection_and_a_failed_check(cloud):
     message = "Quota limit 'TPUS_PER_PROJECT' has been exceeded. Limit: 0 in region us-east5."
     faults = [
         {"command": "tpu-vm create", "message": message},
@@ -72,14 +72,14 @@ def test_watch_outlives_a_quota_error_a_broken_connection_and_a_failed_look(clou
     cloud.write("finish", "0")
     output = finish(cloud, process)
     assert message in output
-    assert "the state of my-run is not known" in output
+    assert "could not read the state of my-run" in output
     assert "create failed (1 of 5 failures allowed)" in output
     assert "not every worker of my-run answers" in output
 
 
 def test_a_quota_error_ends_create_and_a_watch_without_retries(cloud):
     cloud.fault("tpu-vm create", "Quota limit exceeded", times=2)
-    assert cloud.refused("create", status=1).startswith("my-run was not created: gcloud's message is above")
+    assert cloud.refused("create", status=1).startswith("could not create my-run: see gcloud's message above")
     output = cloud.pod("watch", "--poll=0", "--retries=0", *TRAIN, status=1)
     assert "Quota limit exceeded" in output
     assert "create failed; watch gives up after 1 failures" in output
@@ -90,7 +90,7 @@ def test_watch_respects_a_stop_by_hand(cloud):
     cloud.wait_for("*/*/options.json", 2)
     cloud.pod("stop")
     output = finish(cloud, process, status=1)
-    assert output.rstrip().endswith("error: the run was ended by tpu/pod stop, so watch ends too")
+    assert output.rstrip().endswith("error: the run was stopped by tpu/pod stop, so watch ends too")
 
 
 def test_watch_gives_up_on_workers_that_have_never_answered(cloud):
