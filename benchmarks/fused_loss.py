@@ -21,7 +21,7 @@ from layerskip_jax.compiled import Program, taken_in
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.early_exit import cross_entropy
 from layerskip_jax.flops import PEAK_FLOPS
-from layerskip_jax.losses import exit_loss
+from layerskip_jax.losses import Exit, exit_loss
 from layerskip_jax.model import Transformer
 from layerskip_jax.sharding import AXES
 from tpu.compile_ahead import CHIPS, devices_of
@@ -38,7 +38,9 @@ def ours(chunk: int) -> Loss:
     def loss(model: Transformer, x_BTD: jax.Array, targets_BT: jax.Array) -> Any:
         labels = targets_BT, jnp.ones(targets_BT.shape, jnp.float32), None
         d_head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model.head()[1])
-        return exit_loss(model, x_BTD, labels, cross_entropy, chunk, jnp.ones(()), True, d_head)
+        return exit_loss(
+            Exit(model.config, cross_entropy, chunk), model.head(), x_BTD, labels, jnp.ones(()), True, d_head
+        )
 
     return loss
 
@@ -90,7 +92,7 @@ def main() -> None:
     ideal = 6 * tokens * options.dim * options.vocabulary / PEAK_FLOPS[devices[0].device_kind]
     for way, loss in ways.items():
         step = compiled(loss, model, options.rows, options.length, mesh)
-        work = Program(step.as_text()).work(taken_in("", 1.0))
+        work = Program(step.as_text()).work(taken_in({"": 1.0}))
         found = {
             "way": way, "topology": options.topology, "tokens": tokens,
             "temporaries": step.memory_analysis().temp_size_in_bytes,

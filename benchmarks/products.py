@@ -8,7 +8,7 @@ import dataclasses
 from benchmarks.step_cost import PLAIN
 from layerskip_jax.compiled import Program, taken_in
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig
-from layerskip_jax.losses import EXIT_LOSS
+from layerskip_jax.losses import INNER_EXIT
 from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.train_step import Trainer
@@ -22,12 +22,12 @@ def main() -> None:
     model = PLAIN.model
     exit_DV = model.num_layers * model.dim * model.vocab_size * PLAIN.train.batch_size * PLAIN.data.sequence_length
     exits = EarlyExitConfig(curriculum="all", e_scale=0.2)
-    rows, last_exit = PLAIN.train.batch_size, taken_in(EXIT_LOSS, 1 / model.num_layers)
+    rows, last_exit = PLAIN.train.batch_size, taken_in({INNER_EXIT: 0.0})
     dropout = LayerDropoutConfig(0.8, "linear", "constant", form="skipping", row_groups=rows)
     for remat in ("none", "dots", "full"):
         plain = dataclasses.replace(PLAIN, train=dataclasses.replace(PLAIN.train, remat=remat))
         program = compiled(dataclasses.replace(plain, early_exit=exits))
-        on, off = (program.work(taken_in(EXIT_LOSS, share)).flops for share in (1.0, 0.0))
+        on, off = (program.work(taken_in({INNER_EXIT: share})).flops for share in (1.0, 0.0))
         each = (on - off) / exit_DV
         print(f"all exits, remat {remat}: {on / 1e9:.1f} GFLOP of products; an exit {each:.2f} D V a token")
         whole = compiled(plain).work(last_exit).flops

@@ -45,6 +45,7 @@ def get_config() -> Config:
             run_dir="gs://your-bucket/runs/scratch_1b5",
             steps=50_000,
             batch_size=128,
+            loss_chunk=1024,  # with four sequences on a chip, 4,096 tokens at once (tpu/README.md)
             remat="full",
             evaluate_every=1000,
             checkpoint_every=1000,

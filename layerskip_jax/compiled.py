@@ -7,7 +7,7 @@ or by the constant that its condition compares with), and a conditional as often
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -19,11 +19,14 @@ Choice = Callable[[str, int], Sequence[float]]
 """``(op_name, branches) -> how often each branch of a conditional runs``, 1 in all."""
 
 
-def taken_in(scope: str, share: float) -> Choice:
-    """Let conditionals traced in the named ``scope`` be true in a ``share`` of their runs; others take all alike."""
+def taken_in(shares: Mapping[str, float]) -> Choice:
+    """Let conditionals traced in a named scope be true in its share of their runs; others take all branches alike."""
 
     def choose(op_name: str, branches: int) -> Sequence[float]:
-        return [1 - share, share] if scope in op_name and branches == 2 else [1 / branches] * branches
+        for scope, share in shares.items():
+            if scope in op_name and branches == 2:
+                return [1 - share, share]
+        return [1 / branches] * branches
 
     return choose
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from layerskip_jax.checks import check_fields, check_type, require
+from layerskip_jax.compiler_options import parse_options
 from layerskip_jax.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -240,6 +241,9 @@ class TrainConfig:
         "which are kept: about the same time, half the memory or less; full: each block, of which only the input is "
         "kept: up to a third more time; offload: as full, with the inputs kept in the host's memory",
     )
+    compiler_options: str = setting(
+        "", "XLA options of the step, beside the TPU's own: name=value,...; off removes one"
+    )
     loss_chunk: int = setting(256, "positions of a sequence unembedded at once in the loss; divides sequence_length")
     log_every: int = setting(10, "steps between lines of metrics")
     evaluate_every: int = setting(200, "steps between evaluations of every exit; the last step always has one")
@@ -254,9 +258,7 @@ class TrainConfig:
         "stop", "a checkpoint cannot be written: stop, or (one process alone) go_on and try again at the next one"
     )
     bad_steps: int = setting(5, "steps in a row that are not applied (a loss that is not finite) before the run stops")
-    skip_spikes: float = setting(
-        0.0, "do not apply a step whose loss is more than so many times its moving mean; 0 applies all that are finite"
-    )
+    skip_spikes: float = setting(0.0, "skip a step whose loss exceeds its moving mean this many times; 0 skips none")
     sample_every: int = setting(0, "steps between sample generations; 0 is never")
     sample_prompt: str = setting("", "text that sample generations continue")
     profile_step: int = setting(0, "first step of a profiler trace in RUN_DIR/profile; 0 is none (SIGUSR1 starts one)")
@@ -270,6 +272,7 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("sample_every", "profile_step", "hang_seconds", "keep_every"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}")
+        parse_options(self.compiler_options)
         require(0 <= self.seed < 2**32, f"train.seed must be in 0..{2**32 - 1}, not {self.seed}")
         spikes, batch, parts = self.skip_spikes, self.batch_size, self.accumulate
         require(spikes == 0 or spikes > 1, f"train.skip_spikes must be 0 (off) or more than 1, not {spikes}")

@@ -23,6 +23,7 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,  # of a device: half a chip
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
@@ -40,8 +41,9 @@ class StepFlops(NamedTuple):
     """Blocks that dropout spares: drop rate x the block. 0 in the masked form, which computes them all; the skipping
     form saves less than this, by its rounding up to row groups."""
     recomputed: float
-    """Forward passes run again in the backward pass, with ``train.remat`` full or offload: ``2 D V`` a position for
-    each exit with a loss, and a third of every block that is not skipped. What dots recomputes is no product."""
+    """Forward FLOPs that the backward pass repeats, with ``train.remat`` full or offload: ``2 D V`` a position for each
+    inner exit with a loss, and the forward pass of every block that is not skipped, without its down projection
+    (``2 D F``), whose output no gradient needs. What dots recomputes has no matmul."""
 
     @property
     def hardware(self) -> float:
@@ -53,11 +55,12 @@ def step_flops(config: Config, weight_L: np.ndarray, drop_rate_L: np.ndarray) ->
     """Count a step: exits weigh ``weight_L`` (eq. 6; 0 is off) and blocks drop at ``drop_rate_L`` (eq. 2)."""
     positions = config.train.batch_size * config.data.sequence_length
     head = 2 * config.model.dim * config.model.vocab_size
-    losses = int(np.count_nonzero(weight_L))
+    losses, inner = int(np.count_nonzero(weight_L)), int(np.count_nonzero(weight_L[:-1]))
     skips = config.layer_dropout.form == "skipping"
     dropped = float(np.sum(drop_rate_L)) if skips else 0.0
     recomputes = config.train.remat in ("full", "offload")
-    again = head * losses + block_flops(config) / 3 * (config.model.num_layers - dropped)
+    needed = block_flops(config) / 3 - 2 * config.model.dim * config.model.ffn_dim
+    again = head * inner + needed * (config.model.num_layers - dropped)
     return StepFlops(
         plain=positions * flops_per_token(config),
         exits=positions * 3 * head * (losses - 1),

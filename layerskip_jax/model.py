@@ -149,10 +149,13 @@ class Block(nnx.Module):
             start_B = position.index_BT[:, 0] if filled is None else None
             cache = write_cache(cache, k_BTKH, v_BTKH, start_B)
             attended_BTNH = attend_cache(q_BTNH, cache, position.index_BT, filled)
-        # As one matrix: a product over two axes makes XLA:CPU transpose the weights first, at every token.
-        attended_BTM = attended_BTNH.reshape(*attended_BTNH.shape[:2], -1)
-        output_MD = self.output_NHD[...].reshape(-1, x_BTD.shape[-1])
-        attention_BTD = attended_BTM @ output_MD.astype(dtype)
+        output_NHD = self.output_NHD[...].astype(dtype)
+        if target_platform() == "tpu":
+            # The kernel's output has heads before positions: contracting over both axes reads it without a transpose.
+            attention_BTD = jnp.einsum("BTNH,NHD->BTD", attended_BTNH, output_NHD)
+        else:  # XLA:CPU would transpose the weights for that, at every token
+            attended_BTM = attended_BTNH.reshape(*attended_BTNH.shape[:2], -1)
+            attention_BTD = attended_BTM @ output_NHD.reshape(-1, x_BTD.shape[-1])
 
         h_BTD = rms_norm(x_BTD + attention_BTD, self.ffn_norm_D, self.epsilon)
         gate_BTF, up_BTF = self.gate_up(h_BTD)
@@ -265,14 +268,9 @@ class Transformer(nnx.Module):
         """Return the parameters of g: the final norm, and the head or the embedding that serves as one."""
         return self.final_norm_D, self.embedding_VD if self.config.tied_embedding else self.head_DV
 
-    def unembed(self, x_BTD: jax.Array, head: Head | None = None) -> jax.Array:
+    def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """``g(x)``: final norm and head, the same for every exit; returns float32 ``logits_BTV``."""
-        norm_D, matrix = head or self.head()
-        h_BTD = rms_norm(x_BTD, norm_D, self.config.norm_epsilon)
-        equation = "BTD,VD->BTV" if self.config.tied_embedding else "BTD,DV->BTV"
-        weights = matrix[...].astype(h_BTD.dtype)
-        logits_BTV = jnp.einsum(equation, h_BTD, weights, preferred_element_type=jnp.float32)
-        return constrain(logits_BTV, "batch", "length", "vocab")
+        return unembed(self.config, self.head(), x_BTD)
 
     def unstacked(self) -> "Transformer":
         """Return the same model with `blocks` as a list, each a `DecodingBlock`, and matrices in the compute type.
@@ -328,6 +326,15 @@ class Transformer(nnx.Module):
 
         x_BTD, written = run_layers(self.blocks, x_BTD, step, cache[first:last], first, last)
         return x_BTD, [*cache[:first], *written, *cache[last:]]
+
+
+def unembed(config: ModelConfig, head: Head, x_BTD: jax.Array) -> jax.Array:
+    """Return ``logits_BTV = g(x)`` in float32, for a ``head`` that need not be the model's own arrays."""
+    norm_D, matrix = head
+    h_BTD = rms_norm(x_BTD, norm_D, config.norm_epsilon)
+    equation = "BTD,VD->BTV" if config.tied_embedding else "BTD,DV->BTV"
+    logits_BTV = jnp.einsum(equation, h_BTD, matrix[...].astype(h_BTD.dtype), preferred_element_type=jnp.float32)
+    return constrain(logits_BTV, "batch", "length", "vocab")
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int) -> list[LayerCache]:

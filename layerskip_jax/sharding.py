@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.config import Config
@@ -179,6 +180,17 @@ def target_platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """Keep the last axis contiguous in a TPU's memory; does nothing for other devices.
+
+    XLA:TPU chooses layouts by itself. Where two programs, such as the branches of a condition, choose differently, it
+    copies the array between them.
+    """
+    if target_platform() != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def on_each_device(

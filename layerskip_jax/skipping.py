@@ -75,9 +75,9 @@ def _forward(f: BlockFunction, groups: int, weights: Any, x_RTD: jax.Array, *oth
     segments_RT, kept_R, scale = others
     turns = _Turns.of(kept_R, groups)
 
-    def turn(t: jax.Array, x_RTD: jax.Array) -> jax.Array:
+    def turn(t: jax.Array, out_RTD: jax.Array) -> jax.Array:
         x_GTD, segments_GT, kept_G = (turns.take(array, t) for array in (x_RTD, segments_RT, kept_R))
-        return turns.put(x_RTD, t, apply_masked(f, weights, (x_GTD, segments_GT), kept_G, scale))
+        return turns.put(out_RTD, t, apply_masked(f, weights, (x_GTD, segments_GT), kept_G, scale))
 
     return jax.lax.fori_loop(0, turns.needed, turn, x_RTD)
 
@@ -90,12 +90,13 @@ def _forward_saving(
     turns = _Turns.of(kept_R, groups)
 
     def turn(t: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
-        x_RTD, saved = carry
+        # Rows come from x and not from the output, so a recomputation that needs only `saved` drops the output.
+        out_RTD, saved = carry
         x_GTD, segments_GT, kept_G = (turns.take(array, t) for array in (x_RTD, segments_RT, kept_R))
         out_GTD, pullback = _vjp(f, weights, x_GTD, segments_GT, kept_G, scale)
         leaves = [leaf for leaf, varies in zip(jax.tree.leaves(pullback), of_rows, strict=True) if varies]
         write = partial(jax.lax.dynamic_update_index_in_dim, index=t, axis=0)
-        return turns.put(x_RTD, t, out_GTD), [write(*pair) for pair in zip(saved, leaves, strict=True)]
+        return turns.put(out_RTD, t, out_GTD), [write(*pair) for pair in zip(saved, leaves, strict=True)]
 
     shapes, of_rows = _kept_by_pullback(f, weights, turns, x_RTD, *others)
     places = [jnp.zeros((groups, *s.shape), s.dtype) for s, varies in zip(shapes, of_rows, strict=True) if varies]

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerskip_jax.compiler_options import compile_step
 from layerskip_jax.config import Config
 from layerskip_jax.layer_dropout import apply_masked, draw_kept
 from layerskip_jax.losses import Apply, Batch, Draw, exit_losses
@@ -19,31 +20,6 @@ from layerskip_jax.optimizer import learning_rate, make_optimizer
 from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import batch_sharding, batch_shards, shardings_of
 from layerskip_jax.skipping import apply_skipping
-
-OVERLAP: dict[str, str | bool] = dict.fromkeys(
-    (
-        "xla_enable_async_all_gather",
-        "xla_enable_async_reduce_scatter_fusion",
-        "xla_tpu_enable_async_collective_fusion",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-        "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter",
-        "xla_tpu_enable_async_collective_fusion_multiple_steps",
-        "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
-        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
-        "xla_tpu_overlap_compute_collective_tc",
-        "xla_tpu_prefer_async_allgather_to_allreduce",
-    ),
-    True,
-)
-WHOLE_PRODUCTS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-COMPILER_OPTIONS = {"TPU v5": OVERLAP, "TPU v5p": OVERLAP, "TPU v6 lite": OVERLAP, "TPU v5 lite": WHOLE_PRODUCTS}
-"""Gathers and scatters beside the products, by kind of device.
-
-Without them v5p and v6e wait for every gather, and v5p writes those over a whole slice, and the scatter of gradients,
-as sums of twice the bytes. A v5e overlaps less with them than without; there the compiler would multiply with each
-device's part of a matrix as it comes, 64 wide where 32 devices share 2,048: by its own cost model 3.7 s in place of 1.7
-for the step of `configs/scratch_1b5.py` on v5e:4x8.
-"""
 
 
 @flax.struct.dataclass
@@ -182,7 +158,8 @@ class Trainer:
         batch = jax.tree.map(lambda t: jax.ShapeDtypeStruct(shape, t, sharding=batch_sharding(self.mesh)), types)
         with jax.set_mesh(self.mesh):
             lowered = Trainer.step.lower(self, self.abstract_state(), batch)
-            return lowered.compile(compiler_options=COMPILER_OPTIONS.get(self.mesh.devices.flat[0].device_kind))
+            kind = self.mesh.devices.flat[0].device_kind
+            return compile_step(lowered, kind, self.config.train.compiler_options)
 
     @partial(jax.jit, static_argnums=0)
     def evaluate(self, model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,7 @@
 """Exit losses against a plain computation, and what they must not do: hold [B, T, V], or supervise the wrong output."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,8 @@ from models import tiny_model
 
 from layerskip_jax.compiled import Program, taken_in
 from layerskip_jax.layer_dropout import apply_masked, draw_kept
-from layerskip_jax.losses import EXIT_LOSS, Batch, Draw, exit_losses
+from layerskip_jax.losses import INNER_EXIT, LAST_EXIT, Batch, Draw, exit_losses
+from layerskip_jax.skipping import apply_skipping
 
 B, T, V, L = 3, 12, 61, 4
 
@@ -42,9 +45,12 @@ def test_every_exit_equals_the_model_cut_there(seed, chunk):
     np.testing.assert_allclose(losses, jax.jit(plain_losses)(model, batch), rtol=1e-5)
 
 
-def test_gradients_equal_the_plain_ones():
-    model, batch, weight = tiny_model(1), make_batch(1), jnp.array([0.1, 0.0, 0.3, 0.6])
-    ours = jax.jit(jax.grad(lambda m: exit_losses(m, batch, weight, chunk=4).objective))(model)
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
+@pytest.mark.parametrize("weight", [(0.1, 0.0, 0.3, 0.6), (0.0, 0.7, 0.3, 0.0), (0.0, 0.0, 0.0, 1.0)])
+def test_gradients_equal_the_plain_ones(remat, weight):
+    """With the last exit on or off. The objective is scaled, as the step divides it by the number of tokens."""
+    model, batch, weight = tiny_model(1), make_batch(1), jnp.array(weight)
+    ours = jax.jit(jax.grad(lambda m: exit_losses(m, batch, weight / 3, chunk=4, remat=remat).objective * 3))(model)
     plain = jax.jit(jax.grad(lambda m: jnp.sum(weight * plain_losses(m, batch))))(model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), ours, plain)
 
@@ -93,8 +99,29 @@ def test_what_an_exit_multiplies(remat, cost):
         return exit_losses(model, batch, weight, chunk=4, remat=remat).objective
 
     program = Program(jax.jit(jax.grad(objective)).lower(model, jnp.ones(L)).compile().as_text())
-    on, off = (program.work(taken_in(EXIT_LOSS, share)).flops for share in (1.0, 0.0))
+    on, off = (program.work(taken_in({INNER_EXIT: share})).flops for share in (1.0, 0.0))
     assert on - off == cost * model.config.dim * V * B * T * L
+
+
+@pytest.mark.parametrize("form", ["plain", "masked", "skipping"])
+def test_full_remat_repeats_every_matmul_of_a_block_but_the_down_projection(form):
+    """The backward pass needs what is inside a block, not its output: an exit reads the input of the next block."""
+    model, batch = tiny_model(), make_batch()
+    draw = None if form == "plain" else Draw(jnp.ones((L, B), bool), jnp.ones(L))
+    apply = partial(apply_skipping, groups=B) if form == "skipping" else apply_masked
+
+    def flops(remat):
+        def objective(model):
+            last = jnp.zeros(L).at[-1].set(1)
+            return exit_losses(model, batch, last, chunk=12, draw=draw, apply=apply, remat=remat).objective
+
+        program = Program(jax.jit(jax.grad(objective)).lower(model).compile().as_text())
+        return program.work(taken_in({INNER_EXIT: 0.0, LAST_EXIT: 1.0}), unknown_turns=B).flops
+
+    D, F, N, K = model.config.dim, model.config.ffn_dim, model.config.num_heads, model.config.num_kv_heads
+    products = 2 * D * D + 2 * D * D * K // N + 2 * D * F  # query and output, key and value, gate and up
+    attention = 2 * D * T  # scores, and their product with the values
+    assert flops("full") - flops("none") == 2 * L * B * T * (products + attention)
 
 
 def test_dropout_in_the_scan_is_eq_1():

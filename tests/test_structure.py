@@ -13,7 +13,7 @@ PACKAGE = ROOT / "layerskip_jax"
 # From what needs nothing to what needs the rest; a module may import what stands before it, or in its own row.
 LAYERS = [
     {"errors"},
-    {"checks", "locations"},
+    {"checks", "locations", "compiler_options"},
     {"config"},
     {"command_line", "sharding", "attention", "layer_dropout", "early_exit", "distributed", "goodput", "watch"},
     {"model", "recipe", "optimizer", "skipping", "compiled", "digests"},

@@ -1,7 +1,7 @@
-"""Programs for a TPU, compiled by its own compiler on any machine; skipped where libtpu is not installed.
+"""Compile programs for TPUs with libtpu on any machine; skipped where libtpu is not installed.
 
-``pip install libtpu`` in the version that ``jax[tpu]`` names, then
-``TPU_SKIP_MDS_QUERY=1 python -m pytest tests/test_tpu_compiler.py``.
+``pip install -e '.[tpu]'``, then ``python -m pytest tests/test_tpu_compiler.py``. CI runs it under the oldest and the
+newest versions of jax and libtpu (``.ci/run``).
 """
 
 import dataclasses
@@ -12,25 +12,37 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from layerskip_jax.compiler_options import STEP_OPTIONS, compile_step
 from layerskip_jax.config import (
     Config,
     DataConfig,
+    EarlyExitConfig,
     LayerDropoutConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
+from layerskip_jax.decoding.engine import prefill, run_rounds
+from layerskip_jax.decoding.policies import Fixed
+from layerskip_jax.decoding.rounds import SelfSpeculative
+from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.errors import UserError
+from layerskip_jax.flops import PEAK_FLOPS
 from layerskip_jax.locations import keep_compiled_programs
+from layerskip_jax.model import Transformer
 from layerskip_jax.recipe import Recipe
-from layerskip_jax.sharding import AXES
+from layerskip_jax.sharding import AXES, make_mesh
 from layerskip_jax.train_step import Trainer
+from tpu.compile_ahead import devices_of
 
 pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
 ROOT = Path(__file__).parent.parent
@@ -44,11 +56,93 @@ CONFIG = Config(
 )
 
 
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+
 @pytest.fixture(scope="module")
 def mesh():
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     return Mesh(np.array(devices).reshape(1, 2, 1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_sharded_step_compiles_for_every_chip_without_a_warning(topology, slices):
+    """With every option of the table: one that the compiler refuses would be a warning, which is an error here."""
+    devices = devices_of(topology, slices)
+    config = dataclasses.replace(
+        CONFIG,
+        model=ModelConfig(num_layers=2, dim=256, num_heads=2, num_kv_heads=2, ffn_dim=256, vocab_size=256),
+        data=DataConfig(sequence_length=128),
+        early_exit=EarlyExitConfig("all"),
+        layer_dropout=LayerDropoutConfig(0.1),
+        mesh=MeshConfig(data=slices, fsdp=len(devices) // slices),
+        train=TrainConfig(batch_size=len(devices), remat="full", loss_chunk=128),
+    )
+    assert devices[0].device_kind in STEP_OPTIONS
+    assert devices[0].device_kind in PEAK_FLOPS
+    compiled = Trainer(config, Recipe.from_config(config), make_mesh(config, devices)).compile_step()
+    assert compiled.memory_analysis().temp_size_in_bytes > 0
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_decode_loop_compiles_for_every_chip(topology):
+    """Drafts and verifies inside one while loop on one chip, in bfloat16."""
+    device = devices_of(topology, 1)[0]
+    mesh = Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    config = dataclasses.replace(MODEL, num_layers=3)
+    strategy, sharding = SelfSpeculative(Greedy(), Fixed(1, 3)), NamedSharding(mesh, PartitionSpec())
+
+    def abstract(f, *arguments):
+        on_chip = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(on_chip, jax.eval_shape(f, *arguments))
+
+    def prefilled(model):
+        row_B, tokens_BS = jnp.full(1, 9), jnp.zeros((1, 256), jnp.int32)
+        return prefill(strategy, model, tokens_BS, row_B, row_B + 8, jnp.int32(-1), jax.random.key(0), 8)
+
+    with jax.set_mesh(mesh):
+        model = abstract(lambda: Transformer(config, rngs=nnx.Rngs(0)).unstacked())
+        state, until = abstract(prefilled, model), abstract(lambda: jnp.int32(1))
+        text = run_rounds.lower(strategy, model, state, until).compile().as_text()
+    assert "while(" in text
+    assert "bf16[" in text
+
+
+def tiny_program():
+    """A matmul with a sharded weight, lowered for four v6e chips."""
+    mesh = Mesh(np.array(devices_of("v6e:2x2", 1)), ("x",))
+    sharded = NamedSharding(mesh, PartitionSpec("x"))
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=sharded)
+    return jax.jit(jnp.matmul).lower(x, x)
+
+
+def test_an_option_that_this_compiler_lacks_is_left_out_with_a_warning(monkeypatch):
+    monkeypatch.setitem(
+        STEP_OPTIONS, "TPU v6 lite", {"xla_tpu_of_next_year": "1", "xla_tpu_scoped_vmem_limit_kib": "65536"}
+    )
+    with pytest.warns(UserWarning, match=r"without xla_tpu_of_next_year: .*No such compile option") as warned:
+        assert compile_step(tiny_program(), "TPU v6 lite").as_text()
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        ("xla_tpu_nonsense=1", "No such compile option"),
+        ("xla_tpu_scoped_vmem_limit_kib=much", "Failed to parse 'much'"),
+    ],
+)
+def test_a_chosen_option_that_is_none_is_an_error(chosen, says):
+    with pytest.raises(UserError, match=rf"train.compiler_options: the compiler refuses .*{says}"):
+        compile_step(tiny_program(), "TPU v6 lite", chosen)
+
+
+def test_no_option_is_one_that_the_compiler_calls_a_risk():
+    """Continuation fusion may give wrong results on every chip but v5e, says libtpu 0.0.44 and newer."""
+    assert [name for options in STEP_OPTIONS.values() for name in options if "async_collective_fusion" in name] == []
 
 
 def compiled_step(config, mesh):

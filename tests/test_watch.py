@@ -88,7 +88,9 @@ def test_step_flops_are_the_sum_of_the_products(layers, exits, rate, tied, remat
     assert flops.plain == B * T * flops_per_token(config)
     assert flops.exits == B * T * 6 * D * V * (exits - 1)
     assert flops.skipped == pytest.approx(B * T * (3 * block + 6 * norms) * rates.sum())
-    again = 2 * D * V * exits + (block + 2 * norms) * (1 - rates).sum() if remat in ("full", "offload") else 0
+    inner = exits - (exits == layers)
+    again = 2 * D * V * inner + (block - 2 * D * F + 2 * norms) * (1 - rates).sum()
+    again = again if remat in ("full", "offload") else 0
     assert flops.recomputed == pytest.approx(B * T * again)
     assert flops.hardware == flops.plain + flops.exits - flops.skipped + flops.recomputed
 

@@ -30,7 +30,7 @@ from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.flops import PEAK_FLOPS, attention_flops, flops_per_token, step_flops
 from layerskip_jax.locations import keep_compiled_programs
-from layerskip_jax.losses import EXIT_LOSS
+from layerskip_jax.losses import INNER_EXIT, LAST_EXIT
 from layerskip_jax.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.train_step import Trainer
@@ -39,7 +39,8 @@ from layerskip_jax.train_step import Trainer
 class Chip(NamedTuple):
     """A chip's data sheet beside `flops.PEAK_FLOPS`, from cloud.google.com/tpu/docs.
 
-    Of the networks as in "How to scale your model" (2025), ch. 2.
+    Networks as in "How to scale your model" (2025), ch. 2. A tpu7x chip shows as two devices: the figures are a
+    device's, half of the chip's.
     """
 
     hbm: float  # [bytes]
@@ -53,6 +54,7 @@ CHIPS = {
     "v5e": Chip(16e9, 1.5e9, 4 * 45e9, 3.1e9),
     "v5p": Chip(95e9, 1.75e9, 6 * 90e9, 6.25e9),
     "v6e": Chip(32e9, 1.75e9, 4 * 90e9, 12.5e9),
+    "tpu7x": Chip(96e9, 2.2e9, 300e9, 6.25e9),
 }
 
 SHOWN = 24  # operations
@@ -74,8 +76,10 @@ def devices_of(topology: str, slices: int) -> Sequence[Any]:
     chip = topology.split(":")[0]
     if chip not in CHIPS or ":" not in topology:
         raise UserError(f"--topology must look like v5e:4x8, with one of {', '.join(CHIPS)}, and is {topology!r}")
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if chip == "v4":
+        more["chip_config_name"] = "megacore"  # as on Cloud TPU: both cores of a chip are one device
     try:
-        more = {"num_slices": slices} if slices > 1 else {}
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
     except Exception as error:
         if "libtpu" in str(error).lower():
@@ -98,7 +102,9 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
     weights_L, rates_L = typical_step(config)
     # A loop over kept rows turns as often as its groups hold one; a group of one row as often as rows are kept.
     kept = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
-    work = Program(text).work(taken_in(EXIT_LOSS, np.count_nonzero(weights_L) / len(weights_L)), kept)
+    # An exit's condition is in the scan's body; its first iteration has no exit, and the last exit follows the scan.
+    shares = {INNER_EXIT: np.count_nonzero(weights_L[:-1]) / len(weights_L), LAST_EXIT: float(weights_L[-1] > 0)}
+    work = Program(text).work(taken_in(shares), kept)
     return Compiled(
         peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes, work, "splash" in text,
         time.perf_counter() - began,

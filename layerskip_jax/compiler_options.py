@@ -1,0 +1,94 @@
+"""XLA options for the training step, by kind of TPU: one table, and a fallback to what the installed compiler accepts.
+
+``python tpu/compile_ahead.py`` shows what an option changes, by the compiler's own cost model; tpu/README.md has the
+measurements behind each row. No option here is one that the compiler warns of. In particular, nothing turns on
+continuation fusion (``xla_tpu_enable_async_collective_fusion``): libtpu 0.0.44 and newer refuse it on every chip but
+v5e, because it may give wrong results.
+"""
+
+import re
+import warnings
+
+import jax
+
+from layerskip_jax.errors import UserError
+
+Options = dict[str, str]
+
+# The partitioner would split a matmul with a sharded weight into one narrow matmul per shard, so that the transfer of
+# the next shard overlaps it. The matrix unit runs those at a third of its speed. Gather the whole weight instead.
+WHOLE_MATMULS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+# Collectives that run on the SparseCores overlap the matmuls of the TensorCore. Without this option a v6e sums the
+# gradients of a 7B model on every chip, which is twice the bytes of the scatter that it does with it.
+SPARSE_CORE = dict.fromkeys(
+    (
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+        "xla_tpu_enable_sparse_core_collective_offload_all_reduce",
+        "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+    ),
+    "true",
+)
+
+
+def vmem_limit(kib: int) -> Options:
+    """Let one fusion use so much of the vector memory: larger tiles of a matmul read each operand fewer times.
+
+    The default is 16 MiB of the 128 MiB of a v5e or v6e. Compiling takes two to three times as long.
+    """
+    return {"xla_tpu_scoped_vmem_limit_kib": str(kib)}
+
+
+STEP_OPTIONS: dict[str, Options] = {
+    "TPU v4": WHOLE_MATMULS,
+    "TPU v5 lite": WHOLE_MATMULS | vmem_limit(64 * 1024),
+    "TPU v5": WHOLE_MATMULS,
+    "TPU v5p": WHOLE_MATMULS,
+    "TPU v6 lite": WHOLE_MATMULS | SPARSE_CORE | vmem_limit(96 * 1024),
+    "TPU7x": WHOLE_MATMULS | SPARSE_CORE,
+}
+
+
+def parse_options(text: str) -> Options:
+    """Parse ``name=value,name=value``, the form of ``train.compiler_options``; raise `UserError` on another form.
+
+    >>> parse_options("xla_a=true,xla_b=off")
+    {'xla_a': 'true', 'xla_b': 'off'}
+    """
+    options = {}
+    for word in filter(None, text.replace(" ", "").split(",")):
+        name, equals, value = word.partition("=")
+        if not (re.fullmatch(r"xla\w+", name) and equals and value):
+            raise UserError(f"train.compiler_options must be written xla_NAME=VALUE,xla_NAME=VALUE, not {word!r}")
+        options[name] = value
+    return options
+
+
+def compile_step(lowered: jax.stages.Lowered, device_kind: str, chosen: str = "") -> jax.stages.Compiled:
+    """Compile a training step with the options for ``device_kind``, and with ``chosen`` on top.
+
+    ``chosen`` is ``train.compiler_options``; the value ``off`` removes an option of the table. An option of the table
+    that the installed compiler refuses is left out with a warning; a chosen one raises `UserError`.
+    """
+    more = parse_options(chosen)
+    options = {name: value for name, value in (STEP_OPTIONS.get(device_kind, {}) | more).items() if value != "off"}
+    while True:
+        try:
+            return lowered.compile(compiler_options=dict(options))
+        except jax.errors.JaxRuntimeError as error:
+            refused = _refused_options(str(error), options)
+            if not refused:
+                raise
+            line = str(error).splitlines()[0]
+            if mine := [name for name in refused if name in more]:
+                raise UserError(f"train.compiler_options: the compiler refuses {', '.join(mine)}: {line}") from error
+            warnings.warn(f"the step is compiled without {', '.join(refused)}: {line}", stacklevel=2)
+            options = {name: value for name, value in options.items() if name not in refused}
+
+
+def _refused_options(message: str, options: Options) -> list[str]:
+    """Return the options that an error of the compiler names; all of them if it refuses options without a name."""
+    named = [name for name in options if re.search(rf"\b{name}\b", message)]
+    refuses = message.startswith(("INVALID_ARGUMENT", "FAILED_PRECONDITION", "UNIMPLEMENTED"))
+    return named if named or not refuses else list(options)
