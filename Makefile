@@ -6,7 +6,14 @@ CONFIG = configs/quickstart.py
 BIN = $(VENV)/bin
 export JAX_PLATFORMS ?= $(if $(ACCELERATOR),,cpu)
 
-.PHONY: help quickstart test lint format docs bench clean
+# The newest Python that is installed here, for `make test-newest`.
+NEWEST_PYTHON ?= $(firstword $(foreach python,python3.14 python3.13 python3.12,$(shell $(python) --version >/dev/null 2>&1 && echo $(python))))
+NEWEST_VENV ?= .venv-newest
+# What differs most between versions of jax: compiled TPU programs, numerics, sharding, losses, decoding, resuming.
+NEWEST_TESTS = $(addprefix tests/test_,tpu_compiler.py numerics.py sharding.py losses.py train_step.py model.py \
+	decoding_lossless.py decoding_sampling.py training.py)
+
+.PHONY: help quickstart test test-newest lint format docs bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -45,6 +52,20 @@ endif
 test: $(BIN)/.installed-dev  ## run the suite (under 30 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2
 
+$(BIN)/.installed-tpu: $(BIN)/.installed-dev
+	$(BIN)/python -m pip install --quiet --editable '.[tpu]'
+	@touch $@
+
+$(NEWEST_VENV)/.installed: pyproject.toml tpu/requirements.txt
+	@test -n '$(NEWEST_PYTHON)' || { echo 'error: make test-newest needs Python 3.12 or newer; set NEWEST_PYTHON to one'; exit 1; }
+	$(NEWEST_PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --constraint tpu/requirements.txt --editable '.[dev,tpu]'
+	@touch $@
+
+test-newest: $(NEWEST_VENV)/.installed  ## run the tests that depend on jax under the versions for TPUs (tpu/requirements.txt)
+	$(NEWEST_VENV)/bin/python -m pytest -n 2 $(NEWEST_TESTS)
+
 lint: $(BIN)/.installed-dev  ## ruff, mypy and shellcheck
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -65,4 +86,4 @@ bench: $(BIN)/.installed  ## what a step with exits costs, and how many lines th
 	$(BIN)/python benchmarks/lines_to_read.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST_VENV) build dist *.egg-info

@@ -55,7 +55,7 @@ class Transfer:
 
     def __str__(self) -> str:
         where = " between slices" if self.between_slices else ""
-        return f"{self.kind}{where}{'' if self.overlapped else ', waited for'}"
+        return f"{self.kind}{where}{'' if self.overlapped else ', exposed'}"
 
 
 @dataclasses.dataclass

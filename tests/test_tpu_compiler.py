@@ -170,7 +170,8 @@ def test_the_skipping_form_compiles_around_the_kernel(mesh, remat):
 
 def compile_ahead(*options):
     model = "--model.num_layers 4 --model.dim 1024 --model.num_heads 8 --model.num_kv_heads 8 --model.ffn_dim 4096"
-    command = [sys.executable, "tpu/compile_ahead.py", "--config", "configs/quickstart.py", *model.split(), *options]
+    settings = [*model.split(), "--early_exit.dilation", "3", *options]
+    command = [sys.executable, "tpu/compile_ahead.py", "--config", "configs/quickstart.py", *settings]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 

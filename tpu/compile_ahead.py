@@ -136,7 +136,7 @@ def report(config: Config, chip: Chip, peak: float, chips: int, compiled: Compil
     modelled = compiled.work.cycles / chip.clock + of_kernels / chips / peak
 
     def step_seconds(compute: float) -> float:
-        """What runs beside the computation hides behind it; what is waited for comes on top."""
+        """Overlapped transfers hide behind the computation; exposed ones come on top."""
         return max(compute, (ici - waited) / chip.ici) + waited / chip.ici + dcn / chip.dcn
 
     bound, estimate = step_seconds(compute), step_seconds(modelled)
@@ -151,7 +151,7 @@ def report(config: Config, chip: Chip, peak: float, chips: int, compiled: Compil
         "received": {str(transfer): size for transfer, size in compiled.work.received.items()},
         "overlapped": 1 - waited / ici if ici else 1.0,
         "seconds": {"products": compute, "chip to chip": ici / chip.ici, "slice to slice": dcn / chip.dcn,
-                    "bound": bound, "cost model": modelled, "estimate": estimate},
+                    "exposed": waited / chip.ici, "bound": bound, "cost model": modelled, "estimate": estimate},
         "mfu_at_bound": model_flops / bound,
         "mfu_at_estimate": model_flops / estimate,
         "operations": most_costly(compiled.work, chip.clock, peak),
@@ -179,13 +179,14 @@ def show(found: dict[str, Any], operations: bool) -> None:
         f"  memory of a chip    {memory['peak'] / 1e9:8.2f} GB of {memory['chip'] / 1e9:.0f} at the peak, {left:.0%} "
         f"left (arguments {memory['arguments'] / 1e9:.2f}, temporaries {memory['temporaries'] / 1e9:.2f})"
     )
-    print(f"  operations a step   {flops['compiled']:8.3g} compiled, {flops['formula']:.3g} by formula "
+    print(f"  FLOPs a step        {flops['compiled']:8.3g} compiled, {flops['formula']:.3g} by formula "
           f"({flops['compiled'] / flops['formula']:.3f}x): plain {flops['plain']:.3g}, exits {flops['exits']:.3g}, "
           f"skipped {flops['skipped']:.3g}, recomputed {flops['recomputed']:.3g}")  # fmt: skip
     for transfer, size in sorted(found["received"].items(), key=lambda pair: -pair[1]):
         print(f"  received by a chip  {size / 1e9:8.3f} GB {transfer}")
-    print(f"  beside the products {found['overlapped']:8.1%} of the bytes within a slice")
-    print(f"  bound on the step   {seconds['bound']:8.3f} s (products {seconds['products']:.3f}, chip to chip "
+    print(f"  overlapped          {found['overlapped']:8.1%} of the bytes within a slice; the exposed transfers take "
+          f"{seconds['exposed'] / seconds['estimate']:.1%} of the estimate")  # fmt: skip
+    print(f"  bound on the step   {seconds['bound']:8.3f} s (matmuls {seconds['products']:.3f}, chip to chip "
           f"{seconds['chip to chip']:.3f}, slice to slice {seconds['slice to slice']:.3f}); MFU at that bound "
           f"{found['mfu_at_bound']:.0%}")  # fmt: skip
     print(f"  estimate of it      {seconds['estimate']:8.3f} s (the compiler's own of its fusions, memory included, "
