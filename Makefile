@@ -10,7 +10,7 @@ export JAX_PLATFORMS ?= $(if $(ACCELERATOR),,cpu)
 NEWEST_PYTHON ?= $(firstword $(foreach python,python3.14 python3.13 python3.12,$(shell $(python) --version >/dev/null 2>&1 && echo $(python))))
 NEWEST_VENV ?= .venv-newest
 # What differs most between versions of jax: compiled TPU programs, numerics, sharding, losses, decoding, resuming.
-NEWEST_TESTS = $(addprefix tests/test_,tpu_compiler.py numerics.py sharding.py losses.py train_step.py model.py \
+NEWEST_TESTS = $(addprefix tests/test_,tpu_compiler.py numerics.py sharding.py losses.py train_step.py \
 	decoding_lossless.py decoding_sampling.py training.py)
 
 .PHONY: help quickstart test test-newest lint format docs bench clean

@@ -52,7 +52,7 @@ PARTS: dict[str, Callable[[Bench], Measured]] = {
 
 LIBRARIES = re.compile(r"jax|jaxlib|flax|optax|libtpu|jax-cuda\d+-(plugin|pjrt)|nvidia-cudnn-cu\d+|nvidia-cublas.*")
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-SAME = ("kind", "count", "tiny", "python", "versions", "commit", "changed")
+SAME = ("kind", "count", "tiny", "python", "versions", "commit", "changed", "environment")
 """What must be the same for a second call to go on where the first one ended."""
 
 

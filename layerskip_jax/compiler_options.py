@@ -1,9 +1,8 @@
-"""XLA options for the training step, by kind of TPU: one table, and a fallback to what the installed compiler accepts.
+"""XLA options of the training step for each kind of TPU, without those that the installed compiler rejects.
 
-``python tpu/compile_ahead.py`` shows what an option changes, by the compiler's own cost model; tpu/README.md has the
-measurements behind each row. No option here is one that the compiler warns of. In particular, nothing turns on
-continuation fusion (``xla_tpu_enable_async_collective_fusion``): libtpu 0.0.44 and newer refuse it on every chip but
-v5e, because it may give wrong results.
+docs/tpu_step.md has the compiler's estimates for them. No option here is one that the compiler warns of. In
+particular, none turns on continuation fusion (``xla_tpu_enable_async_collective_fusion``): libtpu 0.0.44 and newer
+refuse it on every chip but v5e, because it may give wrong results.
 """
 
 import re
@@ -19,8 +18,8 @@ Options = dict[str, str]
 # the next shard overlaps it. The matrix unit runs those at a third of its speed. Gather the whole weight instead.
 WHOLE_MATMULS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
-# Collectives that run on the SparseCores overlap the matmuls of the TensorCore. Without this option a v6e sums the
-# gradients of a 7B model on every chip, which is twice the bytes of the scatter that it does with it.
+# Run collectives on the SparseCores, so that they overlap matmuls. On a v6e this also turns the all-reduce of a 7B
+# model's gradients into a reduce-scatter, which moves half the bytes.
 SPARSE_CORE = dict.fromkeys(
     (
         "xla_tpu_enable_sparse_core_collective_offload_all_gather",
@@ -33,10 +32,9 @@ SPARSE_CORE = dict.fromkeys(
 
 
 def vmem_limit(kib: int) -> Options:
-    """Let one fusion use so much of the vector memory: larger tiles of a matmul read each operand fewer times.
+    """Let one fusion use up to ``kib`` of the vector memory: larger tiles, so matmuls read their operands fewer times.
 
-    The default is 16 MiB, of 128 MiB on a v5e or v6e and 64 MiB on a core of a v5p. Compiling takes two to three times
-    as long.
+    The default is 16 MiB, of 128 MiB on a v5e or v6e and 64 MiB on a core of a v5p. Compiling takes longer.
     """
     return {"xla_tpu_scoped_vmem_limit_kib": str(kib)}
 
@@ -59,10 +57,10 @@ def parse_options(text: str) -> Options:
     """
     options = {}
     for word in filter(None, text.replace(" ", "").split(",")):
-        name, equals, value = word.partition("=")
-        if not (re.fullmatch(r"xla\w+", name) and equals and value):
+        found = re.fullmatch(r"(xla\w+)=([^=;]+)", word)
+        if not found:
             raise UserError(f"train.compiler_options must be written xla_NAME=VALUE,xla_NAME=VALUE, not {word!r}")
-        options[name] = value
+        options[found[1]] = found[2]
     return options
 
 
@@ -78,10 +76,10 @@ def compile_step(lowered: jax.stages.Lowered, device_kind: str, chosen: str = ""
         try:
             return lowered.compile(compiler_options=dict(options))
         except jax.errors.JaxRuntimeError as error:
-            refused = _refused_options(str(error), options)
+            line = (str(error).splitlines() or [""])[0]
+            refused = _refused_options(line, options)
             if not refused:
                 raise
-            line = str(error).splitlines()[0]
             if mine := [name for name in refused if name in more]:
                 raise UserError(f"train.compiler_options: the compiler refuses {', '.join(mine)}: {line}") from error
             warnings.warn(f"the step is compiled without {', '.join(refused)}: {line}", stacklevel=2)
@@ -89,7 +87,7 @@ def compile_step(lowered: jax.stages.Lowered, device_kind: str, chosen: str = ""
 
 
 def _refused_options(message: str, options: Options) -> list[str]:
-    """Return the options that an error of the compiler names; all of them if it refuses options without a name."""
-    named = [name for name in options if re.search(rf"\b{name}\b", message)]
-    refuses = message.startswith(("INVALID_ARGUMENT", "FAILED_PRECONDITION", "UNIMPLEMENTED"))
-    return named if named or not refuses else list(options)
+    """Return the options that the compiler does not know, cannot parse or does not support, by its message."""
+    if not any(words in message for words in ("No such compile option", "Failed to parse", "not supported")):
+        return []
+    return [name for name in options if re.search(rf"\b{name}\b", message)]

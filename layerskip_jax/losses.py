@@ -82,9 +82,9 @@ def whole_matrix(axes: tuple[str, ...], matrix: jax.Array) -> jax.Array:
 def exit_loss(
     one: Exit, head: Head, x_BTD: jax.Array, labels: Labels, cotangent: jax.Array, wants_x: bool, d_head: Any
 ) -> tuple[jax.Array, Any, Any]:
-    """Return an exit's summed loss, and ``cotangent`` times the gradients that are asked for.
+    """Return an exit's summed loss, and its vector-Jacobian products with ``cotangent``.
 
-    They are ``(d_x_BTD, d_norm_D)`` if ``wants_x``, and ``d_head``, added to the one that comes in (None: not asked).
+    They are ``(d_x_BTD, d_norm_D)`` if ``wants_x``, else None; and ``d_head`` with the head's added, if it is not None.
     """
     axes = head[1].get_metadata()["axes"]
     whole = partial(whole_matrix, axes)  # in the loop too: else every chunk would gather the head again
@@ -123,10 +123,10 @@ def exit_loss(
         sums, d_x = jax.lax.scan(add, start, jax.tree.map(chunks, (x_BTD, labels)))
         return *sum_over("batch", sums), unchunk(d_x) if wants_x else None
 
-    # Each device works alone: the compiler would sum the head's gradient over the devices after every chunk.
+    # shard_map over the batch: else the partitioner sums the head's gradient over the devices after every chunk.
     all_rows = on_each_device(local_rows, [ROWS, ROWS, (), (), ()], [(), (), (), ROWS], along=ROWS)
     value, d_norm_D, more, d_x_BTD = all_rows(x_BTD, labels, *head, cotangent)
-    if d_head is not None:  # sharded as the head is
+    if d_head is not None:  # reshard the sum like the head
         d_head = jax.tree.map(lambda a, b: a + constrain(b, *axes), d_head, more)
     return value, (d_x_BTD, d_norm_D) if wants_x else None, d_head
 
@@ -147,10 +147,10 @@ with_gradient.defvjp(
 def with_later_gradient(
     one: Exit, x_BTD: jax.Array, norm_D: Any, value: jax.Array, weight: jax.Array, head_and_labels: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Identity on ``x`` and an exit's loss ``value`` there; the backward pass computes the gradient of that loss.
+    """Return ``x`` and ``value``; the backward pass recomputes the exit's logits and adds its gradient for ``x``.
 
-    It is added to the gradient of ``x`` inside the condition, so an exit that is off needs no array of zeros. The
-    head's matrix gets no gradient here: the forward pass has summed it up.
+    It adds inside the condition, so an exit that is off needs no array of zeros. The head's matrix gets no gradient
+    here: the forward pass accumulates it.
     """
     return x_BTD, value
 
@@ -191,12 +191,12 @@ def exit_losses(
 
     One forward pass (eq. 1) serves all exits. Iteration l of the scan takes the loss of exit l from the input of block
     l, and then runs that block; the last exit follows the scan. Each loss is under a condition, so one compiled program
-    serves every step of a curriculum, and an exit that is off costs nothing (eq. 5).
+    serves every step of a curriculum, and an exit that is off takes no FLOPs (eq. 5).
 
-    Gradients are those of the objective. With ``train`` the forward pass computes them: each exit's own for ``x`` waits
-    for the backward pass; that of the head, which all exits share, is summed up through the scan. So an exit costs
-    6 D V FLOPs a token. With ``remat`` full or offload an inner exit computes its logits twice and costs 8 D V. A loss
-    of the block's *output* would make the backward pass repeat the down projection as well.
+    Gradients are those of the objective. The forward pass accumulates the head's gradient in the scan's carry. Without
+    remat it also saves each exit's gradient for ``x``: 6 D V FLOPs a token. With ``remat`` full or offload the backward
+    pass recomputes the logits of inner exits: 8 D V. A loss at the block's *output* would make the backward pass
+    recompute the down projection as well.
 
     ``loss`` is what an exit minimises; it gets the positions' parts of ``guide``, a tree of ``[B, T, ...]`` arrays.
     """
@@ -223,7 +223,7 @@ def exit_losses(
         value, gradient, d_head = jax.lax.cond(weight > 0, on, off, jax.lax.stop_gradient(x_BTD), d_head)
         if later:
             x_BTD, value = with_later_gradient(one, x_BTD, head[0], value, weight, (fixed[1], labels))
-            return x_BTD, d_head, ExitLosses(weight * value, value)
+            return x_BTD, d_head, ExitLosses(weight * value, jax.lax.stop_gradient(value))
         weighted = weight * value
         if train:
             weighted = with_gradient(weighted, (x_BTD, head[0]), gradient)
@@ -234,7 +234,7 @@ def exit_losses(
         x_BTD = constrain(x_BTD, "batch", "length", None)
         return block(x_BTD, model.positions(jnp.arange(x_BTD.shape[1])[None]), segments_BT)[0]
 
-    # The skipping form copies what it keeps. It keeps matmul outputs only, since recomputing the rest is cheaper.
+    # The skipping form copies its residuals, so save the outputs of matmuls and attention only, and recompute the rest.
     if remat == "dots" or (draw is not None and apply is not apply_masked):
         f = jax.checkpoint(f, policy=KEEP_PRODUCTS, prevent_cse=False)
 

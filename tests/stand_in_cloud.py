@@ -115,12 +115,15 @@ class Cloud:
         return json.loads((self.folder / "state.json").read_text())
 
     def preempt(self, node="my-run", queued=False):
-        self.kill_runs(node)
-        state = self.state
+        """Preempt a slice: first its state changes, as on Cloud TPU, so that `watch` never sees only lost workers."""
+        pids, state = self.pids(node), self.state
         state["nodes"][node] = "PREEMPTED"
         if queued:
             state["queued"]["my-run"]["state"] = "SUSPENDED"
-        (self.folder / "state.json").write_text(json.dumps(state))
+        changed = self.folder / "state.json.changed"
+        changed.write_text(json.dumps(state))
+        changed.replace(self.folder / "state.json")
+        kill_runs(pids)
 
     def fault(self, command, message, **more):
         (self.folder / "faults.json").write_text(json.dumps([{"command": command, "message": message, **more}]))
@@ -143,12 +146,18 @@ class Cloud:
             time.sleep(0.02)
         raise AssertionError(f"{pattern}: {found}, not {count}")
 
+    def pids(self, node="*", worker="*"):
+        return [file.read_text().strip() for file in self.folder.glob(f"{node}/{worker}/layerskip_jax_run/pid")]
+
     def kill_runs(self, node="*", worker="*"):
-        for file in self.folder.glob(f"{node}/{worker}/layerskip_jax_run/pid"):
-            pid = file.read_text().strip()
-            running = subprocess.run(["ps", "-p", pid, "-o", "args="], capture_output=True, text=True)
-            if "train.py --config" in running.stdout:
-                subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
+        kill_runs(self.pids(node, worker))
+
+
+def kill_runs(pids):
+    for pid in pids:
+        running = subprocess.run(["ps", "-p", pid, "-o", "args="], capture_output=True, text=True)
+        if "train.py --config" in running.stdout:
+            subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
 
 
 @pytest.fixture(scope="session")
