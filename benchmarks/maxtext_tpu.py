@@ -1,0 +1,312 @@
+"""Our training step beside MaxText's, by the TPU's own compiler: ``python -m benchmarks.maxtext_tpu --maxtext PYTHON``.
+
+Both steps are compiled, on any machine, by the same libtpu for the same topology: the same model, global batch,
+sequence length and mesh (fsdp = chips), bfloat16 compute, float32 parameters, AdamW, splash attention, remat full. One
+reader (`layerskip_jax.compiled`) and one arithmetic (`report` in tpu/compile_ahead.py) take the figures from both HLO
+texts. The estimate is the compiler's `estimated_cycles` over the chip's clock, plus attention at the chip's peak, plus
+the collectives that nothing hides. The cost model knows nothing of kernels, so attention counts the same on both sides,
+whatever its tiles. A loop counts as often as its condition's constant says: neither text notes trip counts, and the
+JSON has the FLOPs that this adds up to beside the formula's. Nothing is run, so no figure is a measured time.
+
+MaxText's step is compiled in up to six forms:
+
+    shipped  `maxtext.trainers.pre_train.train_compile` with its defaults, and no compiler option but the one that it
+             sets itself (xla_tpu_spmd_rng_bit_generator_unsafe)
+    recipe   with the flags of its own Llama 2 7B recipe for that chip, as the installed package has them (configs/tpu;
+             benchmarks/xla_flags_library.py in its repository explains them), less those that libtpu refuses:
+             continuation fusion, which from 0.0.44 on only v5e may use
+    whole    with xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 (which its library knows too)
+    vmem     with xla_tpu_scoped_vmem_limit_kib=98304 (which its v6e recipe has too)
+    both     with both
+    ours     with all that our step has on that chip (layerskip_jax/compiler_options.py)
+
+PYTHON is a Python 3.12 that has MaxText, without the many dependencies that compiling does not need, and the libtpu of
+the Python that runs this, whose version must be the same:
+
+    pip install 'jax[tpu]==0.12.0' libtpu==VERSION flax optax orbax-checkpoint grain transformers pydantic omegaconf \\
+      sentencepiece tiktoken pillow sympy fastapi uvicorn jinja2 immutabledict portpicker opentelemetry-api
+    pip install --no-deps maxtext==0.2.5 aqtp drjax einshape fire jaxtyping pathwaysutils qwix six termcolor tokamax \\
+      wadler-lindig xprof
+
+In the table, "exposed" is the share of the received bytes that no computation hides, "waited for" the share of the
+estimated step that they take. A step compiles in 2 to 15 minutes. ``--json FILE`` keeps each result as it comes; a
+later call compiles the others.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.compiled import Program, taken_in
+from layerskip_jax.compiler_options import STEP_OPTIONS, WHOLE_MATMULS, Options, vmem_limit
+from layerskip_jax.config import Config
+from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.flops import PEAK_FLOPS
+
+ROOT = Path(__file__).parent.parent
+DRIVER = Path(__file__).with_name("maxtext_driver.py")
+COMPILER = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+class Row(NamedTuple):
+    """A training run to compile: a file of configs/, with its batch and sequence length, on a topology."""
+
+    config: str
+    topology: str
+
+
+ROWS = {
+    "1b5-v5e": Row("scratch_1b5", "v5e:4x8"),
+    "1b5-v6e": Row("scratch_1b5", "v6e:4x8"),
+    "7b-v6e": Row("scratch_7b", "v6e:8x8"),
+    "7b-v5p": Row("scratch_7b", "v5p:4x4x4"),
+    "7b-v5e": Row("scratch_7b", "v5e:8x16"),
+    "8b-v6e": Row("continual_llama3_8b", "v6e:8x8"),
+}
+
+PLAIN = ["--early_exit.curriculum", "none", "--layer_dropout.p_max", "0"]
+OURS = {"plain": PLAIN, "layerskip": []}
+"""Our steps, by the settings beside the config's own."""
+
+FORMS = ("shipped", "recipe", "whole", "vmem", "both", "ours")
+"""MaxText's steps, by the compiler options; the docstring above explains them."""
+
+RECIPES = {"v5e": "v5e/llama2_7b.sh", "v5p": "v5p/llama2_7b.sh", "v6e": "v6e/llama2_7b_4096.sh"}
+KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite"}
+"""What JAX calls a chip."""
+
+Result = dict[str, Any]
+
+
+def chips_of(topology: str) -> int:
+    """
+    >>> chips_of("v5p:4x4x4")
+    64
+    """
+    return math.prod(int(size) for size in topology.split(":")[1].split("x"))
+
+
+def maxtext_topology(topology: str) -> str:
+    """Return MaxText's name for a topology, which counts cores: a v5p has two.
+
+    >>> maxtext_topology("v6e:8x8"), maxtext_topology("v5p:4x4x4")
+    ('v6e-64', 'v5p-128')
+    """
+    chip = topology.split(":")[0]
+    return f"{chip}-{chips_of(topology) * (2 if chip == 'v5p' else 1)}"
+
+
+def read_config(row: Row, more: list[str]) -> Config:
+    arguments = ["--config", str(ROOT / f"configs/{row.config}.py"), "--mesh.fsdp", str(chips_of(row.topology)), *more]
+    return parse_config(make_parser(""), arguments)[0]
+
+
+def maxtext_settings(config: Config, topology: str) -> dict[str, Any]:
+    """Return MaxText's settings for the same training step; what is not named is as in its base.yml.
+
+    There, attention is splash on a TPU, the optimizer AdamW with clipping, the loss computed from all logits at once.
+    """
+    model, chips = config.model, chips_of(topology)
+    alike = config.train.remat == "full" and config.train.accumulate == 1 and config.train.batch_size % chips == 0
+    if not alike or model.compute_dtype not in ("auto", "bfloat16"):
+        raise UserError("both compute in bfloat16, with remat full, accumulate 1, a batch_size in multiples of chips")
+    return {
+        "base_num_decoder_layers": model.num_layers,
+        "base_emb_dim": model.dim,
+        "base_mlp_dim": model.ffn_dim,
+        "base_num_query_heads": model.num_heads,
+        "base_num_kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "rope_max_timescale": int(model.rope_base),
+        "logits_via_embedding": str(model.tied_embedding).lower(),
+        "enable_dropout": "false",
+        "dtype": "bfloat16",
+        "weight_dtype": "float32",
+        "remat_policy": "full",
+        "max_target_length": config.data.sequence_length,
+        "per_device_batch_size": config.train.batch_size // chips,
+        "ici_fsdp_parallelism": chips,
+        "compile_topology": maxtext_topology(topology),
+        "compile_topology_num_slices": 1,
+        "dataset_type": "synthetic",
+        "enable_checkpointing": "false",
+        "run_name": "compiled",
+        "jax_cache_dir": "",  # a cached step has no text
+    }
+
+
+def options_of(form: str, chip: str) -> Options:
+    """Return the compiler options that a form adds to MaxText's own; those of its recipe are added by the driver.
+
+    >>> options_of("whole", "v6e")
+    {'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}
+    """
+    options = {"whole": WHOLE_MATMULS, "vmem": vmem_limit(96 * 1024), "ours": STEP_OPTIONS[KINDS[chip]]}
+    return options["whole"] | options["vmem"] if form == "both" else options.get(form, {})
+
+
+def compile_ahead() -> ModuleType:
+    """Import tpu/compile_ahead.py, which is no package: late, because it sets the environment of the process."""
+    if str(ROOT / "tpu") not in sys.path:
+        sys.path.append(str(ROOT / "tpu"))
+    return importlib.import_module("compile_ahead")
+
+
+def compile_maxtext(python: str, row: Row, form: str) -> Result:
+    """Compile MaxText's step in a process of its own, and read its text as ours is read."""
+    compile_ahead()  # what is wrong with it should show before the minutes that compiling takes
+    config, chip = read_config(row, PLAIN), row.topology.split(":")[0]
+    settings = maxtext_settings(config, row.topology)
+    if options := options_of(form, chip):
+        settings["compile_xla_flags"] = " ".join(f"--{name}={value}" for name, value in options.items())
+    with tempfile.TemporaryDirectory() as folder:
+        settings["base_output_directory"] = folder
+        recipe = RECIPES[chip] if form == "recipe" else "-"
+        words = [f"{name}={value}" for name, value in settings.items()]
+        done = run_compiler([python, str(DRIVER), folder, recipe, *words], folder)
+        if not (Path(folder) / "step.json").exists():
+            raise UserError(last_error(done))
+        return read_step(Path(folder), config, row.topology)
+
+
+def read_step(folder: Path, config: Config, topology: str) -> Result:
+    """Report on the step that benchmarks/maxtext_driver.py has left in ``folder``."""
+    ahead, chip = compile_ahead(), topology.split(":")[0]
+    said, text = json.loads((folder / "step.json").read_text()), (folder / "step.hlo").read_text()
+    memory = said["peak_bytes"], said["argument_bytes"], said["temporary_bytes"]
+    compiled = ahead.Compiled(*memory, Program(text).work(taken_in({})), "splash" in text, said["seconds"])
+    found = ahead.report(config, ahead.CHIPS[chip], PEAK_FLOPS[KINDS[chip]], chips_of(topology), compiled)
+    return found | {name: said[name] for name in ("options", "refused", "maxtext", "jax", "libtpu")}
+
+
+def compile_ours(row: Row, form: str) -> Result:
+    """Compile our step with tpu/compile_ahead.py in a process of its own."""
+    command = [sys.executable, str(ROOT / "tpu/compile_ahead.py"), "--config", str(ROOT / f"configs/{row.config}.py")]
+    command += ["--topology", row.topology, "--mesh.fsdp", str(chips_of(row.topology)), "--json", *OURS[form]]
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_compiler(command, folder)
+    if not done.stdout.strip():
+        raise UserError(last_error(done))
+    return json.loads(done.stdout.splitlines()[-1]) | {"jax": version("jax"), "libtpu": version("libtpu")}
+
+
+def run_compiler(command: list[str], folder: str) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` in ``folder`` with libtpu set up as a compiler, and no options or modules from outside."""
+    outside = ("LIBTPU_INIT_ARGS", "PYTHONPATH", "XLA_FLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in outside} | COMPILER
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def last_error(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the line that says why a step did not compile: how much memory it wanted, or the last one."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    used = [line for line in lines if re.search(r"Used \S+ of \S+", line)]
+    return [f"ended with status {done.returncode}", *lines, *used][-1][:300]
+
+
+def find_maxtext(word: str) -> str:
+    """Return the path of a Python that has MaxText and the libtpu that we compile with; `UserError` if it has not."""
+    python = shutil.which(word)
+    if python is None:
+        raise UserError(f"--maxtext must be a Python that has MaxText, and there is no program {word}")
+    code = "from importlib.metadata import version; print(version('maxtext'), version('libtpu'))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"--maxtext must be a Python that has MaxText and libtpu, not {word}: {last_error(done)}")
+    try:
+        ours, theirs = version("libtpu"), done.stdout.split()[-1]
+    except PackageNotFoundError as error:
+        raise UserError("this needs libtpu, the TPU's compiler: pip install -e '.[tpu]'") from error
+    if theirs != ours:
+        raise UserError(f"both sides need the same compiler, and {word} has libtpu {theirs}, this Python {ours}")
+    return os.path.abspath(python)  # not resolved: a virtual environment's Python is a link
+
+
+def figures(result: Result) -> list[str]:
+    """Return a result's cells: estimate, MFU, peak, bytes received, their exposed share, its time, compile seconds."""
+    if "error" in result:
+        return [result["error"], *[""] * 6]
+    received, seconds = result["received"], result["seconds"]
+    total = sum(received.values())  # on one slice: all of it from chip to chip
+    exposed = sum(size for transfer, size in received.items() if "exposed" in transfer) / max(total, 1)
+    return [
+        f"{seconds['estimate']:.3f}",
+        f"{result['mfu_at_estimate']:.1%}",
+        f"{result['hbm']['peak'] / 1e9:.2f}" + ("" if result["fits"] else ", does not fit"),
+        f"{total / 1e9:.1f}",
+        f"{exposed:.0%}",
+        f"{exposed * seconds['chip to chip'] / seconds['estimate']:.1%}",
+        f"{result['compile_seconds']:.0f}",
+    ]
+
+
+def table(results: list[Result]) -> str:
+    """Return a Markdown table of the results, and the options that libtpu refused."""
+    heads = ["estimate [s]", "MFU", "peak [GB]", "received [GB]", "exposed", "waited for", "compiled in [s]"]
+    lines = [["run", "step", *heads], ["---", "---", *["---:"] * len(heads)]]
+    lines += [[f"{one['config']}, {one['topology']}", one["step"], *figures(one)] for one in results]
+    refused = sorted({name for one in results for name in one.get("refused", [])})
+    rows = ["| " + " | ".join(cells) + " |" for cells in lines]
+    if refused:
+        rows += ["", f"Left out of MaxText's recipes, because libtpu refuses them: {', '.join(refused)}."]
+    return "\n".join(rows)
+
+
+def compile_one(python: str, row: Row, side: str, form: str) -> Result:
+    """Compile one step; one that does not compile has an ``error`` for its figures."""
+    about = {"config": row.config, "topology": row.topology, "step": f"{side} {form}"}
+    try:
+        return about | (compile_ours(row, form) if side == "ours" else compile_maxtext(python, row, form))
+    except UserError as error:
+        return about | {"error": str(error)}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--maxtext", metavar="PYTHON", required=True, help="a Python that has MaxText and libtpu")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="runs to compile (default: all)")
+    parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS), help="our steps (default: all)")
+    parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="MaxText's (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep results here, and compile what is not there")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    python = find_maxtext(options.maxtext)
+    kept = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    known = {(one["config"], one["topology"], one["step"]): one for one in kept}
+    shown = []
+    for row in (ROWS[name] for name in options.rows):
+        for side, form in [("MaxText", form) for form in options.forms] + [("ours", form) for form in options.ours]:
+            key = (row.config, row.topology, f"{side} {form}")
+            if "error" in known.get(key, {"error": "not compiled yet"}):
+                known[key] = compile_one(python, row, side, form)
+                print(" ".join([*key, *figures(known[key])]), file=sys.stderr, flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(list(known.values())))
+            shown.append(known[key])
+    print(table(shown))
+
+
+if __name__ == "__main__":
+    run_command(main)
