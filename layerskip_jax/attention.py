@@ -188,7 +188,9 @@ def write_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B
             )
 
         rows = start_B.shape[0]
-        return jax.lax.fori_loop(0, rows, write_row, piece_BKSH, unroll=min(8, rows))
+        # Unrolled, XLA:CPU fuses a row's write into the next row's read, and then copies the whole piece twice.
+        unroll = 1 if target_platform() == "cpu" else min(8, rows)
+        return jax.lax.fori_loop(0, rows, write_row, piece_BKSH, unroll=unroll)
 
     def write(pieces: tuple[jax.Array, ...], new_BTKH: jax.Array) -> tuple[jax.Array, ...]:
         new_BKTH, first, written = new_BTKH.swapaxes(1, 2).astype(pieces[0].dtype), 0, []
