@@ -23,7 +23,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -56,7 +55,7 @@ SAME = ("kind", "count", "tiny", "python", "versions", "commit", "changed", "env
 """What must be the same for a second call to go on where the first one ended."""
 
 
-def describe(options: argparse.Namespace, argv: list[str]) -> Measured:
+def describe(options: argparse.Namespace) -> Measured:
     """Return the section ``device``: the machine, the versions and the code."""
     devices, commit = jax.local_devices(), options.commit
     installed = {distribution.name or "" for distribution in importlib.metadata.distributions()}
@@ -70,7 +69,8 @@ def describe(options: argparse.Namespace, argv: list[str]) -> Measured:
         # Of the code alone: the results are written into the same checkout.
         "changed": not commit and bool(git("status", "--porcelain", "--", "layerskip_jax", "benchmarks", "configs")),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "command": shlex.join(["python", "-m", "benchmarks.accelerator", *argv]),
+        # Without the folder of the results and the commit: they change nothing that is measured.
+        "command": f"python -m benchmarks.accelerator --minutes {options.minutes:g}{' --tiny' * options.tiny}",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }  # fmt: skip
 
@@ -193,8 +193,7 @@ def make_folder(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
-    argv = sys.argv[1:] if argv is None else argv
-    options = parse(argv)
+    options = parse(sys.argv[1:] if argv is None else argv)
     # JAX takes three quarters of a GPU's memory otherwise. It reads this when it first sees the device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     if jax.default_backend() == "cpu" and not options.tiny:
@@ -204,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
     # The compiler for TPU takes minutes over JAX's own random numbers for a large model, and seconds over these.
     jax.config.update("jax_default_prng_impl", "unsafe_rbg")
-    device = describe(options, argv)
+    device = describe(options)
     results = Results(options.out, device)
     print(f"{device['count']} x {device['kind']}, jax {jax.__version__}, commit {device['commit'][:12]}", flush=True)
     measure_all(Bench(TINY if options.tiny else FULL, began + 60 * options.minutes), results)

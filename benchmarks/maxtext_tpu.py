@@ -244,16 +244,14 @@ def figures(result: Result) -> list[str]:
     """Return a result's cells: estimate, MFU, peak, bytes received, their exposed share, its time, compile seconds."""
     if "error" in result:
         return [result["error"], *[""] * 6]
-    received, seconds = result["received"], result["seconds"]
-    total = sum(received.values())  # on one slice: all of it from chip to chip
-    exposed = sum(size for transfer, size in received.items() if "exposed" in transfer) / max(total, 1)
+    seconds = result["seconds"]
     return [
         f"{seconds['estimate']:.3f}",
         f"{result['mfu_at_estimate']:.1%}",
         f"{result['hbm']['peak'] / 1e9:.2f}" + ("" if result["fits"] else ", does not fit"),
-        f"{total / 1e9:.1f}",
-        f"{exposed:.0%}",
-        f"{exposed * seconds['chip to chip'] / seconds['estimate']:.1%}",
+        f"{sum(result['received'].values()) / 1e9:.1f}",
+        f"{1 - result['overlapped']:.0%}",
+        f"{seconds['exposed'] / seconds['estimate']:.1%}",
         f"{result['compile_seconds']:.0f}",
     ]
 

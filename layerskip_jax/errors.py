@@ -35,12 +35,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def bucket_error(error: BaseException | None) -> BaseException | None:
+    """Return the error or the cause of it that a library for buckets has raised, or None.
+
+    Such an error is about the network, credentials or permissions, so a traceback through our code does not help. The
+    classes are compared by module name because the libraries are optional.
+    """
+    while error is not None and type(error).__module__.split(".")[0] not in ("gcsfs", "aiohttp", "google"):
+        error = error.__cause__
+    return error
+
+
 def report(error: BaseException) -> int:
-    """Say on stderr, in one line, what has ended a command; return its exit status. Raises what is a bug again."""
+    """Print in one line on stderr why a command ended; return its exit status. Raises an error that is a bug again."""
     if isinstance(error, UserError):
         line, status = f"error: {' '.join(str(error).split())}", 2
     elif isinstance(error, Interrupted | LostProcess):
         line, status = str(error), error.status
+    elif (unreachable := bucket_error(error)) is not None:
+        line, status = f"error: the bucket does not answer: {' '.join(str(unreachable).split())}", 2
     elif isinstance(error, KeyboardInterrupt):
         line, status = "stopped by the keyboard; the last complete checkpoint, if any, is intact", 130
     else:
@@ -53,5 +66,5 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command's ``main``; a `UserError` becomes one line on stderr and exit status 2."""
     try:
         main()
-    except (UserError, Interrupted, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         sys.exit(report(error))

@@ -54,7 +54,7 @@ def test_every_part_is_measured(tiny):
     device = results["device"]
     assert (device["kind"], device["count"], device["commit"], device["tiny"]) == ("cpu", 1, "test", True)
     assert {"jax", "jaxlib", "flax"} <= set(device["versions"])
-    assert device["command"].startswith("python -m benchmarks.accelerator --tiny --out ")
+    assert device["command"] == "python -m benchmarks.accelerator --minutes 8 --tiny"
 
 
 def test_rates_attention_and_steps_are_sane(tiny):

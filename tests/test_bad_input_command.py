@@ -310,9 +310,7 @@ def test_a_bad_checkpoint_is_refused(run, tmp_path, name):
     assert_one_sentence(error, [word])
 
 
-@pytest.mark.parametrize(
-    "path", ["", "/", "/dev/null", "a\0b", "x" * 5000, "gs://bucket/run", "s3://b", "gs:/b", "file:///x"]
-)
+@pytest.mark.parametrize("path", ["", "/", "/dev/null", "a\0b", "x" * 5000, "s3://b", "gs:/b", "file:///x"])
 def test_a_path_that_is_no_checkpoint(path):
     with pytest.raises(UserError) as error:
         decoded("--checkpoint", path, "--prompt", "x")

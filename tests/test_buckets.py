@@ -11,7 +11,7 @@ from layerskip_jax import locations, report
 from layerskip_jax.checkpoint import SWEPT, find_checkpoint, load_model, read_config, store_swept, swept_settings
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.evaluation.exits import quality_of_checkpoint
 from layerskip_jax.locations import locate
 from layerskip_jax.metrics import MetricsWriter, read_records
@@ -80,3 +80,20 @@ def test_a_bucket_without_the_library_is_refused(monkeypatch):
     monkeypatch.setattr(locations, "BUCKET_LIBRARIES", ("no_such_library",))
     with pytest.raises(UserError, match=r"gs://bucket needs gcsfs: pip install layerskip_jax\[gcs\]"):
         locate("gs://bucket")
+
+
+def test_a_bucket_that_does_not_answer_is_one_line(monkeypatch, capsys):
+    """gcsfs raises errors of aiohttp, and orbax wraps them; neither library is needed for this test."""
+
+    class ConnectorError(Exception):
+        __module__ = "aiohttp.client_exceptions"
+
+    def exists(path):
+        raise RuntimeError("restore failed") from ConnectorError("Cannot connect to host example.org")
+
+    monkeypatch.setattr(locations, "BUCKET_LIBRARIES", ("json",))
+    monkeypatch.setattr(type(locate("gs://bucket/run")), "exists", exists)
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: find_checkpoint("gs://bucket/run"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: the bucket does not answer: Cannot connect to host example.org\n"
