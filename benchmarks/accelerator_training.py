@@ -144,8 +144,8 @@ def memory_of(device: jax.Device) -> float:
 def kept_bytes(config: Config, devices: int) -> float:
     """Return the bytes that a step surely holds on a device: parameters, moments, gradients, and what remat keeps."""
     model, kept = config.model, config.model.dim
-    if config.train.remat == "dots":  # queries, keys, values, gate and up, and two products of the model's width
-        heads = model.num_heads + 2 * model.num_kv_heads
+    if config.train.remat == "dots":  # queries, keys, values, what they attend to, gate and up, and two outputs
+        heads = 2 * model.num_heads + 2 * model.num_kv_heads
         kept += heads * model.head_dim + 2 * model.ffn_dim + 2 * model.dim
     positions = config.train.batch_size // devices * config.data.sequence_length
     return 16 * parameter_count(model) / devices + 2 * kept * model.num_layers * positions

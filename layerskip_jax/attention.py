@@ -32,7 +32,8 @@ class LayerCache(NamedTuple):
     @classmethod
     def empty(cls, batch: int, heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> "LayerCache":
         """Return zeroed pieces that end at `read_sizes`."""
-        ends = read_sizes(capacity)
+        # A GPU waits for the host to choose how many pieces to read, in the time in which it reads 2,000 positions.
+        ends = read_sizes(capacity, first=4096 if on_gpu() else 128)
         shapes = [(batch, heads, end - start, head_dim) for start, end in zip([0, *ends], ends, strict=False)]
         return cls(tuple(jnp.zeros(s, dtype) for s in shapes), tuple(jnp.zeros(s, dtype) for s in shapes))
 
@@ -177,6 +178,15 @@ def write_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B
         source_BT = (first + slot_B - start_B)[:, None] + jnp.arange(T)[None]
         is_new_BT = (source_BT >= 0) & (source_BT < T)
 
+        if on_gpu():  # where the iterations of a loop are kernels one after the other, and a scatter is done in place
+            read = jax.vmap(lambda piece_KSH, slot: jax.lax.dynamic_slice_in_dim(piece_KSH, slot, T, axis=1))
+            write = jax.vmap(
+                lambda piece_KSH, rows_KTH, slot: jax.lax.dynamic_update_slice(piece_KSH, rows_KTH, (0, slot, 0))
+            )
+            shifted_BKTH = jnp.take_along_axis(new_BKTH, source_BT[:, None, :, None], axis=2, mode="clip")
+            window_BKTH = jnp.where(is_new_BT[:, None, :, None], shifted_BKTH, read(piece_BKSH, slot_B))
+            return write(piece_BKSH, window_BKTH, slot_B)
+
         def write_row(row: jax.Array, piece_BKSH: jax.Array) -> jax.Array:
             at = (row, 0, slot_B[row], 0)
             old_1KTH = jax.lax.dynamic_slice(piece_BKSH, at, (1, *new_BKTH.shape[1:]))
@@ -202,13 +212,21 @@ def write_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B
     return LayerCache(write(cache.k_BKSH, k_BTKH), write(cache.v_BKSH, v_BTKH))
 
 
-def read_sizes(capacity: int) -> list[int]:
+def read_sizes(capacity: int, first: int = 128) -> list[int]:
     """Return where the pieces of a cache end, so the prefixes that attention reads: 128, 256, 512, ... and all.
 
     >>> read_sizes(1000)
     [128, 256, 512, 1000]
     """
-    return [*(128 << doublings for doublings in range(capacity.bit_length()) if 128 << doublings < capacity), capacity]
+    return [
+        *(first << doublings for doublings in range(capacity.bit_length()) if first << doublings < capacity),
+        capacity,
+    ]
+
+
+def on_gpu() -> bool:
+    """Return whether a program is traced for a GPU."""
+    return target_platform() in ("gpu", "cuda")
 
 
 def attend_cache(q_BTNH: jax.Array, cache: LayerCache, position_BT: jax.Array, filled: int | None = None) -> jax.Array:

@@ -24,10 +24,18 @@ INNER_EXIT, LAST_EXIT = "inner_exit_loss", "last_exit_loss"
 """The scopes of the conditions that turn exits on, in the text of a compiled program."""
 
 BLOCK_INPUT = "block input"
-KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(SAVED_OUTPUT),
-)
+
+
+def keep_matmuls(primitive: Any, *operands: Any, **parameters: Any) -> Any:
+    """Save the outputs of matmuls and of attention kernels; the policy of remat dots."""
+    policies = jax.checkpoint_policies
+    splash_or_matmul = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED_OUTPUT)
+    )
+    # cuDNN's attention has no name to save it by, and its primitive is the same in every version since jax 0.4.31.
+    return splash_or_matmul(primitive, *operands, **parameters) or primitive.name == "dot_product_attention_fwd_wrapper"
+
+
 INPUTS_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=[BLOCK_INPUT],
@@ -236,7 +244,7 @@ def exit_losses(
 
     # The skipping form copies its residuals, so save the outputs of matmuls and attention only, and recompute the rest.
     if remat == "dots" or (draw is not None and apply is not apply_masked):
-        f = jax.checkpoint(f, policy=KEEP_PRODUCTS, prevent_cse=False)
+        f = jax.checkpoint(f, policy=keep_matmuls, prevent_cse=False)
 
     def step(
         block: Block, carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, jax.Array | None, jax.Array | None]

@@ -81,7 +81,7 @@ def rounds_of(combination, random):
 @pytest.mark.parametrize("combination", range(COMBINATIONS))
 def test_speculative_rounds_equal_autoregressive(combination, monkeypatch):
     # A cache in small pieces, so that texts this short cross from one to the next.
-    monkeypatch.setattr(attention, "read_sizes", lambda capacity: [24, capacity])
+    monkeypatch.setattr(attention, "read_sizes", lambda capacity, first: [24, capacity])
     random = np.random.default_rng(combination)
     shape = SHAPES[combination % len(SHAPES)]
     batch = int(random.choice(BATCHES))
