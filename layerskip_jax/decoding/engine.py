@@ -20,12 +20,6 @@ Look = Callable[[DecodeState], Sequence[bool]]
 """Sees the state between rounds; returns which rows to end now."""
 
 
-WHOLE_LOOP_ON_GPU = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
-}
-"""Record loops and conditions in CUDA graphs, so that a GPU does not wait for the host to read each condition."""
-
-
 @partial(jax.jit, static_argnames=("step", "width"))
 def prefill(
     step: Round,
@@ -68,7 +62,7 @@ def prefill(
     )
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2, compiler_options=WHOLE_LOOP_ON_GPU)
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def run_rounds(step: Round, model: Transformer, state: DecodeState, until: jax.Array) -> DecodeState:
     """Run rounds until every row is done, or ``until`` rounds have been run in all."""
 
