@@ -32,13 +32,13 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 # Large pages for what a step allocates: on a CPU it is 1.2 times as fast (docs/training.md).
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: $(BIN)/.installed  ## train a small LayerSkip model and generate with it (BASELINE=1: and a plain one beside it)
-	$(BIN)/python -m layerskip_jax.data prepare --config $(CONFIG)
-	$(BIN)/python -m layerskip_jax.data tokenizer --config $(CONFIG)
+	$(BIN)/python -m layerskip_jax data prepare --config $(CONFIG)
+	$(BIN)/python -m layerskip_jax data tokenizer --config $(CONFIG)
 	$(BIN)/python train.py --config $(CONFIG)
 ifdef BASELINE
 	$(BIN)/python train.py --config $(CONFIG) --early_exit.curriculum none --layer_dropout.p_max 0 --train.run_dir $(RUN)_plain
 endif
-	$(BIN)/python -m layerskip_jax.evaluation $(RUN) $(if $(BASELINE),$(RUN)_plain)
+	$(BIN)/python -m layerskip_jax evaluate $(RUN) $(if $(BASELINE),$(RUN)_plain)
 	$(BIN)/python decode.py --checkpoint $(RUN) --prompt 'import os'
 	$(BIN)/python decode.py --checkpoint $(RUN) --held_out 8 --ignore_eos --compare --quiet
 	@echo
@@ -66,10 +66,11 @@ $(NEWEST_VENV)/.installed: pyproject.toml tpu/requirements.txt
 test-newest: $(NEWEST_VENV)/.installed  ## run the tests that depend on jax under the versions for TPUs (tpu/requirements.txt)
 	$(NEWEST_VENV)/bin/python -m pytest -n 2 $(NEWEST_TESTS)
 
-lint: $(BIN)/.installed-dev  ## ruff, mypy and shellcheck
+lint: $(BIN)/.installed-dev  ## ruff, mypy, import-linter and shellcheck
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/shellcheck --external-sources --check-sourced tpu/pod tpu/worker.sh .ci/run
 
 format: $(BIN)/.installed-dev

@@ -30,9 +30,9 @@ from layerskip_jax.decoding.rounds import Autoregressive, Round, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.state import DecodeState
 from layerskip_jax.model import Transformer
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.train_step import Trainer
+from layerskip_jax.training.step import Trainer
 
 ACCEPTANCES = (0.6, 0.8, 1.0)
 """Shares of the drafted tokens that are accepted, forced in ``decoding``."""
@@ -192,8 +192,8 @@ def trained(bench: Bench) -> Measured:
     """Train a small model for what is left of the time; measure its exits, and self-speculation on held-out prompts."""
     # Here and in `train_for`, so that the other parts can do without the libraries of data.
     from layerskip_jax.commands.prompts import read_prompts
+    from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
     from layerskip_jax.data.sources import open_documents
-    from layerskip_jax.data.tokenizer import train_tokenizer
     from layerskip_jax.evaluation.exits import exit_quality
 
     began = time.perf_counter()
@@ -222,7 +222,7 @@ def train_for(config: Config, seconds: float, most_tokens: int) -> tuple[Transfo
 
     The next batch is made while the device is at work on the step before.
     """
-    from layerskip_jax.training import local_batches, to_devices
+    from layerskip_jax.data.pipeline import local_batches, to_devices
 
     mesh, before, done = make_mesh(config, jax.local_devices()), None, 0
     batches = (to_devices(batch, mesh) for batch in local_batches(config, config.data.train_split, mesh))

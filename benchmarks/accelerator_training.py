@@ -20,11 +20,11 @@ from layerskip_jax.attention import attend_documents, choose_backend
 from layerskip_jax.command_line import apply_overrides
 from layerskip_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.flops import PEAK_FLOPS, flops_per_token
 from layerskip_jax.model import compute_dtype, parameter_count
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import batch_sharding, make_mesh, target_platform
-from layerskip_jax.train_step import Trainer
+from layerskip_jax.training.monitoring.flops import PEAK_FLOPS, flops_per_token
+from layerskip_jax.training.step import Trainer
 
 PEAK_BANDWIDTH = {
     # bytes/s between a JAX device and its memory, from its maker's data sheet

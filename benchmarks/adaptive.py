@@ -19,16 +19,16 @@ import flax
 import jax
 import numpy as np
 
-from layerskip_jax.checkpoint import load_model
+from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.commands.sweep import Measurement, adaptive_way, fitted_overhead, measure
 from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.configure import configured
 from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.model import Transformer
-from layerskip_jax.sweep import Measurement, adaptive_way, fitted_overhead, measure
 
 LENGTHS = (2, 4, 6, 8)
 TABLES = [
@@ -157,7 +157,7 @@ def main() -> None:
         raise UserError(
             f"{options.run} was trained on {config.data.source}: this benchmark wants a model of Python code"
         )
-    tokenizer, model = Tokenizer.load(str(tokenizer_path)), model.unstacked()
+    tokenizer, model = load_tokenizer(str(tokenizer_path)), model.unstacked()
     base = dataclasses.replace(
         config.decode, mode="self_speculative", policy="fixed", max_new_tokens=options.new_tokens, ignore_eos=True
     )

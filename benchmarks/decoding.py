@@ -40,11 +40,11 @@ from layerskip_jax.decoding.cost import (
 from layerskip_jax.decoding.engine import generate, run_rounds, start
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
+from layerskip_jax.decoding.quantization import quantized
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, Round, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.model import Transformer
-from layerskip_jax.quantization import quantized
 
 MODELS = {
     "small": ModelConfig(12, 256, 4, 4, 688, 4096, compute_dtype="float32"),

@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 from layerskip_jax.config import Config, DataConfig, LayerDropoutConfig, ModelConfig, OptimizerConfig, TrainConfig
-from layerskip_jax.flops import flops_per_token
-from layerskip_jax.losses import Batch
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.data.batch import Batch
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.train_step import Trainer
+from layerskip_jax.training.monitoring.flops import flops_per_token
+from layerskip_jax.training.step import Trainer
 
 ROWS, LENGTH, LAYERS, VOCABULARY = 8, 256, 12, 4096
 

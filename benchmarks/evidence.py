@@ -31,12 +31,16 @@ from benchmarks.adaptive import candidates, compare, prompts_of_kinds
 from benchmarks.decoding import WithoutQueries, in_turn, one_pass_more, ratio, speed
 from benchmarks.evidence_page import fastest_fixed, write_page
 from benchmarks.step_cost import time_steps
-from layerskip_jax.checkpoint import find_checkpoint, load_model, read_checksums, sha256_of
+from layerskip_jax.checkpoint.reading import find_checkpoint, load_model, read_checksums, sha256_of
 from layerskip_jax.command_line import apply_overrides, make_parser, parse_config
+from layerskip_jax.commands.plots import read_metrics
 from layerskip_jax.commands.prompts import read_prompts
+from layerskip_jax.commands.sweep import measure
 from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
+from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -44,9 +48,7 @@ from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import run_command
 from layerskip_jax.evaluation.exits import quality_of_checkpoint
 from layerskip_jax.model import Transformer
-from layerskip_jax.plots import read_metrics
-from layerskip_jax.sweep import measure
-from layerskip_jax.training import train
+from layerskip_jax.training.loop import train
 
 NO_EXITS = {"early_exit.curriculum": "none"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -111,7 +113,7 @@ def quality(run: str, config: Config) -> Measured:
 def decoder(run: str) -> tuple[Transformer, Tokenizer, DecodeConfig]:
     model, config, tokenizer = load_model(run, unstacked=True)
     base = dataclasses.replace(config.decode, mode="self_speculative", policy="fixed", ignore_eos=True)
-    return model, Tokenizer.load(str(tokenizer)), base
+    return model, load_tokenizer(str(tokenizer)), base
 
 
 def decoding(run: str, config: Config, repeats: int) -> Measured:

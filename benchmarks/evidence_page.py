@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from layerskip_jax.config import Config
-from layerskip_jax.plots import save_picture
+from layerskip_jax.evaluation.pictures import save_picture
 
 Parts = dict[str, Any]
 END = "<!-- end -->"

@@ -12,15 +12,15 @@ from typing import Any
 
 import jax
 
-from layerskip_jax.checkpoint import load_model
+from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.commands.export import export_model
 from layerskip_jax.commands.prompts import read_prompts
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import exit_layer_of
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.rounds import SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
-from layerskip_jax.export import export_model
 
 try:
     import torch
@@ -50,7 +50,7 @@ def compare(run: str, exit_layer: int, draft_length: int, prompts: int, tokens: 
     model, config, tokenizer_path = load_model(run, unstacked=True)
     exit_layer = exit_layer or exit_layer_of(config.decode, config.model.num_layers)
     draft_length = draft_length or config.decode.draft_length
-    tokenizer, texts = Tokenizer.load(str(tokenizer_path)), read_prompts(None, None, prompts, config)
+    tokenizer, texts = load_tokenizer(str(tokenizer_path)), read_prompts(None, None, prompts, config)
     ids = [tokenizer.encode_prompt(text) for text in texts]
     step = SelfSpeculative(Greedy(), Fixed(exit_layer, draft_length))
     ours = [generate(model, [prompt], tokens, step) for prompt in ids]

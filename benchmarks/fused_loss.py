@@ -1,6 +1,6 @@
 """What an exit costs a TPU chip, by pieces, beside tokamax's fused kernel: ``python -m benchmarks.fused_loss``.
 
-The loss of one exit with its gradients, as `layerskip_jax.losses.exit_loss` computes it, compiled by the TPU's own
+The loss of one exit with its gradients (`layerskip_jax.recipe.fused_exit_loss.exit_loss`), compiled by the TPU's own
 compiler for one chip; its cost model's time against that of the products at the peak (6 D V a token). tokamax's
 ``linear_softmax_cross_entropy_loss`` is compiled beside it where it is installed: of a kernel the compiler estimates no
 time, and by its source it makes the logits anew in the backward pass (8 D V). Needs libtpu.
@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from hlo import Program, taken_in
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from layerskip_jax.compiled import Program, taken_in
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.early_exit import cross_entropy
-from layerskip_jax.flops import PEAK_FLOPS
-from layerskip_jax.losses import Exit, exit_loss
 from layerskip_jax.model import Transformer
+from layerskip_jax.recipe.early_exit import cross_entropy
+from layerskip_jax.recipe.fused_exit_loss import Exit, exit_loss
 from layerskip_jax.sharding import AXES
+from layerskip_jax.training.monitoring.flops import PEAK_FLOPS
 from tpu.compile_ahead import CHIPS, devices_of
 
 try:

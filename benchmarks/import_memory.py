@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from layerskip_jax.checkpoint import load_model, named_arrays
+from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
+from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
+from layerskip_jax.checkpoint.huggingface.weights import write_weights
+from layerskip_jax.checkpoint.reading import load_model, named_arrays
 from layerskip_jax.config import DataConfig, ModelConfig
+from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import train_tokenizer
-from layerskip_jax.llama.config_json import CONFIG, config_json
-from layerskip_jax.llama.tokenizer_files import tokenizer_files
-from layerskip_jax.llama.weights import write_weights
 from layerskip_jax.model import Transformer, parameter_count
 
 MODEL = ModelConfig(24, 512, 8, 8, 1536, 16_384)

@@ -8,14 +8,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TRAIN_LOOP = [
     "train.py",
-    "layerskip_jax/training.py",
-    "layerskip_jax/train_step.py",
-    "layerskip_jax/losses.py",
-    "layerskip_jax/layer_dropout.py",
-    "layerskip_jax/skipping.py",
-    "layerskip_jax/early_exit.py",
-    "layerskip_jax/recipe.py",
-    "layerskip_jax/optimizer.py",
+    "layerskip_jax/training/loop.py",
+    "layerskip_jax/training/step.py",
+    "layerskip_jax/recipe/fused_exit_loss.py",
+    "layerskip_jax/recipe/layer_dropout.py",
+    "layerskip_jax/recipe/skipping.py",
+    "layerskip_jax/recipe/early_exit.py",
+    "layerskip_jax/recipe/recipe.py",
+    "layerskip_jax/training/optimizer.py",
 ]
 DECODE_LOOP = [
     "decode.py",

@@ -2,7 +2,7 @@
 
 Both steps are compiled, on any machine, by the same libtpu for the same topology: the same model, global batch,
 sequence length and mesh (fsdp = chips), bfloat16 compute, float32 parameters, AdamW, splash attention, remat full. One
-reader (`layerskip_jax.compiled`) and one arithmetic (`report` in tpu/compile_ahead.py) take the figures from both HLO
+reader (`hlo`) and one arithmetic (`report` in tpu/compile_ahead.py) take the figures from both HLO
 texts. The estimate is the compiler's `estimated_cycles` over the chip's clock, plus attention at the chip's peak, plus
 the collectives that nothing hides. The cost model knows nothing of kernels, so attention counts the same on both sides,
 whatever its tiles. A loop counts as often as its condition's constant says: neither text notes trip counts, and the
@@ -48,12 +48,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from hlo import Program, taken_in
+
 from layerskip_jax.command_line import make_parser, parse_config
-from layerskip_jax.compiled import Program, taken_in
 from layerskip_jax.compiler_options import STEP_OPTIONS, WHOLE_MATMULS, Options, vmem_limit
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, run_command
-from layerskip_jax.flops import PEAK_FLOPS
+from layerskip_jax.training.monitoring.flops import PEAK_FLOPS
 
 ROOT = Path(__file__).parent.parent
 DRIVER = Path(__file__).with_name("maxtext_driver.py")

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerskip_jax.checkpoint import config_of, load_model, named_arrays
+from layerskip_jax.checkpoint.huggingface.weights import write_weights
+from layerskip_jax.checkpoint.reading import config_of, load_model, named_arrays
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.rounds import Autoregressive
 from layerskip_jax.decoding.sampling import Greedy
-from layerskip_jax.llama.weights import write_weights
 
 try:
     import torch

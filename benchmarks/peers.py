@@ -26,15 +26,15 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from layerskip_jax.checkpoint import named_arrays
+from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
+from layerskip_jax.checkpoint.huggingface.weights import write_weights
+from layerskip_jax.checkpoint.reading import named_arrays
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, Round, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
-from layerskip_jax.llama.config_json import CONFIG, config_json
-from layerskip_jax.llama.weights import write_weights
 from layerskip_jax.model import Transformer
 
 try:

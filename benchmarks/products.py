@@ -5,13 +5,14 @@ With all exits on and with none, and in the skipping form with all, half and non
 
 import dataclasses
 
+from hlo import Program, taken_in
+
 from benchmarks.step_cost import PLAIN
-from layerskip_jax.compiled import Program, taken_in
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig
-from layerskip_jax.losses import INNER_EXIT
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.fused_exit_loss import INNER_EXIT
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.train_step import Trainer
+from layerskip_jax.training.step import Trainer
 
 
 def compiled(config: Config) -> Program:

@@ -22,17 +22,18 @@ import jax
 import numpy as np
 from etils import epath
 
-from layerskip_jax.checkpoint import load_model, named_arrays, read_checksums
+from layerskip_jax.checkpoint.reading import load_model, named_arrays, read_checksums
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
+from layerskip_jax.data.pipeline import local_batches
 from layerskip_jax.data.position import Position
+from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import train_tokenizer
-from layerskip_jax.recipe import Recipe
-from layerskip_jax.run_checkpoints import Checkpoints
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.train_step import Trainer, TrainState
-from layerskip_jax.training import local_batches, train
+from layerskip_jax.training.checkpoints import Checkpoints
+from layerskip_jax.training.loop import train
+from layerskip_jax.training.step import Trainer, TrainState
 
 ROOT = Path(__file__).parent.parent
 TINY = """

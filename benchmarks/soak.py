@@ -38,14 +38,16 @@ from layerskip_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.data.pipeline import local_batches, to_devices
+from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.model import Transformer
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.train_step import Trainer
-from layerskip_jax.training import local_batches, to_devices, train
+from layerskip_jax.training.loop import train
+from layerskip_jax.training.step import Trainer
 
 Turn = Callable[[], None]
 VOCABULARY = 512
@@ -119,7 +121,7 @@ def commands(config: Config, ways: Sequence[Sequence[str]] = WAYS) -> Turn:
 def loops(config: Config) -> Turn:
     """A turn is 200 steps and 50 texts, without saving or restoring anything."""
     mesh = make_mesh(config)
-    trainer, tokenizer = Trainer(config, Recipe.from_config(config), mesh), Tokenizer.load(config.data.tokenizer)
+    trainer, tokenizer = Trainer(config, Recipe.from_config(config), mesh), load_tokenizer(config.data.tokenizer)
     state, data = trainer.init(), iter(local_batches(config, config.data.train_split, trainer.mesh))
     model = Transformer(config.model, rngs=nnx.Rngs(0)).unstacked()
     generator = TextGenerator(model, tokenizer, config.decode)

@@ -25,10 +25,10 @@ from layerskip_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from layerskip_jax.losses import Batch
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.data.batch import Batch
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.train_step import Trainer
+from layerskip_jax.training.step import Trainer
 
 LAYERS = 12
 PLAIN = Config(

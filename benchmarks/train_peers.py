@@ -26,11 +26,11 @@ import jax
 import numpy as np
 
 from benchmarks.step_cost import PLAIN, random_batch
+from layerskip_jax.checkpoint.huggingface.config_json import config_json
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig
-from layerskip_jax.llama.config_json import config_json
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.train_step import Trainer
+from layerskip_jax.training.step import Trainer
 
 try:
     import torch

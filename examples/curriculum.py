@@ -11,8 +11,8 @@ from jax.typing import ArrayLike
 
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.errors import run_command
-from layerskip_jax.recipe import Recipe
-from layerskip_jax.training import train
+from layerskip_jax.recipe.recipe import Recipe
+from layerskip_jax.training.loop import train
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.command_line import make_parser, parse_config
-from layerskip_jax.early_exit import cross_entropy
 from layerskip_jax.errors import run_command
 from layerskip_jax.model import Block, Transformer, run_layers
-from layerskip_jax.recipe import Recipe
-from layerskip_jax.training import train
+from layerskip_jax.recipe.early_exit import cross_entropy
+from layerskip_jax.recipe.recipe import Recipe
+from layerskip_jax.training.loop import train
 
 SHARE = 0.5
 """Of the distillation term in an exit's loss; cross-entropy has the rest."""

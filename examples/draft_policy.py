@@ -9,10 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from layerskip_jax.checkpoint import load_model
+from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.command_line import make_parser
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed, Outcome, Plan, doubling_widths
 from layerskip_jax.decoding.rounds import SelfSpeculative
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="text to continue")
     options = parser.parse_known_options(argv)
     model, config, tokenizer_path = load_model(options.checkpoint)
-    tokenizer = Tokenizer.load(str(tokenizer_path))
+    tokenizer = load_tokenizer(str(tokenizer_path))
     policy = Careful(config.decode.exit_layer or max(1, config.model.num_layers // 4), draft_length=4)
     prompt = tokenizer.encode_prompt(options.prompt)
     step, length = SelfSpeculative(Greedy(), policy), config.decode.max_new_tokens

@@ -129,7 +129,7 @@ class DataConfig:
     source: Literal["python_stdlib", "tfds", "text", "jsonl", "tokens"] = setting(
         "python_stdlib",
         "python_stdlib: this machine's standard library; tfds: a TFDS dataset; text: a folder of text files; "
-        "jsonl: a folder or file of JSON lines; tokens: what `python -m layerskip_jax.data pretokenize` wrote",
+        "jsonl: a folder or file of JSON lines; tokens: what `python -m layerskip_jax data pretokenize` wrote",
     )
     name: str = setting("", "tfds: the dataset, as in wikipedia/20230601.en:1.0.0")
     path: str = setting("", "text, jsonl and tokens: the folder or file; local or gs://")

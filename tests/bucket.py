@@ -10,10 +10,12 @@ from corpora import VOCABULARY
 from etils import epath
 from etils.epath.testing import mock_epath
 
-from layerskip_jax import checkpoint, locations, run_checkpoints
+from layerskip_jax import locations
+from layerskip_jax.checkpoint import reading as checkpoint
 from layerskip_jax.config import Config, DataConfig, DecodeConfig, ModelConfig, OptimizerConfig, TrainConfig
-from layerskip_jax.data.tokenizer import TOKENIZER
-from layerskip_jax.training import train
+from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
+from layerskip_jax.training import checkpoints as run_checkpoints
+from layerskip_jax.training.loop import train
 
 RUN = "gs://bucket/runs/one"
 STEPS = 4

@@ -30,7 +30,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained_run(corpus, tmp_path_factory):
     """The folder of a short run of four layers; tests that write into it copy it first."""
-    from layerskip_jax.training import train
+    from layerskip_jax.training.loop import train
 
     folder = str(tmp_path_factory.mktemp("trained") / "run")
     train(

@@ -3,8 +3,9 @@
 import numpy as np
 
 from layerskip_jax.config import DataConfig
+from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 WORDS = [
     "def",
@@ -58,5 +59,5 @@ def make_corpus(folder) -> DataConfig:
         shuffle_window=16,
     )
     train_tokenizer(open_documents(data, "train"), data.tokenizer, VOCABULARY)
-    Tokenizer.load(data.tokenizer).check_vocabulary(VOCABULARY)
+    load_tokenizer(data.tokenizer).check_vocabulary(VOCABULARY)
     return data

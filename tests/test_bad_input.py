@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from models import tiny_model
 
 from layerskip_jax.config import DecodeConfig, from_dict
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
@@ -290,7 +290,7 @@ def test_a_damaged_tokenizer_is_refused_or_works(corpus, tmp_path_factory, where
     file = tmp_path_factory.getbasetemp() / "damaged.model"
     file.write_bytes(data[:cut] if cut % 3 == 0 else data)
     try:
-        tokenizer = Tokenizer.load(str(file))
+        tokenizer = load_tokenizer(str(file))
         tokenizer.check_vocabulary(VOCABULARY)
     except UserError as error:
         assert_one_sentence(error, ["SentencePiece", "pieces"])
@@ -326,7 +326,7 @@ def test_decode_settings_are_checked_when_made(changes):
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(corpus):
     with pytest.raises(UserError, match=f"the tokenizer has {VOCABULARY} pieces and the model's vocabulary {V}"):
-        TextGenerator(model_with(None)[1], Tokenizer.load(corpus.tokenizer), DecodeConfig())
+        TextGenerator(model_with(None)[1], load_tokenizer(corpus.tokenizer), DecodeConfig())
 
 
 def test_the_cases_are_as_many_as_is_said():

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import CASES, assert_one_sentence
 
-from layerskip_jax import checkpoint
-from layerskip_jax.checkpoint import SWEPT, find_checkpoint, load_model
-from layerskip_jax.commands import decode
+from layerskip_jax.checkpoint import reading as checkpoint
+from layerskip_jax.checkpoint.reading import SWEPT, find_checkpoint, load_model
+from layerskip_jax.commands import decode, terminal
 from layerskip_jax.config import DecodeConfig
+from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER, train_tokenizer
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import TOKENIZER, Tokenizer, train_tokenizer
-from layerskip_jax.decoding import terminal
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.errors import UserError
 
@@ -50,7 +50,7 @@ def spared():
 def plain(run):
     """The texts of plain greedy decoding, by prompt and stop strings."""
     model, _, tokenizer = load_model(run)
-    model, tokenizer = model.unstacked(), Tokenizer.load(str(tokenizer))
+    model, tokenizer = model.unstacked(), load_tokenizer(str(tokenizer))
 
     @cache
     def text(prompt, stop):

@@ -7,15 +7,23 @@ import pytest
 from bucket import RUN, STEPS, run_config, served, trained, trained_run
 from corpora import VOCABULARY
 
-from layerskip_jax import locations, report
-from layerskip_jax.checkpoint import SWEPT, find_checkpoint, load_model, read_config, store_swept, swept_settings
+from layerskip_jax import locations
+from layerskip_jax.checkpoint.reading import (
+    SWEPT,
+    find_checkpoint,
+    load_model,
+    read_config,
+    store_swept,
+    swept_settings,
+)
+from layerskip_jax.commands import report
+from layerskip_jax.commands.plots import plot_run
 from layerskip_jax.config import Config, TrainConfig
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.evaluation.exits import quality_of_checkpoint
 from layerskip_jax.locations import locate
-from layerskip_jax.metrics import MetricsWriter, read_records
-from layerskip_jax.plots import plot_run
+from layerskip_jax.training.monitoring.metrics import MetricsWriter, read_records
 
 
 def writer(run):
@@ -32,7 +40,7 @@ def test_a_run_is_written_to_its_bucket_and_read_there(corpus):
         pictures = plot_run(RUN)
         assert str(find_checkpoint(RUN)) == f"{RUN}/checkpoints/{STEPS}"
         assert read_config(find_checkpoint(RUN)).model == run_config(corpus).model
-        assert Tokenizer.load(f"{RUN}/checkpoints/tokenizer.model").vocab_size == VOCABULARY
+        assert load_tokenizer(f"{RUN}/checkpoints/tokenizer.model").vocab_size == VOCABULARY
         stored = store_swept(RUN, {"exit_layer": 1}, {})
         assert swept_settings(RUN, set()) == {"exit_layer": 1}
     assert [str(path) for path in pictures] == [f"{RUN}/plots/{name}.png" for name in ("loss", "exits", "schedules")]
@@ -70,7 +78,7 @@ def test_metrics_go_on_where_a_bucket_has_them(tmp_path):
 @pytest.mark.parametrize("path", ["gs:/bucket/run", "s3://bucket/run", "file:///tmp/run", "GS://bucket"])
 def test_what_would_be_a_local_folder_named_like_a_scheme_is_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for use in (locate, find_checkpoint, read_records, writer, Tokenizer.load):
+    for use in (locate, find_checkpoint, read_records, writer, load_tokenizer):
         with pytest.raises(UserError, match=r"neither a path of this machine nor a gs:// one"):
             use(path)
     assert list(tmp_path.iterdir()) == []

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-
-from layerskip_jax.compiled import Program, Transfer
+from hlo import Program, Transfer
 
 LOOP = """HloModule jit_step, num_partitions=8
 

@@ -6,8 +6,8 @@ from etils import epath
 from models import tiny_model
 from test_llama import write_llama
 
-from layerskip_jax.checkpoint import named_arrays
-from layerskip_jax.llama.config_json import read_model_config
+from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
+from layerskip_jax.checkpoint.reading import named_arrays
 
 
 def test_null_is_what_is_not_set(tmp_path):

@@ -13,10 +13,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layerskip_jax.config import Config, DataConfig, ModelConfig
+from layerskip_jax.data.documents import digest_of
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import document_tokens, make_batches
 from layerskip_jax.data.pretokenize import pretokenize
-from layerskip_jax.data.sources import digest_of, open_documents
-from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
+from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
+from layerskip_jax.data.sources import open_documents
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.examples import read_tfds
 
@@ -32,7 +34,7 @@ def texts(data, split):
 
 @pytest.fixture(scope="session")
 def tokenizer(corpus):
-    return Tokenizer.load(corpus.tokenizer)
+    return load_tokenizer(corpus.tokenizer)
 
 
 # Tokenizer
@@ -71,10 +73,10 @@ def test_training_is_deterministic_and_pickles(corpus, tokenizer, tmp_path):
 
 def test_tokenizer_errors(corpus, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer at .*layerskip_jax.data tokenizer"):
-        Tokenizer.load(str(tmp_path / "none.model"))
+        load_tokenizer(str(tmp_path / "none.model"))
     (tmp_path / "broken.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="is not a SentencePiece model"):
-        Tokenizer.load(str(tmp_path / "broken.model"))
+        load_tokenizer(str(tmp_path / "broken.model"))
     with pytest.raises(UserError, match=rf"has {VOCABULARY} pieces and the model's vocabulary 999"):
         tokenizer.check_vocabulary(999)
     with pytest.raises(UserError, match="cannot make 50000 pieces"):

@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from models import tiny_model
 
 from layerskip_jax.commands import decode
+from layerskip_jax.commands.terminal import Report
 from layerskip_jax.config import (
     DecodeConfig,
     ModelConfig,
 )
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.cost import head_share, predicted_speedup, round_cost
 from layerskip_jax.decoding.engine import generate, start
 from layerskip_jax.decoding.policies import Fixed, Plan
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
-from layerskip_jax.decoding.terminal import Report
 from layerskip_jax.decoding.text import Answer, TextGenerator
 from layerskip_jax.errors import UserError
 
@@ -34,7 +34,7 @@ PROMPTS = ["def x", "", "漢字 for y"]
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return Tokenizer.load(corpus.tokenizer)
+    return load_tokenizer(corpus.tokenizer)
 
 
 @pytest.fixture(scope="module")

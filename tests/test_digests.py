@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from layerskip_jax.checkpoint.digests import digests
 from layerskip_jax.config import Config, MeshConfig
-from layerskip_jax.digests import digests
 from layerskip_jax.sharding import make_mesh
 
 SPECS = [(), ("fsdp",), (None, "tensor"), (("data", "fsdp"), "tensor"), ("tensor", ("fsdp", "data"))]

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from corpora import VOCABULARY
 
-from layerskip_jax import training
-from layerskip_jax.checkpoint import load_model, named_arrays
+from layerskip_jax.checkpoint.reading import load_model, named_arrays
 from layerskip_jax.config import (
     Config,
     DecodeConfig,
@@ -29,9 +28,10 @@ from layerskip_jax.config import (
     TrainConfig,
     to_dict,
 )
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.text import TextGenerator
-from layerskip_jax.metrics import read_records
+from layerskip_jax.training import loop as training
+from layerskip_jax.training.monitoring.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
 STEPS, STOPPED = 8, 5
@@ -42,7 +42,8 @@ WORKER = """
     import os, signal, sys
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    from layerskip_jax import plots, training
+    from layerskip_jax.commands import plots
+    from layerskip_jax.training import loop as training
     from layerskip_jax.commands import train
 
     steps, to_devices = [], training.to_devices
@@ -153,7 +154,7 @@ def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, capsy
     assert steps == list(range(1, STEPS + 1))  # no step twice, and no line of the second process
     assert len(list((run / "tensorboard").iterdir())) == 2  # one for each start
     model, _, tokenizer = load_model(str(run))
-    alone = TextGenerator(model.unstacked(), Tokenizer.load(str(tokenizer)), config.decode)
+    alone = TextGenerator(model.unstacked(), load_tokenizer(str(tokenizer)), config.decode)
     sample = alone.generate([config.train.sample_prompt]).completions[0].text  # both processes made it on their mesh
     assert [(r["step"], r["sample"]) for r in read_records(str(run)) if "sample" in r] == [(STEPS, sample)]
 

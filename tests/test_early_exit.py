@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig, ModelConfig, TrainConfig
-from layerskip_jax.early_exit import Rotational, all_exits, exit_scale, exit_weights, gradual, last_only
 from layerskip_jax.errors import UserError
-from layerskip_jax.recipe import Above, Recipe
+from layerskip_jax.recipe.early_exit import Rotational, all_exits, exit_scale, exit_weights, gradual, last_only
+from layerskip_jax.recipe.recipe import Above, Recipe
 
 
 def test_scale_by_hand():

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_model
 
-from layerskip_jax.checkpoint import find_checkpoint, load_model
+from layerskip_jax.checkpoint.reading import find_checkpoint, load_model
+from layerskip_jax.commands import evaluate as command
+from layerskip_jax.commands import tasks as generation
 from layerskip_jax.config import DecodeConfig
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation import __main__ as command
-from layerskip_jax.evaluation import generation
 from layerskip_jax.evaluation.examples import read_file
 from layerskip_jax.evaluation.exits import exit_predictions, quality_of_checkpoint, token_scores
 from layerskip_jax.evaluation.sandbox import runs_to_its_end
@@ -87,8 +87,8 @@ def test_a_checkpoint_is_evaluated_on_any_number_of_devices(trained_run, tmp_pat
 def test_agreement_is_counted_where_text_counts(trained_run):
     model, config, tokenizer = load_model(trained_run)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+    from layerskip_jax.data.pipeline import local_batches
     from layerskip_jax.sharding import make_mesh
-    from layerskip_jax.training import local_batches
 
     (batch, *_) = local_batches(config, "validation", make_mesh(config), epochs=1)
     next_LBT = np.asarray(exit_predictions(model, batch["inputs_BT"], batch["segments_BT"]))
@@ -240,7 +240,7 @@ def test_texts_are_the_same_in_lossless_modes_and_the_exits_own_in_the_other(tra
     one_layer = model.unstacked().first_layers(1)
     examples = read_file(str(files / "topv2.jsonl"), 1)
     _, answered = generation.run_task(
-        one_layer, Tokenizer.load(str(tokenizer)), task, examples, [], settings, prompt_tokens=100
+        one_layer, load_tokenizer(str(tokenizer)), task, examples, [], settings, prompt_tokens=100
     )
     assert [answer.completion.text for answer in answered] == early
 

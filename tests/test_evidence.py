@@ -9,7 +9,7 @@ import pytest
 from benchmarks.evidence import VARIANTS, Results, held_out, is_trained, study_of, variant_of
 from benchmarks.evidence_page import TABLES, write_page
 from configs.evidence import get_config
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize("name", VARIANTS)

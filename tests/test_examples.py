@@ -15,10 +15,10 @@ from corpora import VOCABULARY
 from models import tiny_model
 from test_losses import make_batch
 
-from layerskip_jax.losses import exit_losses
+from layerskip_jax.data.pipeline import local_batches, to_devices
+from layerskip_jax.recipe.fused_exit_loss import exit_losses
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.train_step import Trainer
-from layerskip_jax.training import local_batches, to_devices
+from layerskip_jax.training.step import Trainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

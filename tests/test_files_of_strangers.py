@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 from bucket import STEPS, sign, trained_run
 
-from layerskip_jax.checkpoint import SWEPT, find_checkpoint, load_model, read_config
+from layerskip_jax.checkpoint.reading import SWEPT, find_checkpoint, load_model, read_config
 from layerskip_jax.command_line import add_config_option, make_parser
-from layerskip_jax.commands import decode
+from layerskip_jax.commands import decode, terminal
+from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import TOKENIZER
-from layerskip_jax.decoding import terminal
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.exits import quality_of_checkpoint
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
 
+from layerskip_jax.commands import lm_eval as harness
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation import harness
 from layerskip_jax.evaluation.likelihood import log_likelihoods
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .:\n"

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip_jax import layer_dropout
 from layerskip_jax.config import Config, LayerDropoutConfig, ModelConfig, OptimizerConfig, TrainConfig
-from layerskip_jax.layer_dropout import apply_masked, draw_kept
-from layerskip_jax.recipe import Recipe
-from layerskip_jax.skipping import apply_skipping
+from layerskip_jax.recipe import layer_dropout
+from layerskip_jax.recipe.layer_dropout import apply_masked, draw_kept
+from layerskip_jax.recipe.recipe import Recipe
+from layerskip_jax.recipe.skipping import apply_skipping
 
 
 def recipe(num_layers, p_max, time_scale="exponential", layer_scale="exponential", steps=1000):

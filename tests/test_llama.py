@@ -18,7 +18,11 @@ from models import tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from layerskip_jax.checkpoint import (
+from layerskip_jax.checkpoint.huggingface import weights
+from layerskip_jax.checkpoint.huggingface.config_json import config_json, read_model_config
+from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
+from layerskip_jax.checkpoint.huggingface.weights import write_weights
+from layerskip_jax.checkpoint.reading import (
     config_of,
     context_length,
     initial_model,
@@ -28,20 +32,16 @@ from layerskip_jax.checkpoint import (
     swept_settings,
 )
 from layerskip_jax.commands import decode
+from layerskip_jax.commands.export import export_model
 from layerskip_jax.config import Config, DecodeConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.errors import UserError
-from layerskip_jax.export import export_model
-from layerskip_jax.llama import weights
-from layerskip_jax.llama.config_json import config_json, read_model_config
-from layerskip_jax.llama.tokenizer_files import tokenizer_files
-from layerskip_jax.llama.weights import write_weights
 from layerskip_jax.model import Transformer, rotary_frequencies
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.train_step import Trainer
-from layerskip_jax.training import train
+from layerskip_jax.training.loop import train
+from layerskip_jax.training.step import Trainer
 
 REFERENCE = np.load(Path(__file__).parent / "fixtures" / "llama_reference.npz")
 LLAMA = {
@@ -82,7 +82,7 @@ def write_llama(folder, config, arrays, tokenizer=None, dtype="float32"):
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return Tokenizer.load(corpus.tokenizer)
+    return load_tokenizer(corpus.tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_decode_takes_a_folder_and_says_what_the_model_says(llama, capsys):
         said[kind] = json.loads(capsys.readouterr().out.splitlines()[0])["tokens"]
     model, _, tokenizer_path = load_model(str(llama))
     settings = DecodeConfig(exit_layer=2, max_new_tokens=24)
-    generator = TextGenerator(model.unstacked(), Tokenizer.load(str(tokenizer_path)), settings)
+    generator = TextGenerator(model.unstacked(), load_tokenizer(str(tokenizer_path)), settings)
     assert said["full"] == generator.generate(["def x"]).completions[0].tokens
     assert said["int8"]
     assert swept_settings(str(llama), []) == {}
@@ -331,7 +331,7 @@ def test_a_folder_without_a_tokenizer_is_told_to_get_one(model, tmp_path):
     write_llama(tmp_path, model.config, named_arrays(model))
     _, _, tokenizer_path = load_model(str(tmp_path))
     with pytest.raises(UserError, match=r"has no tokenizer: put its tokenizer\.json or tokenizer\.model beside"):
-        Tokenizer.load(str(tokenizer_path))
+        load_tokenizer(str(tokenizer_path))
 
 
 def test_training_starts_from_a_folder_and_exports_to_one(corpus, tokenizer, llama, model, tmp_path):

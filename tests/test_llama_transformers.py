@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason=PEERS)
 transformers = pytest.importorskip("transformers", reason=PEERS)
 
 from benchmarks.parity import SHAPES, compare, make, tensors_of  # noqa: E402
-from layerskip_jax.checkpoint import load_model, named_arrays  # noqa: E402
+from layerskip_jax.checkpoint.reading import load_model, named_arrays  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 

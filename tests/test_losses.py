@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import Program, taken_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
 
-from layerskip_jax.compiled import Program, taken_in
-from layerskip_jax.layer_dropout import apply_masked, draw_kept
-from layerskip_jax.losses import INNER_EXIT, LAST_EXIT, Batch, Draw, exit_losses
-from layerskip_jax.skipping import apply_skipping
+from layerskip_jax.data.batch import Batch
+from layerskip_jax.recipe.fused_exit_loss import INNER_EXIT, LAST_EXIT, Draw, exit_losses
+from layerskip_jax.recipe.layer_dropout import apply_masked, draw_kept
+from layerskip_jax.recipe.skipping import apply_skipping
 
 B, T, V, L = 3, 12, 61, 4
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from models import tiny_config, tiny_model
 
 from layerskip_jax.config import ModelConfig
+from layerskip_jax.data.batch import Batch
 from layerskip_jax.errors import UserError
-from layerskip_jax.losses import Batch, exit_losses
 from layerskip_jax.model import Positions, empty_cache, parameter_count, rotary_frequencies, rotate, run_layers
+from layerskip_jax.recipe.fused_exit_loss import exit_losses
 
 REFERENCE = np.load(Path(__file__).parent / "fixtures" / "llama_reference.npz")
 REFERENCE_CONFIGS = {

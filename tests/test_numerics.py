@@ -28,16 +28,17 @@ from flax import nnx
 from models import tiny_config, tiny_model
 
 from layerskip_jax.attention import LayerCache, attend_documents, write_cache
+from layerskip_jax.data.batch import Batch
 from layerskip_jax.decoding.engine import prefill, run_rounds
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.prompt_lookup import look_up
 from layerskip_jax.decoding.rounds import SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics, emit
-from layerskip_jax.early_exit import cross_entropy
-from layerskip_jax.losses import Batch, Draw, exit_losses
 from layerskip_jax.model import unembed
-from layerskip_jax.skipping import apply_skipping
+from layerskip_jax.recipe.early_exit import cross_entropy
+from layerskip_jax.recipe.fused_exit_loss import Draw, exit_losses
+from layerskip_jax.recipe.skipping import apply_skipping
 
 
 def normal(seed, *shape):

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import Config, DataConfig, ModelConfig
+from layerskip_jax.data.documents import Pair
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.position import Position, read_positions
 from layerskip_jax.data.pretokenize import pretokenize
-from layerskip_jax.data.sources import Pair, open_documents
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.sources import open_documents
 from layerskip_jax.errors import UserError
 
 WORDS = st.text("ab =\n漢", max_size=12)
@@ -41,7 +42,7 @@ def config_of(corpus, folder, **changes):
 @settings(max_examples=25)
 def test_exactly_the_responses_count(corpus, tmp_path_factory, pairs):
     """Read back from the batches: each document whole, and under the mask its response and its EOS, as cut to a row."""
-    tokenizer = Tokenizer.load(corpus.tokenizer)
+    tokenizer = load_tokenizer(corpus.tokenizer)
     config = config_of(corpus, write(tmp_path_factory.getbasetemp() / "property", pairs))
     expected = []
     for prompt, response in pairs:

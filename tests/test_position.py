@@ -21,7 +21,7 @@ from layerskip_jax.data import pipeline
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.position import Position, read_positions
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.run_checkpoints import same_rows
+from layerskip_jax.training.checkpoints import same_rows
 
 
 def position(iterator, rows, folder, process=0, processes=1):

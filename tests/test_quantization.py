@@ -10,10 +10,10 @@ from models import tiny_model
 
 from layerskip_jax.decoding.engine import generate, run_rounds, start
 from layerskip_jax.decoding.policies import Adaptive, Fixed
+from layerskip_jax.decoding.quantization import OUTPUT_AXES, quantized, with_weights
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import UserError
-from layerskip_jax.quantization import OUTPUT_AXES, quantized, with_weights
 
 
 def bytes_of(tree):

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evidence
-from layerskip_jax import export, plots, report, sweep
 from layerskip_jax.command_line import add_settings, make_parser, parse_config
+from layerskip_jax.commands import evaluate as evaluation
+from layerskip_jax.commands import export, plots, report, sweep
+from layerskip_jax.commands import lm_eval as harness
+from layerskip_jax.commands import tasks as generation
 from layerskip_jax.commands.prompts import add_prompt_options
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation import __main__ as evaluation
-from layerskip_jax.evaluation import generation, harness
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,13 +27,13 @@ PAGES = {page.name: page.read_text() for page in (ROOT / "README.md", *sorted((R
 OTHERS = {"hf", "kill", "gcloud", "export", "ssh-add", "kubectl", "docker", "tpu/pod"}
 PROGRAMS = {"make", "python", "pip", "pytest", "layerskip-train", "layerskip-decode", *OTHERS}
 OF_CHECKPOINTS = {
-    "layerskip_jax.export": export.main,
-    "layerskip_jax.sweep": sweep.main,
+    "layerskip_jax.commands.export": export.main,
+    "layerskip_jax.commands.sweep": sweep.main,
     "layerskip_jax.evaluation": evaluation.main,
-    "layerskip_jax.evaluation.generation": generation.main,
-    "layerskip_jax.evaluation.harness": harness.main,
-    "layerskip_jax.plots": plots.main,
-    "layerskip_jax.report": report.main,
+    "layerskip_jax.commands.tasks": generation.main,
+    "layerskip_jax.commands.lm_eval": harness.main,
+    "layerskip_jax.commands.plots": plots.main,
+    "layerskip_jax.commands.report": report.main,
 }
 
 
@@ -141,7 +142,7 @@ def test_commands_are_what_the_programs_take(command, monkeypatch):
         assert all(f'"{word}"' in source for word in words[3:] if word.startswith("--"))
     else:
         assert words[1:3] == ["-m", "layerskip_jax.data"]
-        assert words[3] in (ROOT / "layerskip_jax/data/__main__.py").read_text()
+        assert words[3] in (ROOT / "layerskip_jax/commands/data.py").read_text()
         parser = make_parser("")
         parser.add_argument("--out")
         parse_config(parser, words[4:])

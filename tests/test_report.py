@@ -17,14 +17,14 @@ from hypothesis.extra import numpy as arrays
 from matplotlib import pyplot
 from models import tiny_model
 
-from layerskip_jax import report, sweep
-from layerskip_jax.checkpoint import store_swept
+from layerskip_jax.checkpoint.reading import store_swept
+from layerskip_jax.commands import report, sweep
+from layerskip_jax.commands.plots import _draw_schedules
 from layerskip_jax.config import Config, EarlyExitConfig, TrainConfig
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.token_exits import settling_exits, token_exits
-from layerskip_jax.metrics import MetricsWriter, read_records
-from layerskip_jax.plots import _draw_schedules
+from layerskip_jax.training.monitoring.metrics import MetricsWriter, read_records
 
 
 @given(arrays.arrays(int, st.tuples(st.integers(1, 6), st.integers(1, 8)), elements=st.integers(0, 2)))
@@ -38,7 +38,7 @@ def test_the_settling_exit_is_the_earliest_after_which_none_differs(next_LT):
 
 
 def test_each_exit_says_what_the_model_cut_there_would(corpus):
-    tokenizer = Tokenizer.load(corpus.tokenizer)
+    tokenizer = load_tokenizer(corpus.tokenizer)
     model = tiny_model(4, vocab_size=tokenizer.vocab_size, num_layers=2).unstacked()
     figure = token_exits(model, tokenizer, "def x", 5)
     assert len(figure.settled) == len(figure.said) <= 5

@@ -21,15 +21,16 @@ import pytest
 from corpora import VOCABULARY
 
 from benchmarks.reliability import HARMLESS, damage, kills, restored
-from layerskip_jax import plots, training
-from layerskip_jax.checkpoint import DamagedCheckpoint, load_model
+from layerskip_jax.checkpoint.reading import DamagedCheckpoint, load_model
+from layerskip_jax.commands import plots
 from layerskip_jax.commands import train as command
 from layerskip_jax.config import Config, DataConfig, DistributedConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.train_step import Trainer
-from layerskip_jax.training import train
+from layerskip_jax.training import loop as training
+from layerskip_jax.training.loop import train
+from layerskip_jax.training.step import Trainer
 
 EVERY, STEPS = 4, 13
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from test_decoding_text import decoded, run_folder
 
-from layerskip_jax import sweep
-from layerskip_jax.checkpoint import SWEPT, find_checkpoint, swept_settings
-from layerskip_jax.commands import decode
+from layerskip_jax.checkpoint.reading import SWEPT, find_checkpoint, swept_settings
+from layerskip_jax.commands import decode, sweep
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.cost import Overhead, round_cost
 from layerskip_jax.errors import UserError

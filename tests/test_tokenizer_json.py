@@ -8,10 +8,11 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
+from layerskip_jax.data.load_tokenizer import load_tokenizer, tokenizer_in
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import SPACE, Tokenizer, tokenizer_in
+from layerskip_jax.data.tokenizer import SPACE
 from layerskip_jax.errors import UserError
-from layerskip_jax.llama.tokenizer_files import tokenizer_files
 
 TEXTS = st.text(
     st.one_of(st.sampled_from(" \n\tabdefx=("), st.characters(codec="utf-8", exclude_characters=SPACE + "<"))
@@ -22,10 +23,10 @@ TEXTS = st.text(
 def exported(corpus, tmp_path_factory):
     """Our SentencePiece model, and the tokenizer.json made of it."""
     folder = tmp_path_factory.mktemp("exported")
-    ours = Tokenizer.load(corpus.tokenizer)
+    ours = load_tokenizer(corpus.tokenizer)
     for name, content in tokenizer_files(ours).items():
         (folder / name).write_bytes(content)
-    return ours, Tokenizer.load(str(folder / "tokenizer.json"))
+    return ours, load_tokenizer(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_the_written_json_encodes_as_sentencepiece_does(exported, text):
 
 @given(text=TEXTS)
 def test_byte_level_decoding_gives_the_text_back_bit_by_bit(byte_level, text):
-    tokenizer, before = Tokenizer.load(str(byte_level / "tokenizer.json")), ""
+    tokenizer, before = load_tokenizer(str(byte_level / "tokenizer.json")), ""
     ids = tokenizer.encode(text)
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
     for n in range(len(ids) + 1):
@@ -71,7 +72,7 @@ def test_byte_level_decoding_gives_the_text_back_bit_by_bit(byte_level, text):
 
 
 def test_it_pickles_and_lies_beside_its_settings(byte_level):
-    tokenizer = Tokenizer.load(str(tokenizer_in(byte_level)))
+    tokenizer = load_tokenizer(str(tokenizer_in(byte_level)))
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again == tokenizer
     assert again.encode("def x") == tokenizer.encode("def x")
@@ -103,4 +104,4 @@ def test_files_that_cannot_be_used_are_named(byte_level, tmp_path, content, sett
     if settings is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=message):
-        Tokenizer.load(str(tmp_path / "tokenizer.json"))
+        load_tokenizer(str(tmp_path / "tokenizer.json"))

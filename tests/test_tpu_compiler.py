@@ -36,12 +36,12 @@ from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.rounds import SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import UserError
-from layerskip_jax.flops import PEAK_FLOPS
 from layerskip_jax.locations import keep_compiled_programs
 from layerskip_jax.model import Transformer
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import AXES, make_mesh
-from layerskip_jax.train_step import Trainer
+from layerskip_jax.training.monitoring.flops import PEAK_FLOPS
+from layerskip_jax.training.step import Trainer
 from tpu.compile_ahead import devices_of
 
 pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")

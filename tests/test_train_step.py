@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import device_groups
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import tiny_config
 
-from layerskip_jax import train_step
-from layerskip_jax.compiled import device_groups
 from layerskip_jax.config import (
     Config,
     DataConfig,
@@ -24,11 +23,13 @@ from layerskip_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from layerskip_jax.data.batch import Batch
 from layerskip_jax.errors import UserError
-from layerskip_jax.losses import Batch
-from layerskip_jax.recipe import Above, Recipe
+from layerskip_jax.evaluation.exits import summed_losses
+from layerskip_jax.recipe.recipe import Above, Recipe
 from layerskip_jax.sharding import AXES, batch_sharding, make_mesh
-from layerskip_jax.train_step import Trainer
+from layerskip_jax.training import step as train_step
+from layerskip_jax.training.step import Trainer
 
 ONE_DEVICE = Mesh(
     np.array(jax.devices()[:1]).reshape(1, 1, 1, 1),
@@ -236,14 +237,14 @@ def test_every_optimizer_lowers_the_loss(name):
     config = changed(LAYERSKIP, optimizer={"name": name, "learning_rate": rate, "clip_norm": 1.0})
     trainer, batch = trainer_of(config), make_batch(config)
     state = trainer.init()
-    first = np.asarray(trainer.evaluate(state.model, batch)[0])
+    first = np.asarray(summed_losses(state.model, batch, trainer.mesh, config.train.loss_chunk)[0])
     for _ in range(12):
         state, _ = trainer.step(state, batch)
-    assert (np.asarray(trainer.evaluate(state.model, batch)[0]) < first).all()
+    assert (np.asarray(summed_losses(state.model, batch, trainer.mesh, config.train.loss_chunk)[0]) < first).all()
 
 
 def test_weight_decay_leaves_the_norms_alone():
-    from layerskip_jax.optimizer import decayed
+    from layerskip_jax.training.optimizer import decayed
 
     marks = decayed(trainer_of(PLAIN).init().model)
     norms = marks.final_norm_D, marks.blocks.attention_norm_D, marks.blocks.ffn_norm_D

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from corpora import VOCABULARY
 
-from layerskip_jax import training
-from layerskip_jax.checkpoint import find_checkpoint, load_model, named_arrays, read_config
+from layerskip_jax.checkpoint.reading import find_checkpoint, load_model, named_arrays, read_config
+from layerskip_jax.commands.evaluate import table
+from layerskip_jax.commands.plots import plot_run, read_metrics
 from layerskip_jax.config import (
     Config,
     DecodeConfig,
@@ -26,13 +27,12 @@ from layerskip_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import train_tokenizer
 from layerskip_jax.errors import Interrupted, UserError
-from layerskip_jax.evaluation.__main__ import table
 from layerskip_jax.evaluation.exits import quality_of_checkpoint
-from layerskip_jax.plots import plot_run, read_metrics
-from layerskip_jax.training import train
+from layerskip_jax.training import loop as training
+from layerskip_jax.training.loop import train
 
 STEPS = 13
 

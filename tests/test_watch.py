@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip_jax.config import Config, DataConfig, LayerDropoutConfig, ModelConfig, TrainConfig
-from layerskip_jax.flops import flops_per_token, step_flops
-from layerskip_jax.goodput import PHASES, Goodput
-from layerskip_jax.watch import Profiler, Watchdog
+from layerskip_jax.training.monitoring.flops import flops_per_token, step_flops
+from layerskip_jax.training.monitoring.goodput import PHASES, Goodput
+from layerskip_jax.training.monitoring.watch import Profiler, Watchdog
 
 
 class Clock:

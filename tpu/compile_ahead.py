@@ -22,18 +22,18 @@ os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
 import jax
 import numpy as np
+from hlo import Program, Work, taken_in
 from jax.experimental import topologies
 
 from layerskip_jax.command_line import make_parser, parse_config
-from layerskip_jax.compiled import Program, Work, taken_in
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, run_command
-from layerskip_jax.flops import PEAK_FLOPS, attention_flops, flops_per_token, step_flops
 from layerskip_jax.locations import keep_compiled_programs
-from layerskip_jax.losses import INNER_EXIT, LAST_EXIT
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.fused_exit_loss import INNER_EXIT, LAST_EXIT
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.train_step import Trainer
+from layerskip_jax.training.monitoring.flops import PEAK_FLOPS, attention_flops, flops_per_token, step_flops
+from layerskip_jax.training.step import Trainer
 
 
 class Chip(NamedTuple):

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     """Load a checkpoint, generate, and report; with ``--compare`` also against plain decoding."""
     parser = make_parser(
         "Generate text from a checkpoint of train.py or a Hugging Face Llama. Settings not given here are those that "
-        "python -m layerskip_jax.sweep found best and stored with the checkpoint, or else the checkpoint's own config."
+        "python -m layerskip_jax sweep found best and stored with the checkpoint, or else the checkpoint's own config."
     )
     parser.add_argument(
         "--checkpoint", metavar="RUN", required=True, help="run folder, one checkpoint in it, or a Hugging Face folder"
@@ -37,15 +37,15 @@ def main(argv: list[str] | None = None) -> None:
     given = given_settings(options, DecodeConfig)
 
     # After parsing, so that --help and mistakes answer at once.
-    from layerskip_jax.checkpoint import load_model, swept_settings
-    from layerskip_jax.data.tokenizer import Tokenizer
-    from layerskip_jax.decoding import terminal
+    from layerskip_jax.checkpoint.reading import load_model, swept_settings
+    from layerskip_jax.commands import terminal
+    from layerskip_jax.data.load_tokenizer import load_tokenizer
+    from layerskip_jax.decoding.quantization import with_weights
     from layerskip_jax.decoding.text import TextGenerator
-    from layerskip_jax.quantization import with_weights
 
     model, config, tokenizer_path = load_model(options.checkpoint, unstacked=True)
     settings = apply_overrides(config.decode, swept_settings(options.checkpoint, given) | given)
-    tokenizer = Tokenizer.load(str(tokenizer_path))
+    tokenizer = load_tokenizer(str(tokenizer_path))
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, not {options.batch_size}")
     prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)

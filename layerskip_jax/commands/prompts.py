@@ -56,7 +56,8 @@ def _of_json(file: str, number: int, line: str) -> str:
 
 def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
     """Return the beginnings of held-out documents: their prompts, so many characters, or half of a short one."""
-    from layerskip_jax.data.sources import Pair, open_documents
+    from layerskip_jax.data.documents import Pair
+    from layerskip_jax.data.sources import open_documents
 
     if count < 1:
         raise UserError(f"--held_out must be at least 1, not {count}")

@@ -20,9 +20,9 @@ def main(argv: list[str] | None = None) -> None:
     from layerskip_jax.distributed import joined
 
     with joined(config.distributed):
+        from layerskip_jax.commands.plots import plot_run
         from layerskip_jax.locations import keep_compiled_programs
-        from layerskip_jax.plots import plot_run
-        from layerskip_jax.training import train
+        from layerskip_jax.training.loop import train
 
         if jax.default_backend() != "cpu":
             keep_compiled_programs(config.train.run_dir)

@@ -11,15 +11,23 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from layerskip_jax.config import Config
-from layerskip_jax.data.sources import Document, Pair, open_documents
+from layerskip_jax.data.batch import Batch
+from layerskip_jax.data.documents import Document, Pair
+from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.distributed import own_rows
+from layerskip_jax.sharding import batch_sharding
 
 PACKING_BINS = 32
 """Rows that are filled at the same time with prompts and responses, each put into the first one that has room."""
@@ -49,7 +57,7 @@ def make_batches(
     `layerskip_jax.data.position` saves where an iterator is.
     """
     rows = range(batch_size) if rows is None else rows
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     length = config.data.sequence_length + 1
     tokenise = _TokenisePair(tokenizer, length) if config.data.prompt_key else _Tokenise(tokenizer)
     documents = grain.MapDataset.source(open_documents(config.data, split))
@@ -111,6 +119,26 @@ def _serve_to_the_end(worker: int, workers: int) -> None:
 def _shuffle(window: dict[str, np.ndarray], generator: np.random.Generator) -> dict[str, np.ndarray]:
     order = generator.permutation(len(window["mask_BT"]))
     return {name: array[order] for name, array in window.items()}
+
+
+def local_batches(config: Config, split: str, mesh: Mesh, epochs: int | None = None) -> grain.IterDataset:
+    """Return this process's rows of the batches: forever and shuffled, or ``epochs`` passes in order."""
+    size = config.train.batch_size
+    return make_batches(
+        config,
+        split,
+        batch_size=size,
+        rows=own_rows(batch_sharding(mesh), size),
+        epochs=epochs,
+        shuffle=epochs is None,
+        seed=config.train.seed,
+    )
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """Lay a batch out over the mesh, each process giving its own rows."""
+    lay = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return Batch(*(lay(batch[name]) for name in Batch._fields))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ from etils import epath
 from tqdm import tqdm
 
 from layerskip_jax.config import DataConfig
+from layerskip_jax.data.load_tokenizer import fingerprint, load_tokenizer
 from layerskip_jax.data.pipeline import document_tokens
 from layerskip_jax.data.sources import METADATA, open_documents
-from layerskip_jax.data.tokenizer import Tokenizer, fingerprint
+from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import locate
 
@@ -31,7 +32,7 @@ def pretokenize(config: DataConfig, out: str) -> dict[str, Any]:
     target = locate(out)
     if target.exists():
         raise UserError(f"{out} exists: give --out a new folder, or remove it first")
-    tokenizer = Tokenizer.load(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
     partial = target.parent / f"{target.name}.partial"
     if partial.exists():

@@ -6,42 +6,19 @@ A source has ``__len__`` and ``__getitem__``, as grain wants it, and can be pick
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
 from etils import epath
 
 from layerskip_jax.config import DataConfig
+from layerskip_jax.data.documents import Documents, Pair
+from layerskip_jax.data.load_tokenizer import fingerprint
 from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.locations import locate
 
-Document = str | np.ndarray
-"""A text (a `Pair`, where prompts have a field), or from the source ``tokens`` its token ids (int32)."""
-
 VALIDATION_PERCENT = 5
-
-
-class Pair(str):
-    """A prompt and its response, as one text (data.prompt_key); only the response has a loss."""
-
-    prompt: str
-    response: str
-
-    def __new__(cls, prompt: str, response: str) -> "Pair":
-        pair = super().__new__(cls, prompt + response)
-        pair.prompt, pair.response = prompt, response
-        return pair
-
-    def __reduce__(self) -> tuple[type["Pair"], tuple[str, str]]:
-        return Pair, (self.prompt, self.response)
-
-
-class Documents(Protocol):
-    """Random access to the documents of one split."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Document: ...
 
 
 def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Documents:
@@ -51,7 +28,7 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
     """
     if config.source == "python_stdlib" and not prepare and not (locate(config.data_dir) / "python_stdlib").exists():
         raise UserError(
-            f"the corpus python_stdlib is not prepared in {config.data_dir}: python -m layerskip_jax.data prepare "
+            f"the corpus python_stdlib is not prepared in {config.data_dir}: python -m layerskip_jax data prepare "
             f"--data.data_dir {config.data_dir}"
         )
     openers = {
@@ -66,14 +43,6 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
         where = config.path or config.name or config.source
         raise UserError(f"the {split!r} split of {where} is empty: there is no document to read")
     return documents
-
-
-def digest_of(documents: Documents) -> str:
-    """Return a digest of how many documents there are, and of the first and the last."""
-    digest = hashlib.sha256(str(len(documents)).encode())
-    for document in (documents[0], documents[len(documents) - 1]):
-        digest.update(document.encode(errors="surrogatepass") if isinstance(document, str) else document.tobytes())
-    return digest.hexdigest()
 
 
 class _Fields:
@@ -325,13 +294,11 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(
             f"no pretokenized corpus at {folder} (data.path): make one with "
-            "python -m layerskip_jax.data pretokenize --out FOLDER"
+            "python -m layerskip_jax data pretokenize --out FOLDER"
         ) from error
 
 
 def _open_tokens(config: DataConfig, split: str) -> Documents:
-    from layerskip_jax.data.tokenizer import fingerprint
-
     folder = locate(config.path)
     metadata = read_metadata(folder)
     if metadata["tokenizer_sha256"] != fingerprint(config.tokenizer):

@@ -18,7 +18,7 @@ from layerskip_jax.sharding import target_platform
 class Overhead(NamedTuple):
     """What speculation costs beyond the bytes of the weights, where arithmetic or operations take time.
 
-    As the settings of `DecodeConfig` of the same names, which `python -m layerskip_jax.sweep` measures.
+    As the settings of `DecodeConfig` of the same names, which `python -m layerskip_jax sweep` measures.
     """
 
     start_cost: float = 0.0

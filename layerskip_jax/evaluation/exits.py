@@ -10,16 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from layerskip_jax.checkpoint import load_model
+from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.command_line import apply_overrides
 from layerskip_jax.config import Config, LayerDropoutConfig, MeshConfig
+from layerskip_jax.data.batch import Batch
+from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.sources import open_documents
+from layerskip_jax.distributed import together
+from layerskip_jax.errors import UserError
 from layerskip_jax.model import Block, Transformer, run_layers
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.fused_exit_loss import exit_losses
 from layerskip_jax.sharding import make_mesh, shardings_of
-from layerskip_jax.train_step import Trainer
-from layerskip_jax.training import evaluate, local_batches, to_devices
 
 POSITIONS_AT_ONCE = 64
 """So many positions of each sequence are unembedded at once: [batch, length, vocab] is never held."""
@@ -40,6 +43,40 @@ class ExitQuality:
         """Return what was measured, for JSON."""
         named = {"held_out_loss": self.loss_L, "perplexity": self.perplexity_L, "agreement": self.agreement_L}
         return {f"{name}_by_exit": values.tolist() for name, values in named.items()}
+
+
+@partial(jax.jit, static_argnames=("mesh", "chunk"))
+def summed_losses(model: Transformer, batch: Batch, mesh: Mesh, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Return every exit's summed cross-entropy ``loss_L`` on ``batch`` and the number of tokens it sums over."""
+    losses = exit_losses(model, batch, jnp.ones(model.config.num_layers), chunk=chunk, train=False)
+    whole = NamedSharding(mesh, PartitionSpec())  # so that every process can read them
+    return jax.lax.with_sharding_constraint((losses.loss_L, jnp.sum(batch.mask_BT)), whole)
+
+
+def evaluate(model: Transformer, config: Config, mesh: Mesh) -> np.ndarray:
+    """Return ``loss_L``: the mean cross-entropy of every exit on held-out text [nats a token].
+
+    Every call reads the same first ``train.evaluate_batches`` batches of the validation split. All processes of a run
+    call it together. Raises `UserError` if no token of them counts.
+    """
+    batches = local_batches(config, config.data.validation_split, mesh, epochs=1)
+    total_L, tokens = np.zeros(config.model.num_layers), 0.0
+
+    def read() -> list[dict[str, np.ndarray]]:
+        return list(itertools.islice(batches, config.train.evaluate_batches))
+
+    with jax.set_mesh(mesh):
+        # Read first: a process with fewer batches than the others would leave them waiting for its next one.
+        for batch in together("number of held-out batches", read, len):
+            summed = summed_losses(model, to_devices(batch, mesh), mesh, config.train.loss_chunk)
+            loss_L, count = jax.device_get(summed)
+            total_L, tokens = total_L + loss_L, tokens + float(count)
+    if not tokens:
+        raise UserError(
+            f"no token of the first train.evaluate_batches {config.train.evaluate_batches} held-out batches counts: "
+            f"data.sequence_length {config.data.sequence_length} must be longer than their prompts (data.prompt_key)"
+        )
+    return total_L / tokens
 
 
 def over_positions(read: Callable[..., Any], x_BTD: jax.Array, *labels_BT: jax.Array) -> Any:
@@ -84,7 +121,7 @@ def exit_quality(model: Transformer, config: Config) -> ExitQuality:
     config = dataclasses.replace(config, mesh=MeshConfig(), layer_dropout=LayerDropoutConfig(), train=train)
     mesh = make_mesh(config, jax.devices()[: math.gcd(train.batch_size, jax.device_count())])
     model = jax.device_put(model, shardings_of(model, model, mesh))
-    loss_L = evaluate(Trainer(config, Recipe.from_config(config), mesh), model)
+    loss_L = evaluate(model, config, mesh)
     agreed_L, tokens = np.zeros(config.model.num_layers), 0.0
     batches = local_batches(config, config.data.validation_split, mesh, epochs=1)
     with jax.set_mesh(mesh):

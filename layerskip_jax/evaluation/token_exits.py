@@ -14,8 +14,8 @@ from layerskip_jax.decoding.request import BUCKET
 from layerskip_jax.decoding.rounds import Autoregressive
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.evaluation.exits import exit_predictions
+from layerskip_jax.evaluation.pictures import save_picture
 from layerskip_jax.model import Transformer
-from layerskip_jax.plots import save_picture
 
 LEGEND = "Coloured by the earliest exit from which on all exits say the token; grey: an exit that does not yet."
 

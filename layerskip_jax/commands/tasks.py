@@ -1,4 +1,4 @@
-"""Score what a model writes: ``python -m layerskip_jax.evaluation.generation --checkpoint RUN --task NAME=FILE``."""
+"""Score what a model writes: ``python -m layerskip_jax tasks RUN --task NAME=FILE``."""
 
 import dataclasses
 import json
@@ -9,16 +9,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from layerskip_jax.checkpoint import context_length, home, load_model, swept_settings
+from layerskip_jax.checkpoint.reading import context_length, home, load_model, swept_settings
 from layerskip_jax.command_line import add_settings, apply_overrides, given_settings, integer, make_parser, run_file
 from layerskip_jax.config import DecodeConfig
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.text import Completion, TextGenerator
-from layerskip_jax.errors import UserError, nearest, run_command
+from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.evaluation.examples import Example, read_file, read_tfds, require_fields
 from layerskip_jax.evaluation.tasks import TASKS, Task
 from layerskip_jax.model import Transformer
-from layerskip_jax.quantization import with_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(
         "Generate the answers of tasks with a checkpoint, in any mode and at any exit, and score them."
     )
-    parser.add_argument("--checkpoint", metavar="RUN", required=True, help="run folder, or one checkpoint in it")
+    parser.add_argument("run", metavar="RUN", help="run folder, or one checkpoint in it")
     parser.add_argument(
         "--task",
         metavar="NAME[=FILE]",
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
 
-    home(options.checkpoint)  # before examples are read, so that a mistake is said at once
+    home(options.run)  # before examples are read, so that a mistake is said at once
     asked = []
     for word in options.task:
         name, _, file = word.partition("=")
@@ -180,9 +181,9 @@ def main(argv: list[str] | None = None) -> None:
             task = dataclasses.replace(task, scores={**task.scores, **task.code_scores})
         asked.append((name, task, *read_examples(task, file, options.data_dir, options.limit)))
 
-    model, config, tokenizer_path = load_model(options.checkpoint)
-    settings = apply_overrides(config.decode, swept_settings(options.checkpoint, given) | given)
-    tokenizer = Tokenizer.load(str(tokenizer_path))
+    model, config, tokenizer_path = load_model(options.run)
+    settings = apply_overrides(config.decode, swept_settings(options.run, given) | given)
+    tokenizer = load_tokenizer(str(tokenizer_path))
     model = with_weights(model.unstacked(), settings.weights)
     results = {}
     for name, task, examples, shots in asked:
@@ -202,7 +203,3 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(_as_json(results[name], name, settings)))
     if not options.json:
         print(table(results))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layerskip_jax.layer_dropout import BlockFunction, Rows, apply_masked
+from layerskip_jax.recipe.layer_dropout import BlockFunction, Rows, apply_masked
 from layerskip_jax.sharding import on_each_device
 
 

@@ -11,9 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from layerskip_jax.attention import SAVED_OUTPUT
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.early_exit import ExitLoss, cross_entropy
-from layerskip_jax.layer_dropout import BlockFunction, Rows, apply_masked
+from layerskip_jax.data.batch import Batch
 from layerskip_jax.model import Block, Head, Transformer, compute_dtype, run_layers, unembed
+from layerskip_jax.recipe.early_exit import ExitLoss, cross_entropy
+from layerskip_jax.recipe.layer_dropout import BlockFunction, Rows, apply_masked
 from layerskip_jax.sharding import constrain, mesh_size, on_each_device, row_major, sum_over
 
 Apply = Callable[[BlockFunction, Block, Rows, jax.Array, jax.Array], jax.Array]
@@ -47,15 +48,6 @@ INPUTS_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
 ROWS = ("batch",)
 Labels = tuple[jax.Array, jax.Array, Any]
 """``targets_BT``, ``mask_BT`` and the guide of a recipe's exit loss, or a chunk of each."""
-
-
-class Batch(NamedTuple):
-    """Packed sequences: what `layerskip_jax.data.pipeline` yields."""
-
-    inputs_BT: jax.Array
-    targets_BT: jax.Array
-    segments_BT: jax.Array
-    mask_BT: jax.Array
 
 
 class Draw(NamedTuple):

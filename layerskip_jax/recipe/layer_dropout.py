@@ -4,7 +4,7 @@
     p_{l,t} = S(t) D(l) p_max                (eq. 2)
 
 ``D`` is a `LayerScale` and ``S`` a `TimeScale`: any pure function of the same signature can take their place in a
-`layerskip_jax.recipe.Recipe`. The draw is per sequence and takes the whole block.
+`layerskip_jax.recipe.recipe.Recipe`. The draw is per sequence and takes the whole block.
 """
 
 from collections.abc import Callable

@@ -13,13 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.compiler_options import compile_step
 from layerskip_jax.config import Config
-from layerskip_jax.layer_dropout import apply_masked, draw_kept
-from layerskip_jax.losses import Apply, Batch, Draw, exit_losses
+from layerskip_jax.data.batch import Batch
 from layerskip_jax.model import Transformer
-from layerskip_jax.optimizer import learning_rate, make_optimizer
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.fused_exit_loss import Apply, Draw, exit_losses
+from layerskip_jax.recipe.layer_dropout import apply_masked, draw_kept
+from layerskip_jax.recipe.recipe import Recipe
+from layerskip_jax.recipe.skipping import apply_skipping
 from layerskip_jax.sharding import batch_sharding, batch_shards, shardings_of
-from layerskip_jax.skipping import apply_skipping
+from layerskip_jax.training.optimizer import learning_rate, make_optimizer
 
 
 @flax.struct.dataclass
@@ -160,14 +161,6 @@ class Trainer:
             lowered = Trainer.step.lower(self, self.abstract_state(), batch)
             kind = self.mesh.devices.flat[0].device_kind
             return compile_step(lowered, kind, self.config.train.compiler_options)
-
-    @partial(jax.jit, static_argnums=0)
-    def evaluate(self, model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Return every exit's summed cross-entropy ``loss_L`` on ``batch`` and the number of tokens it sums over."""
-        ones_L = jnp.ones(self.config.model.num_layers)
-        losses = exit_losses(model, batch, ones_L, chunk=self.config.train.loss_chunk, train=False)
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        return jax.lax.with_sharding_constraint((losses.loss_L, jnp.sum(batch.mask_BT)), whole)
 
     def _draw(self, step: jax.Array, drop_rate_L: jax.Array) -> Draw | None:
         if self.recipe.p_max == 0:

@@ -1,4 +1,4 @@
-"""Which exit and draft length are fastest for a checkpoint: ``python -m layerskip_jax.sweep --checkpoint RUN``.
+"""Which exit and draft length are fastest for a checkpoint: ``python -m layerskip_jax sweep RUN``.
 
 Times every pair side by side on the same prompts, prints and draws the result, and stores the recommended setting with
 the checkpoint, where ``decode.py`` finds it.
@@ -15,19 +15,19 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from layerskip_jax.checkpoint import load_model, run_folder, store_swept
+from layerskip_jax.checkpoint.reading import load_model, run_folder, store_swept
 from layerskip_jax.command_line import add_settings, apply_overrides, given_settings, integer, make_parser
 from layerskip_jax.commands.prompts import add_prompt_options, read_prompts
 from layerskip_jax.config import DecodeConfig, ModelConfig
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import configured
 from layerskip_jax.decoding.cost import Overhead, predicted_speedup, round_cost
 from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.request import Generation
-from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation.pictures import write_figure
 from layerskip_jax.model import Transformer
-from layerskip_jax.plots import write_figure
-from layerskip_jax.quantization import with_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,9 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(
         "Time exits and draft lengths of a checkpoint on prompts, and store the fastest lossless way with it."
     )
-    parser.add_argument(
-        "--checkpoint", metavar="RUN", required=True, help="run folder, one checkpoint in it, or a Hugging Face folder"
-    )
+    parser.add_argument("run", metavar="RUN", help="run folder, one checkpoint in it, or a Hugging Face folder")
     add_prompt_options(parser)
     parser.add_argument(
         "--try_exits", metavar="E", type=integer, nargs="+", help="exits (default: L/8, L/4, 3L/8, L/2)"
@@ -214,14 +212,14 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_known_options(argv)
     given = given_settings(options, DecodeConfig)
 
-    model, config, tokenizer_path = load_model(options.checkpoint, unstacked=True)
+    model, config, tokenizer_path = load_model(options.run, unstacked=True)
     settings = apply_overrides(config.decode, given)
     layers = config.model.num_layers
     exits = sorted(set(options.try_exits or [max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4)]))
     lengths = sorted(set(options.try_lengths))
     if exits[0] < 1 or exits[-1] > layers or lengths[0] < 1 or options.repeats < 1:
         raise UserError(f"--try_exits must be in 1..{layers}, --try_lengths and --repeats at least 1")
-    tokenizer = Tokenizer.load(str(tokenizer_path))
+    tokenizer = load_tokenizer(str(tokenizer_path))
     held_out = options.held_out if options.prompt or options.prompts or options.held_out else 8
     texts = read_prompts(options.prompt, options.prompts, held_out, config)
     prompts = [tokenizer.encode_prompt(text) for text in texts]
@@ -245,15 +243,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"recommended: {said} ({winner.speedup:.2f}x plain decoding)")
     if options.no_store:
         return
-    picture = run_folder(options.checkpoint) / "plots" / "sweep.png"
+    picture = run_folder(options.run) / "plots" / "sweep.png"
     try:
         plot(grid, exits, lengths, picture)
-        file = store_swept(options.checkpoint, chosen, measured)
+        file = store_swept(options.run, chosen, measured)
     except OSError as error:
         raise UserError(f"what was measured cannot be stored: {error}; --no_store stores nothing") from error
     if not options.json:
         print(f"plot: {picture}\nstored: {file}; decode.py uses it by default")
-
-
-if __name__ == "__main__":
-    run_command(main)

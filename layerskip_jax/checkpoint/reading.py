@@ -1,9 +1,10 @@
 """One checkpoint: what is in it, and how it is read.
 
 Arrays lie in orbax items under the names they have in the code (``blocks.query_DNH``), model and optimizer apart:
-decoding reads the model alone. What is stored is data: nothing is unpickled or executed when it is read. Digests of the
-arrays (`layerskip_jax.digests`), the config and the data position lie beside them and are compared when they are read.
-`load_model` opens folders of Hugging Face Llamas (`layerskip_jax.llama`) as well.
+decoding reads the model alone. What is stored is data: nothing is unpickled or executed when it is read. Digests of
+the arrays (`layerskip_jax.checkpoint.digests`), the config and the data position are stored with them and compared when
+they are read.
+`load_model` opens folders of Hugging Face Llamas (`layerskip_jax.checkpoint.huggingface`) as well.
 """
 
 import dataclasses
@@ -20,18 +21,20 @@ import tensorstore
 from etils import epath
 from flax import nnx
 
+from layerskip_jax.checkpoint.digests import digests
+from layerskip_jax.checkpoint.huggingface.config_json import is_llama_folder, read_model_config
+from layerskip_jax.checkpoint.huggingface.weights import WeightFiles
 from layerskip_jax.config import Config, DecodeConfig, ModelConfig, from_dict
+from layerskip_jax.data.load_tokenizer import tokenizer_in
 from layerskip_jax.data.position import read_positions
-from layerskip_jax.data.tokenizer import TOKENIZER, Tokenizer, tokenizer_in
-from layerskip_jax.digests import digests
+from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
+from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError, nearest
-from layerskip_jax.llama.config_json import is_llama_folder, read_model_config
-from layerskip_jax.llama.weights import WeightFiles
 from layerskip_jax.locations import is_remote, locate
 from layerskip_jax.model import Block, DecodingBlock, Transformer, compute_dtype
 
 SWEPT = "decode.json"
-"""What `layerskip_jax.sweep` recommends for a run, beside its checkpoints."""
+"""What `layerskip_jax.commands.sweep` recommends for a run, beside its checkpoints."""
 
 
 def checkpoint_folder(config: Config) -> epath.Path:
@@ -306,7 +309,7 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
         settings = json.loads(file.read_text())["decode"]
         from_dict(settings, DecodeConfig)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
-        raise UserError(f"{file} is not what python -m layerskip_jax.sweep writes ({error}): remove it") from error
+        raise UserError(f"{file} is not what python -m layerskip_jax sweep writes ({error}): remove it") from error
     together = {"mode", "policy", "exit_layer", "draft_length", "exits"}
     left_out = set(given) | (together if together & set(given) else set())
     return {name: value for name, value in settings.items() if name not in left_out}

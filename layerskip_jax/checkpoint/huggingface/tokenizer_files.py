@@ -5,7 +5,8 @@ from typing import Any
 
 import sentencepiece
 
-from layerskip_jax.data.tokenizer import SPACE, SentencePiece, Tokenizer
+from layerskip_jax.data.sentencepiece_tokenizer import SentencePiece
+from layerskip_jax.data.tokenizer import SPACE, Tokenizer
 from layerskip_jax.data.tokenizer_json import SETTINGS
 from layerskip_jax.errors import UserError
 
@@ -44,7 +45,7 @@ def _as_json(tokenizer: SentencePiece) -> dict[str, Any]:
     if not plain or len(control) + len(normal) + len(byte_pieces) != len(model.pieces):
         raise UserError(
             "this SentencePiece model cannot be written as a tokenizer.json: it must be BPE without normalisation and "
-            "without user-defined pieces, as python -m layerskip_jax.data tokenizer trains it"
+            "without user-defined pieces, as python -m layerskip_jax data tokenizer trains it"
         )
     spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back: list[dict[str, Any]] = [

@@ -19,7 +19,7 @@ import numpy as np
 from layerskip_jax.config import Config, experiment
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import is_remote, locate
-from layerskip_jax.train_step import StepMetrics
+from layerskip_jax.training.step import StepMetrics
 
 METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 30

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from layerskip_jax.checkpoint.huggingface.config_json import read_json
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.llama.config_json import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

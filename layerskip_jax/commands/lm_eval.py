@@ -1,16 +1,16 @@
-"""Tasks of lm-eval-harness: ``python -m layerskip_jax.evaluation.harness --checkpoint RUN --tasks TASK [TASK ...]``."""
+"""Tasks of lm-eval-harness: ``python -m layerskip_jax lm-eval RUN --tasks TASK [TASK ...]``."""
 
 import json
 
-from layerskip_jax.checkpoint import context_length, home, load_model
+from layerskip_jax.checkpoint.reading import context_length, home, load_model
 from layerskip_jax.command_line import integer, make_parser
-from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("Run tasks of lm-eval-harness on a checkpoint, at any exit. Needs the extra lm_eval.")
-    parser.add_argument("--checkpoint", metavar="RUN", required=True, help="run folder, or one checkpoint in it")
+    parser.add_argument("run", metavar="RUN", help="run folder, or one checkpoint in it")
     parser.add_argument("--tasks", metavar="TASK", nargs="+", required=True, help="names of lm-eval tasks")
     parser.add_argument("--include_path", metavar="DIR", help="folder with yaml files of tasks of your own")
     parser.add_argument(
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line a task instead of the table")
     options = parser.parse_known_options(argv)
-    home(options.checkpoint)  # before lm-eval is imported, which takes a while
+    home(options.run)  # before lm-eval is imported, which takes a while
     try:
         from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         raise UserError(f"{error}: it comes with pip install 'layerskip-jax[lm_eval]'") from None
 
-    model, config, tokenizer_path = load_model(options.checkpoint)
+    model, config, tokenizer_path = load_model(options.run)
     lm = LayerSkipLM(
         model.unstacked(),
-        Tokenizer.load(str(tokenizer_path)),
+        load_tokenizer(str(tokenizer_path)),
         config.decode,
         max_length=options.max_length or context_length(config),
         exit_layer=options.exit_layer,
@@ -60,7 +60,3 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps({"task": task, "exit_layer": lm.exit_layer, **values}))
     else:
         print(make_table(results))
-
-
-if __name__ == "__main__":
-    run_command(main)

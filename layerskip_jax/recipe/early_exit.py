@@ -5,7 +5,7 @@
 
 Index l weighs the *output* of block l, which is "exit l+1": the model that runs blocks 0..l and then the head g.
 ``C`` is a `Curriculum`: any pure function of the same signature can take its place in a
-`layerskip_jax.recipe.Recipe`. t counts optimizer steps over the whole run, so a resumed run goes on where it was.
+`layerskip_jax.recipe.recipe.Recipe`. t counts optimizer steps over the whole run, so a resumed run continues there.
 """
 
 import dataclasses

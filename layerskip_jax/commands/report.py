@@ -1,4 +1,4 @@
-"""A run on one page: ``python -m layerskip_jax.report RUN`` writes pictures, and one HTML file that holds them all."""
+"""A run on one page: ``python -m layerskip_jax report RUN`` writes pictures, and one HTML file that holds them all."""
 
 import base64
 import html
@@ -7,15 +7,16 @@ import json
 import numpy as np
 from etils import epath
 
-from layerskip_jax.checkpoint import SWEPT, find_checkpoint, load_model
+from layerskip_jax.checkpoint.reading import SWEPT, find_checkpoint, load_model
 from layerskip_jax.command_line import integer, make_parser
+from layerskip_jax.commands.plots import plot_run
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import experiment
-from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation import token_exits
 from layerskip_jax.evaluation.exits import ExitQuality, quality_of_checkpoint
-from layerskip_jax.plots import plot_run, save_picture
+from layerskip_jax.evaluation.pictures import save_picture
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; }
@@ -44,7 +45,7 @@ def write_report(run: str, prompts: list[str] | None, new_tokens: int, batches: 
     """
     checkpoint = find_checkpoint(run)
     model, config, tokenizer_path = load_model(run)
-    tokenizer = Tokenizer.load(str(tokenizer_path))
+    tokenizer = load_tokenizer(str(tokenizer_path))
     folder = checkpoint.parent.parent
     plots = {path.stem: path for path in plot_run(str(folder))}
     sections = [("Loss of each exit over time", _image(plots["loss"]))]
@@ -61,7 +62,7 @@ def write_report(run: str, prompts: list[str] | None, new_tokens: int, batches: 
         best = f"<pre>{html.escape(stored.read_text())}</pre>" if stored.exists() else ""
         sections.append(("Acceptance and tokens/s over exit and draft length", _image(swept) + best))
     else:
-        command = f"<code>python -m layerskip_jax.sweep --checkpoint {html.escape(run)} --held_out 4</code>"
+        command = f"<code>python -m layerskip_jax sweep {html.escape(run)} --held_out 4</code>"
         sections.append(("Acceptance and tokens/s over exit and draft length", f"<p>Not swept yet: {command}</p>"))
     sections.append(("Drop rates and exit weights", _image(plots["schedules"])))
 
@@ -110,7 +111,3 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
     print(write_report(options.run, options.prompt, options.new_tokens, options.batches))
-
-
-if __name__ == "__main__":
-    run_command(main)

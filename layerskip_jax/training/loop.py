@@ -1,7 +1,6 @@
 """The training loop: from a config to a trained, evaluated and saved model. Read it from top to bottom."""
 
 import contextlib
-import itertools
 import signal
 import time
 from functools import partial
@@ -11,26 +10,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from layerskip_jax.bad_steps import BadSteps
-from layerskip_jax.checkpoint import initial_model
+from layerskip_jax.checkpoint.reading import initial_model
 from layerskip_jax.config import Config, experiment
-from layerskip_jax.data.pipeline import make_batches
+from layerskip_jax.data.documents import digest_of
+from layerskip_jax.data.load_tokenizer import fingerprint, load_tokenizer
+from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.position import Position
-from layerskip_jax.data.sources import digest_of, open_documents
-from layerskip_jax.data.tokenizer import Tokenizer, fingerprint
+from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.distributed import StopRequest, own_rows, together
-from layerskip_jax.errors import Interrupted, UserError
-from layerskip_jax.goodput import Goodput
-from layerskip_jax.losses import Batch
-from layerskip_jax.metrics import read_records
+from layerskip_jax.errors import Interrupted
+from layerskip_jax.evaluation.exits import evaluate
 from layerskip_jax.model import Transformer
-from layerskip_jax.progress import Progress, opening_line
-from layerskip_jax.recipe import Recipe
-from layerskip_jax.run_checkpoints import Checkpoints, make_run_folder
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import batch_sharding, make_mesh
-from layerskip_jax.train_step import StepMetrics, Trainer, TrainState
-from layerskip_jax.watch import Profiler
+from layerskip_jax.training.bad_steps import BadSteps
+from layerskip_jax.training.checkpoints import Checkpoints, make_run_folder
+from layerskip_jax.training.monitoring.goodput import Goodput
+from layerskip_jax.training.monitoring.metrics import read_records
+from layerskip_jax.training.monitoring.progress import Progress, opening_line
+from layerskip_jax.training.monitoring.watch import Profiler
+from layerskip_jax.training.step import StepMetrics, Trainer, TrainState
 
 
 def train(config: Config, recipe: Recipe | None = None) -> TrainState:
@@ -101,7 +102,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
                 saves = saves and (stopped or done == config.train.steps or not bad_steps.in_a_row)
             if evaluates:
                 with progress.during("evaluating"):
-                    progress.after_evaluation(done, evaluate(trainer, state.model))
+                    progress.after_evaluation(done, evaluate(state.model, config, mesh))
             if saves:
                 with progress.during("saving"):
                     checkpoints.save(state, position, last=bool(stopped) or done == config.train.steps)
@@ -126,57 +127,11 @@ def _read(config: Config) -> dict[str, str]:
 
 
 def _open(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator]:
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
     data = iter(local_batches(config, config.data.train_split, mesh))
     local_batches(config, config.data.validation_split, mesh, epochs=1)  # what cannot be read is said now, not later
     return tokenizer, data
-
-
-def local_batches(config: Config, split: str, mesh: Mesh, epochs: int | None = None) -> grain.IterDataset:
-    """Return this process's rows of the batches: forever and shuffled, or ``epochs`` passes in order."""
-    size = config.train.batch_size
-    return make_batches(
-        config,
-        split,
-        batch_size=size,
-        rows=own_rows(batch_sharding(mesh), size),
-        epochs=epochs,
-        shuffle=epochs is None,
-        seed=config.train.seed,
-    )
-
-
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """Lay a batch out over the mesh, each process giving its own rows."""
-    lay = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
-    return Batch(*(lay(batch[name]) for name in Batch._fields))
-
-
-def evaluate(trainer: Trainer, model: Transformer, split: str | None = None) -> np.ndarray:
-    """Return ``loss_L``: the mean cross-entropy of every exit on held-out text [nats a token].
-
-    The same first ``evaluate_batches`` batches of the validation split every time. Raises `UserError` if no token of
-    them counts.
-    """
-    config = trainer.config
-    batches = local_batches(config, split or config.data.validation_split, trainer.mesh, epochs=1)
-    total_L, tokens = np.zeros(config.model.num_layers), 0.0
-
-    def read() -> list[dict[str, np.ndarray]]:
-        return list(itertools.islice(batches, config.train.evaluate_batches))
-
-    with jax.set_mesh(trainer.mesh):
-        # Read first: a process with fewer batches than the others would leave them waiting for its next one.
-        for batch in together("number of held-out batches", read, len):
-            loss_L, count = jax.device_get(trainer.evaluate(model, to_devices(batch, trainer.mesh)))
-            total_L, tokens = total_L + loss_L, tokens + float(count)
-    if not tokens:
-        raise UserError(
-            f"no token of the first train.evaluate_batches {config.train.evaluate_batches} held-out batches counts: "
-            f"data.sequence_length {config.data.sequence_length} must be longer than their prompts (data.prompt_key)"
-        )
-    return total_L / tokens
 
 
 def _due(done: int, every: int, last: int) -> bool:

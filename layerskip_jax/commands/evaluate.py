@@ -1,10 +1,9 @@
-"""Every exit on held-out text, runs side by side: ``python -m layerskip_jax.evaluation RUN [RUN ...]``."""
+"""Every exit on held-out text, runs side by side: ``python -m layerskip_jax evaluate RUN [RUN ...]``."""
 
 import json
 
 from layerskip_jax.command_line import add_settings, integer, make_parser
 from layerskip_jax.config import DataConfig
-from layerskip_jax.errors import run_command
 from layerskip_jax.evaluation.exits import ExitQuality, quality_of_checkpoint
 
 
@@ -42,7 +41,3 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps({"run": run} | quality.as_dict()))
     else:
         print(table(qualities))
-
-
-if __name__ == "__main__":
-    run_command(main)

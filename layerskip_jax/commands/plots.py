@@ -1,23 +1,21 @@
-"""Pictures of a run, drawn from what it wrote: ``python -m layerskip_jax.plots RUN``."""
+"""Pictures of a run, drawn from what it wrote: ``python -m layerskip_jax plots RUN``."""
 
-import io
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from layerskip_jax.checkpoint import find_checkpoint, read_config
+from layerskip_jax.checkpoint.reading import find_checkpoint, read_config
 from layerskip_jax.command_line import make_parser
 from layerskip_jax.config import Config
-from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation.pictures import save_picture
 from layerskip_jax.locations import locate
-from layerskip_jax.metrics import METRICS, read_records
-from layerskip_jax.recipe import Recipe
+from layerskip_jax.recipe.recipe import Recipe
+from layerskip_jax.training.monitoring.metrics import METRICS, read_records
 
 
 def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
@@ -31,32 +29,6 @@ def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
             if isinstance(value, float):
                 values[name][record["step"]] = value
     return values
-
-
-def write_figure(figure: Any, file: epath.Path) -> None:
-    """Write a matplotlib figure as PNG to ``file``, also in a bucket, and close it."""
-    import matplotlib.pyplot as plt
-
-    png = io.BytesIO()
-    figure.savefig(png, dpi=110, format="png")
-    plt.close(figure)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(png.getvalue())
-
-
-def save_picture(
-    path: epath.Path, draw: Callable[[np.ndarray], None], panels: int = 2, size: tuple[float, float] = (12, 4.5)
-) -> epath.Path:
-    """Let ``draw`` fill ``panels`` axes side by side, of ``size`` [inches] together, and write them as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
-    draw(axes[0])
-    write_figure(figure, path)
-    return path
 
 
 def plot_run(run_dir: str) -> list[epath.Path]:
@@ -124,7 +96,3 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder that train.py wrote")
     for path in plot_run(parser.parse_known_options(argv).run):
         print(path)
-
-
-if __name__ == "__main__":
-    run_command(main)

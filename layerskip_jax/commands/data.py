@@ -1,4 +1,4 @@
-"""``python -m layerskip_jax.data COMMAND --config configs/NAME.py [overrides]``"""
+"""``python -m layerskip_jax data COMMAND --config configs/NAME.py [overrides]``"""
 
 import itertools
 import sys
@@ -7,11 +7,12 @@ import numpy as np
 
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.pretokenize import pretokenize
+from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.data.tokenizer import Tokenizer, train_tokenizer
-from layerskip_jax.errors import UserError, nearest, run_command
+from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.locations import locate
 
 COMMANDS = {
@@ -22,12 +23,12 @@ COMMANDS = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser("Prepare text for training. " + "; ".join(f"{k}: {v}" for k, v in COMMANDS.items()) + ".")
     parser.add_argument("command", metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("--overwrite", action="store_true", help="tokenizer: replace the one that is there")
     parser.add_argument("--out", metavar="FOLDER", help="pretokenize: where to write")
-    config, options = parse_config(parser)
+    config, options = parse_config(parser, argv)
     if options.command == "prepare":
         _prepare(config)
     elif options.command == "tokenizer":
@@ -54,7 +55,7 @@ def _prepare(config: Config) -> None:
 def _tokenizer(config: Config, overwrite: bool) -> None:
     path = config.data.tokenizer
     if locate(path).exists() and not overwrite:
-        Tokenizer.load(path).check_vocabulary(config.model.vocab_size)
+        load_tokenizer(path).check_vocabulary(config.model.vocab_size)
         print(f"{path} is there, with {config.model.vocab_size} pieces; --overwrite trains it anew")
         return
     documents = open_documents(config.data, config.data.train_split)
@@ -65,14 +66,10 @@ def _tokenizer(config: Config, overwrite: bool) -> None:
 
 
 def _show(config: Config, rows: int = 3) -> None:
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     batches = make_batches(config, config.data.train_split, batch_size=1, seed=config.train.seed)
     for batch in itertools.islice(batches, rows):
         inputs, segments = batch["inputs_BT"][0], batch["segments_BT"][0]
         cuts = np.flatnonzero(np.diff(segments)) + 1
         documents = [tokenizer.decode(part.tolist()) for part in np.split(inputs, cuts)]
         sys.stdout.write(" || ".join(documents) + f"\n{'-' * 40}\n")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from layerskip_jax import early_exit, layer_dropout
 from layerskip_jax.checks import require
 from layerskip_jax.config import Config
 from layerskip_jax.model import Transformer
+from layerskip_jax.recipe import early_exit, layer_dropout
 
 Guide = Callable[[Transformer, jax.Array, jax.Array], Any]
 """``(model, inputs_BT, segments_BT) -> arrays [B, T, ...]``, made before the exits run, for `Recipe.exit_loss`."""

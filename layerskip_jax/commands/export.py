@@ -1,6 +1,6 @@
-"""A run as a Hugging Face folder: ``python -m layerskip_jax.export RUN FOLDER``.
+"""A run as a Hugging Face folder: ``python -m layerskip_jax export RUN FOLDER``.
 
-The way back needs no command: `layerskip_jax.checkpoint.load_model` opens such folders, whoever wrote them.
+The way back needs no command: `layerskip_jax.checkpoint.reading.load_model` opens such folders, whoever wrote them.
 """
 
 import json
@@ -8,15 +8,15 @@ import json
 import jax.numpy as jnp
 from etils import epath
 
-from layerskip_jax.checkpoint import context_length, load_model, named_arrays
+from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
+from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
+from layerskip_jax.checkpoint.huggingface.weights import write_weights
+from layerskip_jax.checkpoint.reading import context_length, load_model, named_arrays
 from layerskip_jax.command_line import make_parser, one_of
 from layerskip_jax.config import Config
-from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import exit_layer_of
-from layerskip_jax.errors import UserError, run_command
-from layerskip_jax.llama.config_json import CONFIG, config_json
-from layerskip_jax.llama.tokenizer_files import tokenizer_files
-from layerskip_jax.llama.weights import write_weights
+from layerskip_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,7 +31,7 @@ def export_model(run: str, folder: str, dtype: str = "float32") -> Config:
     if target.exists():
         raise UserError(f"{folder} exists: name a new folder, or remove it first")
     model, config, tokenizer_path = load_model(run)
-    tokenizer = Tokenizer.load(str(tokenizer_path))
+    tokenizer = load_tokenizer(str(tokenizer_path))
     files = tokenizer_files(tokenizer)
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     said = config_json(config.model, context_length(config), dtype, bos, eos)
@@ -71,7 +71,3 @@ def main(argv: list[str] | None = None) -> None:
     exit_layer = exit_layer_of(config.decode, config.model.num_layers)
     print(f"{options.folder}: open it with transformers' AutoModelForCausalLM.from_pretrained")
     print(f"and draft with generate(..., assistant_early_exit={exit_layer})")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -12,7 +12,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from layerskip_jax.checkpoint import (
+from layerskip_jax.checkpoint.digests import digests
+from layerskip_jax.checkpoint.reading import (
     DamagedCheckpoint,
     checkpoint_folder,
     differences,
@@ -29,12 +30,12 @@ from layerskip_jax.checkpoint import (
     wrong_array,
 )
 from layerskip_jax.config import Config, experiment
+from layerskip_jax.data.load_tokenizer import load_tokenizer, tokenizer_in
 from layerskip_jax.data.position import Position
-from layerskip_jax.data.tokenizer import Tokenizer, tokenizer_in
-from layerskip_jax.digests import digests
+from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import first_said, together
 from layerskip_jax.errors import UserError
-from layerskip_jax.train_step import TrainState
+from layerskip_jax.training.step import TrainState
 
 
 class Checkpoints:
@@ -76,7 +77,7 @@ class Checkpoints:
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise `UserError` if the run has another tokenizer already: one run has one."""
         path = tokenizer_in(self.folder)
-        if path and Tokenizer.load(str(path)).files != tokenizer.files:
+        if path and load_tokenizer(str(path)).files != tokenizer.files:
             raise UserError(
                 f"the run {self._config.train.run_dir} was trained with another tokenizer than "
                 f"{self._config.data.tokenizer}: continue with --data.tokenizer {path}, or start a new --train.run_dir"

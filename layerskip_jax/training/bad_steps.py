@@ -10,8 +10,8 @@ from etils import epath
 
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError
-from layerskip_jax.run_checkpoints import Checkpoints
-from layerskip_jax.train_step import StepMetrics
+from layerskip_jax.training.checkpoints import Checkpoints
+from layerskip_jax.training.step import StepMetrics
 
 
 class BadSteps:

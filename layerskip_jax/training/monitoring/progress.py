@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from layerskip_jax.config import Config
-from layerskip_jax.flops import flops_per_token, peak_flops, step_flops
-from layerskip_jax.goodput import Goodput, Phase
-from layerskip_jax.metrics import MetricsWriter, per_exit, training_values
 from layerskip_jax.model import parameter_count
-from layerskip_jax.train_step import StepMetrics
-from layerskip_jax.watch import Watchdog
+from layerskip_jax.training.monitoring.flops import flops_per_token, peak_flops, step_flops
+from layerskip_jax.training.monitoring.goodput import Goodput, Phase
+from layerskip_jax.training.monitoring.metrics import MetricsWriter, per_exit, training_values
+from layerskip_jax.training.monitoring.watch import Watchdog
+from layerskip_jax.training.step import StepMetrics
 
 
 class Progress:

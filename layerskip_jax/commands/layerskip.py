@@ -1,0 +1,43 @@
+"""The command ``layerskip``: ``layerskip COMMAND ...``, or ``python -m layerskip_jax COMMAND ...``."""
+
+import importlib
+import sys
+
+from layerskip_jax.errors import UserError, nearest, run_command
+
+COMMANDS = {
+    "train": "pretrain a model with layer dropout and early-exit loss",
+    "decode": "generate text from a checkpoint",
+    "data": "prepare a corpus, train its tokenizer, store it as tokens, show training rows",
+    "evaluate": "print the loss, perplexity and agreement of every exit on held-out text",
+    "tasks": "score generated answers on the paper's tasks, or on your own",
+    "lm-eval": "run lm-evaluation-harness at any exit",
+    "sweep": "find the fastest exit and draft length of a checkpoint, and store them with it",
+    "plots": "draw the plots of a run again",
+    "report": "write one HTML page with all plots of a run",
+    "export": "write a run as a Hugging Face folder",
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{does}" for name, does in COMMANDS.items()]
+    return "\n".join(["usage: layerskip COMMAND ...", "", *lines, "", "layerskip COMMAND --help lists its options."])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command that ``argv`` names; a module of `layerskip_jax.commands` has its ``main``."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return
+    name = argv[0]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)} (layerskip --help lists all)")
+    sys.argv[0] = f"layerskip {name}"  # argparse prints it in the usage line
+    importlib.import_module(f"layerskip_jax.commands.{name.replace('-', '_')}").main(argv[1:])
+
+
+def run() -> None:
+    """The installed command ``layerskip``."""
+    run_command(main)

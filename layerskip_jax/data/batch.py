@@ -1,0 +1,14 @@
+"""A batch of packed sequences, on the host or on devices."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Batch(NamedTuple):
+    """Packed sequences: `layerskip_jax.data.pipeline` makes them."""
+
+    inputs_BT: jax.Array
+    targets_BT: jax.Array
+    segments_BT: jax.Array
+    mask_BT: jax.Array

@@ -1,0 +1,47 @@
+"""Open a tokenizer of either kind from its file."""
+
+import hashlib
+
+from etils import epath
+
+from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER, SentencePiece
+from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.data.tokenizer_json import JsonTokenizer
+from layerskip_jax.errors import UserError
+from layerskip_jax.locations import locate
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Load a SentencePiece ``.model`` or a ``.json``, local or gs://; raises `UserError` where there is none."""
+    file = locate(path)
+    if not file.is_file():
+        if (file.parent / "config.json").is_file():
+            raise UserError(
+                f"the Hugging Face folder {file.parent} has no tokenizer: put its tokenizer.json or "
+                f"{TOKENIZER} beside its config.json"
+            )
+        raise UserError(
+            f"no tokenizer at {path} (data.tokenizer): train one with "
+            "python -m layerskip_jax data tokenizer --config configs/NAME.py"
+        )
+    if file.suffix == ".json":
+        return JsonTokenizer.read(file)
+    tokenizer = SentencePiece(file.read_bytes())
+    try:
+        pieces = len(tokenizer._spelling)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} (data.tokenizer) is not a SentencePiece model, or is damaged") from error
+    if not pieces or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+        raise UserError(f"{path} (data.tokenizer) must have pieces for the beginning and the end of a text: BOS, EOS")
+    return tokenizer
+
+
+def tokenizer_in(folder: epath.Path) -> epath.Path | None:
+    """Return the tokenizer file of a folder: its ``tokenizer.json``, which transformers reads too, or the other."""
+    files = [folder / name for name in ("tokenizer.json", TOKENIZER)]
+    return next((file for file in files if file.is_file()), None)
+
+
+def fingerprint(path: str) -> str:
+    """Return the SHA-256 of a tokenizer's files, by which a pretokenized corpus knows its own."""
+    return hashlib.sha256(b"".join(load_tokenizer(path).files.values())).hexdigest()

@@ -1,0 +1,130 @@
+"""SentencePiece tokenizers, and how one is trained on any source."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import sentencepiece
+
+from layerskip_jax.data.documents import Documents
+from layerskip_jax.data.tokenizer import SPACE, Tokenizer
+from layerskip_jax.errors import UserError
+from layerskip_jax.locations import locate
+
+UNK, BOS, EOS = 0, 1, 2
+
+TOKENIZER = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class SentencePiece(Tokenizer):
+    """A SentencePiece model."""
+
+    model: bytes = field(repr=False)
+
+    @cached_property
+    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+
+    def __getstate__(self) -> dict[str, bytes]:
+        return {"model": self.model}
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {TOKENIZER: self.model}
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    @property
+    def bos_id(self) -> int:
+        return self._processor.bos_id()
+
+    @property
+    def eos_id(self) -> int:
+        return self._processor.eos_id()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of ``text``; `decode` gives the text back, whatever it is.
+
+        A model that was trained with a dummy prefix, as that of Llama 2, puts a space in front.
+        """
+        ids: list[int] = []
+        for part, piece in enumerate(text.split(SPACE)):
+            if part:
+                ids.extend(self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode())
+            ids.extend(self._processor.encode(piece.encode("utf-8", "replace").decode()))
+        return ids
+
+    @cached_property
+    def _spelling(self) -> list[bytes]:
+        processor, spelling = self._processor, []
+        for piece in range(processor.vocab_size()):
+            text = processor.id_to_piece(piece)
+            if processor.is_byte(piece):
+                spelling.append(bytes([int(text[3:5], 16)]))
+            elif processor.is_control(piece):
+                spelling.append(b"")
+            elif processor.is_unknown(piece):
+                spelling.append("\ufffd".encode())
+            else:
+                spelling.append(text.replace(SPACE, " ").encode())
+        return spelling
+
+
+def train_tokenizer(documents: Documents, path: str, vocab_size: int, sample_bytes: int = 8_000_000) -> SentencePiece:
+    """Train a BPE model with byte fallback on ``documents`` and write it to ``path``.
+
+    Nothing is normalised, and runs of spaces and newlines are pieces like any other: code comes back as it was.
+    Documents are taken evenly until ``sample_bytes``; the same documents give the same tokenizer. Raises `UserError`
+    if the text is too small for ``vocab_size`` pieces.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(documents, sample_bytes),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_by_whitespace=True,
+            max_sentence_length=1 << 20,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"SentencePiece cannot make {vocab_size} pieces (model.vocab_size) of this corpus: {error}"
+        ) from error
+    file = locate(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(model.getvalue())
+    return SentencePiece(model.getvalue())
+
+
+def _sentences(documents: Documents, sample_bytes: int) -> Iterator[str]:
+    """Yield lines, their newlines included, of documents taken evenly over the corpus."""
+    first = documents[0]
+    if not isinstance(first, str):
+        raise UserError("a tokenizer is trained on text, and this source (data.source) holds tokens")
+    taken, count = 0, len(documents)
+    stride = next(step for step in (7919, 104729, 1299709) if count % step)  # primes: visits every document once
+    for i in range(count):
+        text = str(documents[i * stride % count])
+        for start in range(0, len(text), 4000):
+            piece = text[start : start + 4000].replace("\0", " ")
+            taken += len(piece.encode("utf-8", "replace"))
+            yield piece
+        if taken >= sample_bytes:
+            return

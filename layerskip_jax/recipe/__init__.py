@@ -1,0 +1,1 @@
+"""The LayerSkip recipe: layer dropout, early exits and their loss."""

@@ -1,0 +1,1 @@
+"""Progress, metrics, goodput, FLOPs, profiles and the hang watchdog of a run."""
