@@ -1,22 +1,27 @@
-# Everything a newcomer needs: `make quickstart` and `make test`. Only Python 3.11 or newer is asked for.
+# Start with `make quickstart`; develop with `make check` and `make test`. All targets need only Python 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = runs/quickstart
 CONFIG = configs/quickstart.py
 BIN = $(VENV)/bin
+LAYERSKIP = $(BIN)/python -m layerskip_jax
 export JAX_PLATFORMS ?= $(if $(ACCELERATOR),,cpu)
 
-# The newest Python that is installed here, for `make test-newest`.
+# The newest installed Python, for `make test-newest`.
 NEWEST_PYTHON ?= $(firstword $(foreach python,python3.14 python3.13 python3.12,$(shell $(python) --version >/dev/null 2>&1 && echo $(python))))
 NEWEST_VENV ?= .venv-newest
-# What differs most between versions of jax: compiled TPU programs, numerics, sharding, losses, decoding, resuming.
+# These depend most on the version of jax: compiled TPU programs, numerics, sharding, losses, decoding, resuming.
 NEWEST_TESTS = $(addprefix tests/test_,tpu_compiler.py numerics.py sharding.py losses.py train_step.py \
 	decoding_lossless.py decoding_sampling.py training.py)
 
-.PHONY: help quickstart test test-newest lint format docs bench clean
+# Fast tests that cover each package; modules that train a model or start processes are left to `make test`.
+CHECK_TESTS = $(addprefix tests/test_,config.py structure.py reading_cost.py early_exit.py layer_dropout.py model.py \
+	position.py pairs.py decoding_policies.py compiled.py maxtext_tpu.py tpu_files.py)
+
+.PHONY: help quickstart check test test-newest lint format docs bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 $(BIN)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, and $(PYTHON) is " + sys.version.split()[0])'
@@ -29,27 +34,30 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# Large pages for what a step allocates: on a CPU it is 1.2 times as fast (docs/training.md).
+# Large pages make a training step on a CPU about 1.2 times as fast (docs/training.md).
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-quickstart: $(BIN)/.installed  ## train a small LayerSkip model and generate with it (BASELINE=1: and a plain one beside it)
-	$(BIN)/python -m layerskip_jax data prepare --config $(CONFIG)
-	$(BIN)/python -m layerskip_jax data tokenizer --config $(CONFIG)
-	$(BIN)/python train.py --config $(CONFIG)
+quickstart: $(BIN)/.installed  ## train a small LayerSkip model and generate text (BASELINE=1: also train a plain model)
+	$(LAYERSKIP) data prepare --config $(CONFIG)
+	$(LAYERSKIP) data tokenizer --config $(CONFIG)
+	$(LAYERSKIP) train --config $(CONFIG)
 ifdef BASELINE
-	$(BIN)/python train.py --config $(CONFIG) --early_exit.curriculum none --layer_dropout.p_max 0 --train.run_dir $(RUN)_plain
+	$(LAYERSKIP) train --config $(CONFIG) --early_exit.curriculum none --layer_dropout.p_max 0 --train.run_dir $(RUN)_plain
 endif
-	$(BIN)/python -m layerskip_jax evaluate $(RUN) $(if $(BASELINE),$(RUN)_plain)
-	$(BIN)/python decode.py --checkpoint $(RUN) --prompt 'import os'
-	$(BIN)/python decode.py --checkpoint $(RUN) --held_out 8 --ignore_eos --compare --quiet
+	$(LAYERSKIP) evaluate $(RUN) $(if $(BASELINE),$(RUN)_plain)
+	$(LAYERSKIP) decode $(RUN) --prompt 'import os'
+	$(LAYERSKIP) decode $(RUN) --held_out 8 --ignore_eos --compare --quiet
 	@echo
 	@echo 'Next:'
-	@echo '  your own prompt     $(BIN)/python decode.py --checkpoint $(RUN) --prompt "class "'
-	@echo '  another exit        $(BIN)/python decode.py --checkpoint $(RUN) --held_out 8 --compare --quiet --exit_layer 4'
-	@echo '  a plain model too   make quickstart BASELINE=1'
-	@echo '  every setting       $(BIN)/python train.py --help'
-	@echo '  pictures            $(RUN)/plots'
+	@echo '  your own prompt      $(LAYERSKIP) decode $(RUN) --prompt "class "'
+	@echo '  another exit         $(LAYERSKIP) decode $(RUN) --held_out 8 --compare --quiet --exit_layer 4'
+	@echo '  also a plain model   make quickstart BASELINE=1'
+	@echo '  all settings         $(LAYERSKIP) train --help'
+	@echo '  plots                $(RUN)/plots'
 
-test: $(BIN)/.installed-dev  ## run the suite (under 30 minutes on 2 cores)
+check: lint  ## the linters and a fast subset of the tests (under 2 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 $(CHECK_TESTS)
+
+test: $(BIN)/.installed-dev  ## the whole test suite (under 20 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2
 
 $(BIN)/.installed-tpu: $(BIN)/.installed-dev
@@ -63,7 +71,7 @@ $(NEWEST_VENV)/.installed: pyproject.toml tpu/requirements.txt
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --constraint tpu/requirements.txt --editable '.[dev,tpu]'
 	@touch $@
 
-test-newest: $(NEWEST_VENV)/.installed  ## run the tests that depend on jax under the versions for TPUs (tpu/requirements.txt)
+test-newest: $(NEWEST_VENV)/.installed  ## the tests that depend most on jax, with the versions for TPUs (tpu/requirements.txt)
 	$(NEWEST_VENV)/bin/python -m pytest -n 2 $(NEWEST_TESTS)
 
 lint: $(BIN)/.installed-dev  ## ruff, mypy, import-linter and shellcheck
@@ -73,18 +81,17 @@ lint: $(BIN)/.installed-dev  ## ruff, mypy, import-linter and shellcheck
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck --external-sources --check-sourced tpu/pod tpu/worker.sh .ci/run
 
-format: $(BIN)/.installed-dev
+format: $(BIN)/.installed-dev  ## format the code, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(BIN)/.installed-dev  ## build the site of docs/ into build/docs; warnings are errors
+docs: $(BIN)/.installed-dev  ## build the documentation into build/docs; warnings are errors
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 	@echo 'open build/docs/index.html'
 
-bench: $(BIN)/.installed  ## what a step with exits costs, and how many lines there are to read
-	$(BIN)/python benchmarks/step_cost.py
-	$(BIN)/python benchmarks/lines_to_read.py
+bench: $(BIN)/.installed  ## the cost of an optimizer step with early exits and layer dropout
+	$(BIN)/python -m benchmarks.step_cost
 
-clean:
+clean:  ## remove environments and build outputs
 	rm -rf $(VENV) $(NEWEST_VENV) build dist *.egg-info

@@ -1,6 +1,7 @@
 """Generate: ``python decode.py --checkpoint runs/quickstart --prompt "def "``; ``--help`` lists every setting."""
 
-from layerskip_jax.commands.decode import run
+from layerskip_jax.commands.decode import main
+from layerskip_jax.errors import run_command
 
 if __name__ == "__main__":
-    run()
+    run_command(main)

@@ -1,4 +1,4 @@
-"""The page of `benchmarks.accelerator`: what its results file holds, as tables."""
+"""The Markdown page of `benchmarks.accelerator`: the tables of a results file."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(value: float | None, form: str = ",.0f", unit: str = "") -> str:
-    """Format a number, or a dash where it was not measured."""
+    """Format a number, or return a dash for None."""
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
@@ -22,12 +22,12 @@ def yes(value: bool) -> str:
 
 def device_section(device: Measured) -> str:
     memory = device["memory_bytes"]
-    changed = ", with changes that are not committed" if device["changed"] else ""
+    changed = ", with uncommitted changes" if device["changed"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in device["versions"].items())
     settings = ", ".join(f"{name}={value}" for name, value in device["environment"].items())
     rows = [
         ["devices", f"{device['count']} x {device['kind']}"],
-        ["memory of one", cell(memory and memory / 2**30, ".1f", " GiB for programs")],
+        ["memory per device", cell(memory and memory / 2**30, ".1f", " GiB available to programs")],
         ["host", device["host"]],
         ["runtime", " ".join(device["runtime"].split())],
         ["Python", device["python"]],
@@ -48,15 +48,15 @@ def rates_section(parts: dict[str, Measured]) -> str:
         ("copy_bandwidth", "TB/s", "sheet_bandwidth"),
         ("read_bandwidth", "TB/s", "sheet_bandwidth"),
     ):
-        what = {
-            "flops": f"matrix product, {rate['matmul_size']} cubed, {rate['matmul_dtype']}",
-            "copy_bandwidth": f"copy in place of {rate['megabytes']} MiB, reads and writes",
-            "read_bandwidth": f"sum of {rate['megabytes']} MiB, reads",
+        operation = {
+            "flops": f"matmul of {rate['matmul_size']} x {rate['matmul_size']} matrices, {rate['matmul_dtype']}",
+            "copy_bandwidth": f"negation of {rate['megabytes']} MiB in place: reads and writes",
+            "read_bandwidth": f"sum of {rate['megabytes']} MiB: reads",
         }[name]
         share = rate[name] / rate[sheet] if rate[sheet] else None
         data_sheet = cell(rate[sheet] and rate[sheet] / 1e12, ",.3f", f" {unit}")
-        rows.append([what, f"{rate[name] / 1e12:,.3f} {unit}", data_sheet, cell(share, ".0%")])
-    return "One device, best of five.\n\n" + table(["", "measured", "data sheet", "share"], rows)
+        rows.append([operation, f"{rate[name] / 1e12:,.3f} {unit}", data_sheet, cell(share, ".0%")])
+    return "One device, fastest of five repeats.\n\n" + table(["", "measured", "data sheet", "share"], rows)
 
 
 def attention_section(parts: dict[str, Measured]) -> str:
@@ -72,9 +72,9 @@ def attention_section(parts: dict[str, Measured]) -> str:
         for name, part in parts.items()
     ]
     return (
-        f"In bfloat16: {shape}; {one['documents']} documents packed. Differences are the largest ones from XLA's "
-        "attention in float32, as a share of the largest value; those of `xla` show what bfloat16 alone does.\n\n"
-        + table(["backend", "output", "gradients", "forward and backward [ms]"], rows)
+        f"In bfloat16: {shape}; {one['documents']} packed documents. Each error is the largest difference from XLA's "
+        "float32 attention over the largest value; the errors of `xla` are due to bfloat16 alone.\n\n"
+        + table(["backend", "error of the output", "error of the gradients", "forward and backward [ms]"], rows)
     )
 
 
@@ -88,25 +88,25 @@ def training_section(parts: dict[str, Measured]) -> str:
         ]
         for name, one in step["recipes"].items()
     ]  # fmt: skip
-    head = ["recipe", "median step [s]", "tokens/s", "MFU", "of the measured rate", "of the first",
-            "temporaries [GiB]", "compiled in [s]"]  # fmt: skip
+    head = ["recipe", "median step [s]", "tokens/s", "MFU", "of the measured matmul rate", "time over plain",
+            "temporaries [GiB]", "compile time [s]"]  # fmt: skip
     mesh = ", ".join(f"{axis} {size}" for axis, size in step["mesh"].items() if size > 1) or "one device"
     peak = step["peak_bytes"]
     refused = "".join(f"\n\nOut of memory: {tried}." for tried in step["out_of_memory"])
     return (
         f"{step['model']} ({step['parameters'] / 1e9:.2f}B parameters), {step['batch_size']} x {step['length']} random "
         f"tokens, AdamW, remat {step['remat']}, attention {step['attention']}; {mesh}. {step['steps']} steps of each "
-        f"recipe, in turn; the bar is {step['bar']}x the plain step. Peak memory of a device until then: "
+        f"recipe, in turn; target: at most {step['bar']}x the plain step. Peak memory of a device so far: "
         f"{cell(peak and peak / 2**30, '.1f', ' GiB')}.\n\n{table(head, rows)}{refused}"
     )
 
 
-SPECULATION = ["accepted of drafted", "tokens a round", "tokens/s", "speed-up", "by bytes", "measured / by bytes",
-               "text of plain decoding"]  # fmt: skip
+SPECULATION = ["acceptance", "tokens per round", "tokens/s", "speedup", "cost model", "measured / cost model",
+               "same text as plain"]  # fmt: skip
 
 
 def speculation(one: Measured) -> list[str]:
-    same = "yes" if one["identical"] else f"the first {one['same_tokens']:.1%}"
+    same = "yes" if one["identical"] else f"first {one['same_tokens']:.1%}"
     return [
         cell(one["acceptance"], ".3f"), cell(one["tokens_per_round"], ".2f"), cell(one["tokens_per_second"]),
         cell(one["speedup"], ".2f", "x"), cell(one["predicted"], ".2f", "x"),
@@ -122,15 +122,18 @@ def decoding_section(parts: dict[str, Measured]) -> str:
         for rows, part in parts.items()
     ]  # fmt: skip
     forced = [
-        [rows, f"{way['forced']:.1f}", *speculation(way)] for rows, part in parts.items() for way in part["speculative"]
+        [rows, f"{setting['forced']:.1f}", *speculation(setting)]
+        for rows, part in parts.items()
+        for setting in part["speculative"]
     ]
     return (
-        f"One device; {one['shape']['num_layers']} layers x {one['shape']['dim']} with random weights of "
-        f"{one['weight_bytes'] / 1e9:.3f} GB a pass; a cache of {one['cache']}, {one['prompt']} tokens in and "
-        f"{one['new_tokens']} out, greedy. The limit is that of reading the weights at the measured bandwidth.\n\n"
-        + table(["rows", "plain tokens/s", "limit", "share", "the known text"], plain)
-        + f"\n\nSelf-speculation from exit {one['exit_layer']} with {one['draft_length']} drafts a round; how many are "
-        "accepted is forced.\n\n" + table(["rows", "forced", *SPECULATION], forced)
+        f"One device; {one['shape']['num_layers']} layers x {one['shape']['dim']} with random weights "
+        f"({one['weight_bytes'] / 1e9:.3f} GB); a cache of {one['cache']} positions, {one['prompt']} prompt tokens and "
+        f"{one['new_tokens']} new tokens, greedy. The limit assumes that each pass only reads all weights at the "
+        "measured bandwidth.\n\n"
+        + table(["rows", "plain tokens/s", "limit", "share of the limit", "expected text"], plain)
+        + f"\n\nSelf-speculative decoding from exit {one['exit_layer']} with {one['draft_length']} drafts per round; "
+        "the acceptance is forced.\n\n" + table(["rows", "forced acceptance", *SPECULATION], forced)
     )
 
 
@@ -140,17 +143,21 @@ def trained_section(parts: dict[str, Measured]) -> str:
     by_exit = [
         [str(number), cell(loss, ".3f"), cell(agrees, ".1%")] for number, (loss, agrees) in enumerate(exits, start=1)
     ]
-    ways = [
-        [f"E={way['exit_layer']} d={way['draft_length']}", f"{way['plain_tokens_per_second']:,.0f}", *speculation(way)]
-        for way in run["speculative"]
+    settings = [
+        [
+            f"E={setting['exit_layer']} d={setting['draft_length']}",
+            f"{setting['plain_tokens_per_second']:,.0f}",
+            *speculation(setting),
+        ]
+        for setting in run["speculative"]
     ]
     return (
         f"{run['shape']['num_layers']} layers x {run['shape']['dim']}, {run['steps']} steps of "
         f"{run['batch_size']} x {run['length']} tokens in {run['seconds']:.0f} s ({run['tokens_per_second']:,.0f} "
-        f"tokens/s); the corpus has about {run['corpus_tokens'] / 1e6:.1f}M.\n\n"
-        + table(["exit", "held-out loss", "next token as the last exit's"], by_exit)
+        f"tokens/s); the corpus has about {run['corpus_tokens'] / 1e6:.1f}M tokens.\n\n"
+        + table(["exit", "held-out loss", "agreement with the last exit"], by_exit)
         + f"\n\n{run['prompts']} held-out prompts, one at a time, {run['new_tokens']} new tokens each, greedy.\n\n"
-        + table(["setting", "plain tokens/s", *SPECULATION], ways)
+        + table(["setting", "plain tokens/s", *SPECULATION], settings)
     )
 
 
@@ -161,12 +168,12 @@ SECTIONS: dict[str, Callable[[dict[str, Measured]], str]] = {
 
 
 def page(results: dict[str, Any]) -> str:
-    """Return the page of a results file: a table for every section, or a line that says why there is none."""
+    """Return the page of a results file: per section its tables, and a line for each skipped or failed part."""
     device = results["device"]
-    # No page leads here by itself, and Sphinx wants to be told so.
+    # `orphan`: no toctree contains this page, which Sphinx would warn about.
     blocks = ["---\norphan: true\n---", f"# {device['count']} x {device['kind']}"]
     if device["tiny"]:
-        blocks.append("Tiny shapes, to see that all of it runs: these numbers say nothing of the device.")
+        blocks.append("A test with tiny shapes: these numbers do not describe the device.")
     blocks += ["## device", device_section(device)]
     for section, lay_out in SECTIONS.items():
         parts = {name: part for name, part in results["parts"].items() if name.split("/")[0] == section}

@@ -1,4 +1,4 @@
-"""How large `benchmarks.accelerator` measures, how long it may take, and what its parts know of each other."""
+"""The sizes and time limits of `benchmarks.accelerator`, and the `Bench` that each part receives."""
 
 import dataclasses
 import time
@@ -8,6 +8,8 @@ from typing import Any
 import jax
 
 from layerskip_jax.config import ModelConfig
+from layerskip_jax.errors import UserError
+from layerskip_jax.presets import LAYERSKIP_1B5
 
 Measured = dict[str, Any]
 
@@ -18,21 +20,21 @@ def llama(layers: int, dim: int, heads: int, ffn_dim: int, vocab_size: int, dtyp
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The shapes of every part. ``FULL`` is for accelerators; ``TINY`` shows on any machine that all parts run."""
+    """The sizes of all parts: ``FULL`` for accelerators, ``TINY`` to test them on any machine."""
 
     matmul: int
     """Rows and columns of the matrices in ``rates``."""
     matmul_dtype: str
     megabytes: int
-    """The array that ``rates`` copies and reads: larger than any cache."""
+    """Size of the array that ``rates`` copies and reads: larger than any cache."""
     attention: tuple[int, int, int, int]
     """Batch, length, heads and head width."""
     models: dict[str, ModelConfig]
-    """Models to train a step of, largest first: the first that fits is timed."""
+    """Models of ``training``, largest first; the first that fits is timed."""
     length: int
     """Tokens in a training sequence."""
     rows: tuple[int, ...]
-    """Sequences on a device in a training step, most first."""
+    """Sequences per device in a training step, most first."""
     turns: int
     """Timed steps of each recipe."""
     decoder: ModelConfig
@@ -42,18 +44,18 @@ class Sizes:
     """Positions of the cache in ``decoding``."""
     new_tokens: int
     repeats: int
-    """Timed generations of each way to decode."""
+    """Timed generations of each strategy."""
     trained: ModelConfig
     trained_rows: int
     trained_length: int
     trained_seconds: float
-    """Optimizer steps of ``trained`` take so long at most."""
+    """Limit on the training time of ``trained``."""
     trained_epochs: int
-    """And so many passes over the corpus, after which the model would only learn it by heart."""
+    """Limit on its passes over the corpus, after which it would only memorize the corpus."""
     speculation: tuple[tuple[int, int], ...]
-    """Exit layers and draft lengths to time in ``trained``, while time is left."""
+    """Pairs of exit layer and draft length that ``trained`` times while time is left."""
     needs: dict[str, float]
-    """Seconds without which a part is not begun, by section: our estimate of what it takes, compilation included."""
+    """Estimated seconds per part of a section, compilation included; a part does not start with less time left."""
 
 
 FULL = Sizes(
@@ -62,7 +64,7 @@ FULL = Sizes(
     megabytes=2048,
     attention=(1, 4096, 16, 128),
     models={
-        "1.5B": llama(24, 2048, 16, 5632, 32_000, "bfloat16"),  # configs/scratch_1b5.py
+        "1.5B": dataclasses.replace(LAYERSKIP_1B5, compute_dtype="bfloat16"),
         "0.8B": llama(24, 1536, 12, 4224, 32_000, "bfloat16"),
         "0.4B": llama(24, 1024, 8, 2816, 32_000, "bfloat16"),
         "0.1B": llama(12, 768, 6, 2048, 32_000, "bfloat16"),
@@ -70,7 +72,7 @@ FULL = Sizes(
     length=4096,
     rows=(8, 4, 2, 1),
     turns=10,
-    decoder=llama(24, 2048, 16, 5632, 32_000, "bfloat16"),
+    decoder=dataclasses.replace(LAYERSKIP_1B5, compute_dtype="bfloat16"),
     exit_layer=8,
     draft_length=6,
     cache=512,
@@ -110,28 +112,32 @@ TINY = Sizes(
 )
 
 
+class ImpossibleHereError(UserError):
+    """This device cannot run the part at all, for example because the backend needs another platform."""
+
+
 @dataclasses.dataclass
 class Bench:
-    """What a part is given: its sizes, the time that is left, and what was measured before it."""
+    """What a part receives: the sizes, the deadline, and the figures of the parts before it."""
 
     sizes: Sizes
     ends: float
-    """On the clock of `time.monotonic`."""
+    """The deadline, on the clock of `time.monotonic`."""
     measured: dict[str, Measured] = dataclasses.field(default_factory=dict)
 
     def left(self) -> float:
-        """Return the seconds that are left."""
+        """Return the seconds until the deadline."""
         return self.ends - time.monotonic()
 
     def rate(self, name: str) -> float | None:
-        """Return a rate that ``rates`` has measured, or None if it has not."""
+        """Return a figure of ``rates``, or None if it was not measured."""
         return self.measured.get("rates", {}).get(name)
 
 
 def seconds_of(call: Callable[[], Any], calls: int, repeats: int) -> float:
-    """Return the least seconds that a call takes, of ``repeats`` rows of ``calls``, after one that compiles.
+    """Return the seconds per call of the fastest of ``repeats`` batches of ``calls``, after one call that compiles.
 
-    Within a row the host does not wait, so that starting a call overlaps with the device's work on the one before.
+    Within a batch the host does not wait, so that dispatching a call overlaps the device's work on the previous one.
     """
     jax.block_until_ready(call())
     seconds = []

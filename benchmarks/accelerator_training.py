@@ -1,10 +1,9 @@
-"""The parts of `benchmarks.accelerator` about arithmetic: rates of the device, attention, and a training step."""
+"""The parts ``rates``, ``attention`` and ``training`` of `benchmarks.accelerator`."""
 
 import dataclasses
 import gc
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.accelerator_sizes import Bench, Measured, seconds_of
+from benchmarks.accelerator_sizes import Bench, ImpossibleHereError, Measured, seconds_of
+from benchmarks.common import Timings, in_turn
 from benchmarks.step_cost import random_batch
 from layerskip_jax.attention import attend_documents, choose_backend
 from layerskip_jax.command_line import apply_overrides
@@ -27,7 +27,7 @@ from layerskip_jax.training.monitoring.flops import PEAK_FLOPS, flops_per_token
 from layerskip_jax.training.step import Trainer
 
 PEAK_BANDWIDTH = {
-    # bytes/s between a JAX device and its memory, from its maker's data sheet
+    # bytes/s between a JAX device and its memory, from the data sheet
     "TPU v4": 1.2e12,
     "TPU v5 lite": 0.819e12,
     "TPU v5p": 2.765e12,
@@ -42,22 +42,22 @@ PEAK_BANDWIDTH = {
 BACKENDS = ("xla", "cudnn", "splash")
 
 RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
-    # settings of a recipe, for a number of layers; the first is what the others are compared with
+    # name -> settings, given the number of layers; the first is the baseline
     "plain": lambda layers: {},
     "paper": lambda layers: {  # LayerSkip table 1, pretraining from scratch
         "early_exit.curriculum": "rotational", "early_exit.dilation": layers - 1, "early_exit.e_scale": 0.2,
         "layer_dropout.p_max": 0.1,
     },
 }  # fmt: skip
-BAR = 1.08  # the paper's step, of the plain one
-STEPS = 50_000  # of the schedules: the timed steps are those from the middle on
-WARM_UP = 2  # steps of each recipe that are not timed
+BAR = 1.08  # for the time of the paper's step over the plain step
+STEPS = 50_000  # length of the schedules; the timed steps start in the middle
+WARM_UP = 2  # untimed steps of each recipe
 
 
 def rates(bench: Bench) -> Measured:
-    """Measure how fast one device multiplies matrices, copies and reads.
+    """Measure the FLOP/s of a matmul and the memory bandwidth of one device.
 
-    On random numbers: on zeros or ones a GPU uses less power, and is faster.
+    The arrays are random, because on constants a GPU draws less power and is faster.
     """
     size, dtype = bench.sizes.matmul, jnp.dtype(bench.sizes.matmul_dtype)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -69,7 +69,7 @@ def rates(bench: Bench) -> Measured:
     x_RC = jax.random.normal(keys[2], (bench.sizes.megabytes * 2**20 // (4 * 1024), 1024))
     total = jax.jit(jnp.sum)
     read = x_RC.nbytes / seconds_of(lambda: total(x_RC), calls=5, repeats=5)
-    negate = jax.jit(jnp.negative, donate_argnums=0)  # in place, so that no second array is held
+    negate = jax.jit(jnp.negative, donate_argnums=0)  # in place, to hold only one array
 
     def copy() -> jax.Array:
         nonlocal x_RC
@@ -86,7 +86,7 @@ def rates(bench: Bench) -> Measured:
 
 
 def packed(batch: int, length: int, heads: int, width: int) -> tuple[jax.Array, ...]:
-    """Return random queries, keys, values and output weights, and the segments of some packed documents."""
+    """Return random queries, keys, values and output weights, and the segments of packed documents."""
     *keys, ends_key = jax.random.split(jax.random.key(0), 5)
     arrays = (jax.random.normal(key, (batch, length, heads, width)) for key in keys)
     ends_BT = jax.random.uniform(ends_key, (batch, length)) < 8 / length
@@ -113,10 +113,13 @@ def output_and_gradients(
 def attention(backend: str, bench: Bench) -> Measured:
     """Compare a backend in bfloat16 with XLA's attention in float32, and time its forward and backward pass.
 
-    The differences of ``xla`` are those of bfloat16 itself. Raises `UserError` where the backend is not possible.
+    The differences of ``xla`` are due to bfloat16 alone. Raises `ImpossibleHereError` if the device lacks the backend.
     """
     batch, length, heads, width = bench.sizes.attention
-    choose_backend(backend, target_platform(), length, width, jnp.dtype(jnp.bfloat16))
+    try:
+        choose_backend(backend, target_platform(), length, width, jnp.dtype(jnp.bfloat16))
+    except UserError as error:
+        raise ImpossibleHereError(str(error)) from error
     *arrays, segments_BT = packed(*bench.sizes.attention)
     half = [array.astype(jnp.bfloat16) for array in arrays]
     with jax.default_matmul_precision("highest"):  # the reference starts from the same rounded arrays
@@ -132,27 +135,27 @@ def attention(backend: str, bench: Bench) -> Measured:
 
 
 def relative_difference(a: jax.Array, b: jax.Array) -> float:
-    """Return the largest difference, as a share of the largest value of ``b``."""
+    """Return the largest absolute difference over the largest absolute value of ``b``."""
     return float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
 
 
 def memory_of(device: jax.Device) -> float:
-    """Return the bytes that programs on ``device`` can use, infinity where it does not say."""
+    """Return the bytes that programs on ``device`` can use, or infinity if the backend does not report them."""
     return (device.memory_stats() or {}).get("bytes_limit") or math.inf
 
 
-def kept_bytes(config: Config, devices: int) -> float:
-    """Return the bytes that a step surely holds on a device: parameters, moments, gradients, and what remat keeps."""
-    model, kept = config.model, config.model.dim
-    if config.train.remat == "dots":  # queries, keys, values, what they attend to, gate and up, and two outputs
+def least_bytes(config: Config, devices: int) -> float:
+    """Return a lower bound on a step's bytes per device: parameters, moments, gradients and saved activations."""
+    model, saved = config.model, config.model.dim
+    if config.train.remat == "dots":  # queries, keys, values, attention output, gate and up, and two block outputs
         heads = 2 * model.num_heads + 2 * model.num_kv_heads
-        kept += heads * model.head_dim + 2 * model.ffn_dim + 2 * model.dim
+        saved += heads * model.head_dim + 2 * model.ffn_dim + 2 * model.dim
     positions = config.train.batch_size // devices * config.data.sequence_length
-    return 16 * parameter_count(model) / devices + 2 * kept * model.num_layers * positions
+    return 16 * parameter_count(model) / devices + 2 * saved * model.num_layers * positions
 
 
 def candidates(bench: Bench) -> Iterator[tuple[str, Config]]:
-    """Yield what to try, best first: a larger model before a smaller one, then less recomputation, then more rows."""
+    """Yield configs to try: larger models first, then less rematerialization, then larger batches."""
     devices, sizes = jax.local_device_count(), bench.sizes
     for (name, model), remat, rows in itertools.product(sizes.models.items(), ("dots", "full"), sizes.rows):
         train = TrainConfig(steps=STEPS, batch_size=rows * devices, remat=remat, loss_chunk=min(256, sizes.length))
@@ -167,30 +170,31 @@ def candidates(bench: Bench) -> Iterator[tuple[str, Config]]:
 
 
 def training(bench: Bench) -> Measured:
-    """Time a step under each recipe, in turn, with the largest model and batch that fit."""
+    """Time the step of each recipe with the largest model and batch that fit. Steps of the recipes alternate."""
     devices, memory = jax.local_device_count(), memory_of(jax.local_devices()[0])
     refused: list[str] = []
     for name, config in candidates(bench):
         tried = f"{name}, remat {config.train.remat}, {config.train.batch_size} sequences"
-        # A step needs more than `kept_bytes` (12 % more: 1.5B, remat full, 1 row, by the compiler for TPU v6e).
-        if kept_bytes(config, devices) > 0.85 * memory:
+        # A step needs more than `least_bytes`: 12 % more for the 1.5B with remat full and 1 row, according to XLA:TPU.
+        if least_bytes(config, devices) > 0.85 * memory:
             continue
         try:
-            return {"model": name, "out_of_memory": refused} | timed_recipes(config, bench)
+            return {"model": name, "out_of_memory": refused} | time_recipes(config, bench)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
         print(f"training: out of memory: {tried}", flush=True)
         refused.append(tried)
-        gc.collect()  # frees what the failed step held
+        gc.collect()  # frees the arrays of the failed step
         jax.clear_caches()
         if bench.left() < 0:
-            raise TimeoutError(f"no time is left to try smaller ones; out of memory: {'; '.join(refused)}")
-    raise UserError(f"no model fits a device of {memory / 2**30:.1f} GiB; out of memory: {'; '.join(refused) or '-'}")
+            raise TimeoutError(f"no time is left to try smaller models; out of memory: {'; '.join(refused)}")
+    out_of_memory = "; ".join(refused) or "-"
+    raise ImpossibleHereError(f"no model fits a device of {memory / 2**30:.1f} GiB; out of memory: {out_of_memory}")
 
 
-def timed_recipes(config: Config, bench: Bench) -> Measured:
-    """Compile the step of every recipe, take some in turn, and return what each cost."""
+def time_recipes(config: Config, bench: Bench) -> Measured:
+    """Compile the step of every recipe, time their steps in turn, and return the figures of each."""
     configs = {name: apply_overrides(config, settings(config.model.num_layers)) for name, settings in RECIPES.items()}
     mesh, compiled, compile_seconds = make_mesh(config, jax.local_devices()), {}, {}
     trainers = {name: Trainer(one, Recipe.from_config(one), mesh) for name, one in configs.items()}
@@ -198,57 +202,59 @@ def timed_recipes(config: Config, bench: Bench) -> Measured:
         began = time.perf_counter()
         compiled[name] = trainer.compile_step()
         compile_seconds[name] = time.perf_counter() - began
-    seconds, objectives = in_turn(trainers, compiled, bench)
+    timings, objectives = time_steps(trainers[next(iter(RECIPES))], compiled, bench)
 
-    peak, first = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"), next(iter(RECIPES))
     tokens = config.train.batch_size * config.data.sequence_length
-    per_token, sheet = flops_per_token(config), PEAK_FLOPS.get(jax.local_devices()[0].device_kind)
-    rows = {}
-    for name, times in seconds.items():
-        rate = tokens / statistics.median(times)
-        share = lambda peak, rate=rate: rate * per_token / (peak * mesh.size) if peak else None  # noqa: E731
-        rows[name] = {
-            "seconds": statistics.median(times), "tokens_per_second": rate, "mfu": share(sheet),
-            "mfu_of_measured": share(bench.rate("flops")), "objective": objectives[name],
-            "of_plain": statistics.median(a / b for a, b in zip(times, seconds[first], strict=True)),
+    rows = {
+        name: {
+            "seconds": timings.median(name), "tokens_per_second": tokens / timings.median(name),
+            **utilization(config, tokens / timings.median(name), mesh.size, bench),
+            "objective": objectives[name], "of_plain": timings.ratio(name, next(iter(RECIPES))),
             "temporary_bytes": compiled[name].memory_analysis().temp_size_in_bytes,
             "compile_seconds": compile_seconds[name],
-        }  # fmt: skip
+        }
+        for name in RECIPES
+    }  # fmt: skip
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "parameters": parameter_count(config.model), "shape": dataclasses.asdict(config.model),
-        "remat": config.train.remat, "attention": attention_of(config), "batch_size": config.train.batch_size,
+        "remat": config.train.remat, "attention": attention_backend(config), "batch_size": config.train.batch_size,
         "length": config.data.sequence_length, "mesh": dict(mesh.shape), "peak_bytes": peak, "bar": BAR,
-        "steps": len(seconds[first]), "recipes": rows,
+        "steps": len(timings.seconds[next(iter(RECIPES))]), "recipes": rows,
     }  # fmt: skip
 
 
-def attention_of(config: Config) -> str:
-    """Return the attention backend that a training step of ``config`` takes."""
+def utilization(config: Config, tokens_per_second: float, devices: int, bench: Bench) -> Measured:
+    """Return the model FLOP/s over the data sheet's peak (MFU), and over the measured matmul rate."""
+    flops = tokens_per_second * flops_per_token(config) / devices
+    sheet, measured = PEAK_FLOPS.get(jax.local_devices()[0].device_kind), bench.rate("flops")
+    return {"mfu": flops / sheet if sheet else None, "mfu_of_measured": flops / measured if measured else None}
+
+
+def attention_backend(config: Config) -> str:
+    """Return the attention backend of a training step of ``config``."""
     model, dtype = config.model, compute_dtype(config.model)
     return choose_backend(model.attention, target_platform(), config.data.sequence_length, model.head_dim, dtype)
 
 
-def in_turn(
-    trainers: dict[str, Trainer], compiled: dict[str, jax.stages.Compiled], bench: Bench
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Return the seconds of every recipe's steps, and its last objective.
+def time_steps(
+    trainer: Trainer, compiled: dict[str, jax.stages.Compiled], bench: Bench
+) -> tuple[Timings, dict[str, float]]:
+    """Return the timings of every recipe's steps, and the last objective of each.
 
-    All recipes step the same state in turn, so that the memory of one is enough. What a step costs does not depend on
-    the values in it.
+    All recipes update one state in turn, so that the memory for one is enough: the time of a step does not depend on
+    the values.
     """
-    trainer = next(iter(trainers.values()))
     batch = jax.device_put(random_batch(trainer.config), batch_sharding(trainer.mesh))
     state = trainer.init()
     state = dataclasses.replace(state, step=jax.device_put(np.int32(STEPS // 2), state.step.sharding))
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
     objectives = {}
-    for turn in range(WARM_UP + bench.sizes.turns):
-        for name, step in compiled.items():
-            began = time.perf_counter()
-            state, metrics = step(state, batch)
-            objectives[name] = float(metrics.objective)  # waits for the step
-            if turn >= WARM_UP:
-                seconds[name].append(time.perf_counter() - began)
-        if turn > WARM_UP and bench.left() < 0:
-            break
-    return seconds, objectives
+
+    def update(name: str) -> None:
+        nonlocal state
+        state, metrics = compiled[name](state, batch)
+        objectives[name] = float(metrics.objective)  # waits for the step
+
+    updates = {name: partial(update, name) for name in compiled}
+    timings = in_turn(updates, bench.sizes.turns, WARM_UP, out_of_time=lambda: bench.left() < 0)
+    return timings, objectives

@@ -1,30 +1,29 @@
-"""The adaptive policy against fixed settings on three kinds of prompt: ``python benchmarks/adaptive.py RUN``.
+"""The adaptive policy against fixed settings on three kinds of prompt: ``python -m benchmarks.adaptive RUN``.
 
-RUN is a run folder of train.py on Python code (``make quickstart``). Code: the beginnings of held-out documents; prose:
-docstrings out of them; tables: literals in a regular pattern. For each kind all pairs of exit and draft length, the
-adaptive policy over the same exits, confidence stops and prompt lookup are timed in turn, texts compared with plain
-decoding's. Then the lossy exit by confidence: how much of the full model's text is kept, for which speed.
+RUN is the run folder of a model of Python code (``make quickstart``). The kinds are code (beginnings of held-out
+documents), prose (docstrings of the documents) and tables (literals in a regular pattern). For each kind, all pairs of
+exit and draft length, the adaptive policy over the same exits, the confidence policy and prompt lookup are timed in
+turn, and their texts compared with those of plain decoding. Then follows early exit by confidence, which is lossy: how
+often its next token is the full model's, and how fast it is.
 """
 
 import argparse
 import ast
 import dataclasses
 import json
-import platform
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import flax
-import jax
 import numpy as np
 
+from benchmarks.common import add_json_option, header, write_json
 from layerskip_jax.checkpoint.reading import load_model
-from layerskip_jax.commands.sweep import Measurement, adaptive_way, fitted_overhead, measure
+from layerskip_jax.commands.sweep import Measurement, adaptive_config, fit_overhead, measure
 from layerskip_jax.config import Config, DecodeConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.decoding.configure import configured
+from layerskip_jax.decoding.configure import configure
 from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.errors import UserError, run_command
@@ -38,7 +37,7 @@ TABLES = [
 
 
 def prompts_of_kinds(config: Config, per_kind: int) -> dict[str, list[str]]:
-    """Return prompts of each kind; code and prose are out of held-out documents."""
+    """Return prompts of each kind. Code and prose come from held-out documents."""
     documents = open_documents(config.data, config.data.validation_split)
     code, prose = [], []
     for index in range(len(documents)):
@@ -59,22 +58,25 @@ def prompts_of_kinds(config: Config, per_kind: int) -> dict[str, list[str]]:
 
 
 def exit_curve(model: Transformer, prompts: list[list[int]], config: DecodeConfig, repeats: int) -> list[dict]:
-    """Accuracy and speed of exit by confidence: per step along the full model's own text, against its next token."""
+    """Return the accuracy and the speed of exit by confidence for several thresholds.
+
+    Accuracy: how often the next token is the full model's, at every eighth position of the full model's text.
+    """
     rows = []
     plain = dataclasses.replace(config, mode="autoregressive")
-    full = [generate(model, [p], config.max_new_tokens, configured(plain, model)[1]) for p in prompts]
+    full = [generate(model, [p], config.max_new_tokens, configure(plain, model)[1]) for p in prompts]
     for threshold in (0.3, 0.5, 0.7, 0.9, 0.99):
         lossy = dataclasses.replace(config, mode="early_exit", exit_threshold=threshold)
-        step = configured(lossy, model)[1]
+        strategy = configure(lossy, model)[1]
         ratios, right, counted = [], 0, 0
         for _ in range(repeats + 1):
-            theirs = [generate(model, [p], config.max_new_tokens, configured(plain, model)[1]) for p in prompts]
-            ours = [generate(model, [p], config.max_new_tokens, step) for p in prompts]
+            theirs = [generate(model, [p], config.max_new_tokens, configure(plain, model)[1]) for p in prompts]
+            ours = [generate(model, [p], config.max_new_tokens, strategy) for p in prompts]
             ratios.append(sum(g.seconds for g in theirs) / sum(g.seconds for g in ours))
         for prompt, text in zip(prompts, full, strict=True):
             for cut in range(0, len(text.tokens[0]), 8):
                 known = [*prompt, *text.tokens[0][:cut]]
-                one = generate(model, [known], 1, step, max_length=1024).tokens[0]
+                one = generate(model, [known], 1, strategy, max_length=1024).tokens[0]
                 right, counted = right + (one == text.tokens[0][cut : cut + 1]), counted + 1
         exits = {exit_layer: sum(g.exit_rounds[exit_layer] for g in ours) for exit_layer in ours[0].exit_rounds}
         rows.append(
@@ -86,18 +88,18 @@ def exit_curve(model: Transformer, prompts: list[list[int]], config: DecodeConfi
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Every way of decoding on every kind of prompt, each against plain decoding."""
+    """Every decoding setting on every kind of prompt, relative to plain decoding."""
 
-    names: list[str]  # of the ways after plain decoding; the first `fixed` have a fixed exit and length
+    names: list[str]  # of the settings after plain decoding; the first ``fixed`` have a fixed exit and length
     fixed: int
     overhead: Overhead
-    measured: dict[str, list[Measurement]]  # kind -> plain decoding, then the ways
+    measured: dict[str, list[Measurement]]  # kind -> plain decoding, then the settings
 
     def speedups(self, kind: str) -> np.ndarray:
         return np.array([m.speedup for m in self.measured[kind][1:]])
 
     def summary(self) -> Iterator[dict[str, Any]]:
-        """Yield a row a kind: the best fixed setting and the other ways; then one of all kinds together."""
+        """Yield a row per kind with the best fixed setting and the other policies, then a row for all kinds."""
         for kind, measured in self.measured.items():
             speedup, best = self.speedups(kind), int(np.argmax(self.speedups(kind)[: self.fixed]))
             others = dict(zip(self.names[self.fixed :], speedup[self.fixed :].tolist(), strict=True))
@@ -108,7 +110,7 @@ class Comparison:
                 "adaptive/best_fixed": others["adaptive"] / float(speedup[best]), "bar": 1.0,
                 "identical": all(m.identical for m in measured),
             }  # fmt: skip
-        # One setting for all: the time of all kinds together, each weighed by plain decoding's.
+        # One setting for all kinds: the total time, with each kind weighted to take plain decoding the same time.
         together = len(self.measured) / sum(1 / self.speedups(kind) for kind in self.measured)
         one, adaptive = int(np.argmax(together[: self.fixed])), float(together[self.names.index("adaptive")])
         yield {
@@ -120,42 +122,42 @@ class Comparison:
 def compare(
     model: Transformer, prompts: dict[str, list[list[int]]], base: DecodeConfig, exits: Sequence[int], repeats: int
 ) -> Comparison:
-    """Time all pairs of exit and length, and the other ways, on each kind of prompt in turn."""
+    """Time all pairs of exit and length, and the other policies, in turn on each kind of prompt."""
     fixed = [dataclasses.replace(base, exit_layer=e, draft_length=d) for e in exits for d in LENGTHS]
-    # What speculation costs beyond bytes on this machine: from a first look at one kind.
-    look = [way for way in fixed if way.exit_layer in (exits[0], exits[-1])]
-    overhead = fitted_overhead(model.config, measure(model, next(iter(prompts.values())), look, repeats)[1:])
-    longest = max(LENGTHS)
+    # Fit this machine's overhead of speculation to the smallest and the largest exit on one kind.
+    extremes = [config for config in fixed if config.exit_layer in (exits[0], exits[-1])]
+    overhead = fit_overhead(model.config, measure(model, next(iter(prompts.values())), extremes, repeats)[1:])
+    max_drafts = max(LENGTHS)
     others = {
-        "adaptive": adaptive_way(dataclasses.replace(base, exit_layer=exits[0]), exits, longest, overhead),
-        "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[1], draft_length=longest),
-        "prompt_lookup": dataclasses.replace(base, mode="prompt_lookup", draft_length=longest),
+        "adaptive": adaptive_config(dataclasses.replace(base, exit_layer=exits[0]), exits, max_drafts, overhead),
+        "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[1], draft_length=max_drafts),
+        "prompt_lookup": dataclasses.replace(base, mode="prompt_lookup", draft_length=max_drafts),
     }  # fmt: skip
-    names = [f"E={w.exit_layer} d={w.draft_length}" for w in fixed] + list(others)
-    ways = [*fixed, *others.values()]
-    measured = {kind: measure(model, of_kind, ways, repeats) for kind, of_kind in prompts.items()}
+    names = [f"E={c.exit_layer} d={c.draft_length}" for c in fixed] + list(others)
+    configs = [*fixed, *others.values()]
+    measured = {kind: measure(model, texts, configs, repeats) for kind, texts in prompts.items()}
     return Comparison(names, len(fixed), overhead, measured)
 
 
 def candidates(config: Config) -> list[int]:
-    """Return the exits that are tried: L/8, 3L/16, L/4, 3L/8."""
+    """Return the candidate exits: L/8, 3L/16, L/4, 3L/8."""
     return sorted({max(1, config.model.num_layers * sixteenths // 16) for sixteenths in (2, 3, 4, 6)})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--prompts", type=int, default=4, help="of each kind")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of each kind")
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--exits", type=int, nargs="+", help="candidates (default: L/8, 3L/16, L/4, 3L/8)")
-    parser.add_argument("--json", action="store_true", help="print JSON lines only")
-    parser.add_argument("--no_curve", action="store_true", help="leave the exit by confidence out")
+    add_json_option(parser)
+    parser.add_argument("--no_curve", action="store_true", help="skip early exit by confidence")
     options = parser.parse_args()
     model, config, tokenizer_path = load_model(options.run)
     if config.data.source != "python_stdlib":
         raise UserError(
-            f"{options.run} was trained on {config.data.source}: this benchmark wants a model of Python code"
+            f"{options.run} was trained on {config.data.source}: this benchmark needs a model of Python code"
         )
     tokenizer, model = load_tokenizer(str(tokenizer_path)), model.unstacked()
     base = dataclasses.replace(
@@ -163,17 +165,16 @@ def main() -> None:
     )
     kinds = prompts_of_kinds(config, options.prompts)
     tokens = {kind: [tokenizer.encode_prompt(text) for text in texts] for kind, texts in kinds.items()}
-    if not options.json:
-        print(f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}")
-        print(f"{jax.device_count()} {jax.devices()[0].device_kind}; {options.prompts} prompts of a kind, "
-              f"{options.new_tokens} tokens each")  # fmt: skip
+    about = header()
+    print(f"{options.prompts} prompts of each kind, {options.new_tokens} tokens each")
     comparison = compare(model, tokens, base, options.exits or candidates(config), options.repeats)
-    print(json.dumps({"overhead": comparison.overhead._asdict()}))
-    for row in comparison.summary():
-        print(json.dumps(row))
+    rows = [{"overhead": comparison.overhead.as_settings()}, *comparison.summary()]
     if not options.no_curve:
-        for row in exit_curve(model, tokens["code"], base, options.repeats):
-            print(json.dumps({"exit_by_confidence": row}))
+        curve = exit_curve(model, tokens["code"], base, options.repeats)
+        rows += [{"exit_by_confidence": point} for point in curve]
+    for row in rows:
+        print(json.dumps(row))
+    write_json(options.json, about, rows)
 
 
 if __name__ == "__main__":

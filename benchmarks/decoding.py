@@ -1,20 +1,18 @@
-"""What a round costs, and what it does not depend on: ``python benchmarks/decoding.py [PART ...] [--json]``.
+"""Speed and memory of decoding: ``python -m benchmarks.decoding [PART ...] [--json FILE]``.
 
-Random Llama-shaped models in float32, prompt 64, greedy; how often drafts are accepted is set by scaling what the
-blocks after the exit add (``tail``). Parts, each measured side by side in turn, medians of ``--repeats``:
+Random Llama-shaped models in float32, prompts of 64 tokens, greedy. ``tail`` scales what the blocks after the exit add
+to the residual stream, and so sets the acceptance. Alternatives run in turn; figures are medians over ``--repeats``:
 
-    cost        self-speculation against plain decoding and against the cost model, with and without the exit queries
-    max_length  tokens/s with a cache of 4,096 positions against one of 512
+    cost        speedup of self-speculation against the cost model, with and without reuse of the exit queries
+    max_length  tokens/s with a cache of 4,096 positions against a cache of 512
     memory      temporary memory of the compiled loop against the KVQ cache
-    batch       tokens/s against batch size, plain and self-speculative (and a picture, with --plot FILE)
-    length      10,000 tokens: time of a token at the end against the same positions in a loop that starts there
-    int8        int8 weights against float32 ones (wants qwix)
+    batch       tokens/s by batch size, plain and self-speculative (and a plot, with --plot FILE)
+    length      10,000 tokens: time per token at the end, against a new loop that starts at the same position
+    int8        int8 weights against float32 weights (needs qwix)
 """
 
 import argparse
 import dataclasses
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,13 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.common import add_json_option, header, write_json
 from layerskip_jax.config import ModelConfig
+from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.cost import (
     head_share,
     measured_bandwidth,
@@ -37,13 +36,14 @@ from layerskip_jax.decoding.cost import (
     weight_bytes,
     weight_count,
 )
-from layerskip_jax.decoding.engine import generate, run_rounds, start
+from layerskip_jax.decoding.engine import begin, generate, run_rounds
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.quantization import quantized
 from layerskip_jax.decoding.request import Generation
-from layerskip_jax.decoding.rounds import Autoregressive, Round, SelfSpeculative
+from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.decoding.state import KVQCache
 from layerskip_jax.model import Transformer
 
 MODELS = {
@@ -60,18 +60,18 @@ def speculative(exit_layer: int, draft_length: int) -> SelfSpeculative:
 
 @dataclasses.dataclass(frozen=True)
 class WithoutQueries(SelfSpeculative):
-    """The ablation: verification starts from the embeddings again, through all blocks; the exit queries are unused.
+    """The ablation: verification runs all blocks from the embeddings, and does not use the exit queries.
 
-    The draft then need not take its last token through the early blocks, but here it does; `cost` corrects for it.
+    Without exit queries, the last draft would not have to run through the early blocks while drafting. It still does
+    here; `one_pass_more` corrects for it.
     """
 
-    def _verify(self, model, state, plan, key, position, draft_Bd, evidence, drafted_B, before):
-        token_B, _ = state.last_token()
-        token_BW = jnp.concatenate([token_B[:, None], draft_Bd], axis=1)[:, : position.index_BT.shape[1]]
-        cache, first = before[0], self.exits[0]
-        x_BWD, layers = model.run_cached(model.embed(token_BW), position, cache.layers, 0, first)
-        cache = dataclasses.replace(cache, layers=layers, exit_query_BQD=[x_BWD])
-        return super()._verify(model, state, plan, key, position, draft_Bd, evidence, drafted_B, (cache, before[1]))
+    def verify(self, model, state, cache, drafts, key):
+        token_B, start_B = state.last_token()
+        token_BQ = jnp.concatenate([token_B[:, None], drafts.tokens_Bd], axis=1)
+        position = model.rotary_tables(start_B[:, None] + jnp.arange(self.draft_length + 1)[None])
+        x_BQD, layers = model.run_cached(model.embed(token_BQ), position, cache.layers, 0, self.exits[0])
+        return super().verify(model, state, KVQCache(layers, [x_BQD]), drafts, key)
 
 
 def with_tail(config: ModelConfig, exit_layer: int, tail: float) -> Transformer:
@@ -82,16 +82,16 @@ def with_tail(config: ModelConfig, exit_layer: int, tail: float) -> Transformer:
     return model.unstacked()
 
 
-def prompts_of(config: ModelConfig, rows: int = 1, length: int = 64) -> list[list[int]]:
+def random_prompts(config: ModelConfig, rows: int = 1, length: int = 64) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, config.vocab_size, (rows, length)).tolist()
 
 
-def in_turn(ways: dict[str, Callable[[], Generation]], repeats: int) -> dict[str, list[Generation]]:
-    """Call each way in turn, ``repeats`` times after a first turn that compiles."""
-    runs: dict[str, list[Generation]] = {name: [] for name in ways}
+def in_turn(functions: dict[str, Callable[[], Generation]], repeats: int) -> dict[str, list[Generation]]:
+    """Call each function once per turn, for ``repeats`` turns after one that compiles."""
+    runs: dict[str, list[Generation]] = {name: [] for name in functions}
     for _ in range(repeats + 1):
-        for name, way in ways.items():
-            runs[name].append(way())
+        for name, function in functions.items():
+            runs[name].append(function())
     return {name: generations[1:] for name, generations in runs.items()}
 
 
@@ -107,11 +107,12 @@ def cost(name: str, repeats: int) -> list[Row]:
     config, bandwidth, rows = MODELS[name], measured_bandwidth(), []
     for exit_layer in (config.num_layers // 4, config.num_layers // 2):
         model = with_tail(config, exit_layer, 0.02)
-        steps: dict[str, Round] = {"plain": PLAIN}
+        strategies: dict[str, Strategy] = {"plain": PLAIN}
         for d in (4, 8, 12):
-            steps[f"{d}"] = speculative(exit_layer, d)
-            steps[f"{d} without queries"] = WithoutQueries(Greedy(), Fixed(exit_layer, d))
-        runs = in_turn({k: partial(generate, model, prompts_of(config), 128, s) for k, s in steps.items()}, repeats)
+            strategies[f"{d}"] = speculative(exit_layer, d)
+            strategies[f"{d} without queries"] = WithoutQueries(Greedy(), Fixed(exit_layer, d))
+        prompts = random_prompts(config)
+        runs = in_turn({k: partial(generate, model, prompts, 128, s) for k, s in strategies.items()}, repeats)
         plain_limit = bandwidth / (weight_count(config) * weight_bytes(config))
         for d in (4, 8, 12):
             ours, without = runs[f"{d}"], runs[f"{d} without queries"]
@@ -134,9 +135,9 @@ def cost(name: str, repeats: int) -> list[Row]:
 
 
 def one_pass_more(config: ModelConfig, exit_layer: int, drafted: float) -> float:
-    """Return what a round of `WithoutQueries` costs by bytes: its last draft goes through the early blocks as well.
+    """Return the factor by which `WithoutQueries` needlessly raises a round's cost in bytes.
 
-    What reuse brings is measured beyond that pass, which has no head.
+    This is one pass of the early blocks, without the head. The measured gain of reuse is divided by it.
     """
     cost = round_cost(config, exit_layer, drafted)
     return (round_cost(config, exit_layer, drafted + 1) - head_share(config)) / cost
@@ -145,10 +146,10 @@ def one_pass_more(config: ModelConfig, exit_layer: int, drafted: float) -> float
 def max_length(name: str, repeats: int) -> list[Row]:
     config, rows = MODELS[name], []
     model = with_tail(config, 4, 0.02)
-    prompts = prompts_of(config)
-    for way, step in {"plain": PLAIN, "speculative": speculative(4, 6)}.items():
+    prompts = random_prompts(config)
+    for way, strategy in {"plain": PLAIN, "speculative": speculative(4, 6)}.items():
         runs = in_turn(
-            {n: partial(generate, model, prompts, 256, step, max_length=int(n)) for n in ("512", "4096")},
+            {n: partial(generate, model, prompts, 256, strategy, max_length=int(n)) for n in ("512", "4096")},
             repeats,
         )
         same = runs["512"][0].tokens == runs["4096"][0].tokens
@@ -163,16 +164,16 @@ def max_length(name: str, repeats: int) -> list[Row]:
 def memory(name: str, repeats: int) -> list[Row]:
     config, rows = MODELS[name], []
     model = with_tail(config, 4, 0.02)
-    steps: dict[str, Round] = {
+    strategies: dict[str, Strategy] = {
         "plain": PLAIN,
         "fixed": speculative(4, 6),
-        "confidence": SelfSpeculative(Greedy(), ConfidenceStop(4, 6)),
-        "adaptive": SelfSpeculative(Greedy(), Adaptive(4, 6, (2, 4, 6))),
+        "confidence": AdaptiveSpeculative(Greedy(), ConfidenceStop(4, 6)),
+        "adaptive": AdaptiveSpeculative(Greedy(), Adaptive(4, 6, (2, 4, 6))),
         "prompt_lookup": PromptLookup(Greedy(), 6),
     }
-    for way, step in steps.items():
-        state = start(model, prompts_of(config), 256, step, max_length=1024)
-        analysis = run_rounds.lower(step, model, state, jnp.int32(0)).compile().memory_analysis()
+    for way, strategy in strategies.items():
+        state = begin(model, random_prompts(config), 256, strategy, max_length=1024)
+        analysis = run_rounds.lower(strategy, model, state, jnp.int32(0)).compile().memory_analysis()
         cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
         rows.append(
             {"part": "memory", "model": name, "way": way, "cache_MiB": cache / 2**20,
@@ -186,16 +187,16 @@ def batch(name: str, repeats: int) -> list[Row]:
     config, rows = MODELS[name], []
     model = with_tail(config, 4, 0.02)
     sizes = (1, 2, 4, 8, 16)
-    everyone = prompts_of(config, max(sizes))
-    alone = [generate(model, [prompt], 64, PLAIN, max_length=128).tokens[0] for prompt in everyone]
-    steps: dict[str, Round] = {"plain": PLAIN, "speculative": speculative(4, 4)}
+    prompts = random_prompts(config, max(sizes))
+    alone = [generate(model, [prompt], 64, PLAIN, max_length=128).tokens[0] for prompt in prompts]
+    strategies: dict[str, Strategy] = {"plain": PLAIN, "speculative": speculative(4, 4)}
     ways = {
-        f"{way} {n}": partial(generate, model, everyone[:n], 64, step, max_length=128)
-        for way, step in steps.items()
+        f"{way} {n}": partial(generate, model, prompts[:n], 64, strategy, max_length=128)
+        for way, strategy in strategies.items()
         for n in sizes
     }
     runs = in_turn(ways, repeats)
-    for way in steps:
+    for way in strategies:
         for n in sizes:
             mine = runs[f"{way} {n}"]
             rows.append(
@@ -207,26 +208,26 @@ def batch(name: str, repeats: int) -> list[Row]:
 
 
 def length(name: str, repeats: int, new_tokens: int = 10_000) -> list[Row]:
-    """Positions of the last tenth after 9,000 rounds, against the same positions in a loop that has just begun."""
+    """Time the last tenth of the positions after 9,000 rounds, and the same positions in a new loop."""
     config = MODELS[name]
     model = with_tail(config, 4, 0.02)
-    tenth, prompt = new_tokens // 10, prompts_of(config)[0]
+    tenth, prompt = new_tokens // 10, random_prompts(config)[0]
     total = len(prompt) + new_tokens
 
     def timed(prompt: list[int], new: int, skip: int) -> tuple[float, list[int]]:
-        """Return the seconds a token of all new tokens but the first ``skip``, and all known tokens."""
-        state = start(model, [prompt], new, PLAIN, max_length=total)
+        """Return the seconds per token, without the first ``skip`` new tokens, and all known tokens."""
+        state = begin(model, [prompt], new, PLAIN, max_length=total)
         state = jax.block_until_ready(run_rounds(PLAIN, model, state, jnp.int32(skip)))
         began = time.perf_counter()
         state = jax.block_until_ready(run_rounds(PLAIN, model, state, jnp.int32(new)))
         return (time.perf_counter() - began) / (new - skip), state.tokens_BS[0, : len(prompt) + new].tolist()
 
     timed(prompt, 2, 1)  # compiles
-    _, text = timed(prompt, new_tokens - tenth, 1)  # all of it in one loop
+    _, text = timed(prompt, new_tokens - tenth, 1)  # the text, in one loop
     first, _ = timed(prompt, tenth, 1)
     last, text = timed(prompt, new_tokens, new_tokens - tenth)
     fresh, again = timed(text[: total - tenth], tenth, 1)
-    # What attention has to read more: keys and values of the positions, at the bandwidth of the memory.
+    # The additional keys and values that attention reads at the end, at the memory bandwidth.
     per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
     growth = per_position * (new_tokens - tenth) / measured_bandwidth()
     return [
@@ -242,13 +243,15 @@ def int8(name: str, repeats: int) -> list[Row]:
     full = with_tail(config, 4, 0.02)
     small = quantized(full)
     models = {"full": full, "int8": small}
-    for way, step in {"plain": PLAIN, "speculative": speculative(4, 6)}.items():
-        runs = in_turn({k: partial(generate, m, prompts_of(config), 128, step) for k, m in models.items()}, repeats)
-        bytes_of = {k: sum(leaf.nbytes for leaf in jax.tree.leaves(m)) for k, m in models.items()}
+    for way, strategy in {"plain": PLAIN, "speculative": speculative(4, 6)}.items():
+        runs = in_turn(
+            {k: partial(generate, m, random_prompts(config), 128, strategy) for k, m in models.items()}, repeats
+        )
+        sizes = {k: sum(leaf.nbytes for leaf in jax.tree.leaves(m)) for k, m in models.items()}
         rows.append(
             {"part": "int8", "model": name, "way": way, "full_tokens_per_second": speed(runs["full"]),
              "int8_tokens_per_second": speed(runs["int8"]), "ratio": ratio(runs["int8"], runs["full"]),
-             "weights_ratio": bytes_of["int8"] / bytes_of["full"]}
+             "weights_ratio": sizes["int8"] / sizes["full"]}
         )  # fmt: skip
     return rows
 
@@ -289,23 +292,23 @@ def plot_batch(rows: list[Row], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all but int8)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all but int8)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="print JSON lines only")
-    parser.add_argument("--plot", type=Path, help="PNG file for the picture of the batch part")
+    add_json_option(parser)
+    parser.add_argument("--plot", type=Path, help="PNG file for the plot of the batch part")
     options = parser.parse_args()
     if unknown := set(options.parts) - PARTS.keys():
-        parser.error(f"no part {unknown.pop()!r}; they are {', '.join(PARTS)}")
-    if not options.json:
-        print(f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}")
-        print(f"{jax.device_count()} {jax.devices()[0].device_kind}, {platform.machine()}; {options.repeats} repeats")
+        parser.error(f"unknown part {unknown.pop()!r}; the parts are {', '.join(PARTS)}")
+    about, results = header(), []
     for part in options.parts or [part for part in PARTS if part != "int8"]:
         for name in options.models:
             rows = PARTS[part](name, options.repeats)
-            print("\n".join(map(json.dumps, rows))) if options.json else show(rows)
+            show(rows)
+            results += rows
             if part == "batch" and options.plot:
                 plot_batch(rows, options.plot.with_stem(f"{options.plot.stem}_{name}"))
+    write_json(options.json, about, results)
 
 
 if __name__ == "__main__":

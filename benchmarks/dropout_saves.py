@@ -1,21 +1,19 @@
-"""What layer dropout saves: ``python benchmarks/dropout_saves.py [--rounds 8] [--remat none dots full]``.
+"""Time that layer dropout saves: ``python -m benchmarks.dropout_saves [--rounds 8] [--remat none dots full]``.
 
-Times of a step without dropout, with the masked form and with the skipping form, in turn in one run; processor times
-too, which other work on the machine disturbs less. The recipe is linear in depth and, so that all steps have the same
-rates, constant in time. The bar: where a share r of all blocks is dropped, a step of the skipping form takes at most
-1 - 0.8 r of a step without dropout. The head, the embedding and the optimizer cannot be skipped: the arithmetic's own
-limit is 1 - r times the blocks' share. `benchmarks.products` counts what the compiled program multiplies.
+Times a step without dropout, with the masked form and with the skipping form, interleaved in one run. CPU time is
+reported too, since other work on the machine affects it less. Drop rates are linear in depth and constant in time. The
+bar: if a share r of all blocks is dropped, a skipping step takes at most 1 - 0.8 r of a step without dropout. The head,
+the embedding and the optimizer are never skipped, so the limit by FLOPs is 1 - r times the blocks' share.
 """
 
 import argparse
-import platform
 import statistics
 import time
 
-import flax
 import jax
 import numpy as np
 
+from benchmarks.common import header
 from layerskip_jax.config import Config, DataConfig, LayerDropoutConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.recipe.recipe import Recipe
@@ -38,13 +36,12 @@ def config(p_max: float, form: str, remat: str) -> Config:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=8, help="steps timed of each, in turn")
+    parser.add_argument("--rounds", type=int, default=8, help="timed steps of each")
     parser.add_argument("--p_max", type=float, nargs="+", default=[0.6, 0.8])
     parser.add_argument("--remat", nargs="+", default=["none", "dots", "full"], choices=["none", "dots", "full"])
     options = parser.parse_args()
-    print(f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}")
-    machine = f"{jax.device_count()} {jax.devices()[0].device_kind}, {platform.machine()}"
-    print(f"{machine}; {LAYERS} layers x 256, {ROWS} x {LENGTH} tokens, float32")
+    header()
+    print(f"{LAYERS} layers x 256, {ROWS} x {LENGTH} tokens, float32")
 
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, LENGTH + 1)).astype(np.int32)
     ones = np.ones((ROWS, LENGTH), np.int32)
@@ -61,34 +58,34 @@ def main() -> None:
         states[name], metrics = trainer.step(trainer.init(), batch)
         jax.block_until_ready(metrics)
     seconds: dict[str, list[float]] = {name: [] for name in configs}
-    cores: dict[str, list[float]] = {name: [] for name in configs}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in configs}
     dropped: dict[str, list[float]] = {name: [] for name in configs}
-    for step in range(options.rounds):
+    for _ in range(options.rounds):
         for name, trainer in trainers.items():
-            if configs[name].layer_dropout.p_max > 0:  # what this step will drop, from the step's own draw
-                draw = trainer._draw(states[name].step, trainer.recipe.drop_rates(step))
-                dropped[name].append(1 - float(draw.kept_LB.mean()))
-            began, worked = time.perf_counter(), time.process_time()
+            if configs[name].layer_dropout.p_max > 0:  # the share that this step drops
+                dropped[name].append(1 - float(trainer.dropout_mask(states[name].step).keep_LB.mean()))
+            began, cpu = time.perf_counter(), time.process_time()
             states[name], metrics = trainer.step(states[name], batch)
             jax.block_until_ready(metrics)
             seconds[name].append(time.perf_counter() - began)
-            cores[name].append(time.process_time() - worked)
+            cpu_seconds[name].append(time.process_time() - cpu)
 
     some = next(iter(configs.values()))
     head = 6 * some.model.dim * VOCABULARY / flops_per_token(some)
     print(
-        f"{'remat: form':20} median step  of without  of its CPU time  dropped    bar    limit of the "
-        "arithmetic  temporary memory"
+        f"{'remat: form':20} median step  of without  of its CPU time  dropped    bar    limit by "
+        "FLOPs  temporary memory"
     )
     for name, times in seconds.items():
         without = f"{name.split(':')[0]}: without"
         ratio, work = (
-            statistics.median(a / b for a, b in zip(of[name], of[without], strict=True)) for of in (seconds, cores)
+            statistics.median(a / b for a, b in zip(column[name], column[without], strict=True))
+            for column in (seconds, cpu_seconds)
         )
         r = statistics.mean(dropped[name]) if dropped[name] else 0.0
         print(
             f"{name:20} {statistics.median(times):9.3f} s  {ratio:9.3f}x  {work:14.3f}x  {r:7.1%}  {1 - 0.8 * r:5.3f}  "
-            f"{1 - r * (1 - head):10.3f}                   {memory[name] / 2**20:9.1f} MiB"
+            f"{1 - r * (1 - head):10.3f}       {memory[name] / 2**20:9.1f} MiB"
         )
 
 

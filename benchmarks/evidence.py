@@ -1,22 +1,21 @@
-"""LayerSkip's claims, from scratch: ``python -m benchmarks.evidence [--prose FOLDER] [--group.setting VALUE ...]``.
+"""LayerSkip's claims at small scale: ``python -m benchmarks.evidence [--prose FOLDER] [--group.setting VALUE ...]``.
 
 Trains the variants of ``--config`` (the paper's four and three more) on the same tokens in the same order, measures
-their exits, steps and decoding side by side, and writes the tables and pictures of docs/results.md. All of it goes on
-where it was stopped: what is trained is not trained again, and what is measured of a run is not measured again.
+their exits, steps and decoding side by side, and writes the tables and plots of docs/results/evidence.md. A second call
+resumes: it neither trains nor measures again what is stored.
 
     <train.run_dir>/<study>/<variant>-<seed>      the runs
-    <train.run_dir>/<study>/measured              what was measured of them
+    <train.run_dir>/<study>/measured              their measurements
 
 The study is code, prose (``--prose``) or widths (``--widths``: each variant at each width of the model, as tuned@128).
-docs/results/<study>.json holds all that the page shows; with ``--published`` more variants join it elsewhere.
+docs/results/<study>.json holds all numbers of the page. ``--published`` starts from such a file, to add a variant
+without training the others.
 """
 
 import argparse
 import dataclasses
 import json
-import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,11 +26,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import common
 from benchmarks.adaptive import candidates, compare, prompts_of_kinds
 from benchmarks.decoding import WithoutQueries, in_turn, one_pass_more, ratio, speed
 from benchmarks.evidence_page import fastest_fixed, write_page
 from benchmarks.step_cost import time_steps
-from layerskip_jax.checkpoint.reading import find_checkpoint, load_model, read_checksums, sha256_of
+from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.checkpoint.run_folder import find_checkpoint, json_sha256, read_checksums
 from layerskip_jax.command_line import apply_overrides, make_parser, parse_config
 from layerskip_jax.commands.plots import read_metrics
 from layerskip_jax.commands.prompts import read_prompts
@@ -46,7 +47,7 @@ from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import run_command
-from layerskip_jax.evaluation.exits import quality_of_checkpoint
+from layerskip_jax.evaluation.exits import checkpoint_quality
 from layerskip_jax.model import Transformer
 from layerskip_jax.training.loop import train
 
@@ -55,8 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": NO_EXITS | {"layer_dropout.p_max": 0.0},
     "dropout": NO_EXITS,
     "exits": {"layer_dropout.p_max": 0.0},
-    "layerskip": {},  # both, as the paper has it
-    "tuned": {"early_exit.always_last": False, "early_exit.e_scale": 1.0},  # one exit a step, whole
+    "layerskip": {},  # both: the paper's recipe
+    "tuned": {"early_exit.always_last": False, "early_exit.e_scale": 1.0},  # one exit per step, with the whole weight
     "all_exits": {"early_exit.curriculum": "all"},
     "decaying": {
         "layer_dropout.p_max": 0.6,
@@ -68,23 +69,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 Measured = dict[str, Any]
 
 
-def study_of(config: Config, prose: str | None, widths: list[int]) -> Config:
-    """Return the config of a study: of its own corpus, or the text files of ``prose``; each has its folder of runs."""
+def study_config(config: Config, prose: str | None, widths: list[int]) -> Config:
+    """Return the config of a study, with its corpus and its folder of runs."""
     folder = f"{config.train.run_dir}/{'widths' if widths else 'prose' if prose else 'code'}"
     changes: dict[str, Any] = {"data.tokenizer": f"{folder}/tokenizer.model", "train.run_dir": folder}
     return apply_overrides(config, changes | ({"data.source": "text", "data.path": prose} if prose else {}))
 
 
-def of_width(dim: int) -> dict[str, Any]:
+def width_settings(dim: int) -> dict[str, Any]:
     heads = max(2, dim // 64)
     return {"model.dim": dim, "model.num_heads": heads, "model.num_kv_heads": heads, "model.ffn_dim": 11 * dim // 4}
 
 
-def variant_of(config: Config, name: str, seed: int) -> Config:
-    """Return the config of a variant, ``tuned``, or of one at a width, ``tuned@128``."""
+def variant_config(config: Config, name: str, seed: int) -> Config:
+    """Return the config of a variant such as ``tuned``, or of a variant at a width such as ``tuned@128``."""
     folder = f"{config.train.run_dir}/{name}-{seed}"
     recipe, _, width = name.partition("@")
-    changes = VARIANTS[recipe] | (of_width(int(width)) if width else {})
+    changes = VARIANTS[recipe] | (width_settings(int(width)) if width else {})
     return apply_overrides(config, changes | {"train.seed": seed, "train.run_dir": folder})
 
 
@@ -93,20 +94,20 @@ def is_trained(config: Config) -> bool:
     return folder.is_dir()
 
 
-def held_out(run: str, layers: int) -> dict[str, list[float]]:
-    """Return the held-out loss of every exit at each evaluation of training, as ``{step: loss_L}``."""
+def held_out_losses(run: str, layers: int) -> dict[str, list[float]]:
+    """Return ``{step: held-out loss of every exit}`` of the evaluations during training."""
     metrics = read_metrics(run)
     exits = [metrics[f"validation/exit_loss/{exit_layer}"] for exit_layer in range(1, layers + 1)]
     return {str(step): [points[step] for points in exits] for step in exits[0]}
 
 
 def quality(run: str, config: Config) -> Measured:
-    ledger = read_metrics(run)["run/seconds/training"]
-    return quality_of_checkpoint(run, batches=64).as_dict() | {
-        "held_out_loss": held_out(run, config.model.num_layers),
+    training_seconds = read_metrics(run)["run/seconds/training"]
+    return checkpoint_quality(run, batches=64).as_dict() | {
+        "held_out_loss": held_out_losses(run, config.model.num_layers),
         "tokens": config.train.steps * config.train.batch_size * config.data.sequence_length,
-        "seconds": ledger[max(ledger)],
-        "arrays": sha256_of(read_checksums(find_checkpoint(run))["arrays"]),
+        "seconds": training_seconds[max(training_seconds)],
+        "arrays": json_sha256(read_checksums(find_checkpoint(run))["arrays"]),
     }
 
 
@@ -117,7 +118,7 @@ def decoder(run: str) -> tuple[Transformer, Tokenizer, DecodeConfig]:
 
 
 def decoding(run: str, config: Config, repeats: int) -> Measured:
-    """Time all pairs of exit and length, and the policies, on every kind of prompt that the corpus has."""
+    """Time all pairs of exit and draft length, and the policies, on every kind of prompt of the corpus."""
     model, tokenizer, base = decoder(run)
     code = config.data.source == "python_stdlib"
     kinds = prompts_of_kinds(config, 4) if code else {"prose": read_prompts(None, None, 8, config)}
@@ -132,7 +133,7 @@ def decoding(run: str, config: Config, repeats: int) -> Measured:
         ]
         for kind, measured in comparison.measured.items()
     }
-    return {"ways": rows, "summary": list(comparison.summary()), "overhead": comparison.overhead._asdict()}
+    return {"ways": rows, "summary": list(comparison.summary()), "overhead": comparison.overhead.as_settings()}
 
 
 def best_fixed(measured: Measured, kind: str) -> tuple[int, int]:
@@ -141,7 +142,7 @@ def best_fixed(measured: Measured, kind: str) -> tuple[int, int]:
 
 
 def reuse_and_temperature(run: str, config: Config, exit_layer: int, length: int, repeats: int) -> Measured:
-    """Time one setting with and without reuse of the exit queries, and at several temperatures."""
+    """Time one setting with and without reusing the exit queries, and at several temperatures."""
     model, tokenizer, base = decoder(run)
     prompts = [tokenizer.encode_prompt(text) for text in read_prompts(None, None, 8, config)]
     steps = {
@@ -164,41 +165,25 @@ def reuse_and_temperature(run: str, config: Config, exit_layer: int, length: int
 
 
 def step_times(config: Config) -> Measured:
-    """Time the variants' steps in turn, at the middle of training."""
-    configs = {name: variant_of(config, name, 0) for name in VARIANTS}
+    """Time the steps of all variants in turn, at the middle of training."""
+    configs = {name: variant_config(config, name, 0) for name in VARIANTS}
     configs["decaying_skipping"] = apply_overrides(configs["decaying"], {"layer_dropout.form": "skipping"})
     steps = time_steps(configs, turns=2 * (config.model.num_layers - 1), first=config.train.steps // 2)
     tokens = config.train.batch_size * config.data.sequence_length
     return {
-        name: {"of_plain": steps.of_first(name), "tokens_per_second": tokens / float(np.median(seconds))}
+        name: {"of_plain": steps.ratio_to_first(name), "tokens_per_second": tokens / float(np.median(seconds))}
         for name, seconds in steps.seconds.items()
     }
 
 
-def machine() -> str:
-    if jax.default_backend() != "cpu":
-        device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        device = f"{os.cpu_count()} cores, {names[0] if names else platform.machine()}"
-    return f"{device}, Python {platform.python_version()}, jax {jax.__version__}"
-
-
-def commit() -> str:
-    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return said.stdout.strip() or "not in a checkout"
-
-
 class Results:
-    """A folder of what was measured, a JSON file a part: each is measured once, and kept when the next one fails."""
+    """A folder with one JSON file per part. A part is measured once, and stored before the next one starts."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def take(self, published: Path) -> None:
-        """Take over what a page's JSON has of what is not measured here."""
+    def add_published(self, published: Path) -> None:
+        """Store the parts of a page's JSON that this folder lacks."""
         for name, part in json.loads(published.read_text()).items():
             if not self.has(name):
                 self._keep(name, part)
@@ -207,18 +192,16 @@ class Results:
         return (self.folder / f"{name}.json").exists()
 
     def _keep(self, name: str, part: dict[str, Any]) -> None:
-        file = self.folder / f"{name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        begun = file.with_suffix(".begun")
-        begun.write_text(json.dumps(part, indent=1))
-        begun.replace(file)
+        common.replace_text(self.folder / f"{name}.json", json.dumps(part, indent=1))
 
     def once(self, name: str, measure_it: Callable[[], Measured]) -> Measured:
+        """Return a part; measure and store it if this folder lacks it."""
         if not self.has(name):
             print(f"measuring {name}", flush=True)
             began = time.time()
             measured = measure_it()
-            about = {"commit": commit(), "machine": machine(), "seconds": time.time() - began}
+            machine = f"{common.machine()}, Python {platform.python_version()}, jax {jax.__version__}"
+            about = {"commit": common.commit()[:7], "machine": machine, "seconds": time.time() - began}
             self._keep(name, {"measured": measured, "about": about})
         return json.loads((self.folder / f"{name}.json").read_text())["measured"]
 
@@ -234,13 +217,13 @@ def quality_part(run: Config) -> str:
 def train_all(
     config: Config, results: Results, variants: list[str], seeds: list[int], again: str | None
 ) -> list[Config]:
-    """Train what is neither trained nor measured yet; return the configs of all runs."""
+    """Train the runs that are neither trained nor measured; return the configs of all runs."""
     if not Path(config.data.tokenizer).exists():
         documents = open_documents(config.data, config.data.train_split)
         train_tokenizer(documents, config.data.tokenizer, config.model.vocab_size)
-    runs = [variant_of(config, name, seed) for seed in seeds for name in variants]
+    runs = [variant_config(config, name, seed) for seed in seeds for name in variants]
     if again:
-        first = variant_of(config, again, seeds[0])
+        first = variant_config(config, again, seeds[0])
         runs.append(apply_overrides(first, {"train.run_dir": f"{first.train.run_dir}-again"}))
     for run in runs:
         if not is_trained(run) and not results.has(quality_part(run)):
@@ -252,48 +235,58 @@ def train_all(
 def measure_all(
     config: Config, results: Results, runs: list[Config], decoded: list[str], seed: int, repeats: int
 ) -> dict[str, Any]:
-    """Measure what is not measured yet, of ``decoded`` also the decoding; return all parts by name."""
+    """Measure the missing parts, and the decoding of the variants ``decoded``; return all parts by name."""
     for run in runs:
         results.once(quality_part(run), partial(quality, run.train.run_dir, run))
     for name in decoded:
-        run = variant_of(config, name, seed)
+        run = variant_config(config, name, seed)
         ways = results.once(f"decoding/{name}", partial(decoding, run.train.run_dir, run, repeats))
         setting = best_fixed(ways, next(iter(ways["ways"])))
         results.once(f"more/{name}", partial(reuse_and_temperature, run.train.run_dir, run, *setting, repeats))
-    if not any("@" in Path(run.train.run_dir).name for run in runs):  # steps of other widths are no comparison
+    if not any("@" in Path(run.train.run_dir).name for run in runs):  # steps of different widths are not comparable
         results.once("steps", partial(step_times, config))
     return results.parts()
 
 
 def parse(argv: list[str]) -> tuple[Config, argparse.Namespace]:
-    """Return the config and the options of a command line; raises `UserError` for what is wrong in it."""
+    """Return the config and the options of a command line. Raises `UserError` if it is invalid."""
     parser = make_parser(__doc__ or "")
     study = parser.add_mutually_exclusive_group()
-    study.add_argument("--prose", metavar="FOLDER", help="a corpus of text files, in place of the Python code")
-    study.add_argument("--widths", type=int, nargs="+", default=[], metavar="DIM", help="each variant at these widths")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which (default: all)")
-    parser.add_argument("--decoded", nargs="+", choices=VARIANTS, help="whose decoding is timed (default: of all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each variant (default: 0)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each way of decoding (default: 3)")
-    parser.add_argument("--again", choices=VARIANTS, help="train this variant twice, to compare bit for bit")
-    parser.add_argument("--no_measuring", action="store_true", help="train only: variants may train beside each other")
+    study.add_argument("--prose", metavar="FOLDER", help="train on these text files instead of Python code")
+    study.add_argument(
+        "--widths", type=int, nargs="+", default=[], metavar="DIM", help="train each variant at these widths"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to train (default: all)"
+    )
+    parser.add_argument(
+        "--decoded", nargs="+", choices=VARIANTS, help="variants whose decoding is timed (default: all)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of each variant (default: 0)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repeats of each decoding strategy (default: 3)")
+    parser.add_argument("--again", choices=VARIANTS, help="train this variant twice, to compare the runs bit for bit")
+    parser.add_argument(
+        "--no_measuring", action="store_true", help="only train, for example several variants in parallel"
+    )
     parser.add_argument(
         "--published",
         type=Path,
         metavar="FILE",
-        help="a page's JSON: what it has is neither trained nor measured again",
+        help="JSON of a page: do not train or measure again what it contains",
     )
-    parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="whose tables are written anew")
+    page = Path("docs/results/evidence.md")
+    parser.add_argument("--page", type=Path, default=page, help=f"the page whose tables are updated (default: {page})")
     return parse_config(parser, ["--config", "configs/evidence.py", *argv])
 
 
 def main() -> None:
     config, options = parse(sys.argv[1:])
-    study = study_of(config, options.prose, options.widths)
+    common.header()
+    study = study_config(config, options.prose, options.widths)
     variants = [f"{name}@{dim}" for dim in options.widths for name in options.variants] or options.variants
     results = Results(Path(study.train.run_dir) / "measured")
     if options.published:
-        results.take(options.published)
+        results.add_published(options.published)
     runs = train_all(study, results, variants, options.seeds, options.again)
     if options.no_measuring:
         return

@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/results.md, from what `benchmarks.evidence` measured."""
+"""The tables and plots of docs/results/evidence.md, from the measurements of `benchmarkers.evidence`."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ END = "<!-- end -->"
 
 
 def measured(parts: Parts, prefix: str) -> dict[str, Any]:
-    """Return what was measured under the names that begin with ``prefix``, without it."""
+    """Return the measurements whose names start with ``prefix``, by the rest of the name."""
     return {name.removeprefix(prefix): part["measured"] for name, part in parts.items() if name.startswith(prefix)}
 
 
@@ -26,7 +26,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def by_variant(parts: Parts) -> dict[str, list[dict[str, Any]]]:
-    """Return what was measured of each variant's exits, a list of seeds."""
+    """Return the measurements of each variant's exits, one per seed."""
     variants: dict[str, list[dict[str, Any]]] = {}
     for name, one in measured(parts, "quality/").items():
         if not name.endswith("-again"):
@@ -38,45 +38,47 @@ def mean_loss(seeds: list[dict[str, Any]]) -> np.ndarray:
     return np.mean([one["held_out_loss_by_exit"] for one in seeds], axis=0)
 
 
-def fixed_ways(ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the ways of a fixed exit and length: those of which the bytes alone predict a speedup."""
+def fixed_settings(ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the strategies with a fixed exit and draft length, for which the cost model predicts a speedup."""
     return [way for way in ways if way["predicted"] is not None]
 
 
 def fastest_fixed(ways: list[dict[str, Any]]) -> dict[str, Any]:
-    return max(fixed_ways(ways), key=lambda way: way["speedup"])
+    return max(fixed_settings(ways), key=lambda way: way["speedup"])
 
 
-def against(plain_L: np.ndarray, loss_L: np.ndarray) -> tuple[str, str]:
-    """Return the middle exit's perplexity and the last one's loss against the plain model's."""
+def compare_with_plain(plain_L: np.ndarray, loss_L: np.ndarray) -> tuple[str, str]:
+    """Return plain's perplexity over this one's at the middle exit, and the change of the last exit's loss."""
     middle = len(loss_L) // 2 - 1
     return f"{np.exp(plain_L[middle] - loss_L[middle]):.2f}x", f"{loss_L[-1] / plain_L[-1] - 1:+.1%}"
 
 
 def exits_table(parts: Parts) -> str:
-    """Lay the held-out losses of the exits out, a variant a row, with the middle and the last against plain."""
+    """Return the held-out loss of the exits, one row per variant, compared with the plain model."""
     variants = by_variant(parts)
     layers = len(mean_loss(next(iter(variants.values()))))
     shown = sorted({2, 3, 4, layers // 2, 2 * layers // 3, layers})
     rows = []
     for name, seeds in variants.items():
         loss = mean_loss(seeds)
-        plain = variants.get("plain" + "".join(name.partition("@")[1:]))  # of the same width
+        plain = variants.get("plain" + "".join(name.partition("@")[1:]))  # with the same width
         rows.append(
             [
                 name,
                 *(f"{loss[exit_layer - 1]:.3f}" for exit_layer in shown),
                 f"{np.exp(loss[layers // 2 - 1]):.1f}",
-                *(against(mean_loss(plain), loss) if plain else ("", "")),
+                *(compare_with_plain(mean_loss(plain), loss) if plain else ("", "")),
             ]
         )
     middle = layers // 2
     head = ["variant", *(f"exit {exit_layer}" for exit_layer in shown)]
-    return table([*head, f"perplexity of {middle}", f"plain's / its, at {middle}", "last loss to plain's"], rows)
+    return table(
+        [*head, f"perplexity of {middle}", f"plain's over it, at {middle}", "last loss, change from plain"], rows
+    )
 
 
 def middle_table(parts: Parts) -> str:
-    """Lay the middle exit's perplexity out over training."""
+    """Return the middle exit's perplexity during training, one row per variant."""
     rows = []
     for name, seeds in by_variant(parts).items():
         steps = seeds[0]["held_out_loss"]
@@ -93,11 +95,11 @@ def steps_table(parts: Parts) -> str:
         [name, f"{row['of_plain']:.3f}x", f"{row['tokens_per_second']:,.0f}"]
         for name, row in measured(parts, "steps")[""].items()
     ]
-    return table(["variant", "step, of plain's", "tokens/s"], rows)
+    return table(["variant", "step time over plain", "tokens/s"], rows)
 
 
 def decoding_table(parts: Parts) -> str:
-    """Lay the fastest fixed setting of each variant out, a kind of prompt a row, with the other ways."""
+    """Return the fastest fixed setting and the other strategies, one row per variant and kind of prompt."""
     rows = []
     for name, one in measured(parts, "decoding/").items():
         for kind, ways in one["ways"].items():
@@ -111,18 +113,18 @@ def decoding_table(parts: Parts) -> str:
                     *(f"{way['speedup']:.2f}x" for way in others), "yes" if same else "NO",
                 ]
             )  # fmt: skip
-    head = ["variant", "prompts", "plain tokens/s", "fastest fixed", "acceptance", "speedup", "by bytes"]
+    head = ["variant", "prompts", "plain tokens/s", "fastest fixed", "acceptance", "speedup", "cost model"]
     return table([*head, "adaptive", "confidence", "prompt lookup", "same text"], rows)
 
 
 def adaptive_table(parts: Parts) -> str:
-    """Lay out what one setting for all kinds of prompt gives, and the adaptive policy."""
+    """Return the speedups of the best single setting for all kinds of prompt and of the adaptive policy."""
     rows = []
     for name, one in measured(parts, "decoding/").items():
         last = one["summary"][-1]
         values = (last["speedup"], last["adaptive"], last["adaptive/one_fixed"])
         rows.append([name, last["one_fixed_for_all"], *(f"{value:.2f}x" for value in values)])
-    return table(["variant", "one fixed for all", "its speedup", "adaptive's", "ratio"], rows)
+    return table(["variant", "best fixed for all", "its speedup", "adaptive speedup", "ratio"], rows)
 
 
 def temperature_table(parts: Parts) -> str:
@@ -133,11 +135,11 @@ def temperature_table(parts: Parts) -> str:
         rows.append([name, setting, *cells, f"{one['reuse']['with/without']:.2f}x"])
         temperatures = [row["temperature"] for row in one["temperature"]]
     head = [f"temperature {temperature:g}" for temperature in temperatures]
-    return table(["variant", "setting", *head, "exit queries reused, against not"], rows)
+    return table(["variant", "setting", *head, "with over without exit query reuse"], rows)
 
 
 def runs_table(parts: Parts) -> str:
-    """Lay out what each run took, and where and from which commit it was measured."""
+    """Return the cost, machine and commit of each run."""
     rows = []
     for name, part in parts.items():
         if name.startswith("quality/"):
@@ -165,7 +167,7 @@ TABLES = {
 
 
 def draw_training(path: Path, config: Config, parts: Parts) -> None:
-    """Draw the perplexity of a quarter, the middle and the last exit over tokens, a variant a line."""
+    """Plot the perplexity of three exits (L/4, L/2, L) over tokens, one line per variant."""
     layers = config.model.num_layers
     shown = (layers // 4, layers // 2, layers)
 
@@ -183,7 +185,7 @@ def draw_training(path: Path, config: Config, parts: Parts) -> None:
 
 
 def draw_exits(path: Path, config: Config, parts: Parts) -> None:
-    """Draw perplexity and agreement by exit at the end, a variant a line."""
+    """Plot final perplexity and agreement by exit, one line per variant."""
     exits = range(1, config.model.num_layers + 1)
 
     def draw(axes: np.ndarray) -> None:
@@ -198,47 +200,47 @@ def draw_exits(path: Path, config: Config, parts: Parts) -> None:
     save_picture(epath.Path(path), draw)
 
 
-def draw_ways(path: Path, parts: Parts) -> None:
-    """Draw the speedup over draft length, an exit a line, a variant a panel, on the first kind of prompt."""
+def draw_speedups(path: Path, parts: Parts) -> None:
+    """Plot the speedup over draft length on the first kind of prompt: one line per exit, one panel per variant."""
     decoded = measured(parts, "decoding/")
 
     def draw(axes: np.ndarray) -> None:
         for axis, (name, one) in zip(axes, decoded.items(), strict=True):
             kind, ways = next(iter(one["ways"].items()))
             lines: dict[int, list[dict[str, Any]]] = {}
-            for way in fixed_ways(ways):
+            for way in fixed_settings(ways):
                 lines.setdefault(way["settings"]["exit_layer"], []).append(way)
             for exit_layer, line in lines.items():
                 lengths = [way["settings"]["draft_length"] for way in line]
                 (drawn,) = axis.plot(lengths, [way["speedup"] for way in line], marker="o", label=f"E={exit_layer}")
                 axis.plot(lengths, [way["predicted"] for way in line], ":", color=drawn.get_color())
             axis.axhline(1.0, color="gray", linewidth=0.8)
-            axis.set(title=f"{name}, {kind}", xlabel="draft length d", ylabel="speedup (dotted: by bytes)")
+            axis.set(title=f"{name}, {kind}", xlabel="draft length d", ylabel="speedup (dotted: cost model)")
         axes[0].legend(fontsize="small")
 
     save_picture(epath.Path(path), draw, panels=len(decoded), size=(3.6 * len(decoded), 4))
 
 
 def write_page(page: Path, study: str, config: Config, parts: Parts) -> list[Path]:
-    """Put the tables between the page's marks of this study, pictures and numbers beside it; return what was written.
+    """Write the tables between the page's markers of this study, and plots and numbers next to it; return all files.
 
-    A mark is ``<!-- evidence: STUDY TABLE -->``, and what follows it, to ``<!-- end -->``, is written anew. A page
-    that is not there begins with the marks alone.
+    A marker is ``<!-- evidence: STUDY TABLE -->``; the text from it to ``<!-- end -->`` is replaced. A new page starts
+    with the markers only.
     """
     made = {name: make(parts) for name, make in TABLES.items() if name != "steps" or "steps" in parts}
-    marks = {name: f"<!-- evidence: {study} {name} -->" for name in made}
-    begun = "# Results\n\n" + "".join(f"{mark}\n{END}\n\n" for mark in marks.values())
-    text = page.read_text(encoding="utf-8") if page.exists() else begun
-    for name, mark in marks.items():
-        if mark in text:
-            before, rest = text.split(mark, 1)
-            text = f"{before}{mark}\n\n{made[name]}\n\n{END}{rest.split(END, 1)[1]}"
+    markers = {name: f"<!-- evidence: {study} {name} -->" for name in made}
+    empty = "# Results\n\n" + "".join(f"{marker}\n{END}\n\n" for marker in markers.values())
+    text = page.read_text(encoding="utf-8") if page.exists() else empty
+    for name, marker in markers.items():
+        if marker in text:
+            before, rest = text.split(marker, 1)
+            text = f"{before}{marker}\n\n{made[name]}\n\n{END}{rest.split(END, 1)[1]}"
     page.write_text(text, encoding="utf-8")
-    folder = page.parent / "results"
+    folder = page.parent
     pictures = [folder / f"{study}_{name}.png" for name in ("training", "exits", "speed")]
     draw_training(pictures[0], config, parts)
     draw_exits(pictures[1], config, parts)
-    draw_ways(pictures[2], parts)
+    draw_speedups(pictures[2], parts)
     published = folder / f"{study}.json"
     strict = json.loads(json.dumps(parts), parse_constant=lambda _: None)  # JSON has no NaN
     published.write_text(json.dumps(strict, allow_nan=False) + "\n", encoding="utf-8")

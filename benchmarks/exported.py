@@ -1,22 +1,22 @@
-"""Drafting by transformers on a run of ours: ``python benchmarks/exported.py RUN [--exit_layer 3] [--draft_length 3]``.
+"""Drafting by transformers with an exported run: ``python -m benchmarks.exported RUN [--exit_layer 3]``.
 
-The run is exported and opened by transformers, and both continue the beginnings of held-out documents greedily in
-float32: ``generate(assistant_early_exit=E)`` there, self-speculation here. Printed are the texts' equal leading tokens,
-and the acceptance of each. Needs ``pip install layerskip_jax[huggingface] torch transformers``.
+Exports the run, opens it with transformers, and continues the beginnings of held-out documents greedily in float32 with
+both libraries: ``generate(assistant_early_exit=E)`` there, self-speculation here. Prints the number of equal leading
+tokens and both acceptances. Needs ``pip install layerskip_jax[huggingface] torch transformers``.
 """
 
 import argparse
-import json
 import tempfile
 from typing import Any
 
 import jax
 
+from benchmarks.common import add_json_option, header, write_json
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.commands.export import export_model
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.data.load_tokenizer import load_tokenizer
-from layerskip_jax.decoding.configure import exit_layer_of
+from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.rounds import SelfSpeculative
@@ -27,11 +27,11 @@ try:
     import transformers
     from transformers.generation.candidate_generator import EarlyExitCandidateGenerator
 except ImportError as error:
-    raise SystemExit(f"{error}: this compares with transformers; pip install torch transformers") from None
+    raise SystemExit(f"{error}: this benchmark compares with transformers; pip install torch transformers") from None
 
 
 class Counted(EarlyExitCandidateGenerator):
-    """Counts, over all generations, what was drafted and what of it was accepted."""
+    """Counts drafted and accepted tokens over all generations."""
 
     drafted = accepted = 0
 
@@ -46,14 +46,14 @@ class Counted(EarlyExitCandidateGenerator):
 
 
 def compare(run: str, exit_layer: int, draft_length: int, prompts: int, tokens: int) -> dict[str, Any]:
-    """Return equal leading tokens of each text, and both acceptances, at one exit and draft length (0: the run's)."""
+    """Return the equal leading tokens of each text and both acceptances; exit or draft length 0 is the run's own."""
     model, config, tokenizer_path = load_model(run, unstacked=True)
-    exit_layer = exit_layer or exit_layer_of(config.decode, config.model.num_layers)
+    exit_layer = exit_layer or resolve_exit_layer(config.decode, config.model.num_layers)
     draft_length = draft_length or config.decode.draft_length
     tokenizer, texts = load_tokenizer(str(tokenizer_path)), read_prompts(None, None, prompts, config)
     ids = [tokenizer.encode_prompt(text) for text in texts]
-    step = SelfSpeculative(Greedy(), Fixed(exit_layer, draft_length))
-    ours = [generate(model, [prompt], tokens, step) for prompt in ids]
+    strategy = SelfSpeculative(Greedy(), Fixed(exit_layer, draft_length))
+    ours = [generate(model, [prompt], tokens, strategy) for prompt in ids]
 
     with tempfile.TemporaryDirectory() as folder:
         export_model(run, f"{folder}/exported")
@@ -89,24 +89,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="run folder of train.py")
     parser.add_argument("--exit_layer", type=int, nargs="+", default=[0], help="exits (default: the run's)")
-    parser.add_argument("--draft_length", type=int, default=0, help="tokens drafted a round (default: the run's)")
+    parser.add_argument("--draft_length", type=int, default=0, help="tokens drafted per round (default: the run's)")
     parser.add_argument("--prompts", type=int, default=8, help="held-out documents (default: 8)")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens of each (default: 128)")
-    parser.add_argument("--json", action="store_true", help="print one JSON line an exit")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens per document (default: 128)")
+    add_json_option(parser)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # where torch runs
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    about, rows = header("torch", "transformers"), []
     for exit_layer in args.exit_layer:
         row = compare(args.run, exit_layer, args.draft_length, args.prompts, args.tokens)
         same = sum(count == args.tokens for count in row["equal_tokens"])
         text = (
             f"exit {row['exit_layer']}, {row['draft_length']} drafts: {same} of {args.prompts} texts of {args.tokens} "
             f"tokens identical (equal leading tokens: {min(row['equal_tokens'])} or more), acceptance ours "
-            f"{row['our_acceptance']:.1%}, theirs {row['their_acceptance']:.1%}; prompts encoded alike: "
+            f"{row['our_acceptance']:.1%}, theirs {row['their_acceptance']:.1%}; equal prompt tokens: "
             f"{row['same_prompt_ids']}"
         )
-        print(json.dumps(row) if args.json else text, flush=True)
+        print(text, flush=True)
+        rows.append(row)
+    write_json(args.json, about, rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What importing a model holds beside it: ``python benchmarks/import_memory.py [--dtype bfloat16]``.
+"""Peak memory of importing a Llama, relative to its size: ``python -m benchmarks.import_memory [--dtype bfloat16]``.
 
-A random Llama of about 400 MB is written as safetensors, and a new process each opens it for training and for decoding.
-Printed is the growth of the process's largest resident size over the
-model's size in memory (float32, or for bfloat16 files twice the files' size).
+A random Llama of about 400 MB is written as safetensors. One new process loads it for training, another for decoding.
+Each prints how much its peak resident size grew, as a multiple of the size of the model in float32.
 """
 
 import argparse
@@ -17,23 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.common import header
+from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
 from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
-from layerskip_jax.checkpoint.reading import load_model, named_arrays
+from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.config import DataConfig, ModelConfig
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.model import Transformer, parameter_count
 
 MODEL = ModelConfig(24, 512, 8, 8, 1536, 16_384)
-WAYS = {
+LOADERS = {
     "for training": lambda folder: load_model(f"{folder}/llama"),
     "for decoding": lambda folder: load_model(f"{folder}/llama", unstacked=True),
 }
 
 
 def make(folder: Path, dtype: str) -> None:
+    """Write a random Llama with a tokenizer."""
     (folder / "llama").mkdir(parents=True)
     shapes = named_arrays(jax.eval_shape(lambda: Transformer(MODEL, rngs=nnx.Rngs(0))))
     random = np.random.default_rng(0)
@@ -47,33 +49,34 @@ def make(folder: Path, dtype: str) -> None:
 
 
 def resident(key: str) -> int:
-    """Return VmRSS or VmHWM, the largest so far [bytes]."""
+    """Return VmRSS (resident size) or VmHWM (its peak) [bytes]."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
 
-def measure(way: str, folder: str) -> None:
+def measure(loader: str, folder: str) -> None:
     jax.block_until_ready(jnp.ones(8) + 1)
     before = resident("VmRSS")
-    kept = WAYS[way](folder)
+    model = LOADERS[loader](folder)
     size = 4 * parameter_count(MODEL)
-    print(f"{way:14} {(resident('VmHWM') - before) / size:.2f} x {size / 1e6:.0f} MB", flush=True)
-    del kept
+    print(f"{loader:14} {(resident('VmHWM') - before) / size:.2f} x {size / 1e6:.0f} MB", flush=True)
+    del model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     if args.measure:
         measure(*args.measure)
         return
+    header("safetensors")
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), args.dtype)
-        for way in WAYS:
-            subprocess.run([sys.executable, __file__, "--measure", way, folder], check=True)
+        for loader in LOADERS:
+            subprocess.run([sys.executable, "-m", "benchmarks.import_memory", "--measure", loader, folder], check=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Compiles MaxText's training step ahead of time, and keeps what `benchmarks.maxtext_tpu` reads.
+"""Compile MaxText's training step ahead of time, and write the files that `benchmarks.maxtext_tpu` reads.
 
     PYTHON benchmarks/maxtext_driver.py FOLDER RECIPE name=value ...
 
-PYTHON is the one that MaxText is installed for; nothing of ours is needed in it. MaxText's own `train_compile.main`
-builds and compiles the step, with the settings given. Where it would store the compiled step, this writes the HLO text
-to FOLDER/step.hlo; memory, compiler options and seconds to FOLDER/step.json.
+PYTHON needs MaxText, but not this package. MaxText's `train_compile.main` builds and compiles the step with the given
+settings. Where it would store the compiled step, this writes the HLO text to FOLDER/step.hlo, and memory, compiler
+options and seconds to FOLDER/step.json.
 
-RECIPE is one of the scripts in MaxText's configs/tpu, such as v6e/llama2_7b_4096.sh, whose LIBTPU_INIT_ARGS become
-compiler options, or "-" for none. Options that the compiler does not know or refuses are left out; the JSON names them.
+RECIPE is a script in MaxText's configs/tpu, for example v6e/llama2_7b_4096.sh, whose LIBTPU_INIT_ARGS become compiler
+options, or "-" for none. Options that the compiler does not know or refuses are omitted; the JSON lists them.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ Compile = Callable[..., jax.stages.Compiled]
 
 
 def recipe_flags(script: str) -> str:
-    """Return the LIBTPU_INIT_ARGS that one of MaxText's recipes sets, as ``--name=value --name=value``."""
+    """Return the LIBTPU_INIT_ARGS of one of MaxText's recipes, as ``--name=value --name=value``."""
     package = importlib.util.find_spec("maxtext")
     if package is None or package.origin is None:
         raise SystemExit("MaxText is not installed here: pip install --no-deps maxtext==0.2.5")
@@ -38,7 +38,7 @@ def recipe_flags(script: str) -> str:
 
 
 def compile_accepted(compile_lowered: Compile, outcome: dict[str, Any]) -> Compile:
-    """Return a ``Lowered.compile`` without the refused options; it notes in ``outcome`` what it compiled with."""
+    """Return a ``Lowered.compile`` that omits refused options, and stores the options in ``outcome``."""
 
     def compile_step(lowered: jax.stages.Lowered, compiler_options: dict[str, Any] | None = None) -> Any:
         options, outcome["refused"] = dict(compiler_options or {}), []
@@ -59,9 +59,9 @@ def compile_accepted(compile_lowered: Compile, outcome: dict[str, Any]) -> Compi
 
 
 def without_refused(options: dict[str, Any], error: str) -> dict[str, Any]:
-    """Return ``options`` as a compiler's error wants them: less those that it names, and with what it says to set.
+    """Return ``options`` without those that a compiler's error names, and with those that it asks for.
 
-    Left out, continuation fusion would be on by default where gathers are asynchronous, and be refused again.
+    Omitting continuation fusion is not enough: it is on by default if gathers are asynchronous, and is refused again.
 
     >>> without_refused({"xla_a": "true", "xla_b": "true"}, "No such compile option: 'xla_a'")
     {'xla_b': 'true'}
@@ -73,7 +73,7 @@ def without_refused(options: dict[str, Any], error: str) -> dict[str, Any]:
 
 
 def main(folder: Path, recipe: str, settings: list[str]) -> None:
-    from maxtext.trainers.pre_train import train_compile  # here, so that the rest can be tested without MaxText
+    from maxtext.trainers.pre_train import train_compile  # here, so that tests run without MaxText
 
     outcome: dict[str, Any] = {"maxtext": version("maxtext"), "jax": jax.__version__, "libtpu": version("libtpu")}
     began = time.perf_counter()

@@ -1,36 +1,36 @@
-"""Our training step beside MaxText's, by the TPU's own compiler: ``python -m benchmarks.maxtext_tpu --maxtext PYTHON``.
+"""Our training step against MaxText's, by the TPU's compiler: ``python -m benchmarks.maxtext_tpu --maxtext PYTHON``.
 
-Both steps are compiled, on any machine, by the same libtpu for the same topology: the same model, global batch,
-sequence length and mesh (fsdp = chips), bfloat16 compute, float32 parameters, AdamW, splash attention, remat full. One
-reader (`hlo`) and one arithmetic (`report` in tpu/compile_ahead.py) take the figures from both HLO
-texts. The estimate is the compiler's `estimated_cycles` over the chip's clock, plus attention at the chip's peak, plus
-the collectives that nothing hides. The cost model knows nothing of kernels, so attention counts the same on both sides,
-whatever its tiles. A loop counts as often as its condition's constant says: neither text notes trip counts, and the
-JSON has the FLOPs that this adds up to beside the formula's. Nothing is run, so no figure is a measured time.
+On any machine, one libtpu compiles both steps for the same topology: same model, global batch, sequence length and mesh
+(fsdp = chips), bfloat16 compute, float32 parameters, AdamW, splash attention, remat full. One parser (tpu/hlo.py) and
+one calculation (`report` in tpu/compile_ahead.py) read both HLO texts. The estimate is the compiler's
+`estimated_cycles` over the chip's clock, plus attention at the chip's peak, plus the exposed collectives. The cost
+model does not cover kernels, so attention counts the same on both sides, whatever its tiles. Neither text notes trip
+counts, so a loop counts as often as the constant in its condition says; the JSON has the resulting FLOPs and the
+formula's. Nothing runs, so no figure is a measured time.
 
 MaxText's step is compiled in up to six forms:
 
-    shipped  `maxtext.trainers.pre_train.train_compile` with its defaults, and no compiler option but the one that it
-             sets itself (xla_tpu_spmd_rng_bit_generator_unsafe)
-    recipe   with the flags of its own Llama 2 7B recipe for that chip, as the installed package has them (configs/tpu;
-             benchmarks/xla_flags_library.py in its repository explains them), less those that libtpu refuses:
-             continuation fusion, which from 0.0.44 on only v5e may use
-    whole    with xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 (which its library knows too)
-    vmem     with xla_tpu_scoped_vmem_limit_kib=98304 (which its v6e recipe has too)
+    shipped  `maxtext.trainers.pre_train.train_compile` with its defaults, and only the compiler option that it sets
+             itself (xla_tpu_spmd_rng_bit_generator_unsafe)
+    recipe   with the flags of its Llama 2 7B recipe for that chip from the installed package (configs/tpu;
+             benchmarks/xla_flags_library.py in its repository explains them), without the ones that libtpu refuses:
+             continuation fusion, which from 0.0.44 on is only for v5e
+    whole    with xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 (also in its flag library)
+    vmem     with xla_tpu_scoped_vmem_limit_kib=98304 (also in its v6e recipe)
     both     with both
-    ours     with all that our step has on that chip (layerskip_jax/compiler_options.py)
+    ours     with all options of our step on that chip (layerskip_jax/compiler_options.py)
 
-PYTHON is a Python 3.12 that has MaxText, without the many dependencies that compiling does not need, and the libtpu of
-the Python that runs this, whose version must be the same:
+PYTHON is a Python 3.12 with MaxText and with the libtpu version of the Python that runs this. Compiling does not need
+most of MaxText's dependencies:
 
     pip install 'jax[tpu]==0.12.0' libtpu==VERSION flax optax orbax-checkpoint grain transformers pydantic omegaconf \\
       sentencepiece tiktoken pillow sympy fastapi uvicorn jinja2 immutabledict portpicker opentelemetry-api
     pip install --no-deps maxtext==0.2.5 aqtp drjax einshape fire jaxtyping pathwaysutils qwix six termcolor tokamax \\
       wadler-lindig xprof
 
-In the table, "exposed" is the share of the received bytes that no computation hides, "waited for" the share of the
-estimated step that they take. A step compiles in 2 to 15 minutes. ``--json FILE`` keeps each result as it comes; a
-later call compiles the others.
+"Exposed bytes" is the share of the received bytes that no computation hides, "exposed time" the share of the estimate
+that they take. A step compiles in 2 to 15 minutes. ``--json FILE`` stores every result; the next call compiles only
+the missing steps.
 """
 
 import argparse
@@ -48,8 +48,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from hlo import Program, taken_in
+from hlo import Program, shares_by_scope
 
+from benchmarks.common import header, replace_text
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.compiler_options import STEP_OPTIONS, WHOLE_MATMULS, Options, vmem_limit
 from layerskip_jax.config import Config
@@ -67,7 +68,7 @@ COMPILER = {
 
 
 class Row(NamedTuple):
-    """A training run to compile: a file of configs/, with its batch and sequence length, on a topology."""
+    """A step to compile: a config of configs/, and a topology."""
 
     config: str
     topology: str
@@ -84,50 +85,58 @@ ROWS = {
 
 PLAIN = ["--early_exit.curriculum", "none", "--layer_dropout.p_max", "0"]
 OURS = {"plain": PLAIN, "layerskip": []}
-"""Our steps, by the settings beside the config's own."""
+"""Our steps, and the settings that each adds to the config."""
 
 FORMS = ("shipped", "recipe", "whole", "vmem", "both", "ours")
-"""MaxText's steps, by the compiler options; the docstring above explains them."""
+"""MaxText's steps; the docstring of this module explains them."""
 
 RECIPES = {"v5e": "v5e/llama2_7b.sh", "v5p": "v5p/llama2_7b.sh", "v6e": "v6e/llama2_7b_4096.sh"}
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite"}
-"""What JAX calls a chip."""
+"""``device_kind`` of each chip."""
 
 Result = dict[str, Any]
 
 
-def chips_of(topology: str) -> int:
+def chip_count(topology: str) -> int:
     """
-    >>> chips_of("v5p:4x4x4")
+    >>> chip_count("v5p:4x4x4")
     64
     """
     return math.prod(int(size) for size in topology.split(":")[1].split("x"))
 
 
 def maxtext_topology(topology: str) -> str:
-    """Return MaxText's name for a topology, which counts cores: a v5p has two.
+    """Return MaxText's name of a topology, which counts cores: a v5p chip has two.
 
     >>> maxtext_topology("v6e:8x8"), maxtext_topology("v5p:4x4x4")
     ('v6e-64', 'v5p-128')
     """
     chip = topology.split(":")[0]
-    return f"{chip}-{chips_of(topology) * (2 if chip == 'v5p' else 1)}"
+    return f"{chip}-{chip_count(topology) * (2 if chip == 'v5p' else 1)}"
 
 
 def read_config(row: Row, more: list[str]) -> Config:
-    arguments = ["--config", str(ROOT / f"configs/{row.config}.py"), "--mesh.fsdp", str(chips_of(row.topology)), *more]
+    arguments = [
+        "--config",
+        str(ROOT / f"configs/{row.config}.py"),
+        "--mesh.fsdp",
+        str(chip_count(row.topology)),
+        *more,
+    ]
     return parse_config(make_parser(""), arguments)[0]
 
 
 def maxtext_settings(config: Config, topology: str) -> dict[str, Any]:
-    """Return MaxText's settings for the same training step; what is not named is as in its base.yml.
+    """Return MaxText's settings for the same training step.
 
-    There, attention is splash on a TPU, the optimizer AdamW with clipping, the loss computed from all logits at once.
+    Its base.yml has the rest: splash attention on a TPU, AdamW with clipping, the loss from all logits at once.
     """
-    model, chips = config.model, chips_of(topology)
-    alike = config.train.remat == "full" and config.train.accumulate == 1 and config.train.batch_size % chips == 0
-    if not alike or model.compute_dtype not in ("auto", "bfloat16"):
-        raise UserError("both compute in bfloat16, with remat full, accumulate 1, a batch_size in multiples of chips")
+    model, chips = config.model, chip_count(topology)
+    comparable = config.train.remat == "full" and config.train.accumulate == 1 and config.train.batch_size % chips == 0
+    if not comparable or model.compute_dtype not in ("auto", "bfloat16"):
+        raise UserError(
+            "the comparison needs bfloat16, remat full, accumulate 1, and a batch_size in multiples of the chips"
+        )
     return {
         "base_num_decoder_layers": model.num_layers,
         "base_emb_dim": model.dim,
@@ -150,14 +159,14 @@ def maxtext_settings(config: Config, topology: str) -> dict[str, Any]:
         "dataset_type": "synthetic",
         "enable_checkpointing": "false",
         "run_name": "compiled",
-        "jax_cache_dir": "",  # a cached step has no text
+        "jax_cache_dir": "",  # a cached step has no HLO text
     }
 
 
-def options_of(form: str, chip: str) -> Options:
-    """Return the compiler options that a form adds to MaxText's own; those of its recipe are added by the driver.
+def extra_options(form: str, chip: str) -> Options:
+    """Return the compiler options that a form adds to MaxText's. The driver adds those of the recipe.
 
-    >>> options_of("whole", "v6e")
+    >>> extra_options("whole", "v6e")
     {'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}
     """
     options = {"whole": WHOLE_MATMULS, "vmem": vmem_limit(96 * 1024), "ours": STEP_OPTIONS[KINDS[chip]]}
@@ -165,43 +174,43 @@ def options_of(form: str, chip: str) -> Options:
 
 
 def compile_ahead() -> ModuleType:
-    """Import tpu/compile_ahead.py, which is no package: late, because it sets the environment of the process."""
+    """Import tpu/compile_ahead.py; not at the top, because it sets environment variables of the process."""
     if str(ROOT / "tpu") not in sys.path:
         sys.path.append(str(ROOT / "tpu"))
     return importlib.import_module("compile_ahead")
 
 
 def compile_maxtext(python: str, row: Row, form: str) -> Result:
-    """Compile MaxText's step in a process of its own, and read its text as ours is read."""
-    compile_ahead()  # what is wrong with it should show before the minutes that compiling takes
+    """Compile MaxText's step in a separate process, and read its HLO text the same way as ours."""
+    compile_ahead()  # fails here, if at all, and not after minutes of compilation
     config, chip = read_config(row, PLAIN), row.topology.split(":")[0]
     settings = maxtext_settings(config, row.topology)
-    if options := options_of(form, chip):
+    if options := extra_options(form, chip):
         settings["compile_xla_flags"] = " ".join(f"--{name}={value}" for name, value in options.items())
     with tempfile.TemporaryDirectory() as folder:
         settings["base_output_directory"] = folder
         recipe = RECIPES[chip] if form == "recipe" else "-"
-        words = [f"{name}={value}" for name, value in settings.items()]
-        done = run_compiler([python, str(DRIVER), folder, recipe, *words], folder)
+        arguments = [f"{name}={value}" for name, value in settings.items()]
+        done = run_compiler([python, str(DRIVER), folder, recipe, *arguments], folder)
         if not (Path(folder) / "step.json").exists():
             raise UserError(last_error(done))
         return read_step(Path(folder), config, row.topology)
 
 
 def read_step(folder: Path, config: Config, topology: str) -> Result:
-    """Report on the step that benchmarks/maxtext_driver.py has left in ``folder``."""
+    """Return the figures of the step that benchmarks/maxtext_driver.py has written to ``folder``."""
     ahead, chip = compile_ahead(), topology.split(":")[0]
-    said, text = json.loads((folder / "step.json").read_text()), (folder / "step.hlo").read_text()
-    memory = said["peak_bytes"], said["argument_bytes"], said["temporary_bytes"]
-    compiled = ahead.Compiled(*memory, Program(text).work(taken_in({})), "splash" in text, said["seconds"])
-    found = ahead.report(config, ahead.CHIPS[chip], PEAK_FLOPS[KINDS[chip]], chips_of(topology), compiled)
-    return found | {name: said[name] for name in ("options", "refused", "maxtext", "jax", "libtpu")}
+    step, text = json.loads((folder / "step.json").read_text()), (folder / "step.hlo").read_text()
+    memory = step["peak_bytes"], step["argument_bytes"], step["temporary_bytes"]
+    compiled = ahead.Compiled(*memory, Program(text).work(shares_by_scope({})), "splash" in text, step["seconds"])
+    found = ahead.report(config, ahead.CHIPS[chip], PEAK_FLOPS[KINDS[chip]], chip_count(topology), compiled)
+    return found | {name: step[name] for name in ("options", "refused", "maxtext", "jax", "libtpu")}
 
 
 def compile_ours(row: Row, form: str) -> Result:
-    """Compile our step with tpu/compile_ahead.py in a process of its own."""
+    """Compile our step with tpu/compile_ahead.py in a separate process."""
     command = [sys.executable, str(ROOT / "tpu/compile_ahead.py"), "--config", str(ROOT / f"configs/{row.config}.py")]
-    command += ["--topology", row.topology, "--mesh.fsdp", str(chips_of(row.topology)), "--json", *OURS[form]]
+    command += ["--topology", row.topology, "--mesh.fsdp", str(chip_count(row.topology)), "--json", *OURS[form]]
     with tempfile.TemporaryDirectory() as folder:
         done = run_compiler(command, folder)
     if not done.stdout.strip():
@@ -210,39 +219,39 @@ def compile_ours(row: Row, form: str) -> Result:
 
 
 def run_compiler(command: list[str], folder: str) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` in ``folder`` with libtpu set up as a compiler, and no options or modules from outside."""
-    outside = ("LIBTPU_INIT_ARGS", "PYTHONPATH", "XLA_FLAGS")
-    environment = {name: value for name, value in os.environ.items() if name not in outside} | COMPILER
+    """Run ``command`` in ``folder`` with libtpu as a compiler, without this environment's options and modules."""
+    dropped = ("LIBTPU_INIT_ARGS", "PYTHONPATH", "XLA_FLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped} | COMPILER
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def last_error(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the line that says why a step did not compile: how much memory it wanted, or the last one."""
+    """Return the line with the reason of a failed compilation: the memory that it needed, or the last line."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     used = [line for line in lines if re.search(r"Used \S+ of \S+", line)]
     return [f"ended with status {done.returncode}", *lines, *used][-1][:300]
 
 
-def find_maxtext(word: str) -> str:
-    """Return the path of a Python that has MaxText and the libtpu that we compile with; `UserError` if it has not."""
-    python = shutil.which(word)
+def find_maxtext(program: str) -> str:
+    """Return the path of a Python with MaxText and our version of libtpu. Raises `UserError` if it lacks one."""
+    python = shutil.which(program)
     if python is None:
-        raise UserError(f"--maxtext must be a Python that has MaxText, and there is no program {word}")
+        raise UserError(f"--maxtext must be a Python that has MaxText, but there is no program {program}")
     code = "from importlib.metadata import version; print(version('maxtext'), version('libtpu'))"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"--maxtext must be a Python that has MaxText and libtpu, not {word}: {last_error(done)}")
+        raise UserError(f"--maxtext must be a Python that has MaxText and libtpu, not {program}: {last_error(done)}")
     try:
         ours, theirs = version("libtpu"), done.stdout.split()[-1]
     except PackageNotFoundError as error:
         raise UserError("this needs libtpu, the TPU's compiler: pip install -e '.[tpu]'") from error
     if theirs != ours:
-        raise UserError(f"both sides need the same compiler, and {word} has libtpu {theirs}, this Python {ours}")
-    return os.path.abspath(python)  # not resolved: a virtual environment's Python is a link
+        raise UserError(f"both steps need the same libtpu, but {program} has {theirs}, and this Python has {ours}")
+    return os.path.abspath(python)  # without resolving links: the Python of a virtual environment is a link
 
 
 def figures(result: Result) -> list[str]:
-    """Return a result's cells: estimate, MFU, peak, bytes received, their exposed share, its time, compile seconds."""
+    """Return a result's cells: estimate, MFU, peak, bytes received, exposed bytes and time, compile seconds."""
     if "error" in result:
         return [result["error"], *[""] * 6]
     seconds = result["seconds"]
@@ -259,18 +268,18 @@ def figures(result: Result) -> list[str]:
 
 def table(results: list[Result]) -> str:
     """Return a Markdown table of the results, and the options that libtpu refused."""
-    heads = ["estimate [s]", "MFU", "peak [GB]", "received [GB]", "exposed", "waited for", "compiled in [s]"]
+    heads = ["estimate [s]", "MFU", "peak [GB]", "received [GB]", "exposed bytes", "exposed time", "compile time [s]"]
     lines = [["run", "step", *heads], ["---", "---", *["---:"] * len(heads)]]
     lines += [[f"{one['config']}, {one['topology']}", one["step"], *figures(one)] for one in results]
     refused = sorted({name for one in results for name in one.get("refused", [])})
     rows = ["| " + " | ".join(cells) + " |" for cells in lines]
     if refused:
-        rows += ["", f"Left out of MaxText's recipes, because libtpu refuses them: {', '.join(refused)}."]
+        rows += ["", f"Omitted from MaxText's recipes, because libtpu refuses them: {', '.join(refused)}."]
     return "\n".join(rows)
 
 
 def compile_one(python: str, row: Row, side: str, form: str) -> Result:
-    """Compile one step; one that does not compile has an ``error`` for its figures."""
+    """Compile one step. If it does not compile, the result has an ``error`` instead of figures."""
     about = {"config": row.config, "topology": row.topology, "step": f"{side} {form}"}
     try:
         return about | (compile_ours(row, form) if side == "ours" else compile_maxtext(python, row, form))
@@ -281,17 +290,24 @@ def compile_one(python: str, row: Row, side: str, form: str) -> Result:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--maxtext", metavar="PYTHON", required=True, help="a Python that has MaxText and libtpu")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="runs to compile (default: all)")
-    parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS), help="our steps (default: all)")
-    parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="MaxText's (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep results here, and compile what is not there")
+    parser.add_argument("--maxtext", metavar="PYTHON", required=True, help="a Python with MaxText and libtpu")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="steps to compile (default: all)")
+    parser.add_argument(
+        "--ours", nargs="*", choices=OURS, default=list(OURS), help="variants of our step (default: all)"
+    )
+    parser.add_argument(
+        "--forms", nargs="*", choices=FORMS, default=list(FORMS), help="forms of MaxText's step (default: all)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="store results here, and compile only the missing ones"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     python = find_maxtext(options.maxtext)
+    header()
     kept = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     known = {(one["config"], one["topology"], one["step"]): one for one in kept}
     shown = []
@@ -302,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
                 known[key] = compile_one(python, row, side, form)
                 print(" ".join([*key, *figures(known[key])]), file=sys.stderr, flush=True)
                 if options.json:
-                    options.json.write_text(json.dumps(list(known.values())))
+                    replace_text(options.json, json.dumps(list(known.values())))
             shown.append(known[key])
     print(table(shown))
 

@@ -1,12 +1,11 @@
-"""Models of Hugging Face transformers here, and back: ``python benchmarks/parity.py [--tokens 256] [--json]``.
+"""Compare imported and exported Llamas with transformers: ``python -m benchmarks.parity [--tokens 256] [--json FILE]``.
 
-Twelve Llamas of different shapes are made at random by transformers, saved by it, and opened here: float32 logits and
-greedy texts are compared, and what our export writes with what it had saved, bit for bit. Needs
+transformers creates and saves twelve random Llamas of different shapes, and `load_model` loads them. Compared are
+float32 logits, greedy texts, and the bytes of an exported copy with those that transformers saved. Needs
 ``pip install layerskip_jax[huggingface] torch transformers``.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.common import add_json_option, header, write_json
+from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
-from layerskip_jax.checkpoint.reading import config_of, load_model, named_arrays
+from layerskip_jax.checkpoint.reading import load_model, open_model_folder
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.rounds import Autoregressive
 from layerskip_jax.decoding.sampling import Greedy
@@ -26,7 +27,7 @@ try:
     import transformers
     from safetensors import safe_open
 except ImportError as error:
-    raise SystemExit(f"{error}: this compares with transformers; pip install torch transformers safetensors") from None
+    raise SystemExit(f"{error}: parity needs transformers; pip install torch transformers safetensors") from None
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -56,7 +57,7 @@ POSITIONS = 64
 
 
 def make(shape: dict[str, Any], folder: str, dtype: str = "float32", **saving: Any) -> None:
-    """Make a random Llama with transformers, and save it as it does."""
+    """Create a random Llama with transformers and save it."""
     values = {
         "vocab_size": 256,
         "hidden_size": 48,
@@ -64,9 +65,9 @@ def make(shape: dict[str, Any], folder: str, dtype: str = "float32", **saving: A
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "max_position_embeddings": 512,
-        "initializer_range": 0.15,  # about 1 / sqrt(hidden_size): activations keep their size, as in a trained model
+        "initializer_range": 0.15,  # about 1 / sqrt(hidden_size), so that activations keep their scale
         "bos_token_id": 1,
-        "eos_token_id": None,  # so that no token ends the text
+        "eos_token_id": None,  # no token ends the text
     }
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(values | shape))).eval()
@@ -77,23 +78,23 @@ def make(shape: dict[str, Any], folder: str, dtype: str = "float32", **saving: A
     model.to(getattr(torch, dtype)).save_pretrained(folder, **saving)
 
 
-def tensors_of(folder: str) -> dict[str, bytes]:
-    """Return type, shape and bytes of every tensor in a folder's safetensors files."""
+def stored_tensors(folder: str) -> dict[str, bytes]:
+    """Return type, shape and bytes of every tensor in the safetensors files of a folder."""
     found = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(str(file), "numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
                 tensor = opened.get_tensor(name)
                 found[name] = f"{tensor.dtype} {tensor.shape} ".encode() + tensor.tobytes()
     return found
 
 
 def compare(name: str, tokens: int, dtype: str = "float32") -> dict[str, Any]:
-    """Return how far apart the two are on one of `SHAPES`: logits, equal leading tokens of a greedy text, bytes."""
+    """Compare one of `SHAPES`: difference of logits, equal leading tokens of a greedy text, equal bytes."""
     with tempfile.TemporaryDirectory() as folder:
         make(SHAPES[name], f"{folder}/theirs", dtype)
         theirs = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/theirs", dtype=torch.float32).eval()
-        config = config_of(f"{folder}/theirs").model
+        config = open_model_folder(f"{folder}/theirs").config.model
         model, _, _ = load_model(f"{folder}/theirs")
         random = np.random.default_rng(0)
         inputs = random.integers(0, config.vocab_size, (2, POSITIONS))
@@ -115,27 +116,29 @@ def compare(name: str, tokens: int, dtype: str = "float32") -> dict[str, Any]:
             "logit_difference": float(np.abs(ours - expected).max()),
             "equal_tokens": next((i for i, (a, b) in enumerate(zip(new, text)) if a != b), len(text)),
             "tokens": tokens,
-            "same_bytes": tensors_of(str(back)) == tensors_of(f"{folder}/theirs"),
+            "same_bytes": stored_tensors(str(back)) == stored_tensors(f"{folder}/theirs"),
         }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=256, help="new tokens of the greedy text (default: 256)")
-    parser.add_argument("--json", action="store_true", help="print one JSON line a shape")
+    add_json_option(parser)
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # where torch runs
+    jax.config.update("jax_platforms", "cpu")  # torch runs there too
     transformers.utils.logging.disable_progress_bar()
-    if not args.json:
-        print(f"torch {torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}")
-        print("shape          largest logit  difference  equal greedy tokens  round trip")
+    about = header("torch", "transformers")
+    print("shape          largest logit  difference  equal greedy tokens  round trip")
+    rows = []
     for name in SHAPES:
         row = compare(name, args.tokens)
-        line = (
+        rows.append(row)
+        print(
             f"{name:14} {row['largest_logit']:13.1f}  {row['logit_difference']:10.1e}  "
-            f"{row['equal_tokens']:15} of {row['tokens']}  {'same bytes' if row['same_bytes'] else 'DIFFERS'}"
+            f"{row['equal_tokens']:15} of {row['tokens']}  {'same bytes' if row['same_bytes'] else 'DIFFERS'}",
+            flush=True,
         )
-        print(json.dumps(row) if args.json else line, flush=True)
+    write_json(args.json, about, rows)
 
 
 if __name__ == "__main__":

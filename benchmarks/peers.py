@@ -1,16 +1,15 @@
-"""Our decoding beside Hugging Face transformers, on CPU: ``python benchmarks/peers.py [--models small] [--json]``.
+"""Our decoding against transformers' on CPU: ``python -m benchmarks.peers [--models small] [--json FILE]``.
 
-The same random weights, prompt, machine and run; float32, greedy, batch 1, 64 tokens in and 256 out, no EOS. Plain
-decoding, and self-speculation from exit 4 with 6 drafts: ours, and transformers' ``assistant_early_exit``. How often
-drafts are accepted is set by ``--tails``: the factor on what the blocks after the exit add to the residual stream.
-Compilation is left out (ours in the warm-up); prefill counts on both sides. Needs ``pip install torch transformers``,
-and a machine that does nothing else: torch's threads spin for each other, and another busy process makes it crawl.
+Same random weights, prompt and machine; float32, greedy, batch 1, 64 tokens in and 256 out, no EOS. Compares plain
+decoding and self-speculation from exit 4 with 6 drafts: ours, and transformers' ``assistant_early_exit``. ``--tails``
+scales what the blocks after the exit add to the residual stream, and so sets the acceptance. Prefill counts on both
+sides, compilation on neither (ours is in the warm-up). Needs ``pip install torch transformers`` and an idle machine:
+torch's threads spin while they wait for each other, so another busy process slows them down a lot.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,14 +25,15 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from benchmarks.common import add_json_option, header, write_json
+from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
-from layerskip_jax.checkpoint.reading import named_arrays
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.request import Generation
-from layerskip_jax.decoding.rounds import Autoregressive, Round, SelfSpeculative
+from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.model import Transformer
 
@@ -50,17 +50,17 @@ MODELS = {
 }
 EXIT_LAYER, DRAFT_LENGTH = 4, 6
 PROMPT, NEW_TOKENS = 64, 256
-CONTEXT = 2048  # what the Llamas are said to be made for [tokens]
-STEPS: dict[str, Round] = {
+CONTEXT = 2048  # maximum length in the exported config [tokens]
+STRATEGIES: dict[str, Strategy] = {
     "plain": Autoregressive(Greedy()),
     "speculative": SelfSpeculative(Greedy(), Fixed(exit_layer=EXIT_LAYER, draft_length=DRAFT_LENGTH)),
 }
 BARS = {"small": {"plain": 3.0, "speculative": 4.0}, "large": {"plain": 1.6, "speculative": 2.5}}
-BAR_TAIL = 0.02  # of speculation's bars: at 0 every draft is accepted, which no trained model gives
+BAR_TAIL = 0.02  # the tail for which speculation has a bar; at 0 every draft is accepted, as in no trained model
 
 
 def with_tail(model: Transformer, scale: float) -> Transformer:
-    """Scale what the blocks from the exit on add to the residual stream: 0 makes them identities."""
+    """Scale what the blocks after the exit add to the residual stream; 0 makes them identities."""
     scale_L = jnp.where(jnp.arange(model.config.num_layers) < EXIT_LAYER, 1.0, scale)
     model.blocks.output_NHD[...] *= scale_L[:, None, None, None]
     model.blocks.down_FD[...] *= scale_L[:, None, None]
@@ -68,17 +68,17 @@ def with_tail(model: Transformer, scale: float) -> Transformer:
 
 
 def as_llama(model: Transformer, bos: int | None = None, eos: int | None = None) -> transformers.LlamaForCausalLM:
-    """Return the same weights as a transformers model, set up to draft as we do; no ``eos``: no token ends a text."""
+    """Return a transformers model with the same weights that drafts as we do. Without ``eos``, no token ends a text."""
     with tempfile.TemporaryDirectory() as folder:
-        said = config_json(model.config, CONTEXT, "float32", bos, eos)
+        config = config_json(model.config, CONTEXT, "float32", bos, eos)
         write_weights(epath.Path(folder), model.config, named_arrays(model), np.float32)
-        (Path(folder) / CONFIG).write_text(json.dumps(said))
+        (Path(folder) / CONFIG).write_text(json.dumps(config))
         llama = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
-    # Drafting is read from the model's own generation_config; these as arguments of generate() are silently ignored.
+    # transformers reads these from the model's generation_config and silently ignores them as generate() arguments.
     llama.generation_config.num_assistant_tokens = DRAFT_LENGTH
     llama.generation_config.num_assistant_tokens_schedule = "constant"
-    llama.generation_config.assistant_confidence_threshold = 0.0  # its 0.4 would end most drafts after one token
+    llama.generation_config.assistant_confidence_threshold = 0.0  # the default 0.4 ends most drafts after one token
     return llama.eval()
 
 
@@ -89,22 +89,22 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def equal_tokens(a: list[int], b: list[int]) -> int:
-    """Return how many leading tokens are the same."""
+    """Return the number of equal leading tokens."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 @torch.no_grad()
 def compare(name: str, tail: float, repeats: int) -> list[dict[str, Any]]:
-    """Time the four ways in turn, ``repeats`` times after a warm-up."""
+    """Time both libraries and both kinds of decoding in turn, ``repeats`` times after a warm-up."""
     model = with_tail(Transformer(MODELS[name], rngs=nnx.Rngs(0)), tail)
     llama, model = as_llama(model), model.unstacked()
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, PROMPT).tolist()
     tokens_BT = torch.tensor([prompt])
     difference = np.abs(llama(tokens_BT).logits.numpy() - np.asarray(model(jnp.array([prompt])))).max()
     if difference > 1e-3:
-        raise SystemExit(f"{name}, tail {tail}: the models are not the same, logits differ by {difference:.2g}")
+        raise SystemExit(f"{name}, tail {tail}: the models are not equal, their logits differ by {difference:.2g}")
 
-    # Their speed is that of their best number of threads: on a busy machine OpenMP's barriers can make two far slower.
+    # Give torch its best number of threads: on a busy machine, OpenMP barriers can make two threads slower than one.
     threads: dict[int | None, int] = {}
     for early_exit in (None, EXIT_LAYER):
         trials = {}
@@ -120,19 +120,19 @@ def compare(name: str, tail: float, repeats: int) -> list[dict[str, Any]]:
         output_BT = llama.generate(tokens_BT, max_new_tokens=NEW_TOKENS, assistant_early_exit=early_exit)
         return output_BT[0, PROMPT:].tolist(), NEW_TOKENS / (time.perf_counter() - began)
 
-    def ours(step: Round) -> tuple[Generation, float]:
-        generation = generate(model, [prompt], NEW_TOKENS, step)
+    def ours(strategy: Strategy) -> tuple[Generation, float]:
+        generation = generate(model, [prompt], NEW_TOKENS, strategy)
         return generation, generation.new_tokens / (generation.seconds + generation.prefill_seconds)
 
-    their_speeds: dict[str, list[float]] = {decoding: [] for decoding in STEPS}
-    our_speeds: dict[str, list[float]] = {decoding: [] for decoding in STEPS}
+    their_speeds: dict[str, list[float]] = {decoding: [] for decoding in STRATEGIES}
+    our_speeds: dict[str, list[float]] = {decoding: [] for decoding in STRATEGIES}
     texts, generations = {}, {}
-    for _ in range(repeats + 1):  # the first turn is the warm-up
+    for _ in range(repeats + 1):  # the first repeat is the warm-up
         for decoding, early_exit in {"plain": None, "speculative": EXIT_LAYER}.items():
             texts[decoding], speed = theirs(early_exit)
             their_speeds[decoding].append(speed)
-        for decoding, step in STEPS.items():
-            generations[decoding], speed = ours(step)
+        for decoding, strategy in STRATEGIES.items():
+            generations[decoding], speed = ours(strategy)
             our_speeds[decoding].append(speed)
 
     rows = []
@@ -149,7 +149,7 @@ def compare(name: str, tail: float, repeats: int) -> list[dict[str, Any]]:
                 "ratio": statistics.median(our_speed / their_speed for our_speed, their_speed in pairs),
                 "bar": BARS[name][decoding] if decoding == "plain" or tail == BAR_TAIL else None,
                 "our_acceptance": generation.acceptance if generation.drafted else None,
-                # Texts, as counts of equal leading tokens: near-ties may part the libraries, and neither from itself.
+                # Equal leading tokens. Near-ties may separate the two libraries, but not a library from itself.
                 "ours_is_theirs": equal_tokens(generation.tokens[0], texts[decoding]),
                 "theirs_is_their_plain": equal_tokens(texts[decoding], texts["plain"]),
                 "ours_is_our_plain": equal_tokens(generation.tokens[0], generations["plain"].tokens[0]),
@@ -174,23 +174,22 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--tails", nargs="+", type=float, default=[0.0, BAR_TAIL], help="how much later blocks matter")
-    parser.add_argument("--repeats", type=int, default=3, help="timings of each of the four ways, in turn")
-    parser.add_argument("--json", action="store_true", help="print one JSON line per row and nothing else")
+    parser.add_argument(
+        "--tails", nargs="+", type=float, default=[0.0, BAR_TAIL], help="scales of the later blocks' outputs"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="timings of each alternative")
+    add_json_option(parser)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # where torch runs
-    transformers.logging.set_verbosity_error()  # its own drafting calls a form of generate() that it deprecates
-    if not args.json:
-        print(f"Python {platform.python_version()}", *(f"{m.__name__} {m.__version__}" for m in LIBRARIES), sep=", ")
-        machine = f"{os.cpu_count()} CPUs, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the start"
-        print(f"{machine}; {args.repeats} repeats")
+    transformers.logging.set_verbosity_error()  # its drafting uses its own deprecated API
+    about, results = header("torch", "transformers"), []
+    print(f"load average {os.getloadavg()[0]:.1f} at the start; {args.repeats} repeats")
     for name in args.models:
         for tail in args.tails:
             rows = compare(name, tail, args.repeats)
-            if args.json:
-                print("\n".join(map(json.dumps, rows)), flush=True)
-            else:
-                print_table(rows)
+            print_table(rows)
+            results += rows
+    write_json(args.json, about, results)
 
 
 if __name__ == "__main__":

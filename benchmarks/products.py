@@ -1,12 +1,13 @@
-"""What a compiled step multiplies: ``python -m benchmarks.products``.
+"""FLOPs of a compiled training step: ``python -m benchmarks.products``.
 
-With all exits on and with none, and in the skipping form with all, half and none of the rows kept.
+With all exits and with none, and for the skipping form with all, half and none of the rows kept.
 """
 
 import dataclasses
 
-from hlo import Program, taken_in
+from hlo import Program, shares_by_scope
 
+from benchmarks.common import header
 from benchmarks.step_cost import PLAIN
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig
 from layerskip_jax.recipe.fused_exit_loss import INNER_EXIT
@@ -20,21 +21,24 @@ def compiled(config: Config) -> Program:
 
 
 def main() -> None:
+    header()
     model = PLAIN.model
     exit_DV = model.num_layers * model.dim * model.vocab_size * PLAIN.train.batch_size * PLAIN.data.sequence_length
     exits = EarlyExitConfig(curriculum="all", e_scale=0.2)
-    rows, last_exit = PLAIN.train.batch_size, taken_in({INNER_EXIT: 0.0})
+    rows, last_exit = PLAIN.train.batch_size, shares_by_scope({INNER_EXIT: 0.0})
     dropout = LayerDropoutConfig(0.8, "linear", "constant", form="skipping", row_groups=rows)
     for remat in ("none", "dots", "full"):
         plain = dataclasses.replace(PLAIN, train=dataclasses.replace(PLAIN.train, remat=remat))
         program = compiled(dataclasses.replace(plain, early_exit=exits))
-        on, off = (program.work(taken_in({INNER_EXIT: share})).flops for share in (1.0, 0.0))
+        on, off = (program.work(shares_by_scope({INNER_EXIT: share})).flops for share in (1.0, 0.0))
         each = (on - off) / exit_DV
-        print(f"all exits, remat {remat}: {on / 1e9:.1f} GFLOP of products; an exit {each:.2f} D V a token")
+        print(
+            f"all exits, remat {remat}: {on / 1e9:.1f} GFLOP in matmuls; an exit takes {each:.2f} D V FLOPs per token"
+        )
         whole = compiled(plain).work(last_exit).flops
         skipping = compiled(dataclasses.replace(plain, layer_dropout=dropout))
         for kept in (rows, rows / 2, 0):
-            share = skipping.work(last_exit, unknown_turns=kept).flops / whole
+            share = skipping.work(last_exit, unknown_trip_count=kept).flops / whole
             print(f"skipping, remat {remat}, {kept:g} of {rows} rows kept: {share:.3f} of the step without dropout")
 
 

@@ -1,6 +1,6 @@
-"""The long form of what docs/reliability.md promises: ``python -m benchmarks.reliability [kills damage ...]``.
+"""Long reliability tests, for docs/reliability.md: ``python -m benchmarks.reliability [kills damage ...]``.
 
-Real processes, real signals, real files. Without a name, all of it; the exit status is 1 if anything was lost.
+They use real processes, signals and files. Without a name all tests run; the exit status is 1 if anything was lost.
 """
 
 import argparse
@@ -22,11 +22,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from layerskip_jax.checkpoint.reading import load_model, named_arrays, read_checksums
+from benchmarks.common import header
+from layerskip_jax.checkpoint.arrays import named_arrays
+from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.checkpoint.run_folder import read_checksums
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
 from layerskip_jax.data.pipeline import local_batches
-from layerskip_jax.data.position import Position
+from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.recipe.recipe import Recipe
@@ -42,7 +45,7 @@ TINY = """
     --train.evaluate_batches 1 --train.evaluate_every 100000 --optimizer.warmup_steps 2
     --layer_dropout.p_max 0.3 --early_exit.curriculum rotational --early_exit.dilation 2
 """
-IN_A_SAVE = "*.orbax-checkpoint-tmp*"
+UNFINISHED_SAVE = "*.orbax-checkpoint-tmp*"
 
 
 def make_settings(folder: Path) -> list[str]:
@@ -59,7 +62,7 @@ def make_settings(folder: Path) -> list[str]:
 
 
 def contents(run: str) -> dict[str, np.ndarray]:
-    """Return all parameters of a run's newest checkpoint, and the digests of its optimizer's state."""
+    """Return all parameters of a run's newest checkpoint, and the digests of its arrays."""
     steps = sorted((Path(run) / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
     sums = read_checksums(epath.Path(steps[-1]))["arrays"]
     return named_arrays(jax.device_get(load_model(run)[0])) | {name: np.uint32(value) for name, value in sums.items()}
@@ -69,32 +72,32 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
     return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-class Life:
-    """One start of ``train.py`` as a process of its own, from its beginning to its end, natural or not."""
+class TrainingProcess:
+    """A process that runs ``train.py``."""
 
     def __init__(self, settings: list[str], run: Path, cache: Path):
         self._run = run
-        few = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        jax_settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self._process = subprocess.Popen(
             [sys.executable, "train.py", *settings, "--train.run_dir", str(run)],
             cwd=ROOT,
-            env=os.environ | few | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)},
+            env=os.environ | jax_settings | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
     def opening(self) -> str:
-        """Wait for the line that says from where the run goes on."""
+        """Wait for the line that names the step from which the run starts, and return it."""
         for line in self._process.stdout or []:
             if " steps, " in line:
                 return line.strip()
-        raise RuntimeError("the run has ended before it began")
+        raise RuntimeError("the run ended before its first step")
 
     def kill(self, seconds: float, in_a_save: bool) -> tuple[bool, bool]:
-        """SIGKILL after ``seconds``, counted from the beginning of the next save if asked for.
+        """Send SIGKILL after ``seconds``, counted from the start of the next save if ``in_a_save``.
 
-        Returns whether that came before the run's own end, and whether it came in the middle of a save.
+        Returns whether the process was still running, and whether it was saving.
         """
         while in_a_save and self._process.poll() is None and not self._saving():
             time.sleep(0.001)
@@ -105,7 +108,7 @@ class Life:
         return killed, self._saving()
 
     def _saving(self) -> bool:
-        return any((self._run / "checkpoints").glob(IN_A_SAVE))
+        return any((self._run / "checkpoints").glob(UNFINISHED_SAVE))
 
     def finish(self) -> str:
         output, _ = self._process.communicate(timeout=600)
@@ -119,31 +122,31 @@ def newest(run: Path) -> int | None:
 
 
 def kills(trials: int = 30, seed: int = 0, steps: int = 60) -> Counter[str]:
-    """SIGKILL runs that save at every step, at random moments and within saves; compare each with one left alone."""
+    """Kill runs that save at every step, at random moments and during saves; compare with an uninterrupted run."""
     moments, count = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = [*make_settings(folder), "--train.checkpoint_every", "1", "--train.steps", str(steps)]
         cache, run = folder / "cache", folder / "whole"
-        Life(settings, run, cache).finish()
+        TrainingProcess(settings, run, cache).finish()
         whole = contents(str(run))
         while count["kills"] < trials:
             run = folder / f"run{count['runs']}"
             complete: int | None = None
             while True:
-                life = Life(settings, run, cache)
+                process = TrainingProcess(settings, run, cache)
                 if count["kills"] < trials and moments.random() < 0.1:
-                    killed, saving = life.kill(moments.uniform(0, 6), in_a_save=False)  # while it starts
+                    killed, saving = process.kill(moments.uniform(0, 6), in_a_save=False)  # while it starts
                 else:
-                    opening = life.opening()
+                    opening = process.opening()
                     start = "from scratch" if complete is None else f"resuming after step {complete}"
-                    count["starts that did not go on from the newest checkpoint"] += not opening.endswith(start)
+                    count["starts that did not resume from the newest checkpoint"] += not opening.endswith(start)
                     if count["kills"] >= trials:
-                        life.finish()
+                        process.finish()
                         killed = saving = False
                     else:
                         in_a_save = moments.random() < 0.6
-                        killed, saving = life.kill(moments.uniform(0, 0.05 if in_a_save else 2), in_a_save)
+                        killed, saving = process.kill(moments.uniform(0, 0.05 if in_a_save else 2), in_a_save)
                 count["kills"] += killed
                 count["kills in a save"] += killed and saving
                 complete = newest(run)
@@ -155,7 +158,7 @@ def kills(trials: int = 30, seed: int = 0, steps: int = 60) -> Counter[str]:
 
 
 def damage(trials: int = 300, seed: int = 0) -> Counter[str]:
-    """Damage files and folders of a newest checkpoint, each time restore, and compare with what was saved."""
+    """Damage files and folders of the newest checkpoint one at a time, restore, and compare with what was saved."""
     chance, count = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -174,38 +177,38 @@ def damage(trials: int = 300, seed: int = 0) -> Counter[str]:
             shutil.rmtree(checkpoints)
         files = sorted(path.relative_to(good) for path in (good / "4").rglob("*") if path.is_file())
         folders = sorted({parent for file in files for parent in file.parents if parent.parts})
-        # Every file and folder once before any one twice.
-        harms = [(harm, path) for harm in HARMS for path in (folders if harm is halve else files)]
-        harms = [one for _ in range(-(-trials // len(harms))) for one in chance.sample(harms, len(harms))]
-        for harm, path in harms[:trials]:
+        # Damage every file and folder once before any of them twice.
+        kinds = [(damaged, path) for damaged in DAMAGES for path in (folders if damaged is halve else files)]
+        kinds = [one for _ in range(-(-trials // len(kinds))) for one in chance.sample(kinds, len(kinds))]
+        for damaged, path in kinds[:trials]:
             shutil.copytree(good, checkpoints)
-            harm(checkpoints / path, chance)
-            said = io.StringIO()
-            with contextlib.redirect_stderr(said):
+            damaged(checkpoints / path, chance)
+            stderr = io.StringIO()
+            with contextlib.redirect_stderr(stderr):
                 found = restored(config)
             shutil.rmtree(checkpoints)
             if same(found, states[4]):
                 count["harmless"] += 1
-                count["false alarms"] += "damaged" in said.getvalue()
-            elif same(found, states[2]) and "WARNING: the checkpoint" in said.getvalue():
-                count["recognised, and the one before taken"] += 1
+                count["false alarms"] += "damaged" in stderr.getvalue()
+            elif same(found, states[2]) and "WARNING: the checkpoint" in stderr.getvalue():
+                count["detected, and the one before restored"] += 1
             else:
-                count[f"wrong state after {harm.__name__} {path}"] += 1
+                count[f"wrong state after {damaged.__name__} {path}"] += 1
     return count
 
 
 def restored(config: Config) -> dict[str, np.ndarray]:
-    """Return what a start of ``config`` restores: all arrays, and the next batch."""
-    trainer, abstract = trainer_of(config)
-    with jax.set_mesh(trainer.mesh), Checkpoints(config) as checkpoints:
+    """Return all arrays that a start of ``config`` restores, and its next batch."""
+    trainer, abstract = cached_trainer(config)
+    with Checkpoints(config) as checkpoints:
         data = iter(local_batches(config, "train", trainer.mesh))
-        state = checkpoints.restore(abstract, Position(data, range(config.train.batch_size)))
+        state = checkpoints.restore(abstract, DataPosition(data, range(config.train.batch_size)))
         arrays = named_arrays(jax.device_get(state))
         return {name: np.asarray(array) for name, array in arrays.items()} | next(data)
 
 
 @functools.cache
-def trainer_of(config: Config) -> tuple[Trainer, TrainState]:
+def cached_trainer(config: Config) -> tuple[Trainer, TrainState]:
     trainer = Trainer(config, Recipe.from_config(config), make_mesh(config))
     return trainer, trainer.abstract_state()
 
@@ -227,29 +230,31 @@ def remove(file: Path, chance: random.Random) -> None:
 
 
 def halve(folder: Path, chance: random.Random) -> None:
-    """Delete half of what is in a folder."""
+    """Delete half of the entries of a folder."""
     entries = sorted(folder.iterdir())
     for entry in chance.sample(entries, (len(entries) + 1) // 2):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-HARMS = (flip, truncate, remove, halve)
+DAMAGES = (flip, truncate, remove, halve)
 LONG: dict[str, Callable[[], Counter[str]]] = {"kills": kills, "damage": damage}
 HARMLESS = {
     "kills",
     "kills in a save",
     "runs",
     "harmless",
-    "recognised, and the one before taken",
+    "detected, and the one before restored",
 }
-"""Counts that are no losses; every other one should be 0."""
+"""Counts that are not losses; every other count should be 0."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *LONG], default=[], help="what to run; all by default")
+    parser.add_argument("names", nargs="*", choices=[[], *LONG], default=[], help="tests to run; by default all")
+    names = parser.parse_args().names or LONG
+    header()
     lost = 0
-    for name in parser.parse_args().names or LONG:
+    for name in names:
         began = time.monotonic()
         count = LONG[name]()
         print(f"{name}: {', '.join(f'{value} {what}' for what, value in count.items())}", flush=True)

@@ -1,11 +1,10 @@
-"""Does a long run leak? ``python benchmarks/soak.py [--seconds 3600] [--out runs/soak]``.
+"""Soak test for leaks: ``python -m benchmarks.soak [--seconds 3600] [--out runs/soak]``.
 
-Trains and generates in a loop in one process, as a user would: ``train`` from scratch with evaluations, checkpoints and
-samples, ``train`` again to restore what is there, and ``decode.py`` in four ways; with ``--kind loops`` steps and
-texts alone, without checkpoints. After every turn it notes memory,
-open files, threads, memory maps and the programs compiled so far. All but memory must not grow after the warm-up;
-memory's slope is the median of the slopes between all pairs of turns (Theil-Sen). Prints a table, and writes
-``soak.jsonl`` and ``soak.png`` to the folder.
+Trains and generates in a loop in one process: ``train`` from scratch with evaluations, checkpoints and samples,
+``train`` again to restore, and four ``decode`` commands. ``--kind loops`` runs steps and texts only, without
+checkpoints. Records memory, open files, threads, memory maps and compiled programs after every iteration. After the
+warm-up only memory may grow; its slope is the median of the slopes between all pairs of iterations (Theil-Sen).
+Prints a table, and writes ``soak.jsonl`` and ``soak.png`` to the folder.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import gc
 import io
 import json
 import os
-import platform
 import shutil
 import statistics
 import sysconfig
@@ -27,6 +25,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.common import header
 from layerskip_jax.commands import decode
 from layerskip_jax.config import (
     Config,
@@ -49,11 +48,11 @@ from layerskip_jax.sharding import make_mesh
 from layerskip_jax.training.loop import train
 from layerskip_jax.training.step import Trainer
 
-Turn = Callable[[], None]
+Iteration = Callable[[], None]
 VOCABULARY = 512
 STEPS = 8
 COUNTS = ("files", "threads", "maps", "programs")
-WAYS = [
+DECODE_OPTIONS = [
     ["--prompt", "def f(x):"],  # streams
     ["--prompt", "import ", "--prompt", "class A", "--batch_size", "2", "--policy", "adaptive", "--stop", "return"],
     ["--prompt", "for i in", "--mode", "prompt_lookup", "--temperature", "0.8", "--top_p", "0.9"],
@@ -62,18 +61,18 @@ WAYS = [
 
 
 class Programs:
-    """How many programs this process has compiled."""
+    """Counts the programs that this process has compiled."""
 
     def __init__(self) -> None:
         self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        jax.monitoring.register_event_duration_secs_listener(self._count)
 
-    def _hear(self, event: str, seconds: float, **_: object) -> None:
+    def _count(self, event: str, seconds: float, **_: object) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
 def make_config(folder: Path) -> Config:
-    """Copy a little of Python's own source into ``folder`` and train its tokenizer; return a small run on it."""
+    """Copy files of Python's standard library to ``folder`` and train a tokenizer; return a small run on them."""
     texts = folder / "texts"
     texts.mkdir(parents=True)
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]:
@@ -104,42 +103,41 @@ def make_config(folder: Path) -> Config:
     )
 
 
-def commands(config: Config, ways: Sequence[Sequence[str]] = WAYS) -> Turn:
-    """A turn trains a run from scratch, restores it, and generates from it in ``ways``."""
+def commands(config: Config, options: Sequence[Sequence[str]] = DECODE_OPTIONS) -> Iteration:
+    """Return a function that trains a run from scratch, restores it, and runs ``decode`` with each of ``options``."""
 
-    def turn() -> None:
+    def iterate() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             shutil.rmtree(config.train.run_dir, ignore_errors=True)
             train(config)
-            train(config)  # nothing is left to do: it restores
-            for way in ways:
-                decode.main(["--checkpoint", config.train.run_dir, *way])
+            train(config)  # restores, and has no step left
+            for words in options:
+                decode.main(["--checkpoint", config.train.run_dir, *words])
 
-    return turn
+    return iterate
 
 
-def loops(config: Config) -> Turn:
-    """A turn is 200 steps and 50 texts, without saving or restoring anything."""
+def loops(config: Config) -> Iteration:
+    """Return a function that runs 200 steps and generates 50 texts, without checkpoints."""
     mesh = make_mesh(config)
     trainer, tokenizer = Trainer(config, Recipe.from_config(config), mesh), load_tokenizer(config.data.tokenizer)
     state, data = trainer.init(), iter(local_batches(config, config.data.train_split, trainer.mesh))
     model = Transformer(config.model, rngs=nnx.Rngs(0)).unstacked()
     generator = TextGenerator(model, tokenizer, config.decode)
 
-    def turn() -> None:
+    def iterate() -> None:
         nonlocal state
-        with jax.set_mesh(mesh):
-            for _ in range(200):
-                state, metrics = trainer.step(state, to_devices(next(data), mesh))
-                jax.device_get(metrics)
+        for _ in range(200):
+            state, metrics = trainer.step(state, to_devices(next(data), mesh))
+            jax.device_get(metrics)
         for _ in range(50):
             generator.generate(["def f(x):"])
 
-    return turn
+    return iterate
 
 
-def looked_at(programs: Programs) -> dict[str, float]:
-    """Return what this process holds now [MB, and counts]; memory is its own pages, in RAM or swapped out."""
+def resources(programs: Programs) -> dict[str, float]:
+    """Return the resources of this process [MB, and counts]; memory is its private pages, resident or swapped out."""
     gc.collect()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
@@ -155,56 +153,56 @@ def looked_at(programs: Programs) -> dict[str, float]:
 def soak(
     folder: Path,
     seconds: float,
-    kind: Callable[[Config], Turn] = commands,
-    note: Callable[[dict[str, float]], None] = lambda turn: None,
+    kind: Callable[[Config], Iteration] = commands,
+    record: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> list[dict]:
-    """Repeat turns of a kind for so long, and at least eight; return what was `looked_at` after each."""
-    turn, programs, began, turns = kind(make_config(folder)), Programs(), time.monotonic(), []
-    while len(turns) < 8 or time.monotonic() - began < seconds:
-        turn()
-        turns.append({"turn": len(turns) + 1, "seconds": time.monotonic() - began, **looked_at(programs)})
-        note(turns[-1])
-    return turns
+    """Iterate for ``seconds``, and at least eight times; return the `resources` after each iteration."""
+    iterate, programs, began, rows = kind(make_config(folder)), Programs(), time.monotonic(), []
+    while len(rows) < 8 or time.monotonic() - began < seconds:
+        iterate()
+        rows.append({"turn": len(rows) + 1, "seconds": time.monotonic() - began, **resources(programs)})
+        record(rows[-1])
+    return rows
 
 
-def after_warm_up(turns: list[dict]) -> list[dict]:
-    """Leave out the first two turns, which compile, and of a long soak the first fifth."""
-    return turns[max(2, len(turns) // 5) :]
+def after_warm_up(rows: list[dict]) -> list[dict]:
+    """Drop the first two iterations, which compile, or the first fifth of a long soak."""
+    return rows[max(2, len(rows) // 5) :]
 
 
-def slope_per_hour(turns: list[dict]) -> float:
+def slope_per_hour(rows: list[dict]) -> float:
     """Return the growth of memory [MB/hour]: the median of the slopes between all pairs (Theil-Sen)."""
-    at, size = (np.array([turn[name] for turn in turns]) for name in ("seconds", "memory_mb"))
-    first, second = np.triu_indices(len(turns), k=1)
+    at, size = (np.array([row[name] for row in rows]) for name in ("seconds", "memory_mb"))
+    first, second = np.triu_indices(len(rows), k=1)
     return float(np.median((size[second] - size[first]) / (at[second] - at[first]))) * 3600
 
 
-def table(turns: list[dict]) -> str:
-    steady = after_warm_up(turns)
+def table(rows: list[dict]) -> str:
+    steady = after_warm_up(rows)
     tenth = max(1, len(steady) // 10)
     lines = [f"{'':<16}{'first tenth':>14}{'last tenth':>14}{'least':>10}{'most':>10}"]
     for name in ("memory_mb", "python_threads", *COUNTS):
-        values = [turn[name] for turn in steady]
+        values = [row[name] for row in steady]
         ends = statistics.median(values[:tenth]), statistics.median(values[-tenth:])
         lines.append(f"{name:<16}{ends[0]:>14.1f}{ends[1]:>14.1f}{min(values):>10.1f}{max(values):>10.1f}")
     hours = (steady[-1]["seconds"] - steady[0]["seconds"]) / 3600
-    lines.append(f"memory: {slope_per_hour(steady):+.1f} MB/hour over {hours:.2f} hours, {len(steady)} turns")
+    lines.append(f"memory: {slope_per_hour(steady):+.1f} MB/hour over {hours:.2f} hours, {len(steady)} iterations")
     return "\n".join(lines) + " after the warm-up"
 
 
-def plot(turns: list[dict], file: Path) -> None:
+def plot(rows: list[dict], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    minutes = [turn["seconds"] / 60 for turn in turns]
-    axes[0].plot(minutes, [turn["memory_mb"] for turn in turns])
+    minutes = [row["seconds"] / 60 for row in rows]
+    axes[0].plot(minutes, [row["memory_mb"] for row in rows])
     axes[0].set(title="memory", xlabel="minutes", ylabel="MB", ylim=(0, None))
     for name in COUNTS:
-        axes[1].plot(minutes, [turn[name] for turn in turns], label=name)
-    axes[1].set(title="what may not grow", xlabel="minutes", yscale="log")
+        axes[1].plot(minutes, [row[name] for row in rows], label=name)
+    axes[1].set(title="counts, which must not grow", xlabel="minutes", yscale="log")
     axes[1].legend()
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -212,21 +210,21 @@ def plot(turns: list[dict], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3600, help="how long (default: an hour)")
+    parser.add_argument("--seconds", type=float, default=3600, help="duration (default: an hour)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/soak"), help="folder for the results (default: runs/soak)"
     )
-    parser.add_argument("--kind", choices=("commands", "loops"), default="commands", help="what a turn is")
+    parser.add_argument("--kind", choices=("commands", "loops"), default="commands", help="work of an iteration")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     work = options.out / "work"
     shutil.rmtree(work, ignore_errors=True)
     with (options.out / "soak.jsonl").open("w") as file:
-        print(f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores", flush=True)
+        header()
         kind = {"commands": commands, "loops": loops}[options.kind]
-        turns = soak(work, options.seconds, kind, lambda turn: print(json.dumps(turn), file=file, flush=True))
-    print(table(turns))
-    plot(turns, options.out / "soak.png")
+        rows = soak(work, options.seconds, kind, lambda row: print(json.dumps(row), file=file, flush=True))
+    print(table(rows))
+    plot(rows, options.out / "soak.png")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""What LayerSkip adds to an optimizer step: ``python benchmarks/step_cost.py [--rounds 2]``.
+"""Cost of LayerSkip per optimizer step: ``python -m benchmarks.step_cost [--rounds 2]``.
 
-Time, side by side in one run, of a full rotation of the curriculum under each recipe; temporary memory of the compiled
-step; and how many programs a rotation compiled. The paper's rotation has R = L - 1, so that about one inner exit has a
+Times a full rotation of the curriculum under each recipe, interleaved in one run, and reports the temporary memory of
+the compiled step and the number of recompilations. The paper's rotation has R = L - 1, so about one inner exit has a
 loss at each step (LayerSkip table 1, e_scale 0.2).
 """
 
 import argparse
 import dataclasses
-import platform
 import statistics
 import time
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.common import header
 from layerskip_jax.config import (
     Config,
     DataConfig,
@@ -51,14 +50,14 @@ RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What the optimizer steps of some recipes cost, timed in turn in one run."""
+    """Cost of the optimizer steps of several recipes, interleaved in one run."""
 
     seconds: dict[str, list[float]]
     temporary_bytes: dict[str, int]
     compilations: int  # after the first step of each
 
-    def of_first(self, name: str) -> float:
-        """Return the median ratio of the times of ``name`` to those of the first recipe, pair by pair."""
+    def ratio_to_first(self, name: str) -> float:
+        """Return the median ratio of the times of ``name`` to those of the first recipe, step by step."""
         first = next(iter(self.seconds.values()))
         return statistics.median(a / b for a, b in zip(self.seconds[name], first, strict=True))
 
@@ -70,7 +69,7 @@ def random_batch(config: Config) -> Batch:
 
 
 def time_steps(recipes: dict[str, Config], turns: int, first: int = 0) -> Steps:
-    """Time ``turns`` steps of each recipe on random tokens, from step number ``first``, after one that compiles."""
+    """Time ``turns`` steps of each recipe on random tokens from step ``first`` on, after a step that compiles."""
     compiled: list[float] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, seconds, **_: compiled.append(seconds) if name.endswith("backend_compile_duration") else None
@@ -97,11 +96,10 @@ def time_steps(recipes: dict[str, Config], turns: int, first: int = 0) -> Steps:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="rotations timed under each recipe, in turn")
+    parser.add_argument("--rounds", type=int, default=2, help="timed rotations of each recipe")
     rounds = parser.parse_args().rounds
-    print(f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}")
-    machine = f"{jax.device_count()} {jax.devices()[0].device_kind}, {platform.machine()}"
-    print(f"{machine}; {LAYERS} layers x 256, a batch of 8 x 256 tokens, float32")
+    header()
+    print(f"{LAYERS} layers x 256, a batch of 8 x 256 tokens, float32")
 
     steps = time_steps(RECIPES, rounds * (LAYERS - 1))
     seconds, memory = steps.seconds, steps.temporary_bytes
@@ -109,7 +107,7 @@ def main() -> None:
     for name, times in seconds.items():
         mean = statistics.mean(times) / statistics.mean(seconds["plain"])
         print(
-            f"{name:24}  {statistics.mean(times):7.3f} s   {mean:7.3f}x       {steps.of_first(name):7.3f}x   "
+            f"{name:24}  {statistics.mean(times):7.3f} s   {mean:7.3f}x       {steps.ratio_to_first(name):7.3f}x   "
             f"{memory[name] / 2**20:10.1f} MiB   {memory[name] / memory['plain']:7.3f}x"
         )
     rate = 8 * 256 / statistics.median(seconds["plain"])

@@ -1,17 +1,15 @@
-"""An optimizer step beside others', on CPU: ``python -m benchmarks.train_peers [--turns 4] [--json]``.
+"""Our optimizer step against other projects' on CPU: ``python -m benchmarks.train_peers [--turns 4] [--json FILE]``.
 
-The same model (12 layers x 256, vocabulary 4,096), batch (8 x 256 random tokens), AdamW, float32, machine and run: a
-transformers Llama in PyTorch against our plain step; torchtune with layer dropout 0.2 and rotational exits (R = 8)
-against our LayerSkip step. Each runs ``--steps`` steps in its turn, after some that compile; medians. Needs
-``pip install torch transformers torchtune torchao``, and a machine that does nothing else. ``--maxtext PYTHON`` adds
-MaxText's plain step: its jax is another one, so that its turn is a process, of the Python that it is installed for.
+The plain step is compared with a transformers Llama in PyTorch, and the LayerSkip step with torchtune (layer dropout
+0.2, rotational exits with R = 8). All use the same model (12 layers x 256, vocabulary 4,096), batch (8 x 256 random
+tokens), AdamW, float32, machine and run. Each runs ``--steps`` steps per turn after a warm-up; medians are reported.
+Needs ``pip install torch transformers torchtune torchao`` and an idle machine. ``--maxtext PYTHON`` adds MaxText's
+plain step, which runs in a process of that Python because MaxText needs another version of jax.
 """
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -25,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.common import add_json_option, header, write_json
 from benchmarks.step_cost import PLAIN, random_batch
 from layerskip_jax.checkpoint.huggingface.config_json import config_json
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig
@@ -36,18 +35,19 @@ try:
     import torch
     import transformers
 
-    # torchtune 0.6.1 imports a quantised type that later torchao have not, and which nothing here uses.
-    gone = types.ModuleType("torchao.dtypes.nf4tensor")
-    gone.__dict__.update(
+    # torchtune 0.6.1 imports a quantised type that later versions of torchao lack. Nothing here uses it.
+    stub = types.ModuleType("torchao.dtypes.nf4tensor")
+    stub.__dict__.update(
         NF4Tensor=type("NF4Tensor", (torch.Tensor,), {}), to_nf4=None, linear_nf4=None, implements=lambda _: lambda f: f
     )
-    sys.modules.setdefault("torchao.dtypes.nf4tensor", gone)
-    import torchtune
+    sys.modules.setdefault("torchao.dtypes.nf4tensor", stub)
     from torchtune.models.llama3 import llama3
     from torchtune.modules.early_exit_loss import RotationalEarlyExitCurriculum, early_exit_loss, sum_l_loss_scale
     from torchtune.modules.layer_dropout import ScaleType, prepare_layer_dropout
 except ImportError as error:
-    raise SystemExit(f"{error}: this compares with PyTorch; pip install torch transformers torchtune torchao") from None
+    raise SystemExit(
+        f"{error}: this benchmark compares with PyTorch: pip install torch transformers torchtune torchao"
+    ) from None
 
 R, DROPOUT = 8, 0.2
 LAYERSKIP = dataclasses.replace(
@@ -94,8 +94,8 @@ def in_torch(config: Config, model: torch.nn.Module, loss_of: Callable[..., torc
 
 
 def transformers_plain(config: Config) -> Step:
-    said = config_json(config.model, config.data.sequence_length, "float32", 1, 2)
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(said | {"use_cache": False}))
+    fields = config_json(config.model, config.data.sequence_length, "float32", 1, 2)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(fields | {"use_cache": False}))
     cross_entropy = torch.nn.CrossEntropyLoss()
 
     def loss_of(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ def torchtune_layerskip(config: Config) -> Step:
     cross_entropy = torch.nn.CrossEntropyLoss()
 
     def loss_of(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        # As in torchtune's recipe: the last exit is among the curriculum's, and the logits that come along are dropped.
+        # As in torchtune's recipe: the curriculum includes the last exit, and the returned logits are not used.
         decoder.output_hidden_states = np.flatnonzero(curriculum.get()).tolist()
         *hidden, _ = decoder(inputs_BT)
         curriculum.step()
@@ -131,9 +131,9 @@ def torchtune_layerskip(config: Config) -> Step:
 
 
 def maxtext_plain(python: str, config: Config, steps: int) -> float:
-    """Return the median seconds of MaxText's last ``steps`` steps, by its log: the first ones compile.
+    """Return the median seconds of MaxText's last ``steps`` steps, from its log; the first steps compile.
 
-    Its ``minimal`` remat recomputes no product.
+    Its ``minimal`` remat recomputes no matmul.
     """
     model = config.model
     with tempfile.TemporaryDirectory() as folder:
@@ -159,16 +159,18 @@ def maxtext_plain(python: str, config: Config, steps: int) -> float:
             "remat_policy": "minimal",
             "attention": "dot_product",
         }
-        said = subprocess.run(
+        completed = subprocess.run(
             [python, "-m", "maxtext.trainers.pre_train.train", *(f"{key}={value}" for key, value in settings.items())],
             env=os.environ | {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE"},
             capture_output=True,
             text=True,
             check=False,
         )  # fmt: skip
-    seconds = [float(number) for number in re.findall(r"completed step: \d+, seconds: ([\d.]+)", said.stderr)]
+    seconds = [float(number) for number in re.findall(r"completed step: \d+, seconds: ([\d.]+)", completed.stderr)]
     if len(seconds) != steps + 4:
-        raise SystemExit(f"MaxText ended early: {(said.stderr.strip() or said.stdout.strip()).splitlines()[-1]}")
+        raise SystemExit(
+            f"MaxText ended early: {(completed.stderr.strip() or completed.stdout.strip()).splitlines()[-1]}"
+        )
     return statistics.median(seconds[-steps:])
 
 
@@ -177,12 +179,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4, help="turns of each (default: 4)")
     parser.add_argument("--steps", type=int, default=8, help="steps in a turn (default: 8, a rotation)")
     parser.add_argument("--maxtext", metavar="PYTHON", help="a Python that has MaxText (0.2.5), to compare with too")
-    parser.add_argument("--json", action="store_true", help="print one JSON line only")
+    add_json_option(parser)
     options = parser.parse_args()
-    if not options.json:
-        print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-              f"torchtune {torchtune.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-              f"{torch.get_num_threads()} threads")  # fmt: skip
+    about = header("torch", "transformers", "torchtune")
+    print(f"{torch.get_num_threads()} threads for torch")
     ways: dict[str, Step] = {
         "transformers plain": transformers_plain(PLAIN),
         "ours plain": ours(PLAIN),
@@ -193,7 +193,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ways}  # of a turn
     for turn in range(options.turns + 1):
         for name, step in ways.items():
-            step()  # the others' threads go to sleep
+            step()  # lets the threads of the previous framework go idle
             began = time.perf_counter()
             for _ in range(options.steps):
                 step()
@@ -207,9 +207,7 @@ def main() -> None:
         if peer in seconds:
             ratio = statistics.median(b / a for a, b in zip(seconds[name], seconds[peer], strict=True))
             rows[name][f"of {peer}, bar {bar}"] = ratio
-    if options.json:
-        print(json.dumps(rows))
-        return
+    write_json(options.json, about, rows)
     for name, row in rows.items():
         print(f"{name:26}" + "  ".join(f"{key} {value:,.2f}" for key, value in row.items()))
 

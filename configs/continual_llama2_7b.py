@@ -6,49 +6,24 @@ Command:  python train.py --config configs/continual_llama2_7b.py --train.run_di
           --data.path gs://BUCKET/tokens --train.init_from Llama-2-7b-hf --data.tokenizer Llama-2-7b-hf/tokenizer.model
 Weights:  hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf, on every host (docs/huggingface.md)
 Fits:     python tpu/compile_ahead.py --config configs/continual_llama2_7b.py --topology v5p:4x4x4
+Result:   none, the step has only been compiled ahead of time
 """
 
-from layerskip_jax.config import (
-    Config,
-    DataConfig,
-    DecodeConfig,
-    EarlyExitConfig,
-    LayerDropoutConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dataclasses import replace
+
+from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.presets import LLAMA2_7B, continual_pretraining
 
 
 def get_config() -> Config:
-    return Config(
-        model=ModelConfig(
-            num_layers=32,
-            dim=4096,
-            num_heads=32,
-            num_kv_heads=32,
-            ffn_dim=11_008,
-            vocab_size=32_000,
-        ),
-        layer_dropout=LayerDropoutConfig(p_max=0.1, time_scale="constant"),
-        early_exit=EarlyExitConfig(curriculum="rotational", dilation=8, e_scale=0.2),
-        data=DataConfig(
-            source="tokens",
-            path="gs://your-bucket/tokens",
-            tokenizer="Llama-2-7b-hf/tokenizer.model",
-            sequence_length=4096,
-        ),
-        optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=500),
-        mesh=MeshConfig(fsdp=64),
-        train=TrainConfig(
+    base = continual_pretraining(LLAMA2_7B, chips=64, tokenizer="Llama-2-7b-hf/tokenizer.model")
+    return replace(
+        base,
+        early_exit=replace(base.early_exit, e_scale=0.2),
+        train=replace(
+            base.train,
             run_dir="gs://your-bucket/runs/continual_llama2_7b",
             init_from="Llama-2-7b-hf",
-            steps=50_000,
-            batch_size=256,
-            remat="full",
-            evaluate_every=1000,
-            checkpoint_every=1000,
         ),
         decode=DecodeConfig(exit_layer=8, draft_length=12),
     )

@@ -1,54 +1,29 @@
 """LayerSkip's Llama2 7B from scratch.
 
 LayerSkip table 1: p_max 0.2, exponential S(t), rotational R = 31, e_scale 0.2, 26B tokens.
-Optimizer and warmup are not in the paper: Llama conventions.
+The paper gives no optimizer and no warmup: those are Llama's.
 
 Command:  python train.py --config configs/scratch_7b.py --train.run_dir gs://BUCKET/runs/scratch_7b
           --data.path gs://BUCKET/tokens --data.tokenizer gs://BUCKET/tokenizer.model
 Fits:     python tpu/compile_ahead.py --config configs/scratch_7b.py --topology v5p:4x4x4
+Result:   none, the step has only been compiled ahead of time (docs/tpu_step.md)
 """
 
-from layerskip_jax.config import (
-    Config,
-    DataConfig,
-    DecodeConfig,
-    EarlyExitConfig,
-    LayerDropoutConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dataclasses import replace
+
+from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.presets import LLAMA2_7B, pretraining_on_tpu
 
 
 def get_config() -> Config:
-    return Config(
-        model=ModelConfig(
-            num_layers=32,
-            dim=4096,
-            num_heads=32,
-            num_kv_heads=32,
-            ffn_dim=11_008,
-            vocab_size=32_000,
-        ),
-        layer_dropout=LayerDropoutConfig(p_max=0.2, time_scale="exponential"),
-        early_exit=EarlyExitConfig(curriculum="rotational", dilation=31, e_scale=0.2),
-        data=DataConfig(
-            source="tokens",
-            path="gs://your-bucket/tokens",
-            tokenizer="gs://your-bucket/tokenizer.model",
-            sequence_length=4096,
-        ),
-        optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=2000, beta1=0.9, beta2=0.95, final_fraction=0.1),
-        mesh=MeshConfig(fsdp=64),
-        train=TrainConfig(
+    base = pretraining_on_tpu(LLAMA2_7B, chips=64)
+    return replace(
+        base,
+        layer_dropout=replace(base.layer_dropout, p_max=0.2),
+        train=replace(
+            base.train,
             run_dir="gs://your-bucket/runs/scratch_7b",
-            steps=50_000,
-            batch_size=128,
-            loss_chunk=2048,  # with two sequences on a chip, 4,096 tokens at once (tpu/README.md)
-            remat="full",
-            evaluate_every=1000,
-            checkpoint_every=1000,
+            loss_chunk=2048,  # x 2 sequences per chip = 4,096 tokens per chunk (tpu/README.md)
         ),
         decode=DecodeConfig(exit_layer=8, draft_length=12),
     )

@@ -13,23 +13,23 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 exclude_patterns = ["*.ipynb"]
 html_theme = "furo"
 html_title = f"layerskip_jax {release}"
-default_role = "py:obj"  # `name` in a docstring links to what it names, where that is documented
+default_role = "py:obj"  # `name` in a docstring links to its documentation, if there is any
 highlight_language = "none"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_mock_imports = ["lm_eval", "rouge_score"]
 
 
-def complete_the_table(app: Sphinx, page: str, source: list[str]) -> None:
-    """Leave pages out of the index's table that are not written yet, and add those that it does not name."""
+def adapt_toctree(app: Sphinx, page: str, source: list[str]) -> None:
+    """Make the index's table of contents match the pages that exist: drop missing ones, append unlisted ones."""
     if page == "index":
         before, rest = source[0].split("```{toctree}\n")
         table, after = rest.split("```\n", 1)
-        there = {file.stem for file in Path(app.srcdir).glob("*.md")} - {"index"}
-        listed = [line for line in table.splitlines() if not line.isidentifier() or line in there]
-        table = "\n".join([*listed, *sorted(there - set(listed))])
+        pages = {file.stem for file in Path(app.srcdir).glob("*.md")} - {"index"}
+        lines = [line for line in table.splitlines() if not line.isidentifier() or line in pages]
+        table = "\n".join([*lines, *sorted(pages - set(lines))])
         source[0] = f"{before}```{{toctree}}\n{table}\n```\n{after}"
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("source-read", complete_the_table)
+    app.connect("source-read", adapt_toctree)

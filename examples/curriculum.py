@@ -1,4 +1,4 @@
-"""Another curriculum: the exits that decoding may draft from, and the last one.
+"""A custom curriculum: losses only at the exits that decoding drafts from, and at the last one.
 
 ``python examples/curriculum.py --config configs/quickstart.py --train.run_dir runs/drafting_exits``
 """
@@ -17,13 +17,14 @@ from layerskip_jax.training.loop import train
 
 @dataclasses.dataclass(frozen=True)
 class Alternating:
-    """``C(t, l)``: the last layer at every step, and of ``exits`` one a step, in turn."""
+    """``C(t, l)``: the last layer at every step, and one of ``exits`` per step, in rotation."""
 
-    exits: tuple[int, ...]  # as decoding counts them, from 1: exit E is after block E-1
+    exits: tuple[int, ...]  # counted from 1, as in decoding: exit E follows block E - 1
 
     def __call__(self, step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
-        layer_L, own = jnp.arange(num_layers), jnp.array(self.exits) - 1
-        on_L = (layer_L == own[jnp.asarray(step) % len(self.exits)]) | (layer_L == num_layers - 1)
+        layer_L = jnp.arange(num_layers)
+        rotating = jnp.array(self.exits)[jnp.asarray(step) % len(self.exits)] - 1
+        on_L = (layer_L == rotating) | (layer_L == num_layers - 1)
         return on_L.astype(jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""A distillation term: each exit also learns the last one's probabilities, as the model without layer dropout has them.
+"""A distillation term: each exit also learns the last exit's probabilities, computed without layer dropout.
 
 ``python examples/distillation.py --config configs/quickstart.py --train.run_dir runs/distilled``
 """
@@ -17,33 +17,33 @@ from layerskip_jax.recipe.early_exit import cross_entropy
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.loop import train
 
-SHARE = 0.5
-"""Of the distillation term in an exit's loss; cross-entropy has the rest."""
+WEIGHT = 0.5
+"""Weight a of the distillation term in an exit's loss; cross-entropy has weight 1 - a."""
 
 
 def last_hidden(model: Transformer, inputs_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Return ``x_BTD`` after the last block: a forward pass more for each step, and no [batch, length, vocab] array."""
-    position = model.positions(jnp.arange(inputs_BT.shape[1])[None])
+    """Return ``x_BTD`` after the last block: one more forward pass per step, but no [batch, length, vocab] array."""
+    tables = model.rotary_tables(jnp.arange(inputs_BT.shape[1])[None])
 
-    def step(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return x_BTD + block(x_BTD, position, segments_BT)[0], None
+    def block_fn(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return x_BTD + block(x_BTD, tables, segments_BT)[0], None
 
-    return run_layers(model.blocks, model.embed(inputs_BT), step, None)[0]
+    return run_layers(model.blocks, model.embed(inputs_BT), block_fn, None)[0]
 
 
 def distilled(
     g: Callable[[jax.Array], jax.Array], x_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, last_BCD: Any
 ) -> jax.Array:
-    """``(1 - a) CE(g(x), Y) + a KL(g(x_L) || g(x))``; no gradient goes through the teacher, g(x_L)."""
+    """``(1 - a) CE(g(x), Y) + a KL(g(x_L) || g(x))``, without a gradient through the teacher g(x_L)."""
     teacher_BCV = jax.lax.stop_gradient(jax.nn.log_softmax(g(last_BCD), axis=-1))
     student_BCV = jax.nn.log_softmax(g(x_BCD), axis=-1)
     kl_BC = jnp.sum(jnp.exp(teacher_BCV) * (teacher_BCV - student_BCV), axis=-1)
-    return (1 - SHARE) * cross_entropy(g, x_BCD, targets_BC, mask_BC) + SHARE * jnp.sum(kl_BC * mask_BC)
+    return (1 - WEIGHT) * cross_entropy(g, x_BCD, targets_BC, mask_BC) + WEIGHT * jnp.sum(kl_BC * mask_BC)
 
 
 def main(argv: list[str] | None = None) -> None:
     config, _ = parse_config(make_parser("Train with a distillation term from the last exit to the others."), argv)
-    recipe = dataclasses.replace(Recipe.from_config(config), exit_loss=distilled, guide=last_hidden)
+    recipe = dataclasses.replace(Recipe.from_config(config), exit_loss=distilled, teacher=last_hidden)
     train(config, recipe=recipe)
 
 

@@ -1,4 +1,4 @@
-"""Another draft policy: draft one token more after a round that was accepted whole, and half as many after another.
+"""A draft policy: one draft more after a round in which every row accepted all, half as many after any other round.
 
 ``python examples/draft_policy.py --checkpoint runs/quickstart --prompt "def "``
 """
@@ -13,34 +13,34 @@ from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.command_line import make_parser
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed, Outcome, Plan, doubling_widths
-from layerskip_jax.decoding.rounds import SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import run_command
 
 
 @dataclasses.dataclass(frozen=True)
 class Careful(Fixed):
-    """The memory is the next round's number of drafts, from 1 to ``draft_length``."""
+    """The policy state is the next round's number of drafts, from 1 to ``draft_length``."""
 
     @property
     def verify_widths(self) -> Sequence[int]:
         return doubling_widths(self.draft_length)
 
-    def start(self, model: ModelConfig) -> Any:
+    def init_state(self, model: ModelConfig) -> Any:
         return jnp.int32(1)
 
-    def plan(self, memory: Any) -> Plan:
-        return Plan(0, memory)
+    def plan(self, policy_state: Any) -> Plan:
+        return Plan(0, policy_state)
 
-    def learn(self, memory: Any, outcome: Outcome) -> Any:
-        whole = jnp.all((outcome.accepted_B == outcome.drafted_B) | ~outcome.active_B)
-        return jnp.clip(jnp.where(whole, memory + 1, memory // 2), 1, self.draft_length)
+    def update(self, policy_state: Any, outcome: Outcome) -> Any:
+        all_accepted = jnp.all((outcome.accepted_B == outcome.drafted_B) | ~outcome.active_B)
+        return jnp.clip(jnp.where(all_accepted, policy_state + 1, policy_state // 2), 1, self.draft_length)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser("Generate with a draft policy of one's own.")
+    parser = make_parser("Generate with a custom draft policy.")
     parser.add_argument("--checkpoint", metavar="RUN", required=True, help="run folder")
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="text to continue")
     options = parser.parse_known_options(argv)
@@ -48,10 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(str(tokenizer_path))
     policy = Careful(config.decode.exit_layer or max(1, config.model.num_layers // 4), draft_length=4)
     prompt = tokenizer.encode_prompt(options.prompt)
-    step, length = SelfSpeculative(Greedy(), policy), config.decode.max_new_tokens
-    result = generate(model.unstacked(), [prompt], length, step, eos=tokenizer.eos_id)
+    # `AdaptiveSpeculative` verifies no more positions than a round drafted; `SelfSpeculative` would verify d+1.
+    strategy, length = AdaptiveSpeculative(Greedy(), policy), config.decode.max_new_tokens
+    result = generate(model.unstacked(), [prompt], length, strategy, eos=tokenizer.eos_id)
     print(options.prompt + tokenizer.decode(result.tokens[0]))
-    print(f"acceptance {result.acceptance:.1%}, {result.tokens_per_round:.2f} tokens a round")
+    print(f"acceptance {result.acceptance:.1%}, {result.tokens_per_round:.2f} tokens per round")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``python -m layerskip_jax COMMAND ...`` is the installed command ``layerskip``."""
+"""``python -m layerskip_jax COMMAND ...`` is the same as the installed command ``layerskip COMMAND ...``."""
 
 from layerskip_jax.commands.layerskip import run
 

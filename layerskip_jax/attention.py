@@ -1,4 +1,4 @@
-"""Attention: over whole documents in training, by the backend that fits, and over a cache of keys and values."""
+"""Attention: over packed documents in training, by the fastest backend that fits, and over a cache in decoding."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.sharding import on_each_device, target_platform
 
 SPLASH_TILE = 128
-"""Lanes of a TPU vector: splash attention works on tiles of so many positions."""
+"""Lanes of a TPU vector: splash attention needs tiles of a multiple of this many positions."""
 
 SAVED_OUTPUT = "attention output"
-"""What splash attention calls its output and its logarithms, for a remat policy that keeps them."""
+"""Checkpoint name of splash attention's output and log-sum-exp, for remat policies that save them."""
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one block, for every position up to the cache's capacity S.
+    """Keys and values of one block for S positions, the capacity of the cache.
 
-    In pieces along the positions, so that attention reads the first few as they lie; XLA would copy a slice. Heads
-    come before positions, as the batched products of attention want them.
+    They are stored in pieces along S, so that attention can read a prefix: a slice of one array would be copied. Heads
+    come before positions, the layout that the batched matmuls of attention read.
     """
 
     k_BKSH: tuple[jax.Array, ...]
@@ -32,7 +32,7 @@ class LayerCache(NamedTuple):
     @classmethod
     def empty(cls, batch: int, heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> "LayerCache":
         """Return zeroed pieces that end at `read_sizes`."""
-        # A GPU waits for the host to choose how many pieces to read, in the time in which it reads 2,000 positions.
+        # To choose a number of pieces, a GPU waits for the host about as long as it takes to read 2,000 positions.
         ends = read_sizes(capacity, first=4096 if on_gpu() else 128)
         shapes = [(batch, heads, end - start, head_dim) for start, end in zip([0, *ends], ends, strict=False)]
         return cls(tuple(jnp.zeros(s, dtype) for s in shapes), tuple(jnp.zeros(s, dtype) for s in shapes))
@@ -41,15 +41,15 @@ class LayerCache(NamedTuple):
 def attend(
     q_BTNH: jax.Array, k_BKSH: Sequence[jax.Array], v_BKSH: Sequence[jax.Array], visible_BTS: jax.Array
 ) -> jax.Array:
-    """``softmax(q k^T / sqrt(H)) v`` over the visible positions, in float32; N/K query heads share one key head.
+    """Return ``out_BTNH = softmax(q k^T / sqrt(H)) v`` over the visible positions; the softmax is in float32.
 
-    Returns ``out_BTNH``. Keys and values may come in pieces along S. ``visible_BTS`` is boolean; its batch dimension
-    may be 1.
+    G = N/K query heads share one key head. Keys and values may come in pieces along S. ``visible_BTS`` is boolean; its
+    batch axis may have size 1.
     """
     B, T, N, H = q_BTNH.shape
     K, dtype = k_BKSH[0].shape[1], q_BTNH.dtype
     G, ends = N // K, list(itertools.accumulate(piece.shape[2] for piece in k_BKSH))
-    # Plain batched products: with G and T apart, XLA:CPU transposes all keys and values first.
+    # Flatten G and T into M for plain batched matmuls: with separate axes, XLA:CPU transposes keys and values first.
     q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     scores = [
         jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k.astype(dtype), preferred_element_type=jnp.float32) for k in k_BKSH
@@ -58,7 +58,7 @@ def attend(
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
     weights_BKMS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(dtype).reshape(B, K, G * T, ends[-1])
     out_BKMH = sum(
-        # Not an einsum, which would take v first, and transpose it.
+        # An einsum would make v the left operand, and transpose it.
         jax.lax.dot_general(
             weights_BKMS[..., end - v.shape[2] : end], v.astype(dtype), (((3,), (2,)), ((0, 1), (0, 1)))
         )
@@ -71,17 +71,17 @@ def attend(
 def attend_documents(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, backend: str
 ) -> jax.Array:
-    """Attend to earlier positions, itself included, of the same document; returns ``out_BTNH``.
+    """Return ``out_BTNH``: each position attends to itself and earlier positions of the same document.
 
-    ``backend`` is `ModelConfig.attention`, and the choice is made while the program is traced.
+    ``backend`` is `ModelConfig.attention`; the choice is made at trace time.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     match choose_backend(backend, target_platform(), T, H, q_BTNH.dtype):
         case "splash":
             return attend_splash(q_BTNH, k_BTKH, v_BTKH, segments_BT)
         case "cudnn":
-            # cuDNN skips what is not causal by itself. Documents reach it as a bias, [B, 1, T, T] in the compute
-            # type: the packed layout that would do without takes a fixed number of documents in every row.
+            # cuDNN gets the documents as a [B, 1, T, T] bias in the compute dtype. On an H100 the bias doubles its time
+            # (docs/results/h100.md). cuDNN's packed layout needs none, but JAX offers it in private functions only.
             same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
             return jax.nn.dot_product_attention(
                 q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, implementation="cudnn"
@@ -91,12 +91,12 @@ def attend_documents(
 
 
 def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype: jnp.dtype) -> str:
-    """Return splash, cudnn or xla: ``asked``, or for auto the platform's own where it takes these shapes.
+    """Return splash, cudnn or xla: ``asked``, or for auto the platform's kernel if it supports these shapes.
 
     >>> choose_backend("auto", "tpu", 4096, 128, jnp.bfloat16), choose_backend("auto", "tpu", 100, 128, jnp.bfloat16)
     ('splash', 'xla')
 
-    Raises `UserError` when ``asked`` by name and not possible.
+    Raises `UserError` if ``asked`` names a backend that does not support them.
     """
     own = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
     backend = own.get(platform, "xla") if asked == "auto" else asked
@@ -123,16 +123,16 @@ def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype:
 def attend_splash(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Attend by the splash kernel for TPU, each device to its own sequences and heads, without scores in memory.
+    """Attend with the splash kernel for TPU, which keeps no scores in memory; each device has its sequences and heads.
 
-    Tiles that lie after the diagonal are not computed; those between two documents are. ``interpret`` runs the kernel
-    in slow motion elsewhere.
+    The kernel skips tiles above the diagonal, but not tiles between two documents. ``interpret`` runs it, slowly, on
+    other platforms.
     """
 
     def on_device(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array) -> jax.Array:
         _, T, N, H = q_BTNH.shape
         tile = max(size for size in (SPLASH_TILE, 2 * SPLASH_TILE, 4 * SPLASH_TILE) if T % size == 0)
-        # Made here, where the number of heads is a device's own. Grouped queries are its own affair too.
+        # Made here, where N is the number of heads on this device. The kernel handles grouped queries itself.
         kernel = splash_attention.make_splash_mha_single_device(
             splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * N),
             block_sizes=splash_attention.BlockSizes(
@@ -141,7 +141,7 @@ def attend_splash(
             residual_checkpoint_name=SAVED_OUTPUT,
             interpret=interpret,
         )
-        # The kernel does not divide by sqrt(H). In float32, so that bfloat16 is rounded once.
+        # The kernel does not divide by sqrt(H). Divide in float32, so that bfloat16 is rounded once.
         scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
         out_BNTH = jax.vmap(kernel)(
             *(array.swapaxes(1, 2) for array in (scaled_BTNH, k_BTKH, v_BTKH)),
@@ -149,71 +149,76 @@ def attend_splash(
         )
         return out_BNTH.swapaxes(1, 2)
 
-    # Whole sequences, and of them some heads: where a mesh splits sequences, each becomes whole on its way here.
+    # Each device gets whole sequences and some of the heads. A mesh that shards sequences gathers them here.
     queries, keys = ("batch", None, "attended_heads", None), ("batch", None, "attended_kv_heads", None)
     split = on_each_device(on_device, [queries, keys, keys, ("batch", None)], queries)
     return split(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
 def same_document(segments_BT: jax.Array) -> jax.Array:
-    """Return ``visible_BTS`` for training: earlier positions, itself included, of the same document."""
+    """Return ``visible_BTS`` for training: the position itself and earlier ones of the same document."""
     T = segments_BT.shape[1]
     causal_TS = jnp.tril(jnp.ones((T, T), bool))
     return causal_TS[None] & (segments_BT[:, :, None] == segments_BT[:, None, :])
 
 
 def write_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array | None) -> LayerCache:
-    """Write T positions of each row from that row's ``start_B`` (None: from 0), which the caller keeps in capacity.
+    """Write T positions of each row at that row's ``start_B`` (None: at 0); the caller keeps them within capacity.
 
-    Row by row and piece by piece: one update of a slice is done in place, where a scatter copies the whole cache.
-    T is at most the shortest piece, if there is a ``start_B``.
+    With ``start_B``, T is at most the length of the shortest piece.
     """
-
-    def write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, first: int) -> jax.Array:
-        S, T = piece_BKSH.shape[2], new_BKTH.shape[2]
-        if start_B is None:
-            return jax.lax.dynamic_update_slice(piece_BKSH, new_BKTH[:, :, first : first + S], (0, 0, 0, 0))
-        # The window of T slots that is nearest to the row's positions; what of it is not theirs keeps its old value.
-        slot_B = jnp.clip(start_B - first, 0, S - T)
-        source_BT = (first + slot_B - start_B)[:, None] + jnp.arange(T)[None]
-        is_new_BT = (source_BT >= 0) & (source_BT < T)
-
-        if on_gpu():  # where the iterations of a loop are kernels one after the other, and a scatter is done in place
-            read = jax.vmap(lambda piece_KSH, slot: jax.lax.dynamic_slice_in_dim(piece_KSH, slot, T, axis=1))
-            write = jax.vmap(
-                lambda piece_KSH, rows_KTH, slot: jax.lax.dynamic_update_slice(piece_KSH, rows_KTH, (0, slot, 0))
-            )
-            shifted_BKTH = jnp.take_along_axis(new_BKTH, source_BT[:, None, :, None], axis=2, mode="clip")
-            window_BKTH = jnp.where(is_new_BT[:, None, :, None], shifted_BKTH, read(piece_BKSH, slot_B))
-            return write(piece_BKSH, window_BKTH, slot_B)
-
-        def write_row(row: jax.Array, piece_BKSH: jax.Array) -> jax.Array:
-            at = (row, 0, slot_B[row], 0)
-            old_1KTH = jax.lax.dynamic_slice(piece_BKSH, at, (1, *new_BKTH.shape[1:]))
-            new_1KTH = jax.lax.dynamic_slice_in_dim(new_BKTH, row, 1)
-            if T > 1:
-                new_1KTH = jnp.take(new_1KTH, source_BT[row], axis=2, mode="clip")
-            return jax.lax.dynamic_update_slice(
-                piece_BKSH, jnp.where(is_new_BT[row][None, None, :, None], new_1KTH, old_1KTH), at
-            )
-
-        rows = start_B.shape[0]
-        # Unrolled, XLA:CPU fuses a row's write into the next row's read, and then copies the whole piece twice.
-        unroll = 1 if target_platform() == "cpu" else min(8, rows)
-        return jax.lax.fori_loop(0, rows, write_row, piece_BKSH, unroll=unroll)
 
     def write(pieces: tuple[jax.Array, ...], new_BTKH: jax.Array) -> tuple[jax.Array, ...]:
         new_BKTH, first, written = new_BTKH.swapaxes(1, 2).astype(pieces[0].dtype), 0, []
         for piece_BKSH in pieces:
-            written.append(write_piece(piece_BKSH, new_BKTH, first))
-            first += piece_BKSH.shape[2]
+            S = piece_BKSH.shape[2]
+            if start_B is None:
+                prefix_BKTH = new_BKTH[:, :, first : first + S]
+                written.append(jax.lax.dynamic_update_slice(piece_BKSH, prefix_BKTH, (0, 0, 0, 0)))
+            else:
+                written.append(_write_piece(piece_BKSH, new_BKTH, start_B - first))
+            first += S
         return tuple(written)
 
     return LayerCache(write(cache.k_BKSH, k_BTKH), write(cache.v_BKSH, v_BTKH))
 
 
+def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
+    """Write the positions of ``new_BKTH`` that fall into a piece; ``start_B`` counts from the piece's first slot."""
+    S, T = piece_BKSH.shape[2], new_BKTH.shape[2]
+    # A window of T slots inside the piece, as near to the row's positions as it can be. Slots of the window that belong
+    # to other positions keep their values.
+    slot_B = jnp.clip(start_B, 0, S - T)
+    source_BT = (slot_B - start_B)[:, None] + jnp.arange(T)[None]
+    is_new_BT = (source_BT >= 0) & (source_BT < T)
+
+    if on_gpu():  # XLA:GPU scatters in place, and would run each iteration of a loop as kernels of its own
+        read_rows = jax.vmap(lambda piece_KSH, slot: jax.lax.dynamic_slice_in_dim(piece_KSH, slot, T, axis=1))
+        write_rows = jax.vmap(
+            lambda piece_KSH, rows_KTH, slot: jax.lax.dynamic_update_slice(piece_KSH, rows_KTH, (0, slot, 0))
+        )
+        shifted_BKTH = jnp.take_along_axis(new_BKTH, source_BT[:, None, :, None], axis=2, mode="clip")
+        window_BKTH = jnp.where(is_new_BT[:, None, :, None], shifted_BKTH, read_rows(piece_BKSH, slot_B))
+        return write_rows(piece_BKSH, window_BKTH, slot_B)
+
+    def write_row(row: jax.Array, piece_BKSH: jax.Array) -> jax.Array:
+        at = (row, 0, slot_B[row], 0)
+        old_1KTH = jax.lax.dynamic_slice(piece_BKSH, at, (1, *new_BKTH.shape[1:]))
+        new_1KTH = jax.lax.dynamic_slice_in_dim(new_BKTH, row, 1)
+        if T > 1:
+            new_1KTH = jnp.take(new_1KTH, source_BT[row], axis=2, mode="clip")
+        window_1KTH = jnp.where(is_new_BT[row][None, None, :, None], new_1KTH, old_1KTH)
+        return jax.lax.dynamic_update_slice(piece_BKSH, window_1KTH, at)
+
+    # One row at a time: XLA:CPU and XLA:TPU update a slice in place, but copy the whole piece for a scatter. In an
+    # unrolled loop, XLA:CPU fuses a row's write into the next row's read, and copies the piece twice.
+    rows = start_B.shape[0]
+    unroll = 1 if target_platform() == "cpu" else min(8, rows)
+    return jax.lax.fori_loop(0, rows, write_row, piece_BKSH, unroll=unroll)
+
+
 def read_sizes(capacity: int, first: int = 128) -> list[int]:
-    """Return where the pieces of a cache end, so the prefixes that attention reads: 128, 256, 512, ... and all.
+    """Return where the pieces of a cache end, which are the prefixes that attention can read: powers of two, and all.
 
     >>> read_sizes(1000)
     [128, 256, 512, 1000]
@@ -225,16 +230,16 @@ def read_sizes(capacity: int, first: int = 128) -> list[int]:
 
 
 def on_gpu() -> bool:
-    """Return whether a program is traced for a GPU."""
+    """Return whether the current program is traced for a GPU."""
     return target_platform() in ("gpu", "cuda")
 
 
 def attend_cache(q_BTNH: jax.Array, cache: LayerCache, position_BT: jax.Array, filled: int | None = None) -> jax.Array:
-    """Attend to the cache slots up to each query's own position, and read no more of the cache than is filled.
+    """Return ``out_BTNH``: each query attends to the cache slots up to its own position.
 
-    The fewest pieces that hold every position are chosen while the program runs: what is read grows with the text, at
-    most twice as fast, and not with the capacity. ``filled``, where it is known beforehand, is a bound on all
-    positions. Slots after a query's position are not seen, whatever a rolled-back draft left there.
+    The program chooses at run time how many pieces to read, the fewest that hold every position. So the bytes read grow
+    with the text and not with the capacity. ``filled`` is a static bound on all positions, for a prefill. Masks hide
+    the slots after a query's position, where a rejected draft may have left keys and values.
     """
     ends = list(itertools.accumulate(piece.shape[2] for piece in cache.k_BKSH))
 

@@ -1,10 +1,14 @@
-"""Checks of values that a user gives: conditions, and declared types."""
+"""Validation of values that users give: conditions, and values of declared types."""
 
-import types
+import contextlib
+import math
 import typing
 from typing import Any, Literal
 
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, nearest
+
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+"""What error messages call the plain types."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -14,24 +18,50 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_fields(config: Any) -> None:
-    """Bring the fields of a dataclass to their declared types, as `check_type` does."""
+    """Convert the fields of a dataclass to their declared types, see `parse_value`."""
     for name, hint in typing.get_type_hints(type(config)).items():
-        object.__setattr__(config, name, check_type(getattr(config, name), hint, name))
+        object.__setattr__(config, name, parse_value(hint, getattr(config, name), name))
 
 
-def check_type(value: Any, hint: Any, name: str) -> Any:
-    """Return ``value`` as ``hint`` (int for float and list for tuple are accepted) or raise `UserError`."""
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+def parse_value(hint: Any, value: Any, name: str = "", *, is_text: bool = False) -> Any:
+    """Return ``value`` as a ``hint``: bool, int, float, str, a `Literal` of strings, or ``tuple[item, ...]``.
+
+    ``value`` comes from Python or JSON, where an int may stand for a float and a list for a tuple; with ``is_text`` it
+    is a word of the command line. Raises `UserError`, which names the setting ``name``, for any other value.
+
+    >>> parse_value(float, 2), parse_value(int, "2_000", is_text=True), parse_value(tuple[int, ...], [1, 2])
+    (2.0, 2000, (1, 2))
+    """
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        if value not in arguments:
+            raise _wrong(name, f"one of {', '.join(arguments)}", value, nearest(str(value), arguments))
         return value
-    if origin is tuple:
-        require(isinstance(value, list | tuple), f"{name} must be a list, not {value!r}")
-        return tuple(check_type(item, typing.get_args(hint)[0], name) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    plain = isinstance(hint, type) and not isinstance(hint, types.GenericAlias)
-    fits = plain and isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
-    require(fits, f"{name} must be {getattr(hint, '__name__', hint)}, not {value!r}")
-    return value
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise _wrong(name, "a list", value)
+        return tuple(parse_value(arguments[0], item, name, is_text=is_text) for item in value)
+    result = _from_text(hint, value) if is_text else value
+    if hint is float and isinstance(result, int) and not isinstance(result, bool):
+        with contextlib.suppress(OverflowError):
+            result = float(result)
+    if not isinstance(result, hint) or isinstance(result, bool) != (hint is bool):
+        raise _wrong(name, EXPECTED[hint], value)
+    return result
+
+
+def _wrong(name: str, expected: str, value: Any, suggestion: str = "") -> UserError:
+    return UserError(f"{name} must be {expected}, not {value!r:.60}{suggestion}".lstrip())
+
+
+def _from_text(hint: type, text: str) -> Any:
+    """Return the value that ``text`` stands for, or ``text`` itself where it is not a ``hint``."""
+    if hint is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if hint is str:
+        return text
+    try:
+        value = hint(text.replace("_", ""))
+    except ValueError:
+        return text
+    return value if hint is int or math.isfinite(value) else text

@@ -1,36 +1,37 @@
-"""From the command line to a frozen config: ``--config configs/NAME.py --optimizer.learning_rate 1e-3``.
+"""The command-line parser: options for every setting, and the options that commands share.
 
-argparse does the parsing. Its options are made from the dataclass fields, so that a setting is declared once, in
-`layerskip_jax.config`, and an error is one line (the candidate libraries print boxes of five).
+argparse parses; its options are generated from the dataclass fields, so each setting is declared once, in
+`layerskip_jax.config`. Every error is one line.
 """
 
 import argparse
 import dataclasses
 import importlib.util
-import math
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from layerskip_jax.checks import parse_value
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, nearest
 
 T = TypeVar("T")
 
 SHIPPED = Path(__file__).parent / "configs"
-"""The experiments of ``configs/``, where the package is installed without its checkout."""
+"""The files of ``configs/`` in an installed package."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` whose errors are `UserError`s that name the nearest right option."""
+    """An `argparse.ArgumentParser` that raises its errors as `UserError` and suggests the nearest option."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
     def parse_known_options(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        options, unknown = self.parse_known_args(argv)
+        """Parse ``argv``, in which options and positional arguments may be mixed; refuse what is unknown."""
+        options, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             flag = next((word for word in unknown if word.startswith("-")), unknown[0])
@@ -44,8 +45,30 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=118)
 
 
-def make_parser(description: str) -> OneLineParser:
-    return OneLineParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+def make_parser(description: str, command: str = "") -> OneLineParser:
+    """Return a parser without options; ``command`` is the name of a ``layerskip`` command, for the usage line."""
+    program = f"layerskip {command}" if command else None
+    return OneLineParser(program, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+
+# Options that several commands have
+
+
+def add_run(parser: OneLineParser, kinds: str = "run folder, one checkpoint in it, or a Hugging Face folder") -> None:
+    parser.add_argument("run", metavar="RUN", help=kinds)
+
+
+def add_prompt_options(parser: OneLineParser) -> None:
+    """Add the three sources of prompts, which `layerskip_jax.commands.prompts.read_prompts` reads."""
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be given several times")
+    parser.add_argument("--prompts", metavar="FILE", help="file of prompts: .jsonl with a 'prompt' each, or one a line")
+    parser.add_argument(
+        "--held_out", metavar="N", type=integer, help="use the beginnings of N held-out documents as prompts"
+    )
+
+
+def add_json(parser: OneLineParser, lines: str) -> None:
+    parser.add_argument("--json", action="store_true", help=f"print JSON lines: {lines}")
 
 
 def add_settings(parser: argparse.ArgumentParser, defaults: Any, prefix: str = "") -> None:
@@ -65,62 +88,52 @@ def add_settings(parser: argparse.ArgumentParser, defaults: Any, prefix: str = "
         }
         if typing.get_origin(hint) is tuple:
             item = typing.get_args(hint)[0]
-            options |= {
-                "nargs": "*",
-                "type": {int: integer, str: str}[item],
-                "metavar": {int: "INT", str: "TEXT"}[item],
-            }
+            options |= {"nargs": "*", "type": typed(item), "metavar": {int: "INT", str: "TEXT"}[item]}
         elif typing.get_origin(hint) is Literal:
-            options |= {"type": one_of(typing.get_args(hint)), "metavar": "{" + ",".join(typing.get_args(hint)) + "}"}
+            options |= {"type": typed(hint), "metavar": "{" + ",".join(typing.get_args(hint)) + "}"}
         elif hint is bool:
-            options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+            options |= {"type": typed(hint), "nargs": "?", "const": True, "metavar": "true|false"}
         else:
-            convert = {int: integer, float: number, str: str}[hint]
-            options |= {"type": convert, "metavar": hint.__name__.upper()}
+            options |= {"type": typed(hint), "metavar": hint.__name__.upper()}
         group.add_argument(f"--{name}", **options)
 
 
-def boolean(text: str) -> bool:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    raise argparse.ArgumentTypeError(f"must be true or false, not {text!r:.60}")
+# Types of single options
 
 
-def integer(text: str) -> int:
-    try:
-        return int(text.replace("_", ""))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r:.60}") from None
+def typed(hint: Any) -> Callable[[str], Any]:
+    """Return the argparse ``type`` that converts one word to ``hint``, see `parse_value`."""
 
-
-def number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r:.60}")
-    return value
-
-
-def one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
-    def convert(text: str) -> str:
-        if text not in choices:
-            raise argparse.ArgumentTypeError(
-                f"must be one of {', '.join(choices)}, not {text!r:.60}{nearest(text, choices)}"
-            )
-        return text
+    def convert(text: str) -> Any:
+        try:
+            return parse_value(hint, text, is_text=True)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return convert
 
 
+integer, number = typed(int), typed(float)
+
+
+def positive(text: str) -> int:
+    """Convert a word to an integer of at least 1."""
+    value = integer(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+# Configs
+
+
 def given_settings(options: argparse.Namespace, defaults: Any) -> dict[str, Any]:
-    """Return the settings of ``defaults`` that the user has given, of those that `add_settings` has offered."""
+    """Return the fields of ``defaults`` that the user set, of those that `add_settings` offered."""
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(defaults) if field.name in options}
 
 
 def apply_overrides(defaults: T, overrides: dict[str, Any]) -> T:
-    """Return ``defaults`` with dotted ``overrides`` applied; the checks of the dataclasses run on the result."""
+    """Return ``defaults`` with dotted ``overrides`` applied; the dataclasses check the result."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(typing.cast(Any, defaults)):
         value = getattr(defaults, field.name)
@@ -135,9 +148,9 @@ def apply_overrides(defaults: T, overrides: dict[str, Any]) -> T:
 
 
 def load_config_file(path: str) -> Config:
-    """Run the Python file ``path`` and return its ``get_config()``. It is code: name only files that you trust.
+    """Execute the Python file ``path`` and return its ``get_config()``. Name only files that you trust.
 
-    Where there is no file ``configs/NAME.py``, the one that is installed with the package is meant.
+    ``configs/NAME.py`` falls back to the file of that name that is installed with the package.
     """
     shipped = SHIPPED / Path(path).name
     ours = Path(path).parent == Path("configs") and shipped.is_file() and not Path(path).is_file()
@@ -145,12 +158,11 @@ def load_config_file(path: str) -> Config:
 
 
 def run_file(path: str, function: str, kind: type[T]) -> T:
-    """Run the Python file ``path`` and return what its ``function`` returns, which must be a ``kind``."""
-    file = Path(path)
+    """Execute the Python file ``path`` and return the ``kind`` that its ``function()`` returns."""
+    file, what = Path(path), kind.__name__.lower()
     if not file.is_file():
         others = sorted(str(other) for other in (file.parent if file.parent.is_dir() else Path("configs")).glob("*.py"))
         others = others or [f"configs/{other.name}" for other in sorted(SHIPPED.glob("*.py"))]
-        what = kind.__name__.lower()
         raise UserError(f"no {what} file {path}{nearest(path, others)} (a {what} is a Python file with {function}())")
     spec = importlib.util.spec_from_file_location(f"layerskip_jax_file_{file.stem}", file)
     assert spec is not None
@@ -159,10 +171,10 @@ def run_file(path: str, function: str, kind: type[T]) -> T:
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, function):
-            raise UserError(f"{kind.__name__.lower()} file {path} has no {function}() -> {kind.__name__}")
+            raise UserError(f"{what} file {path} has no {function}() -> {kind.__name__}")
         value = getattr(module, function)()
     except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
-        raise UserError(f"{kind.__name__.lower()} file {path} does not run: {type(error).__name__}: {error}") from error
+        raise UserError(f"{what} file {path} does not run: {type(error).__name__}: {error}") from error
     if not isinstance(value, kind):
         raise UserError(
             f"{function}() of {path} returned a {type(value).__name__}, not a {kind.__module__}.{kind.__name__}"
@@ -175,7 +187,7 @@ def add_config_option(parser: OneLineParser) -> None:
 
 
 def parse_config(parser: OneLineParser, argv: Sequence[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """Parse ``--config FILE`` and dotted overrides; return the resolved config and all other options of ``parser``."""
+    """Parse ``--config FILE`` and dotted overrides; return the resolved config and all options of ``parser``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     before = make_parser("")
     before.add_argument("--config")

@@ -1,8 +1,8 @@
 """XLA options of the training step for each kind of TPU, without those that the installed compiler rejects.
 
-docs/tpu_step.md has the compiler's estimates for them. No option here is one that the compiler warns of. In
+They make collectives overlap matmuls, and tiles larger. No option here is one that the compiler warns about. In
 particular, none turns on continuation fusion (``xla_tpu_enable_async_collective_fusion``): libtpu 0.0.44 and newer
-refuse it on every chip but v5e, because it may give wrong results.
+reject it on every chip but v5e, because it may give wrong results.
 """
 
 import re
@@ -14,8 +14,8 @@ from layerskip_jax.errors import UserError
 
 Options = dict[str, str]
 
-# The partitioner would split a matmul with a sharded weight into one narrow matmul per shard, so that the transfer of
-# the next shard overlaps it. The matrix unit runs those at a third of its speed. Gather the whole weight instead.
+# Gather sharded weights whole. By default the partitioner splits a matmul into one narrow matmul per shard and overlaps
+# it with the transfer of the next shard, but the matrix unit runs narrow matmuls at a third of its speed.
 WHOLE_MATMULS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 # Run collectives on the SparseCores, so that they overlap matmuls. On a v6e this also turns the all-reduce of a 7B
@@ -32,7 +32,7 @@ SPARSE_CORE = dict.fromkeys(
 
 
 def vmem_limit(kib: int) -> Options:
-    """Let one fusion use up to ``kib`` of the vector memory: larger tiles, so matmuls read their operands fewer times.
+    """Let one fusion use up to ``kib`` of vector memory, for larger tiles: matmuls then read operands fewer times.
 
     The default is 16 MiB, of 128 MiB on a v5e or v6e and 64 MiB on a core of a v5p. Compiling takes longer.
     """
@@ -67,8 +67,8 @@ def parse_options(text: str) -> Options:
 def compile_step(lowered: jax.stages.Lowered, device_kind: str, chosen: str = "") -> jax.stages.Compiled:
     """Compile a training step with the options for ``device_kind``, and with ``chosen`` on top.
 
-    ``chosen`` is ``train.compiler_options``; the value ``off`` removes an option of the table. An option of the table
-    that the installed compiler refuses is left out with a warning; a chosen one raises `UserError`.
+    ``chosen`` is ``train.compiler_options``; the value ``off`` removes an option of the table. If the compiler rejects
+    an option of the table, it is dropped with a warning; if it rejects a chosen one, `UserError` is raised.
     """
     more = parse_options(chosen)
     options = {name: value for name, value in (STEP_OPTIONS.get(device_kind, {}) | more).items() if value != "off"}
@@ -77,17 +77,17 @@ def compile_step(lowered: jax.stages.Lowered, device_kind: str, chosen: str = ""
             return lowered.compile(compiler_options=dict(options))
         except jax.errors.JaxRuntimeError as error:
             line = (str(error).splitlines() or [""])[0]
-            refused = _refused_options(line, options)
-            if not refused:
+            rejected = _rejected_options(line, options)
+            if not rejected:
                 raise
-            if mine := [name for name in refused if name in more]:
-                raise UserError(f"train.compiler_options: the compiler refuses {', '.join(mine)}: {line}") from error
-            warnings.warn(f"the step is compiled without {', '.join(refused)}: {line}", stacklevel=2)
-            options = {name: value for name, value in options.items() if name not in refused}
+            if wrong := [name for name in rejected if name in more]:
+                raise UserError(f"train.compiler_options: the compiler rejects {', '.join(wrong)}: {line}") from error
+            warnings.warn(f"compiling the step without {', '.join(rejected)}: {line}", stacklevel=2)
+            options = {name: value for name, value in options.items() if name not in rejected}
 
 
-def _refused_options(message: str, options: Options) -> list[str]:
-    """Return the options that the compiler does not know, cannot parse or does not support, by its message."""
+def _rejected_options(message: str, options: Options) -> list[str]:
+    """Return the options that, by its message, the compiler does not know, cannot parse or does not support."""
     if not any(words in message for words in ("No such compile option", "Failed to parse", "not supported")):
         return []
     return [name for name in options if re.search(rf"\b{name}\b", message)]

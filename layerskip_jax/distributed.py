@@ -1,4 +1,4 @@
-"""Several processes, one a host, as one run: how they meet, agree, stop together, and part when one of them fails."""
+"""Runs of several processes, one per host: start, agreement, stopping at the same step, and failure of one process."""
 
 import contextlib
 import os
@@ -24,54 +24,54 @@ from layerskip_jax.errors import Interrupted, LostProcess, UserError, report
 
 T = TypeVar("T")
 
-LAST_WORDS_SECONDS = 3
-"""Process 0 carries the rendezvous: when it goes, jax ends the others, so after an error it leaves last."""
+EXIT_DELAY_SECONDS = 3
+"""Process 0 hosts the coordinator: when it exits, jax ends the others, so after an error it exits last."""
 
 
 @contextlib.contextmanager
-def joined(config: DistributedConfig) -> Iterator[None]:
-    """Run the body as one process of the run, or alone where there is neither a cluster nor settings that say so.
+def distributed_session(config: DistributedConfig) -> Iterator[None]:
+    """Run the body as one process of the run, or alone if neither a cluster nor the settings name other processes.
 
-    Must come before anything that touches a device. Raises `UserError` if the others have not come in time. After an
-    error in the body this process ends at once, without the usual farewell, which would wait for the others: they may
-    be waiting for it in turn, and now find it gone, after ``distributed.heartbeat`` at most.
+    Enter it before anything touches a device. Raises `UserError` if the other processes do not connect in time. After
+    an error in the body this process exits at once, without jax's shutdown barrier: the other processes may be waiting
+    in a collective, and detect the exit after at most ``distributed.heartbeat``.
     """
     if config.num_processes != 1:
         _join(config)
     try:
         yield
     except Interrupted:
-        raise  # all processes alike
+        raise  # on all processes
     except BaseException as error:
         if jax.process_count() == 1:
             raise
         try:
-            status = report(_as_lost(error))
+            status = report(_translate(error))
         except BaseException:
             traceback.print_exc()
             status = 1
         if jax.process_index() == 0:
-            time.sleep(LAST_WORDS_SECONDS)
+            time.sleep(EXIT_DELAY_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
-def _as_lost(error: BaseException) -> BaseException:
-    """Return the error as what it means, where jax says that another process does not answer any more."""
-    gone = re.search(r"Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|heartbeat", str(error))
-    if not isinstance(error, jax.errors.JaxRuntimeError) or not gone:
+def _translate(error: BaseException) -> BaseException:
+    """Return `LostProcess` for an error by which jax reports that another process stopped responding."""
+    lost = re.search(r"Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|heartbeat", str(error))
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not lost:
         return error
     return LostProcess(
-        f"process {jax.process_index()} of {jax.process_count()} ends, since another one does not answer any more "
-        f"({str(error).splitlines()[0][:300]}): start all of them again, and they go on from the newest checkpoint"
+        f"process {jax.process_index()} of {jax.process_count()} exits because another process stopped responding "
+        f"({str(error).splitlines()[0][:300]}): restart all processes to resume from the newest checkpoint"
     )
 
 
 def _join(config: DistributedConfig) -> None:
     address = config.coordinator_address
-    # When its own time is up, jax aborts the process over a page of C++; so this comes first, in one line.
-    timer = threading.Timer(config.timeout, _give_up, [config])
+    # On its own timeout jax aborts the process with a long C++ trace, so time out first, with one line.
+    timer = threading.Timer(config.timeout, _exit_on_timeout, [config])
     timer.daemon = True
     timer.start()
     try:
@@ -84,50 +84,51 @@ def _join(config: DistributedConfig) -> None:
         )
     except ValueError as error:
         if not address and "coordinator_address" in str(error):
-            return  # jax knows no cluster here
-        raise UserError(f"the cluster does not say who takes part ({error}): set distributed.*") from error
+            return  # jax detects no cluster
+        raise UserError(f"the cluster does not name the processes of the run ({error}): set distributed.*") from error
     except RuntimeError as error:
-        raise UserError(f"the processes could not meet at {address or 'the coordinator'}: {error}") from error
+        raise UserError(f"the processes could not connect to {address or 'the coordinator'}: {error}") from error
     finally:
         timer.cancel()
 
 
-def _give_up(config: DistributedConfig) -> None:
-    address, me = config.coordinator_address, config.process_id
+def _exit_on_timeout(config: DistributedConfig) -> None:
+    address, process = config.coordinator_address, config.process_id
     waited = f"waited {config.timeout} s (distributed.timeout)"
     if not address:
         line = f"{waited} for all processes that the cluster names; --distributed.num_processes 1 trains alone"
-    elif me == 0:
-        line = f"{waited} at {address}: fewer than {config.num_processes} processes have come"
+    elif process == 0:
+        line = f"{waited} at {address}: fewer than {config.num_processes} processes connected"
     else:
         host, _, port = address.rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
-            line = f"{waited} at {address}: process 0 is there, but fewer than {config.num_processes} processes"
+            line = f"{waited} at {address}: process 0 is up, but fewer than {config.num_processes} processes connected"
         except OSError as error:
             line = f"{waited} for process 0 of {config.num_processes} at {address}: {error.strerror or error}"
     os._exit(report(UserError(line)))
 
 
-def together(what: str, make: Callable[[], T], same: Callable[[T], object] = lambda made: None) -> T:
-    """Call ``make`` on every process: a `UserError` of one becomes an error of all, so that none waits for it.
+def agree(what: str, make: Callable[[], T], same: Callable[[T], object] = lambda result: None) -> T:
+    """Call ``make`` on every process and return its result; a `UserError` on one process is raised on all.
 
-    What ``same`` says of the results must be equal everywhere, or else all raise a `UserError` about ``what``.
+    Raises `UserError` about ``what`` unless ``same`` of the results is equal on all processes. All processes must call
+    it: it is a collective.
     """
     if jax.process_count() == 1:
         return make()
-    made: Any = None
+    result: Any = None
     problem: UserError | None = None
     try:
-        made = make()
+        result = make()
     except UserError as error:
         problem = error
-    lines = _gather(f"!{problem}" if problem else f"={same(made)}")
+    lines = _gather(f"!{problem}" if problem else f"={same(result)}")
     if problem:
         raise problem
     for process, line in enumerate(lines):
         if line.startswith("!"):
-            raise UserError(f"process {process} has failed: {line[1:]}")
+            raise UserError(f"process {process} failed: {line[1:]}")
         if line != lines[0]:
             differs = next(i for i, pair in enumerate(zip(line + "\0", lines[0] + "\0")) if pair[0] != pair[1])
             here, there = (text[max(differs - 30, 1) :][:60] for text in (line, lines[0]))
@@ -135,11 +136,11 @@ def together(what: str, make: Callable[[], T], same: Callable[[T], object] = lam
                 f"the {what} must be the same on all processes, but process {process} has {here!r} where process 0 has "
                 f"{there!r}: start them with the same settings, on the same files"
             )
-    return made
+    return result
 
 
-def first_said(text: str) -> str:
-    """Return the first ``text`` that is not empty, of any process, to all of them."""
+def first_message(text: str) -> str:
+    """Return the first ``text`` that is not empty, in the order of processes, on all of them."""
     return next(filter(None, _gather(text)), "") if jax.process_count() > 1 else text
 
 
@@ -149,62 +150,62 @@ def _gather(text: str, size: int = 8192) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(data)]
 
 
-def own_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
-    """Return which rows of a batch this process's devices hold, which no other process's do; `UserError` if some do."""
-    places: dict[Any, Any] = dict(sharding.devices_indices_map((batch_size, 1)))
-    held = {
+def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
+    """Return the rows of a batch on this process's devices; `UserError` if another process holds some of them too."""
+    indices: dict[Any, Any] = dict(sharding.devices_indices_map((batch_size, 1)))
+    local = {
         row
-        for device, (rows, _) in places.items()
+        for device, (rows, _) in indices.items()
         if device.process_index == jax.process_index()
         for row in range(*rows.indices(batch_size))
     }
-    if len(held) * jax.process_count() != batch_size:
+    if len(local) * jax.process_count() != batch_size:
         raise UserError(
             f"this mesh gives several of the {jax.process_count()} processes the same sequences of a batch: "
             f"mesh.sequence * mesh.tensor must stay within the {jax.local_device_count()} devices of a process"
         )
-    return sorted(held)
+    return sorted(local)
 
 
 class StopRequest:
-    """SIGTERM and SIGINT, to any process, as a request to save and end after a step: the same step on all processes.
+    """Handle SIGTERM and SIGINT, sent to any process, as a request to save and stop all processes after the same step.
 
-    A second signal ends its process at once. As a context manager it puts the former handlers back; outside the main
-    thread, where Python allows no handlers, it asks for nothing.
+    A second signal ends its process at once. The context manager restores the former handlers. Outside the main
+    thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self, mesh: Mesh):
         self._received = 0
         self._vote: jax.Array | None = None
         self._former: dict[int, Any] = {}
-        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._sharded = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._former[number] = signal.signal(number, self._notice)
+                self._former[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that Python did not set, as jax does
+            signal.signal(number, handler or signal.SIG_DFL)  # None: jax set it, outside Python
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        for again in self._former:
-            signal.signal(again, signal.SIG_DFL)
+        for second in self._former:
+            signal.signal(second, signal.SIG_DFL)
         name = signal.Signals(number).name
-        os.write(2, f"{name}: the run saves and ends after this step; a second signal ends it at once\n".encode())
+        os.write(2, f"{name}: saving and stopping after this step; a second signal ends the run at once\n".encode())
 
     def agreed(self) -> int:
-        """Return the signal that ends the run after this step, or 0; to be asked once after every step.
+        """Return the signal that stops the run after this step, or 0. Call it once after every step.
 
-        Several processes take the largest of what each had received one step before: that reduction runs behind the
-        step before, whose metrics are on the host by now, so nothing waits for it.
+        With several processes it is the largest signal that any had received one step earlier. That reduction was
+        queued behind the previous step, whose metrics are already on the host, so it blocks nothing.
         """
         if jax.process_count() == 1:
             return self._received
-        answer, here = self._vote, np.full(jax.local_device_count(), self._received, np.int32)
-        self._vote = self._highest(jax.make_array_from_process_local_data(self._split, here))
-        return 0 if answer is None else int(answer)
+        previous, here = self._vote, np.full(jax.local_device_count(), self._received, np.int32)
+        self._vote = self._highest(jax.make_array_from_process_local_data(self._sharded, here))
+        return 0 if previous is None else int(previous)

@@ -1,4 +1,4 @@
-"""One way to say that the user, not the program, has something to mend."""
+"""Errors the user can fix, reported in one line."""
 
 import difflib
 import sys
@@ -6,23 +6,23 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend; its text is one line that says what is wrong and what would be right."""
+    """An error the user can fix; its text is one line that names the wrong value and the remedy."""
 
 
-class LostProcess(Exception):  # noqa: N818  (nothing is wrong with this one)
-    """Another process of the run has ended or is silent; started again, all go on from the newest checkpoint."""
+class LostProcess(Exception):  # noqa: N818  (this process has no error)
+    """Another process of the run has ended or stopped responding; restart the run to resume from its checkpoint."""
 
     status = 75
-    """The exit status: EX_TEMPFAIL of sysexits.h, which asks for another try."""
+    """The exit status: EX_TEMPFAIL of sysexits.h, which asks for a retry."""
 
 
-class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
-    """A signal has ended a run between two steps, with everything saved."""
+class Interrupted(Exception):  # noqa: N818  (not an error)
+    """A signal stopped a run between two steps, after it saved a checkpoint."""
 
     def __init__(self, signal: int, message: str):
         super().__init__(message)
         self.status = 128 + signal
-        """The exit status, as a shell would report the signal: 130 for SIGINT, 143 for SIGTERM."""
+        """The exit status that a shell reports for the signal: 130 for SIGINT, 143 for SIGTERM."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -36,10 +36,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def bucket_error(error: BaseException | None) -> BaseException | None:
-    """Return the error or the cause of it that a library for buckets has raised, or None.
+    """Return the first of ``error`` and its causes that a cloud-storage library raised, or None.
 
-    Such an error is about the network, credentials or permissions, so a traceback through our code does not help. The
-    classes are compared by module name because the libraries are optional.
+    Such an error concerns the network, credentials or permissions, so a traceback of our code does not help. Classes
+    are compared by module name because these libraries are optional.
     """
     while error is not None and type(error).__module__.split(".")[0] not in ("gcsfs", "aiohttp", "google"):
         error = error.__cause__
@@ -47,7 +47,10 @@ def bucket_error(error: BaseException | None) -> BaseException | None:
 
 
 def report(error: BaseException) -> int:
-    """Print in one line on stderr why a command ended; return its exit status. Raises an error that is a bug again."""
+    """Print one line on stderr that says why a command ended; return its exit status.
+
+    Raises ``error`` again if it is a bug, for its traceback.
+    """
     if isinstance(error, UserError):
         line, status = f"error: {' '.join(str(error).split())}", 2
     elif isinstance(error, Interrupted | LostProcess):
@@ -55,7 +58,7 @@ def report(error: BaseException) -> int:
     elif (unreachable := bucket_error(error)) is not None:
         line, status = f"error: the bucket does not answer: {' '.join(str(unreachable).split())}", 2
     elif isinstance(error, KeyboardInterrupt):
-        line, status = "stopped by the keyboard; the last complete checkpoint, if any, is intact", 130
+        line, status = "interrupted; the last complete checkpoint, if any, is intact", 130
     else:
         raise error
     print(line, file=sys.stderr, flush=True)
@@ -63,7 +66,7 @@ def report(error: BaseException) -> int:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's ``main``; a `UserError` becomes one line on stderr and exit status 2."""
+    """Run ``main`` of a command and exit with the status of `report` if it fails."""
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:

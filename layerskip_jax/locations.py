@@ -1,4 +1,4 @@
-"""Where files are: on this machine, or in a bucket."""
+"""Paths of local files and of files in Cloud Storage buckets."""
 
 import importlib.util
 import os
@@ -11,39 +11,36 @@ from jax.experimental.compilation_cache import compilation_cache
 from layerskip_jax.errors import UserError
 
 BUCKET_LIBRARIES = ("gcsfs", "tensorflow")
-"""Either of these lets `etils.epath` read and write gs://."""
+"""`etils.epath` needs one of these to read and write gs://."""
 
 
 def locate(path: str) -> epath.Path:
-    """Return a path of this machine, absolute and with ``~`` expanded, or a gs:// one.
+    """Return an absolute local path with ``~`` expanded, or a gs:// path.
 
-    Raises `UserError` for another scheme, which would become a local folder of that name, and for gs:// without a
-    library that opens it.
-
+    Raises `UserError` for any other scheme, which would become a local folder of that name, and for gs:// without one
+    of `BUCKET_LIBRARIES`.
     """
     scheme = re.match(r"[A-Za-z][\w+.-]+:/", path)
     if not scheme:
         return epath.Path(path).expanduser().resolve()
     if not path.startswith("gs://"):
-        raise UserError(
-            f"{path} is neither a path of this machine nor a gs:// one: buckets are written gs://BUCKET/..."
-        )
+        raise UserError(f"{path} is neither a local path nor a gs:// path: buckets are written gs://BUCKET/...")
     if not any(importlib.util.find_spec(library) for library in BUCKET_LIBRARIES):
         raise UserError(f"{path} needs gcsfs: pip install layerskip_jax[gcs]")
-    return epath.Path(path)  # not resolved: that would put it into the working directory
+    return epath.Path(path)  # resolve() would make it relative to the working directory
 
 
 def keep_compiled_programs(run_dir: str) -> None:
-    """Let JAX keep what it compiles in ``RUN_DIR/compiled``, unless JAX_COMPILATION_CACHE_DIR names another place.
+    """Set JAX's compilation cache to ``RUN_DIR/compiled``, unless JAX_COMPILATION_CACHE_DIR is set.
 
-    So a run that is started again, or that `tpu/compile_ahead.py --store` was called for, need not compile. Not on CPU:
-    there a program is for one kind of processor, and a run may go on on another.
+    A resumed run, or one for which `tpu/compile_ahead.py --store` has compiled, then starts without compiling. Do not
+    call this on CPU, where a program fits one kind of processor and the run may resume on another.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(locate(run_dir) / "compiled"))
-        compilation_cache.reset_cache()  # a program compiled before has settled that none is kept
+        compilation_cache.reset_cache()  # JAX ignores the setting once it has compiled a program
 
 
 def is_remote(path: epath.Path) -> bool:
-    """Return whether ``path`` is in a bucket, where nothing can be appended to a file."""
+    """Return whether ``path`` is in a bucket, where files cannot be appended to."""
     return str(path).startswith("gs://")

@@ -1,13 +1,13 @@
-"""The device mesh, and the one table that says which logical axis is split along which mesh axis.
+"""The device mesh, and `RULES`, the one table that maps logical axes to mesh axes.
 
-To try another layout, change `RULES` with one line in a config file: nothing else names a mesh axis. So
-``sharding.RULES["embed"] = None`` keeps whole parameters on every device, and
-``sharding.RULES["ffn"] = ("tensor", "sequence")`` splits the feed-forward width over both axes.
+To try another layout, edit `RULES`; nothing else names a mesh axis. ``"embed": None`` replicates the parameters, and
+``"ffn": ("tensor", "sequence")`` shards the feed-forward width over both axes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,32 +20,32 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError
 
-Rules = dict[str, str | tuple[str, ...] | None]
-
 AXES = ("data", "fsdp", "sequence", "tensor")
 
-RULES: Rules = {
-    # of activations
-    "batch": ("data", "fsdp"),
-    "length": "sequence",
-    "attended_heads": ("tensor", "sequence"),
-    "attended_kv_heads": ("tensor", "sequence"),
-    # of parameters (and vocab of logits)
-    "layers": None,
-    "vocab": "tensor",
-    "embed": ("fsdp", "sequence"),
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "ffn": "tensor",
-}
+RULES: Mapping[str, str | tuple[str, ...] | None] = MappingProxyType(
+    {
+        # activations
+        "batch": ("data", "fsdp"),
+        "length": "sequence",
+        "attended_heads": ("tensor", "sequence"),
+        "attended_kv_heads": ("tensor", "sequence"),
+        # parameters, and the vocabulary of logits
+        "layers": None,
+        "vocab": "tensor",
+        "embed": ("fsdp", "sequence"),
+        "heads": "tensor",
+        "kv_heads": "tensor",
+        "head_dim": None,
+        "ffn": "tensor",
+    }
+)
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return the mesh (data, fsdp, sequence, tensor) over ``devices``, all of them by default.
+    """Return the mesh (data, fsdp, sequence, tensor) over ``devices``, by default all of them.
 
-    Where they lie on several TPU slices, the data axis crosses the slices (over the data-center network, DCN) and the
-    others stay within one. A size that does not fit raises `UserError`.
+    With several TPU slices, only the data axis crosses slices, over the data-center network (DCN). Raises `UserError`
+    if a size does not fit.
     """
     devices = jax.devices() if devices is None else devices
     wanted, slices = config.mesh, len({getattr(device, "slice_index", 0) for device in devices})
@@ -58,20 +58,20 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             f"mesh ({sizes}) does not cover {len(devices)} devices: the product of its axes must be {len(devices)}"
         )
     if data % slices:
-        raise UserError(f"mesh.data = {data} must be a multiple of the {slices} slices, which only it crosses")
+        raise UserError(f"mesh.data = {data} must be a multiple of the {slices} slices: no other axis crosses them")
     _check_divides(config, data)
-    return Mesh(arranged(shape, slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arrange_devices(shape, slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def arranged(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
-    """Return ``devices`` in the ``shape`` of the mesh such that neighbours on it are neighbours on the wires."""
+def arrange_devices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Arrange ``devices`` in the ``shape`` of the mesh, with neighbours on the mesh next to each other on the torus."""
     arrange = partial(mesh_utils.create_device_mesh, shape)
     if slices > 1:
-        of_slice = (shape[0] // slices, *shape[1:])
-        arrange = partial(mesh_utils.create_hybrid_device_mesh, of_slice, (slices, 1, 1, 1))
+        within_slice = (shape[0] // slices, *shape[1:])
+        arrange = partial(mesh_utils.create_hybrid_device_mesh, within_slice, (slices, 1, 1, 1))
     try:
         return arrange(devices)
-    except NotImplementedError:  # an axis of the mesh is no product of whole axes of the torus: it takes parts of them
+    except NotImplementedError:  # a mesh axis is not a product of whole torus axes, so split them
         return arrange(devices, allow_split_physical_axes=True)
 
 
@@ -104,49 +104,44 @@ def _check_divides(config: Config, data: int) -> None:
         raise UserError(
             f"train.loss_chunk {config.train.loss_chunk} does not divide over mesh.sequence = {wanted.sequence} devices"
         )
-    skips = config.layer_dropout.p_max > 0 and config.layer_dropout.form == "skipping"
-    if skips and microbatch // (data * wanted.fsdp) % config.layer_dropout.row_groups:
-        raise UserError(
-            f"layer_dropout.row_groups {config.layer_dropout.row_groups} must divide the "
-            f"{microbatch // (data * wanted.fsdp)} sequences of a microbatch on a device"
-        )
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Return into how many parts the rows of a batch are split."""
+    """Return the number of shards that hold different rows of a batch."""
     return int(np.prod([mesh.shape[axis] for axis in RULES["batch"] or ()]))
 
 
-def spec(axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:
-    """Translate logical axes to mesh axes.
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Translate logical axes to mesh axes by `RULES`.
 
     >>> tuple(spec(("embed", "heads", "head_dim")))
     (('fsdp', 'sequence'), 'tensor', None)
     """
-    return PartitionSpec(*(rules[axis] if axis else None for axis in axes))
+    return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return how arrays of a batch, [B, T], lie on the mesh."""
+    """Return the sharding of a batch's arrays, [B, T]."""
     return NamedSharding(mesh, spec(("batch", "length")))
 
 
-def shardings_of(tree: Any, model: nnx.Module, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """Return a `NamedSharding` for every array of ``tree``: those of ``model`` by their logical axes, others whole.
+def named_shardings(tree: Any, model: nnx.Module, mesh: Mesh) -> Any:
+    """Return a `NamedSharding` for every array of ``tree``.
 
-    Optimizer moments are trees of Params too, so they lie as their parameters do; a factored moment, whose shape is
-    no parameter's, lies whole on every device. A Param with one dimension more than names is a stack of "layers".
+    A Param that has the axes and the shape of one of ``model`` is sharded by `RULES`: the model's own, and the
+    optimizer's moments. Other arrays, such as factored moments, are replicated. A Param with one more dimension than
+    names is a stack of "layers".
     """
     known = {(param.get_metadata()["axes"], param.shape) for param in jax.tree.leaves(model, is_leaf=_is_param)}
 
-    def of(leaf: Any) -> Any:
+    def leaf_sharding(leaf: Any) -> Any:
         if not _is_param(leaf) or (leaf.get_metadata()["axes"], leaf.shape) not in known:
             return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), leaf)
         axes = leaf.get_metadata()["axes"]
         stacked = ("layers",) * (leaf.ndim - len(axes))
-        return jax.tree.map(lambda _: NamedSharding(mesh, spec(stacked + axes, rules)), leaf)
+        return jax.tree.map(lambda _: NamedSharding(mesh, spec(stacked + axes)), leaf)
 
-    return jax.tree.map(of, tree, is_leaf=_is_param)
+    return jax.tree.map(leaf_sharding, tree, is_leaf=_is_param)
 
 
 def _is_param(leaf: Any) -> bool:
@@ -154,10 +149,10 @@ def _is_param(leaf: Any) -> bool:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tell the compiler how an activation lies along the mesh axes that are its own.
+    """Constrain the sharding of an activation along the mesh axes that the compiler partitions.
 
-    A dimension that does not divide, such as the one row of a sample generation, stays whole. Does nothing outside
-    `jax.set_mesh`.
+    A dimension that does not divide, such as the single row of a sample generation, is replicated. Does nothing
+    outside `jax.set_mesh`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = _free_axes(mesh)
@@ -168,13 +163,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def mesh_size(logical: str) -> int:
-    """Return over how many devices of the mesh in force a logical axis is split; 1 outside `jax.set_mesh`."""
+    """Return over how many devices of the current mesh a logical axis is sharded; 1 outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical) if axis in mesh.shape)
 
 
 def target_platform() -> str:
-    """Return the platform that a program is traced for: that of the mesh in force, or else JAX's default.
+    """Return the platform that a program is traced for: the current mesh's, or else JAX's default.
 
     They differ when a program is compiled for a TPU on a machine without one.
     """
@@ -183,10 +178,9 @@ def target_platform() -> str:
 
 
 def row_major(x: jax.Array) -> jax.Array:
-    """Keep the last axis contiguous in a TPU's memory; does nothing for other devices.
+    """Keep the last axis contiguous in a TPU's memory; does nothing on other devices.
 
-    XLA:TPU chooses layouts by itself. Where two programs, such as the branches of a condition, choose differently, it
-    copies the array between them.
+    XLA:TPU may choose different layouts for two branches of a condition, and then copies the array between them.
     """
     if target_platform() != "tpu":
         return x
@@ -199,32 +193,32 @@ def on_each_device(
     output: tuple[str | None, ...] | list[tuple[str | None, ...]],
     along: Sequence[str] | None = None,
 ) -> Callable[..., Any]:
-    """Return ``f`` as every device runs it on its own part of the arguments, whose logical axes ``inputs`` names.
+    """Return ``f`` under `jax.shard_map`: every device runs it on its own shard of the arguments.
 
-    Axes of an argument or of the output hold for all arrays in it (a list has those of each output); () is whole on
-    every device. The work is shared out along the mesh axes of the logical axes ``along`` (None: all mesh axes); the
-    others stay the compiler's. Outside `jax.set_mesh`, or where a surrounding call has shared it out already, this is
-    ``f``.
+    ``inputs`` holds the logical axes of each argument, and ``output`` those of the output, or a list of those of each
+    output. They apply to all arrays of an argument; () is replicated. ``f`` is mapped over the mesh axes of the logical
+    axes ``along`` (None: all mesh axes); the compiler partitions the others. Returns ``f`` itself outside
+    `jax.set_mesh`, or inside a `shard_map` over the same axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = _free_axes(mesh)
-    taken = free if along is None else free & {axis for name in along for axis in _mesh_axes(name)}
-    if mesh.size == 1 or not taken:
+    mapped = free if along is None else free & {axis for name in along for axis in _mesh_axes(name)}
+    if mesh.size == 1 or not mapped:
         return f
-    in_specs = tuple(_split(axes, taken) for axes in inputs)
-    out_specs = tuple(_split(axes, taken) for axes in output) if isinstance(output, list) else _split(output, taken)
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=taken, check_vma=False)
+    in_specs = tuple(_split(axes, mapped) for axes in inputs)
+    out_specs = tuple(_split(axes, mapped) for axes in output) if isinstance(output, list) else _split(output, mapped)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=mapped, check_vma=False)
 
 
 def sum_over(logical: str, values: Any) -> Any:
-    """Sum arrays over the devices to which `on_each_device` has shared the work out along a logical axis."""
+    """Sum arrays over the devices that `on_each_device` maps along a logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in _mesh_axes(logical) if axis in set(mesh.axis_names) - _free_axes(mesh))
     return jax.lax.psum(values, axes) if axes else values
 
 
 def _free_axes(mesh: AbstractMesh) -> set[str]:
-    """Return the mesh axes along which the compiler shares work out: all that `on_each_device` has not taken."""
+    """Return the mesh axes that the compiler partitions: all that `on_each_device` has not mapped over."""
     return {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for Cloud Storage, and one small run that was trained into it."""
+"""A stand-in for Cloud Storage, and a small run trained into it."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from etils import epath
 from etils.epath.testing import mock_epath
 
 from layerskip_jax import locations
-from layerskip_jax.checkpoint import reading as checkpoint
+from layerskip_jax.checkpoint.run_folder import json_sha256, sha256
 from layerskip_jax.config import Config, DataConfig, DecodeConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.training import checkpoints as run_checkpoints
@@ -24,13 +24,16 @@ NEW = 12
 
 @contextlib.contextmanager
 def served(folder: Path):
-    """Serve gs:// from ``folder`` by etils' own stand-in, with a bucket's rules, and work in an empty folder beside."""
+    """Serve gs:// from ``folder`` with etils' mock and the rules of a bucket; the working directory is empty.
+
+    Afterwards it must still be empty: nothing was written to a local folder named "gs:".
+    """
     here = lambda path: str(path).replace("gs://", f"{folder}/")  # noqa: E731
 
     def open_(original, path, mode):
         if str(path).startswith("gs://"):
             assert "a" not in mode, f"appends to {path}"
-            if "w" in mode:  # there are no folders that would have to be made
+            if "w" in mode:  # a bucket has no folders, so none must be created first
                 Path(here(path)).parent.mkdir(parents=True, exist_ok=True)
         return original(here(path), mode)
 
@@ -47,7 +50,7 @@ def served(folder: Path):
         patch.setattr(locations, "BUCKET_LIBRARIES", ("json",))
         with mock_epath(open=open_, glob=glob, copy=two, rename=two, replace=two, **dict.fromkeys(names, one)):
             yield
-    assert list(work.iterdir()) == []  # no folder "gs:"
+    assert list(work.iterdir()) == []
 
 
 def run_config(data: DataConfig) -> Config:
@@ -64,11 +67,11 @@ def run_config(data: DataConfig) -> Config:
 
 @cache
 def trained(data: DataConfig) -> Path:
-    """Train `run_config` into the bucket, once a test run; return the folder from which the bucket is served."""
+    """Train `run_config` into the bucket, once per test session; return the folder that holds the bucket."""
     folder = Path(data.tokenizer).parent / "served"
     original = run_checkpoints.checkpoint_folder
     with served(folder), pytest.MonkeyPatch.context() as patch:
-        # Arrays go to Cloud Storage through TensorStore, which has no stand-in: they alone go straight to the folder.
+        # TensorStore, which writes the arrays, has no mock: it writes to the local folder directly.
         local = lambda config: epath.Path(str(original(config)).replace("gs://", f"{folder}/"))  # noqa: E731
         patch.setattr(run_checkpoints, "checkpoint_folder", local)
         train(run_config(data))
@@ -76,7 +79,7 @@ def trained(data: DataConfig) -> Path:
 
 
 def trained_run(data: DataConfig) -> str:
-    """Return the run of `trained` as a folder of this machine."""
+    """Return the run of `trained` as a local folder."""
     return str(trained(data) / RUN.removeprefix("gs://"))
 
 
@@ -87,12 +90,12 @@ def changed(path, change):
 
 
 def sign(step):
-    """Give a checkpoint the digests of what is in it now, as a stranger's would have them."""
+    """Store the digests of the present content of a checkpoint, as a malicious checkpoint would."""
 
     def signed(checksums):
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            checksums["config"] = checkpoint.sha256_of(json.loads((step / "config" / "metadata").read_text()))
+            checksums["config"] = json_sha256(json.loads((step / "config" / "metadata").read_text()))
         tokenizer = step.parent / TOKENIZER
-        checksums["tokenizer"] = {TOKENIZER: checkpoint.sha256(tokenizer.read_bytes())} if tokenizer.exists() else {}
+        checksums["tokenizer"] = {TOKENIZER: sha256(tokenizer.read_bytes())} if tokenizer.exists() else {}
 
     changed(step / "checksums" / "metadata", signed)

@@ -1,4 +1,4 @@
-"""The command that measures an accelerator, on tiny shapes: what it measures, keeps, skips and refuses."""
+"""`benchmarks.accelerator` with tiny shapes: measured parts, stored results, skipped parts, errors."""
 
 import json
 import math
@@ -16,12 +16,12 @@ from benchmarks import accelerator, accelerator_training
 from benchmarks.accelerator import PARTS, Results, main, measure_all
 from benchmarks.accelerator_decoding import ACCEPTANCES
 from benchmarks.accelerator_page import SECTIONS
-from benchmarks.accelerator_sizes import FULL, TINY, Bench
-from benchmarks.accelerator_training import RECIPES, kept_bytes, training
+from benchmarks.accelerator_sizes import FULL, TINY, Bench, ImpossibleHereError
+from benchmarks.accelerator_training import RECIPES, least_bytes, training
 from layerskip_jax.errors import UserError, run_command
 
 ROOT = Path(__file__).parent.parent
-IMPOSSIBLE = {"attention/cudnn", "attention/splash"}  # on a CPU
+IMPOSSIBLE = {"attention/cudnn", "attention/splash"}  # these backends need a GPU and a TPU
 DEVICE = {
     "kind": "Chip 9", "platform": "cpu", "count": 1, "tiny": True, "memory_bytes": None, "runtime": "none",
     "host": "here", "python": "3", "versions": {"jax": "1"}, "commit": "abc", "changed": False, "environment": {},
@@ -30,7 +30,7 @@ DEVICE = {
 
 
 def run_tiny(folder):
-    """Run the command as a user would, on one device. With ``--commit``, a change of the checkout does not matter."""
+    """Run the command on one device. ``--commit`` makes the results independent of the state of the checkout."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "benchmarks.accelerator", "--tiny", "--out", str(folder), "--commit", "test"]
     return subprocess.run(
@@ -40,11 +40,11 @@ def run_tiny(folder):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The folder of a tiny run, its results, and what it printed."""
+    """Return the folder of a tiny run, its results, and its output."""
     folder = tmp_path_factory.mktemp("accelerator")
-    said = run_tiny(folder)
-    assert said.returncode == 0, said.stdout + said.stderr
-    return folder, json.loads((folder / "cpu-tiny.json").read_text()), said.stdout
+    done = run_tiny(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, json.loads((folder / "cpu-tiny.json").read_text()), done.stdout
 
 
 def test_every_part_is_measured(tiny):
@@ -77,7 +77,7 @@ def test_rates_attention_and_steps_are_sane(tiny):
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_forced_acceptances_are_exact_and_the_text_is_the_full_models(tiny, rows):
+def test_forced_acceptance_is_exact_and_the_text_is_the_full_models(tiny, rows):
     one = tiny[1]["parts"][f"decoding/{rows}"]["measured"]
     assert one["right"]
     assert one["plain_tokens_per_second"] > 0
@@ -111,17 +111,17 @@ def test_the_page_has_a_table_for_every_section(tiny):
     assert "- attention/cudnn, skipped: model.attention cudnn needs a GPU, not cpu" in page
 
 
-def test_a_second_call_measures_nothing_again(tiny):
+def test_a_second_call_measures_only_missing_parts(tiny):
     folder, results, first = tiny
-    said = run_tiny(folder)
-    assert said.returncode == 0, said.stdout + said.stderr
+    done = run_tiny(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((folder / "cpu-tiny.json").read_text()) == results
-    begun = {line.split(":")[0] for line in said.stdout.splitlines() if line.endswith(" s left")}
-    assert begun == IMPOSSIBLE  # they are tried again, at no cost
+    begun = {line.split(":")[0] for line in done.stdout.splitlines() if line.endswith(" s left")}
+    assert begun == IMPOSSIBLE  # tried again, at no cost
     assert {line.split(":")[0] for line in first.splitlines() if line.endswith(" s left")} == set(PARTS)
 
 
-def test_a_part_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
+def test_a_failed_part_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     calls = []
 
     def fail(bench):
@@ -143,11 +143,11 @@ def test_a_part_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
     assert "training: error: ValueError: no such shape\n" in capsys.readouterr().out
 
 
-def test_what_failed_is_measured_by_the_next_call_and_another_commit_starts_anew(tmp_path, monkeypatch):
+def test_the_next_call_retries_failed_parts_and_another_commit_starts_over(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(accelerator, "page", lambda results: "")
     monkeypatch.setattr(accelerator, "PARTS", {"rates": lambda bench: {"flops": 1.0 / len(calls)}})
-    measure_all(Bench(TINY, time.monotonic() + 60), Results(tmp_path, DEVICE))  # divides by zero
+    measure_all(Bench(TINY, time.monotonic() + 60), Results(tmp_path, DEVICE))  # fails: division by zero
     calls.append(1)
     for _ in range(2):
         bench = Bench(TINY, time.monotonic() + 60)
@@ -158,7 +158,43 @@ def test_what_failed_is_measured_by_the_next_call_and_another_commit_starts_anew
     assert results.measured("rates") is None
 
 
-def test_parts_for_which_no_time_is_left_are_skipped_and_say_so(tmp_path):
+def test_only_a_part_that_is_impossible_here_is_skipped(tmp_path, monkeypatch):
+    def raise_error(error, bench):
+        raise error
+
+    outcomes = {
+        "rates": ImpossibleHereError("needs a TPU"),
+        "training": UserError("bad setting"),
+        "trained": OSError("x"),
+    }
+    monkeypatch.setattr(accelerator, "PARTS", {name: partial(raise_error, error) for name, error in outcomes.items()})
+    monkeypatch.setattr(accelerator, "describe", lambda options: DEVICE)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # restored after the test
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # `main` would change the settings of this process
+    with pytest.raises(SystemExit) as ended:
+        main(["--tiny", "--out", str(tmp_path)])
+    assert ended.value.code == 1
+    kept = json.loads((tmp_path / "chip-9-tiny.json").read_text())["parts"]
+    assert kept["rates"] == {"skipped": "needs a TPU"}
+    assert kept["training"]["error"] == "UserError: bad setting"
+    assert kept["trained"]["error"] == "OSError: x"
+
+
+def test_uncommitted_changes_add_only_to_results_of_the_same_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "page", lambda results: "")
+    changed = DEVICE | {"changed": True, "changes": "123"}
+    Results(tmp_path, changed).keep("rates", {"measured": {"flops": 1.0}, "seconds": 1.0})
+    assert Results(tmp_path, changed).measured("rates") == {"flops": 1.0}
+    with pytest.raises(UserError, match="this tree has uncommitted changes: commit them, or give another --out"):
+        Results(tmp_path, changed | {"changes": "456"})
+    clean = Results(tmp_path, DEVICE)  # replaces them
+    assert clean.measured("rates") is None
+    clean.keep("rates", {"measured": {"flops": 2.0}, "seconds": 1.0})
+    with pytest.raises(UserError, match="this tree has uncommitted changes"):
+        Results(tmp_path, changed)
+
+
+def test_parts_without_enough_time_left_are_skipped(tmp_path):
     results = Results(tmp_path, DEVICE)
     measure_all(Bench(TINY, time.monotonic()), results)
     kept = json.loads(results.file.read_text())["parts"]
@@ -171,56 +207,56 @@ def test_parts_for_which_no_time_is_left_are_skipped_and_say_so(tmp_path):
 @pytest.mark.parametrize(
     ("gib", "chosen"), [(8, "0.4B full 2"), (16, "0.8B full 2"), (32, "1.5B dots 1"), (80, "1.5B dots 8")]
 )
-def test_the_first_step_tried_can_fit(monkeypatch, gib, chosen):
+def test_the_first_config_tried_can_fit(monkeypatch, gib, chosen):
     tried = []
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
     monkeypatch.setattr(accelerator_training, "memory_of", lambda device: 0.92 * gib * 2**30)
-    monkeypatch.setattr(accelerator_training, "timed_recipes", lambda config, bench: tried.append(config) or {})
+    monkeypatch.setattr(accelerator_training, "time_recipes", lambda config, bench: tried.append(config) or {})
     name = training(Bench(FULL, time.monotonic() + 60))["model"]
     assert f"{name} {tried[0].train.remat} {tried[0].train.batch_size}" == chosen
-    assert kept_bytes(tried[0], 1) < 0.85 * 0.92 * gib * 2**30
+    assert least_bytes(tried[0], 1) < 0.85 * 0.92 * gib * 2**30
 
 
-def test_a_step_that_does_not_fit_is_followed_by_a_smaller_one(monkeypatch):
+def test_a_smaller_config_follows_one_that_does_not_fit(monkeypatch):
     def timed(config, bench):
         if config.train.remat == "dots":
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
         return {"batch_size": config.train.batch_size}
 
-    monkeypatch.setattr(accelerator_training, "timed_recipes", timed)
+    monkeypatch.setattr(accelerator_training, "time_recipes", timed)
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
     step = training(Bench(FULL, time.monotonic() + 60))
     assert (step["model"], step["batch_size"]) == ("1.5B", FULL.rows[0])
     assert step["out_of_memory"] == [f"1.5B, remat dots, {rows} sequences" for rows in FULL.rows]
-    with pytest.raises(TimeoutError, match="no time is left to try smaller ones; out of memory: "):
+    with pytest.raises(TimeoutError, match="no time is left to try smaller models; out of memory: "):
         training(Bench(FULL, time.monotonic() - 1))
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "this measures a GPU or a TPU, and JAX sees none here: give --tiny to try it on a CPU"),
-        (["--minutes", "0"], "--minutes must be positive, not 0"),
-        (["--minutes", "-1"], "--minutes must be positive, not -1"),
+        ([], "JAX found no GPU or TPU to measure: add --tiny to test this command on a CPU"),
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
+        (["--minutes", "-1"], "--minutes must be positive, got -1"),
         (["--minutes", "soon"], "--minutes: must be a finite number, not 'soon'"),
-        (["--tiny", "--out", "FILE/below"], "--out FILE/below cannot be written: "),
+        (["--tiny", "--out", "FILE/below"], "--out FILE/below is not writable: "),
         (["--tinny"], "unknown setting --tinny; did you mean '--tiny'?"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, line):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # put back afterwards
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # restored after the test
     Path("FILE").touch()
     with pytest.raises(SystemExit) as ended:
         run_command(partial(main, arguments))
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert ended.value.code == 2
-    assert line in said
-    assert said.count("\n") == 1
+    assert line in printed
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_a_damaged_results_file_is_named(tmp_path, text):
     (tmp_path / "chip-9-tiny.json").write_text(text)
-    with pytest.raises(UserError, match=r"chip-9-tiny\.json is no results file: .*; delete it"):
+    with pytest.raises(UserError, match=r"chip-9-tiny\.json is not a results file: .*; delete it"):
         Results(tmp_path, DEVICE)

@@ -7,7 +7,7 @@ import pytest
 from models import tiny_model
 
 from layerskip_jax import attention
-from layerskip_jax.attention import attend_documents, attend_splash, choose_backend
+from layerskip_jax.attention import LayerCache, attend_documents, attend_splash, choose_backend, write_cache
 from layerskip_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from layerskip_jax.errors import UserError
 from layerskip_jax.sharding import AXES, make_mesh, target_platform
@@ -133,3 +133,30 @@ def test_the_mesh_says_what_a_program_is_for():
         model = tiny_model(compute_dtype="auto")
         assert jax.eval_shape(model.embed, jnp.zeros((4, 1), int)).dtype == jnp.bfloat16
     assert model.embed(jnp.zeros((4, 1), int)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("T", "starts", "S", "first"),
+    [
+        (1, [0, 125, 297], 300, 4096),
+        (3, [0, 126, 297], 300, 4096),
+        (8, [120, 250, 292], 300, 128),
+        (5, [0, 9, 3], 14, 4096),
+    ],
+)
+def test_cache_writes_for_gpus_equal_those_for_cpus(T, starts, S, first, monkeypatch):
+    """One scatter of all rows against one update per row, also where the positions cross from one piece to the next."""
+    K, H = 2, 4
+    new_BTKH = jax.random.normal(jax.random.key(0), (len(starts), T, K, H))
+
+    def written():
+        cache = jax.tree.map(lambda piece: piece + 7, LayerCache.empty(len(starts), K, S, H, jnp.float32))
+        cache = jax.jit(lambda cache: write_cache(cache, new_BTKH, -new_BTKH, jnp.array(starts)))(cache)
+        return [np.concatenate(pieces, axis=2) for pieces in cache]
+
+    expected = written()
+    monkeypatch.setattr(attention, "on_gpu", lambda: True)
+    sizes = attention.read_sizes(S, first)
+    monkeypatch.setattr(attention, "read_sizes", lambda *_, **__: sizes)
+    for ours, reference in zip(written(), expected, strict=True):
+        np.testing.assert_array_equal(ours, reference)

@@ -1,6 +1,6 @@
-"""Bad input to the Python functions: one line that names what is wrong, or else the right answer; never a hang.
+"""Bad input to the Python functions: a one-line error, or else the right answer; never a hang.
 
-The long form, 10,000 cases and more over this module and test_bad_input_command.py, is one command:
+The long run, 10,000 cases and more in this module and test_bad_input_command.py, is one command:
 
     BAD_INPUT_CASES=10000 python -m pytest tests/test_bad_input.py tests/test_bad_input_command.py
 """
@@ -20,6 +20,7 @@ from models import tiny_model
 
 from layerskip_jax.config import DecodeConfig, from_dict
 from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
@@ -35,16 +36,16 @@ SHAPE = {"num_layers": 2, "dim": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_dim
 V, L = SHAPE["vocab_size"], SHAPE["num_layers"]
 DRAFTS = 2
 FULL = 64 - DRAFTS - 1
-"""The longest text that a cache of 64 slots holds: all good requests stay below, so that they share programs."""
+"""The longest text in a cache of 64 slots; all good requests stay below it, so that they share programs."""
 NAN, INF = float("nan"), float("inf")
 
 GREEDY_STEPS = [
     Autoregressive(Greedy(), draft_length=0),
     SelfSpeculative(Greedy(), Fixed(1, DRAFTS)),
-    SelfSpeculative(Greedy(), Adaptive(1, DRAFTS, (1, 2), probe_share=0.5)),
+    AdaptiveSpeculative(Greedy(), Adaptive(1, DRAFTS, (1, 2), probe_share=0.5)),
     PromptLookup(Greedy(), DRAFTS),
 ]
-# What cannot be made, or not be run on a model of two layers, and a word of what is said of it.
+# Steps that cannot be constructed, or cannot run on a model of two layers, each with a word of its error.
 BAD_STEPS = [
     (lambda: SelfSpeculative(Greedy(), Fixed(L + 1, 2)), "exit layer 3"),
     (lambda: SelfSpeculative(Greedy(), Fixed(0, 2)), "exit_layer"),
@@ -55,15 +56,15 @@ BAD_STEPS = [
     (lambda: SelfSpeculative(Greedy(), Fixed(1, 1 << 40)), "draft length"),
     (lambda: SelfSpeculative(Greedy(), ConfidenceStop(1, 2, NAN)), "threshold"),
     (lambda: SelfSpeculative(Greedy(), ConfidenceStop(1, 2, -0.1)), "threshold"),
-    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (2, 1))), "exits must rise"),
-    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 9))), "exit layer 9"),
-    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (0, 1))), "exits must rise"),
-    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), probe_share=0.0)), "probe_share"),
-    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), horizon=NAN)), "horizon"),
-    (lambda: SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2), overhead=Overhead(width_cost=INF))), "overhead"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (2, 1))), "exits must be strictly increasing"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 9))), "exit layer 9"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (0, 1))), "exits must be strictly increasing"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 2), probe_share=0.0)), "probe_share"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 2), horizon=NAN)), "horizon"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 2), overhead=Overhead(per_draft=INF))), "overhead"),
     (lambda: PromptLookup(Greedy(), 0), "draft_length"),
     (lambda: PromptLookup(Greedy(), 64), "draft length 64"),
-    (lambda: PromptLookup(Greedy(), 2, longest=0), "longest"),
+    (lambda: PromptLookup(Greedy(), 2, max_ngram=0), "max_ngram"),
     (lambda: ConfidentExit(Greedy(), (1,), 0.5), "last exit must be 2"),
     (lambda: ConfidentExit(Greedy(), (2, 1), 0.5), "must rise"),
     (lambda: ConfidentExit(Greedy(), (1, 2), NAN), "threshold"),
@@ -102,13 +103,13 @@ BAD_PROMPTS = [
 ]
 BAD_NEW = [(value, "max_new_tokens") for value in (0, -1, -(1 << 70), 1 << 36, 1 << 70, 2.0, NAN, "3", None, True)]
 BAD_LENGTHS = [(value, "max_length") for value in (0, 1, -5, -(1 << 70), 2.5, "60", True)]
-TOO_LARGE = [(1 << 31, "GiB"), ((1 << 32) - 1, "GiB")]  # more positions than are counted, whatever the memory
+TOO_LARGE = [(1 << 31, "GiB"), ((1 << 32) - 1, "GiB")]  # exceeds any memory
 BAD_EOS = [(value, "eos") for value in (-2, V, 1 << 40, 1.5, None, "</s>", NAN)]
 BAD_SEEDS = [(value, "seed") for value in (1 << 32, -(1 << 40), 1 << 70, 0.5, None, "x")]
 
 
 def poison(model, kind):
-    """Put a number that is none into one weight."""
+    """Put a non-finite or huge number into one weight."""
     place = {
         "nan head": (model.head_DV, (0, 7), NAN),
         "inf head": (model.head_DV, (3, 2), INF),
@@ -129,7 +130,7 @@ KINDS = ["nan head", "inf head", "-inf head", "nan block", "inf block", "nan emb
 
 @cache
 def model_with(kind):
-    """Return a model, stacked and unstacked, by what is wrong with it; None is nothing."""
+    """Return a model, stacked and unstacked, with one weight poisoned as ``kind`` says, or with none."""
     model = tiny_model(3, **SHAPE)
     if kind:
         poison(model, kind)
@@ -138,12 +139,12 @@ def model_with(kind):
 
 @jax.jit
 def uncached_logits(model, tokens_BS):
-    """The oracle: all of a text through the stacked model at once."""
+    """The oracle: the whole text through the stacked model, without a cache."""
     return model(tokens_BS)
 
 
 def check_answer(model, prompts, tokens, *, new, max_length, eos, what):
-    """Every token is the likeliest after those before it, and each row ends where it was told to."""
+    """Every token is the argmax after its prefix, and each row ends at its limit or at EOS."""
     padded = np.zeros((len(prompts), 64), np.int32)
     for row, (prompt, made) in enumerate(zip(prompts, tokens, strict=True)):
         padded[row, : len(prompt) + len(made)] = [*prompt, *made]
@@ -155,13 +156,13 @@ def check_answer(model, prompts, tokens, *, new, max_length, eos, what):
         assert len(made) <= limit, what
         for slot, token in enumerate(made, start=len(prompt) - 1):
             logits_V = logits_BSV[row, slot]
-            # Cached and uncached sums differ in rounding, so that a tie may go either way.
+            # Cached and uncached sums round differently, so a tie may go either way.
             assert logits_V[token] >= logits_V.max() - 1e-4, what
 
 
 @st.composite
 def requests(draw):
-    """A request of two rows, and the words of which one must be in the error; none where it is good."""
+    """Draw a request of two rows, and the words of which one must be in the error; a good request has none."""
     words, bad = (
         [],
         set(draw(st.lists(st.sampled_from(["prompts", "new", "length", "eos", "seed", "step"]), max_size=2))),
@@ -178,7 +179,7 @@ def requests(draw):
     rows = st.tuples(st.lists(token, min_size=2, max_size=FULL - 1), st.lists(token, min_size=1, max_size=FULL - 1))
     prompts = pick("prompts", rows.map(list), BAD_PROMPTS)
     longest = max((len(row) for row in prompts), default=0) if "prompts" not in bad else 2
-    # At the edge: exactly full, one short, one new token, or the default, which just fits.
+    # Edge cases: exactly full, one less, one new token, or the default, which just fits.
     lengths = st.sampled_from([None, FULL, FULL - 1, longest + 1]).filter(lambda n: n is None or n > longest)
     if draw(st.booleans()) and "prompts" not in bad:
         BAD_HERE = [*BAD_LENGTHS, (longest, f"at least {longest + 1}")]
@@ -209,7 +210,7 @@ def assert_one_sentence(error, words):
 
 @given(request=requests())
 @settings(max_examples=CASES // 2)
-def test_generate_answers_rightly_or_says_what_is_wrong(request):
+def test_generate_is_right_or_names_the_error(request):
     stacked, model = model_with(request["weights"])
     prompts, words = request["prompts"], request["words"]
     try:
@@ -232,7 +233,7 @@ def test_generate_answers_rightly_or_says_what_is_wrong(request):
             words = [*words, "not finite"]
         assert_one_sentence(error, words)
         return
-    assert not words, f"{request} was answered"
+    assert not words, f"{request} was accepted"
     check_answer(
         stacked,
         prompts,
@@ -246,7 +247,7 @@ def test_generate_answers_rightly_or_says_what_is_wrong(request):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("-inf head", "nan embedding", "large")])
 @pytest.mark.parametrize("step", [*GREEDY_STEPS[:2], Autoregressive(Stochastic(0.8, 3, 0.9))], ids=repr)
-def test_weights_that_are_no_numbers_never_become_tokens(kind, step):
+def test_non_finite_weights_never_become_tokens(kind, step):
     with pytest.raises(UserError, match=r"the logits after \d tokens of prompt 0 are not finite: the weights hold NaN"):
         generate(model_with(kind)[1], [[1, 2, 3], [4]], 5, step)
 
@@ -264,12 +265,12 @@ logits = st.one_of(
 @given(rows=st.lists(st.lists(logits, min_size=5, max_size=5), min_size=2, max_size=2), seed=st.integers(0, 99))
 @settings(max_examples=CASES // 10)
 def test_samplers_draw_a_token_or_none(rows, seed):
-    """A token that may come, or `NO_TOKEN` exactly where the largest logit is not finite."""
+    """A token with positive probability, or `NO_TOKEN` exactly where the largest logit is not finite."""
     array = jnp.asarray(np.array(rows, np.float32))
     for sampler in (Greedy(), Stochastic(1e-6), Stochastic(1e6), Stochastic(0.7, 2, 0.5), Stochastic(1.0, 9, 1e-9)):
         tokens = np.asarray(_draw(sampler, array, jax.random.key(seed)))
         for row, token in zip(np.asarray(array), tokens, strict=True):
-            if not np.isfinite(row.max()):  # a NaN is the largest to numpy, too
+            if not np.isfinite(row.max()):  # numpy returns NaN as the maximum, too
                 assert token == NO_TOKEN
             else:
                 assert 0 <= token < 5
@@ -311,8 +312,8 @@ values = st.one_of(
 @given(changes=st.dictionaries(st.sampled_from([*DecodeConfig.__dataclass_fields__, "exit_layr"]), values, max_size=3))
 @settings(max_examples=CASES // 5)
 def test_decode_settings_are_checked_when_made(changes):
-    """Through JSON, as in a checkpoint, and in Python: what is accepted can be hashed and is of its type."""
-    in_python = {name: value for name, value in changes.items() if name != "exit_layr"}  # Python refuses that itself
+    """Via JSON, as in a checkpoint, and in Python: accepted settings are hashable and in range."""
+    in_python = {name: value for name, value in changes.items() if name != "exit_layr"}  # a TypeError of Python itself
     for make in (lambda: DecodeConfig(**in_python), lambda: from_dict(changes, DecodeConfig)):
         try:
             config = make()
@@ -329,5 +330,5 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(corpus):
         TextGenerator(model_with(None)[1], load_tokenizer(corpus.tokenizer), DecodeConfig())
 
 
-def test_the_cases_are_as_many_as_is_said():
+def test_the_number_of_cases_is_as_documented():
     assert CASES // 2 + CASES // 10 + 2 * (CASES // 5) == CASES

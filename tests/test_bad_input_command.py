@@ -1,6 +1,6 @@
-"""Bad input to ``decode.py``, in this process: one line that names what is wrong, or else the full model's own text.
+"""Bad input to ``layerskip decode``, in this process: a one-line error, or else exactly the full model's text.
 
-The number of cases is that of test_bad_input.py, where the long form stands too.
+The number of cases, and the command of the long run, are in test_bad_input.py.
 """
 
 import contextlib
@@ -17,18 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import CASES, assert_one_sentence
 
-from layerskip_jax.checkpoint import reading as checkpoint
-from layerskip_jax.checkpoint.reading import SWEPT, find_checkpoint, load_model
-from layerskip_jax.commands import decode, terminal
+from layerskip_jax.checkpoint import reading
+from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
+from layerskip_jax.checkpoint.swept import SWEPT
+from layerskip_jax.commands import decode
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER, train_tokenizer
 from layerskip_jax.data.sources import open_documents
+from layerskip_jax.decoding import cost
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.errors import UserError
 
 DEEP = "[" * 100_000
-"""JSON that Python's parser gives up."""
+"""JSON nested deeper than Python's parser allows."""
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +40,18 @@ def run(corpus):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def spared():
-    """Read the good checkpoint once, and do not time this machine's memory for every case."""
+def fast():
+    """Read the good checkpoint once, and skip the memory benchmark."""
     with pytest.MonkeyPatch.context() as patch:
         load = cache(load_model)
-        patch.setattr(checkpoint, "load_model", lambda path, **options: load(path, **options))
-        patch.setattr(terminal, "measured_bandwidth", lambda: 1e10)
+        patch.setattr(reading, "load_model", lambda path, **options: load(path, **options))
+        patch.setattr(cost, "measured_bandwidth", lambda: 1e10)
         yield
 
 
 @pytest.fixture(scope="module")
 def plain(run):
-    """The texts of plain greedy decoding, by prompt and stop strings."""
+    """Plain greedy decoding as a function of prompt and stop strings."""
     model, _, tokenizer = load_model(run)
     model, tokenizer = model.unstacked(), load_tokenizer(str(tokenizer))
 
@@ -90,17 +93,17 @@ STOPS = [
     ("\x00", "")[:1],
     ("\U0001f600", "a"),
 ]
-WAYS = [[], ["--mode", "autoregressive"], ["--mode", "prompt_lookup"]]
-SHOWN = [[], ["--json"], ["--quiet"], ["--stream_every", "3"]]
-# Options that are wrong, and a word of what is said of them.
+MODES = [[], ["--mode", "autoregressive"], ["--mode", "prompt_lookup"]]
+OUTPUTS = [[], ["--json"], ["--quiet"], ["--stream_every", "3"]]
+# Wrong options, each with a word of its error.
 BAD_OPTIONS = [
     (["--exit_layer", "3"], "exit_layer 3"),
     (["--exit_layer", "-1"], "exit_layer"),
     (["--exit_layer", "two"], "--exit_layer"),
     (["--exit_layer"], "--exit_layer"),
     (["--exit_layr", "1"], "--exit_layr; did you mean '--exit_layer'"),
-    (["--exits", "2", "1"], "exits must rise"),
-    (["--exits", "0"], "exits must rise"),
+    (["--exits", "2", "1"], "exits must be strictly increasing"),
+    (["--exits", "0"], "exits must be strictly increasing and at least 1"),
     (["--policy", "adaptive", "--exits", "1", "9"], "exits 1 9"),
     (["--draft_length", "0"], "draft_length"),
     (["--draft_length", "64"], "draft_length"),
@@ -142,39 +145,39 @@ BAD_OPTIONS = [
 @st.composite
 def commands(draw):
     prompts = draw(st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=2))
-    stop, way = draw(st.sampled_from(STOPS)), draw(st.sampled_from(WAYS))
+    stop, mode = draw(st.sampled_from(STOPS)), draw(st.sampled_from(MODES))
     wrong = draw(st.lists(st.sampled_from(BAD_OPTIONS), max_size=2))
     options = [*(["--stop", *stop] if stop else []), *(f"--prompt={prompt}" for prompt in prompts)]
-    options += [*way, *draw(st.sampled_from(SHOWN))]
+    options += [*mode, *draw(st.sampled_from(OUTPUTS))]
     bad = [word for option, _ in wrong for word in option]
-    # What is given last counts, so that what is wrong may stand first only where nothing overrides it.
+    # The last value of an option counts, so a wrong one may come first only if nothing overrides it.
     first = draw(st.booleans()) and not {word for word in bad if word.startswith("--")} & {*options, "--exit_layer"}
     return prompts, stop, [*bad, *options] if first else [*options, *bad], wrong
 
 
 @given(command=commands())
 @settings(max_examples=CASES // 4)
-def test_decode_prints_the_full_models_text_or_says_what_is_wrong(run, plain, command):
+def test_decode_prints_the_full_models_text_or_a_one_line_error(run, plain, command):
     prompts, stop, argv, wrong = command
     try:
         out = decoded("--checkpoint", run, *argv)
     except UserError as error:
         assert_one_sentence(error, [word for _, word in wrong])
         return
-    assert not wrong, f"{argv} was answered"
+    assert not wrong, f"{argv} was accepted"
     texts = [plain(prompt, stop) for prompt in prompts]
     if "--json" in argv:
         lines = [json.loads(line) for line in out.splitlines()]
         assert [(line["prompt"], line["text"]) for line in lines[:-1]] == list(zip(prompts, texts, strict=True))
     elif "--quiet" in argv:
-        assert out.startswith(f"{lines_of_numbers(out)} tokens from {len(prompts)} prompt(s)")
+        assert out.startswith(f"{token_count(out)} tokens from {len(prompts)} prompt(s)")
     else:
         at = 0
         for prompt, text in zip(prompts, texts, strict=True):
             at = out.index(prompt + text, at) + len(prompt + text)
 
 
-def lines_of_numbers(out):
+def token_count(out):
     return int(out.split()[0])
 
 
@@ -192,12 +195,12 @@ BAD_FILES = [
     (b"3", "p.jsonl", "line 1 must have a JSON object"),
     (b"null", "p.jsonl", "line 1 must have a JSON object"),
     (DEEP.encode(), "p.jsonl", "line 1 must have a JSON object"),
-    (b'{"prompt": null}', "p.jsonl", "line 1 must have a text"),
-    (b'{"prompt": ["a"]}', "p.jsonl", "line 1 must have a text"),
-    (b'{"prompt": 1' + b"0" * 4000 + b"}", "p.jsonl", "line 1 must have a text"),
+    (b'{"prompt": null}', "p.jsonl", "line 1 must have text"),
+    (b'{"prompt": ["a"]}', "p.jsonl", "line 1 must have text"),
+    (b'{"prompt": 1' + b"0" * 4000 + b"}", "p.jsonl", "line 1 must have text"),
     (b'{"prompt": "\\ud800"}', "p.jsonl", "not Unicode"),
 ]
-# Good ones, and the prompts in them.
+# Good files, with their prompts.
 GOOD_FILES = [
     (b"\xef\xbb\xbfdef x\r\n\r\nfor\x0c", "p.txt", ["def x", "for\x0c"]),
     ('{"prompt": "a\u2028b", "more": [1]}\n'.encode(), "p.jsonl", ["a\u2028b"]),
@@ -223,7 +226,7 @@ def test_a_prompts_file_is_read_or_refused(run, plain, tmp_path_factory, file):
     assert [(line["prompt"], line["text"]) for line in made] == [(prompt, plain(prompt, ())) for prompt in expected]
 
 
-def test_a_prompts_path_that_is_no_file(run, tmp_path):
+def test_a_prompts_path_that_is_not_a_file(run, tmp_path):
     for path, word in [
         (tmp_path, "directory"),
         ("a\0b", "null"),
@@ -249,29 +252,29 @@ def written(name, content):
 
 def other_tokenizer(vocabulary, **options):
     def write(step):
-        config = checkpoint.read_config(find_checkpoint(str(step)))
+        config = read_config(find_checkpoint(str(step)))
         train_tokenizer(open_documents(config.data, "train"), str(step.parent / TOKENIZER), vocabulary)
 
     return write
 
 
 METADATA = "config/metadata"
-# What is done to a good checkpoint, and a word of what is said of it.
+# Damage to a good checkpoint, with a word of the error.
 BAD_CHECKPOINTS = {
     "no config": (lambda step: (step / METADATA).unlink(), "no readable config"),
     "config not JSON": (written(METADATA, "{"), "no readable config"),
     "config not text": (written(METADATA, b"\xff\x00"), "no readable config"),
     "config a list": (written(METADATA, "[]"), "settings by name"),
     "config too deep": (written(METADATA, DEEP), "no readable config"),
-    "config empty": (written(METADATA, "{}"), "not those of its config"),
+    "config empty": (written(METADATA, "{}"), "do not match its config"),
     "group a number": (with_config(lambda c: c.update(model=3)), "model must be settings"),
     "unknown setting": (with_config(lambda c: c["model"].update(dimm=3)), "did you mean 'dim'"),
     "unknown group": (with_config(lambda c: c.update(modell={})), "did you mean 'model'"),
-    "dim a text": (with_config(lambda c: c["model"].update(dim="16")), "model.dim must be int"),
-    "dim other": (with_config(lambda c: c["model"].update(dim=32)), "not those of its config"),
-    "dim huge": (with_config(lambda c: c["model"].update(ffn_dim=10**25)), "not those of its config"),
-    "layers": (with_config(lambda c: c["model"].update(num_layers=3)), "not those of its config: blocks"),
-    "vocabulary": (with_config(lambda c: c["model"].update(vocab_size=7)), "not those of its config"),
+    "dim a text": (with_config(lambda c: c["model"].update(dim="16")), "model.dim must be a whole number"),
+    "dim other": (with_config(lambda c: c["model"].update(dim=32)), "do not match its config"),
+    "dim huge": (with_config(lambda c: c["model"].update(ffn_dim=10**25)), "do not match its config"),
+    "layers": (with_config(lambda c: c["model"].update(num_layers=3)), "do not match its config: blocks"),
+    "vocabulary": (with_config(lambda c: c["model"].update(vocab_size=7)), "do not match its config"),
     "tied": (with_config(lambda c: c["model"].update(tied_embedding=True)), "head_DV is"),
     "rope NaN": (with_config(lambda c: c["model"].update(rope_base=float("nan"))), "rope_base"),
     "epsilon": (with_config(lambda c: c["model"].update(norm_epsilon=-1.0)), "norm_epsilon"),
@@ -311,7 +314,7 @@ def test_a_bad_checkpoint_is_refused(run, tmp_path, name):
 
 
 @pytest.mark.parametrize("path", ["", "/", "/dev/null", "a\0b", "x" * 5000, "s3://b", "gs:/b", "file:///x"])
-def test_a_path_that_is_no_checkpoint(path):
+def test_a_path_that_is_not_a_checkpoint(path):
     with pytest.raises(UserError) as error:
         decoded("--checkpoint", path, "--prompt", "x")
     assert str(error.value).startswith(("no checkpoint at", path))

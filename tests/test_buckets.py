@@ -1,4 +1,4 @@
-"""A run folder in a bucket: everything is written there, and nothing into a local folder named ``gs:``."""
+"""Run folders in a bucket: all files go there, and none into a local folder named ``gs:``."""
 
 import json
 from pathlib import Path
@@ -8,20 +8,15 @@ from bucket import RUN, STEPS, run_config, served, trained, trained_run
 from corpora import VOCABULARY
 
 from layerskip_jax import locations
-from layerskip_jax.checkpoint.reading import (
-    SWEPT,
-    find_checkpoint,
-    load_model,
-    read_config,
-    store_swept,
-    swept_settings,
-)
+from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
+from layerskip_jax.checkpoint.swept import SWEPT, store_swept, swept_settings
 from layerskip_jax.commands import report
 from layerskip_jax.commands.plots import plot_run
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, run_command
-from layerskip_jax.evaluation.exits import quality_of_checkpoint
+from layerskip_jax.evaluation.exits import checkpoint_quality
 from layerskip_jax.locations import locate
 from layerskip_jax.training.monitoring.metrics import MetricsWriter, read_records
 
@@ -30,7 +25,7 @@ def writer(run):
     return MetricsWriter(Config(train=TrainConfig(run_dir=run)))
 
 
-def test_a_run_is_written_to_its_bucket_and_read_there(corpus):
+def test_a_run_is_written_to_and_read_from_its_bucket(corpus):
     run = Path(trained_run(corpus))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "train/objective" in record] == list(range(1, STEPS + 1))
@@ -51,8 +46,8 @@ def test_a_run_is_written_to_its_bucket_and_read_there(corpus):
 
 def test_a_report_is_written_to_the_bucket(corpus, monkeypatch):
     here = trained_run(corpus)
-    monkeypatch.setattr(report, "load_model", lambda run: load_model(here))  # arrays are not read through the stand-in
-    monkeypatch.setattr(report, "quality_of_checkpoint", lambda run, batches: quality_of_checkpoint(here, batches))
+    monkeypatch.setattr(report, "load_model", lambda run: load_model(here))  # the mock cannot serve arrays
+    monkeypatch.setattr(report, "checkpoint_quality", lambda run, batches: checkpoint_quality(here, batches))
     with served(trained(corpus)):
         page = report.write_report(RUN, ["def x"], 3, 1)
     assert str(page) == f"{RUN}/report.html"
@@ -61,14 +56,14 @@ def test_a_report_is_written_to_the_bucket(corpus, monkeypatch):
     assert not Path("/gs").exists()
 
 
-def test_metrics_go_on_where_a_bucket_has_them(tmp_path):
+def test_metrics_continue_those_in_the_bucket(tmp_path):
     with served(tmp_path / "served"):
         first = writer(RUN)
         first.write(1, {"a": 0.5})
         assert read_records(RUN) == []
         first.publish()
         assert read_records(RUN) == [{"step": 1, "a": 0.5}]
-        second = writer(RUN)  # as after a kill
+        second = writer(RUN)  # as after the process was killed
         second.write(2, {"a": 0.125})
         second.close()
         assert read_records(RUN) == [{"step": 1, "a": 0.5}, {"step": 2, "a": 0.125}]
@@ -76,10 +71,10 @@ def test_metrics_go_on_where_a_bucket_has_them(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["gs:/bucket/run", "s3://bucket/run", "file:///tmp/run", "GS://bucket"])
-def test_what_would_be_a_local_folder_named_like_a_scheme_is_refused(path, tmp_path, monkeypatch):
+def test_other_schemes_are_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for use in (locate, find_checkpoint, read_records, writer, load_tokenizer):
-        with pytest.raises(UserError, match=r"neither a path of this machine nor a gs:// one"):
+        with pytest.raises(UserError, match=r"neither a local path nor a gs:// path"):
             use(path)
     assert list(tmp_path.iterdir()) == []
 
@@ -90,8 +85,8 @@ def test_a_bucket_without_the_library_is_refused(monkeypatch):
         locate("gs://bucket")
 
 
-def test_a_bucket_that_does_not_answer_is_one_line(monkeypatch, capsys):
-    """gcsfs raises errors of aiohttp, and orbax wraps them; neither library is needed for this test."""
+def test_an_unreachable_bucket_is_reported_in_one_line(monkeypatch, capsys):
+    """gcsfs raises errors of aiohttp, and orbax wraps them. The test needs neither library."""
 
     class ConnectorError(Exception):
         __module__ = "aiohttp.client_exceptions"

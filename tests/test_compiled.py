@@ -1,4 +1,4 @@
-"""What is read out of a program's text: against known products, and texts as the TPU's compiler writes them."""
+"""tpu/hlo.py on compiled programs with known FLOPs, and on HLO text as XLA:TPU writes it."""
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +46,13 @@ ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
 """
 
 
-def never(op_name, branches):
+def no_branch(op_name, branches):
     return [0] * branches
 
 
-def test_a_loop_counts_as_often_as_it_turns():
-    """Unrolled by two: a limit of 6 is 3 turns."""
-    work = Program(LOOP).work(never)
+def test_a_loop_counts_once_per_iteration():
+    """Unrolled by two: a limit of 6 is 3 iterations."""
+    work = Program(LOOP).work(no_branch)
     assert work.flops == 3 * 2 * 4 * 8 * 8
     assert work.cycles == 3 * 70
     assert work.operations == {"s/copy": (3 * 70, 0)}
@@ -63,8 +63,8 @@ def test_a_loop_counts_as_often_as_it_turns():
     }
 
 
-def test_what_crosses_slices_is_told_apart():
-    """A slice runs a program of its own; what goes between slices is handed to the hosts. A sum over 4: 2 x 3/4."""
+def test_transfers_between_slices_are_separate():
+    """Each slice runs this program, and the hosts exchange the data. An all-reduce over 4 receives 2 x 3/4."""
     text = """HloModule m, num_partitions=8
 
 ENTRY %main (x: bf16[512,8]) -> bf16[512,8] {
@@ -76,12 +76,12 @@ ENTRY %main (x: bf16[512,8]) -> bf16[512,8] {
   ROOT %y = bf16[512,8]{1,0} get-tuple-element(%done), index=0
 }
 """  # noqa: E501
-    received = Program(text).work(never).received
+    received = Program(text).work(no_branch).received
     assert received == {Transfer("all-reduce", overlapped=True, between_slices=True): 2 * 2 * 512 * 8 * 3 / 4}
 
 
 @pytest.mark.parametrize("takes", [0, 1])
-def test_products_scans_and_conditionals_of_a_real_program(takes):
+def test_matmuls_scans_and_conditionals_of_a_compiled_program(takes):
     def f(x, w, on):
         def layer(x, _):
             return jax.lax.cond(on > 0, lambda x: jnp.sin(x @ w), lambda x: x, x), None
@@ -94,8 +94,8 @@ def test_products_scans_and_conditionals_of_a_real_program(takes):
     assert work.flops == 2 * 64 * 32 * 32 * (5 * takes + 1)
 
 
-def test_a_batch_of_products_counts_once():
-    """XLA:TPU makes it a convolution along the batch, where an element meets its own alone."""
+def test_a_batched_matmul_counts_once():
+    """XLA:TPU turns it into a convolution along the batch, in which each element multiplies only its own kernel."""
     text = """HloModule m
 
 ENTRY %main (x: bf16[12,64,32]) -> bf16[12,64,16] {
@@ -104,11 +104,11 @@ ENTRY %main (x: bf16[12,64,32]) -> bf16[12,64,16] {
   ROOT %y = bf16[12,64,16]{2,1,0} convolution(%x, %w), window={size=12 stride=11 lhs_dilate=12}, dim_labels=0bf_0io->0bf
 }
 """
-    assert Program(text).work(never).flops == 2 * 64 * 32 * 16 * 12
+    assert Program(text).work(no_branch).flops == 2 * 64 * 32 * 16 * 12
 
 
-def test_what_a_sparse_core_sends_runs_beside_the_products():
-    """A call on its own thread, whose computation ends with more than a brace."""
+def test_sparse_core_collectives_are_overlapped():
+    """They are calls on another thread, whose computation ends with an attribute after the brace."""
     text = """HloModule m, num_partitions=4
 
 %called (x: bf16[8,64]) -> bf16[2,64] {
@@ -122,10 +122,10 @@ ENTRY %main (x: bf16[8,64]) -> bf16[2,64] {
   ROOT %done = bf16[2,64]{1,0} call-done(%start)
 }
 """
-    received = Program(text).work(never).received
+    received = Program(text).work(no_branch).received
     assert received == {Transfer("reduce-scatter", overlapped=True, between_slices=False): 2 * 8 * 64 * 3 / 4}
 
 
-def test_a_text_that_is_no_program_is_said_to_be_none():
+def test_text_that_is_not_a_program_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("hello")

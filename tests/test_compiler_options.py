@@ -1,4 +1,4 @@
-"""Options of the compiler: their written form, and what happens to those that a compiler refuses (a stand-in here)."""
+"""Compiler options: their syntax, and the handling of those that a compiler (here a stub) rejects."""
 
 import jax
 import pytest
@@ -8,8 +8,8 @@ from layerskip_jax.config import TrainConfig
 from layerskip_jax.errors import UserError
 
 
-class StandIn:
-    """A lowered program whose compiler raises ``messages``, one at each call, and then returns its options."""
+class StubLowered:
+    """A lowered program whose compiler raises ``messages``, one per call, and then returns its options."""
 
     def __init__(self, *messages):
         self.messages = list(messages)
@@ -26,31 +26,31 @@ def table(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["a=1", "xla_a", "xla_a=", "=1", "xla_a=1;xla_b=2", "--xla_a=1"])
-def test_another_form_is_refused_with_the_config(text):
+def test_wrong_syntax_is_rejected_with_the_config(text):
     with pytest.raises(UserError, match="must be written xla_NAME=VALUE"):
         TrainConfig(compiler_options=text)
 
 
-def test_chosen_options_go_on_top_and_off_removes_one():
+def test_chosen_options_override_the_table_and_off_removes_one():
     assert parse_options(" xla_b=off, xla_c=3") == {"xla_b": "off", "xla_c": "3"}
-    assert compile_step(StandIn(), "chip", "xla_b=off,xla_c=3") == {"xla_a": "1", "xla_c": "3"}
-    assert compile_step(StandIn(), "cpu") == {}
+    assert compile_step(StubLowered(), "chip", "xla_b=off,xla_c=3") == {"xla_a": "1", "xla_c": "3"}
+    assert compile_step(StubLowered(), "cpu") == {}
 
 
-def test_an_unknown_option_of_the_table_is_left_out_with_a_warning():
+def test_an_unknown_option_of_the_table_is_dropped_with_a_warning():
     unknown = "INVALID_ARGUMENT: No such compile option: 'xla_a'"
-    with pytest.warns(UserWarning, match="compiled without xla_a: INVALID_ARGUMENT"):
-        assert compile_step(StandIn(unknown), "chip") == {"xla_b": "2"}
+    with pytest.warns(UserWarning, match="compiling the step without xla_a: INVALID_ARGUMENT"):
+        assert compile_step(StubLowered(unknown), "chip") == {"xla_b": "2"}
 
 
 def test_an_unknown_chosen_option_is_an_error():
-    with pytest.raises(UserError, match="the compiler refuses xla_c: INVALID_ARGUMENT: No such"):
-        compile_step(StandIn("INVALID_ARGUMENT: No such compile option: 'xla_c'"), "chip", "xla_c=3")
+    with pytest.raises(UserError, match="the compiler rejects xla_c: INVALID_ARGUMENT: No such"):
+        compile_step(StubLowered("INVALID_ARGUMENT: No such compile option: 'xla_c'"), "chip", "xla_c=3")
 
 
 @pytest.mark.parametrize(
     "message", ["INVALID_ARGUMENT: Mosaic failed to compile", "RESOURCE_EXHAUSTED: raise xla_a to fit", ""]
 )
-def test_an_error_of_the_program_is_not_blamed_on_an_option(message):
+def test_an_error_of_the_program_does_not_blame_an_option(message):
     with pytest.raises(jax.errors.JaxRuntimeError):
-        compile_step(StandIn(message), "chip", "xla_c=3")
+        compile_step(StubLowered(message), "chip", "xla_c=3")

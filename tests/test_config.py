@@ -1,4 +1,4 @@
-"""Configs: checked when made, overridden from the command line, and the same after a trip through JSON."""
+"""Configs are checked when constructed, overridden from the command line, and survive a JSON round trip."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def test_mistakes_are_one_line_that_names_the_right_one(argv, message, monkeypat
     stop=st.lists(st.text(min_size=1), max_size=3),
     curriculum=st.sampled_from(["rotational", "gradual", "all", "none"]),
 )
-def test_json_gives_the_config_back(layers, rate, stop, curriculum):
+def test_a_config_survives_a_json_round_trip(layers, rate, stop, curriculum):
     config = Config()
     config = dataclasses.replace(
         config,
@@ -100,8 +100,8 @@ def test_json_gives_the_config_back(layers, rate, stop, curriculum):
     [
         ({"model": {"num_layer": 3}}, "unknown setting model.num_layer; did you mean 'num_layers'"),
         ({"modle": {}}, "unknown setting modle; did you mean 'model'"),
-        ({"model": {"dim": "wide"}}, "model.dim must be int, not 'wide'"),
-        ({"model": {"dim": True}}, "model.dim must be int, not True"),
+        ({"model": {"dim": "wide"}}, "model.dim must be a whole number, not 'wide'"),
+        ({"model": {"dim": True}}, "model.dim must be a whole number, not True"),
         ({"early_exit": {"curriculum": "some"}}, "early_exit.curriculum must be one of"),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_stored_config_is_checked_like_any_other(change, message):
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.py")), ids=lambda file: file.stem)
-def test_every_shipped_config_loads_and_says_its_command(file):
+def test_every_shipped_config_loads_and_documents_its_command(file):
     assert isinstance(load_config_file(str(file)), Config)
     assert f"configs/{file.name}" in file.read_text().split('"""')[1]
 
@@ -148,7 +148,7 @@ def test_help_explains_every_field_once():
     [
         ["train.py", "--model.num_layer", "3"],
         ["decode.py", "--checkpoint", "nowhere", "--prompt", "x"],
-        ["-m", "layerskip_jax.data", "tokeniser"],
+        ["-m", "layerskip_jax", "data", "tokeniser"],
     ],
 )
 def test_commands_end_with_one_line_and_status_2(command, tmp_path):

@@ -1,4 +1,4 @@
-"""A Hugging Face config.json as it is found: what is null, and what is spelled in other ways."""
+"""Variants of a Hugging Face config.json: null values and other spellings."""
 
 import json
 
@@ -6,11 +6,11 @@ from etils import epath
 from models import tiny_model
 from test_llama import write_llama
 
+from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
-from layerskip_jax.checkpoint.reading import named_arrays
 
 
-def test_null_is_what_is_not_set(tmp_path):
+def test_null_means_the_default(tmp_path):
     """transformers writes null for settings that are not set."""
     model = tiny_model(1)
     write_llama(tmp_path, model.config, named_arrays(model))

@@ -1,4 +1,4 @@
-"""Sources, tokenizer and packing: nothing lost, nothing crossed, and a position that comes back exactly."""
+"""Sources, tokenizers and packing: no token is lost, and no row mixes up its documents."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layerskip_jax.config import Config, DataConfig, ModelConfig
-from layerskip_jax.data.documents import digest_of
+from layerskip_jax.data.documents import documents_digest
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import document_tokens, make_batches
 from layerskip_jax.data.pretokenize import pretokenize
@@ -23,7 +23,7 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.examples import read_tfds
 
 
-def config_of(corpus, **changes):
+def make_config(corpus, **changes):
     return Config(model=ModelConfig(vocab_size=VOCABULARY), data=dataclasses.replace(corpus, **changes))
 
 
@@ -46,7 +46,7 @@ def tokenizer(corpus):
 @example("a\u2581b\u2581\u2581 \u2581")
 @example("\x00 nul and \ufffd")
 @example("   four    spaces 漢字 🎉")
-def test_decode_gives_the_text_back(tokenizer, text):
+def test_decoding_restores_the_text(tokenizer, text):
     text = text.encode("utf-8", "replace").decode()  # no lone surrogates: they are not text
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -54,7 +54,7 @@ def test_decode_gives_the_text_back(tokenizer, text):
 
 
 @given(text=st.text())
-def test_partial_decoding_only_ever_adds(tokenizer, text):
+def test_partial_decoding_only_appends(tokenizer, text):
     text = text.encode("utf-8", "replace").decode()
     ids, before = tokenizer.encode(text), ""
     for n in range(len(ids) + 1):
@@ -132,7 +132,7 @@ def test_python_stdlib_is_a_tfds_dataset_with_splits_by_file(tmp_path, monkeypat
     assert validation
     assert not set(train) & set(validation)
     assert sorted(train + validation) == sorted(t for f in files.values() if (t := f.read_text("utf-8")).strip())
-    # The same files by name, through TFDS's own catalogue interface, with its slicing.
+    # The same dataset by name, through the source "tfds" and its slicing.
     tfds_data = DataConfig(source="tfds", name=f"python_stdlib/{_version()}", data_dir=str(tmp_path))
     assert texts(tfds_data, "train") == train
     assert [example["text"] for example in read_tfds(tfds_data.name, str(tmp_path), "train", 2)] == train[:2]
@@ -144,7 +144,6 @@ def test_python_stdlib_is_a_tfds_dataset_with_splits_by_file(tmp_path, monkeypat
 
 
 def _version():
-
     return f"python{sys.version_info.major}_{sys.version_info.minor}"
 
 
@@ -166,20 +165,18 @@ def test_source_errors(tmp_path):
         texts(DataConfig(source="text", path=str(tmp_path / "latin.txt")), "train")
 
 
-def test_a_split_of_its_own_is_not_read_for_the_other(tmp_path):
-    """Held-out text would be training text: a folder with train.jsonl and test.jsonl has no validation split."""
+def test_a_folder_with_one_split_does_not_provide_the_other(tmp_path):
+    """Otherwise held-out text would be training text: train.jsonl and test.jsonl make no validation split."""
     lines = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(40))
     for folder, names in {"lines": ["train.jsonl", "test.jsonl"], "texts": ["train/a", "train/b", "valid/c"]}.items():
         for name in names:
             file = tmp_path / folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(lines.replace("document", f"{name} document"))
-    of_lines = DataConfig(source="jsonl", path=str(tmp_path / "lines"))
-    of_texts = DataConfig(source="text", path=str(tmp_path / "texts"))
-    for config, own, other in ((of_lines, "train.jsonl", "test"), (of_texts, "train", "valid")):
-        with pytest.raises(
-            UserError, match=r"has a 'train' split of its own and no 'validation'.*there are .*" + other
-        ):
+    lines_data = DataConfig(source="jsonl", path=str(tmp_path / "lines"))
+    texts_data = DataConfig(source="text", path=str(tmp_path / "texts"))
+    for config, own, other in ((lines_data, "train.jsonl", "test"), (texts_data, "train", "valid")):
+        with pytest.raises(UserError, match=r"has a 'train' split but no 'validation'.*found: .*" + other):
             open_documents(config, "validation")
         inner = dataclasses.replace(config, path=f"{config.path}/{own}")
         assert not set(texts(inner, "train")) & set(texts(inner, "validation"))
@@ -188,8 +185,8 @@ def test_a_split_of_its_own_is_not_read_for_the_other(tmp_path):
     (tmp_path / "files").mkdir()
     for name in ("train", "validation"):
         (tmp_path / "files" / f"{name}.txt").write_text(name)
-    of_files = DataConfig(source="text", path=str(tmp_path / "files"))
-    assert [texts(of_files, name) for name in ("train", "validation")] == [["train"], ["validation"]]
+    files_data = DataConfig(source="text", path=str(tmp_path / "files"))
+    assert [texts(files_data, name) for name in ("train", "validation")] == [["train"], ["validation"]]
 
 
 # Packing
@@ -208,19 +205,19 @@ def packed_rows(documents, length):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_packing_in_order_equals_packing_by_hand(corpus, tokenizer, processes):
-    config = config_of(corpus)
+def test_packing_in_order_equals_a_plain_loop(corpus, tokenizer, processes):
+    config = make_config(corpus)
     documents = [document_tokens(tokenizer, text).tolist() for text in texts(corpus, "train")]
     expected = list(packed_rows(documents, 32))
     parts = [list(make_batches(config, "train", rows=rows, **IN_ORDER)) for rows in shares(8, processes)]
-    assert len({len(part) for part in parts}) == 1  # no process waits for another
+    assert len({len(part) for part in parts}) == 1  # all processes get equally many batches
     rows = []
     for batches in zip(*parts, strict=True):
         for batch in batches:
             columns = (batch[name].tolist() for name in ("inputs_BT", "targets_BT", "segments_BT", "mask_BT"))
             rows += list(zip(*columns, strict=True))
     assert rows[: len(expected)] == expected
-    assert all(not any(mask) for _, _, _, mask in rows[len(expected) :])  # filled up, and not counted
+    assert all(not any(mask) for _, _, _, mask in rows[len(expected) :])  # padding
 
 
 IN_ORDER = {"batch_size": 8, "epochs": 1, "shuffle": False}
@@ -231,9 +228,9 @@ def shares(batch_size, processes):
     return [range(i * batch_size // processes, (i + 1) * batch_size // processes) for i in range(processes)]
 
 
-def test_rows_share_out_every_document_of_an_epoch(corpus, tokenizer):
-    """Dealt out in turn: the first ones of both rows together are the corpus, each document once."""
-    batches = iter(make_batches(config_of(corpus, shuffle_window=1), "train", batch_size=2, seed=3))
+def test_rows_together_read_every_document_of_an_epoch_once(corpus, tokenizer):
+    """Documents are dealt out in turn, so the first halves of both rows are the corpus."""
+    batches = iter(make_batches(make_config(corpus, shuffle_window=1), "train", batch_size=2, seed=3))
     streams = [[], []]
     documents = sorted(document_tokens(tokenizer, text).tolist() for text in texts(corpus, "train"))
     counts = [len(documents) - len(documents) // 2, len(documents) // 2]
@@ -260,16 +257,22 @@ def assert_equal_batches(ours, theirs):
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_corpora_are_told_apart(tmp_path):
-    digests = [digest_of(documents) for documents in (["a", "b"], ["a", "c"], ["b", "a"], ["a", "a", "b"], ["\ud800"])]
+def test_digests_distinguish_corpora(tmp_path):
+    digests = [
+        documents_digest(documents) for documents in (["a", "b"], ["a", "c"], ["b", "a"], ["a", "a", "b"], ["\ud800"])
+    ]
     assert len(set(digests)) == len(digests)
     tokens = [np.array([1, 2], np.int32)]
-    assert digest_of(tokens) == digest_of([tokens[0].copy()]) != digest_of([np.array([1, 3], np.int32)])
+    assert (
+        documents_digest(tokens)
+        == documents_digest([tokens[0].copy()])
+        != documents_digest([np.array([1, 3], np.int32)])
+    )
 
 
 def test_order_depends_on_the_seed_and_the_epoch(corpus):
     def first(seed, skip=0):
-        iterator = iter(make_batches(config_of(corpus), "train", batch_size=4, seed=seed))
+        iterator = iter(make_batches(make_config(corpus), "train", batch_size=4, seed=seed))
         take(iterator, skip)
         return next(iterator)["inputs_BT"].tolist()
 
@@ -277,11 +280,11 @@ def test_order_depends_on_the_seed_and_the_epoch(corpus):
     assert first(0) != first(1)
 
 
-def test_crossing_documents_is_a_setting(corpus):
-    batch = next(iter(make_batches(config_of(corpus, cross_document_attention=True), "train", batch_size=8)))
+def test_attention_across_documents_is_a_setting(corpus):
+    batch = next(iter(make_batches(make_config(corpus, cross_document_attention=True), "train", batch_size=8)))
     assert (batch["segments_BT"] == 1).all()
     assert (batch["mask_BT"] == 1).all()
-    batch = next(iter(make_batches(config_of(corpus), "train", batch_size=64)))
+    batch = next(iter(make_batches(make_config(corpus), "train", batch_size=64)))
     assert batch["segments_BT"].max() > 1
     assert not batch["mask_BT"].all()
 
@@ -290,12 +293,16 @@ def test_pretokenized_corpus_gives_the_same_batches(corpus, tmp_path):
     metadata = pretokenize(corpus, str(tmp_path / "tokens"))
     assert metadata["splits"]["train"]["documents"] == len(texts(corpus, "train"))
     tokens = {"source": "tokens", "path": str(tmp_path / "tokens")}
-    ours = iter(make_batches(config_of(corpus, **tokens), "train", batch_size=4, seed=2))
-    assert_equal_batches(take(ours, 50), take(iter(make_batches(config_of(corpus), "train", batch_size=4, seed=2)), 50))
+    ours = iter(make_batches(make_config(corpus, **tokens), "train", batch_size=4, seed=2))
+    assert_equal_batches(
+        take(ours, 50), take(iter(make_batches(make_config(corpus), "train", batch_size=4, seed=2)), 50)
+    )
     shard, *_ = (tmp_path / "tokens" / "train").iterdir()
     shard.rename(tmp_path / "lost")
     count = metadata["splits"]["train"]["documents"]
-    with pytest.raises(UserError, match=rf"has 0 documents in 0 shards, but {count} were written: copy the folder"):
+    with pytest.raises(
+        UserError, match=rf"has 0 documents in 0 shards, but {count} were written: copy the whole folder"
+    ):
         open_documents(dataclasses.replace(corpus, **tokens), "train")
     (tmp_path / "lost").rename(shard)
     with pytest.raises(UserError, match="exists: give --out a new folder"):

@@ -1,7 +1,7 @@
-"""Greedy speculation, under every policy, gives greedy autoregressive decoding's tokens, one for one, in float32.
+"""Greedy speculation, under every policy, gives exactly the tokens of greedy autoregressive decoding, in float32.
 
-2,000 cases and more: a case is one prompt with its own length, in a batch, under a model shape, an exit, a draft
-length, a limit and an EOS. How often drafts agree is varied by scaling what the blocks after the exit add.
+A case is one prompt in a batch, with its own length, model shape, exit, draft length, limit and EOS. There are at least
+2,000. Scaling the blocks after the exit varies how often drafts are accepted.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import pytest
 from models import tiny_model
 
 from layerskip_jax import attention
+from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed, Plan
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
@@ -38,7 +39,7 @@ def test_there_are_2000_cases():
 
 
 def with_tail(model, exit_layer, scale):
-    """Scale what the blocks from the exit on add to the residual stream: 0 makes them identities."""
+    """Scale what the blocks after the exit add to the residual stream; 0 makes them identities."""
     scale_L = jnp.where(jnp.arange(model.config.num_layers) < exit_layer, 1.0, scale)
     model.blocks.output_NHD[...] *= scale_L[:, None, None, None]
     model.blocks.down_FD[...] *= scale_L[:, None, None]
@@ -47,9 +48,9 @@ def with_tail(model, exit_layer, scale):
 
 @dataclasses.dataclass(frozen=True)
 class Erratic(Adaptive):
-    """A stub policy that learns nothing and plans another exit and another length, 0 included, in every round."""
+    """A stub policy that plans another exit and another draft length, 0 included, in every round."""
 
-    def start(self, model):
+    def init_state(self, model):
         return jnp.int32(0)
 
     def plan(self, rounds):
@@ -58,12 +59,12 @@ class Erratic(Adaptive):
     def probes(self, rounds):
         return rounds % 3 == 0
 
-    def learn(self, rounds, outcome):
+    def update(self, rounds, outcome):
         return rounds + 1
 
 
-def rounds_of(combination, random):
-    """One of each kind of speculative round."""
+def speculative_strategies(combination, random):
+    """Return one strategy of each kind; the first drafts from the exit layer, and the second too."""
     layers = SHAPES[combination % len(SHAPES)]["num_layers"]
     exit_layer = int(random.integers(1, layers + 1))
     draft_length = DRAFT_LENGTHS[combination % len(DRAFT_LENGTHS)]
@@ -75,18 +76,19 @@ def rounds_of(combination, random):
         Adaptive(exit_layer, draft_length, exits, probe_share=0.5, horizon=10.0),
         Erratic(exit_layer, draft_length, exits),
     ]
-    return [*(SelfSpeculative(Greedy(), policy) for policy in policies), PromptLookup(Greedy(), draft_length)]
+    adaptive = [AdaptiveSpeculative(Greedy(), policy) for policy in policies[1:]]
+    return [SelfSpeculative(Greedy(), policies[0]), *adaptive, PromptLookup(Greedy(), draft_length)]
 
 
 @pytest.mark.parametrize("combination", range(COMBINATIONS))
-def test_speculative_rounds_equal_autoregressive(combination, monkeypatch):
-    # A cache in small pieces, so that texts this short cross from one to the next.
+def test_speculation_equals_autoregressive_decoding(combination, monkeypatch):
+    # Small cache pieces, so that even these short texts cross from one piece to the next.
     monkeypatch.setattr(attention, "read_sizes", lambda capacity, first: [24, capacity])
     random = np.random.default_rng(combination)
     shape = SHAPES[combination % len(SHAPES)]
     batch = int(random.choice(BATCHES))
-    rounds = rounds_of(combination, random)
-    fixed = rounds[0].policy
+    strategies = speculative_strategies(combination, random)
+    fixed = strategies[0].policy
     cases, drafted = 0, 0
     while cases < CASES_EACH:
         scale = random.choice([0.0, 0.02, 0.2, 1.0])
@@ -94,28 +96,40 @@ def test_speculative_rounds_equal_autoregressive(combination, monkeypatch):
         vocabulary = model.config.vocab_size
         prompts = [random.integers(0, vocabulary, random.integers(1, 13)).tolist() for _ in range(batch)]
         limit = int(random.integers(1, 33))
-        # max_length is fixed, so that all requests share a compilation; it cuts some rows short of the limit.
+        # A fixed max_length lets all requests share a compilation. It ends some rows before their limit.
         request = {"max_new_tokens": limit, "max_length": 40}
-        expected = generate(model, prompts, step=Autoregressive(Greedy()), **request)
-        if random.random() < 0.6:  # an EOS that is sure to come, anywhere
+        expected = generate(model, prompts, strategy=Autoregressive(Greedy()), **request)
+        if random.random() < 0.6:  # an EOS that certainly occurs
             row = expected.tokens[random.integers(batch)]
             request["eos"] = int(random.choice(row))
-            expected = generate(model, prompts, step=Autoregressive(Greedy()), **request)
-        for index, step in enumerate(rounds):
-            result = generate(model, prompts, step=step, **request)
-            assert result.tokens == expected.tokens, step
+            expected = generate(model, prompts, strategy=Autoregressive(Greedy()), **request)
+        for index, strategy in enumerate(strategies):
+            result = generate(model, prompts, strategy=strategy, **request)
+            assert result.tokens == expected.tokens, strategy
             drafted += result.drafted
             if index < 2 and (fixed.exit_layer == model.config.num_layers or scale == 0):
                 assert result.acceptance == 1  # the draft is the full model
         cases += batch
     assert drafted > 0
-    jax.clear_caches()  # a few thousand maps of memory for these programs, see `release_programs`
+    jax.clear_caches()  # these programs use thousands of memory maps, see `release_programs`
+
+
+@pytest.mark.parametrize("policy", [ConfidenceStop(2, 5, 0.04), Erratic(2, 5)], ids=["confidence", "erratic"])
+@pytest.mark.parametrize("prompts", [[[1, 2]], [[1, 2, 3], [4]]], ids=["row", "rows"])
+def test_one_exit_and_one_width_are_lossless_for_every_draft_length(policy, prompts):
+    """`SelfSpeculative` always verifies d+1 positions. It takes a plan of no draft as a plan of one."""
+    model = with_tail(tiny_model(3), 2, 0.3)
+    full = generate(model, prompts, 40, Autoregressive(Greedy()))
+    result = generate(model, prompts, 40, SelfSpeculative(Greedy(), policy))
+    assert result.tokens == full.tokens
+    assert 0 < result.acceptance < 1
+    assert result.exit_rounds == {2: result.rounds}
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:4])
 @pytest.mark.parametrize("early_exit", [False, True])
 def test_autoregressive_equals_a_plain_loop_without_a_cache(shape, early_exit):
-    """The oracle: run the whole sequence through the model for every token."""
+    """The oracle runs the whole sequence through the model for every token."""
     model = tiny_model(5, **shape)
     forward = jax.jit(lambda model, tokens_BT: model(tokens_BT))
     prompts = [[3, 1, 4, 1, 5], [9], [2, 6]]
@@ -134,7 +148,7 @@ def test_autoregressive_equals_a_plain_loop_without_a_cache(shape, early_exit):
 
 @dataclasses.dataclass(frozen=True)
 class NeverAgrees(Greedy):
-    """A stub draft that is always wrong: the likeliest token's neighbour."""
+    """A stub sampler whose drafts are always wrong: the token after the most likely one."""
 
     def propose(self, logits_BV, key):
         return (jnp.argmax(logits_BV, -1) + 1) % logits_BV.shape[-1], ()
@@ -143,7 +157,7 @@ class NeverAgrees(Greedy):
         return jnp.zeros(logits_BQV.shape[:2])
 
 
-def test_a_draft_that_never_agrees_costs_rounds_and_nothing_else():
+def test_drafts_that_are_always_rejected_change_no_token():
     model = with_tail(tiny_model(), 2, 0.0)
     expected = generate(model, [[1, 2], [3]], 17, Autoregressive(Greedy()))
     result = generate(model, [[1, 2], [3]], 17, SelfSpeculative(NeverAgrees(), Fixed(2, 3)))
@@ -154,30 +168,30 @@ def test_a_draft_that_never_agrees_costs_rounds_and_nothing_else():
 
 @pytest.mark.parametrize("draft_length", [1, 3, 6])
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 4, 7, 8])
-def test_a_draft_that_always_agrees_takes_the_fewest_rounds(draft_length, new_tokens):
+def test_drafts_that_are_always_accepted_take_the_fewest_rounds(draft_length, new_tokens):
     model = with_tail(tiny_model(), 2, 0.0)
     result = generate(model, [[1, 2]], new_tokens, SelfSpeculative(Greedy(), Fixed(2, draft_length)), max_length=40)
     assert result.rounds == -(-new_tokens // (draft_length + 1))
     assert result.new_tokens == new_tokens
 
 
-@pytest.mark.parametrize("place", range(5))
-def test_eos_at_every_place_of_a_round(place):
-    """EOS as each of 4 drafts, and as the bonus: the row ends right after it."""
+@pytest.mark.parametrize("slot", range(5))
+def test_eos_at_every_slot_of_a_round(slot):
+    """The row ends right after an EOS that is any of the 4 drafts or the bonus token."""
     model = with_tail(tiny_model(8), 2, 0.0)
-    step = SelfSpeculative(Greedy(), Fixed(2, 4))
-    free = generate(model, [[7, 7]], 10, step).tokens[0]
-    result = generate(model, [[7, 7]], 10, step, eos=free[place])
-    assert result.tokens[0] == free[: free.index(free[place]) + 1]
+    strategy = SelfSpeculative(Greedy(), Fixed(2, 4))
+    free = generate(model, [[7, 7]], 10, strategy).tokens[0]
+    result = generate(model, [[7, 7]], 10, strategy, eos=free[slot])
+    assert result.tokens[0] == free[: free.index(free[slot]) + 1]
     assert result.rounds == 1
 
 
-def test_a_row_that_is_done_stays_as_it_is_while_others_go_on():
+def test_a_row_that_is_done_does_not_change_while_others_continue():
     model = tiny_model(2).unstacked()
-    step = SelfSpeculative(Greedy(), Fixed(2, 3))
-    alone = [generate(model, [prompt], 30, step).tokens[0] for prompt in ([5, 6], [1])]
+    strategy = SelfSpeculative(Greedy(), Fixed(2, 3))
+    alone = [generate(model, [prompt], 30, strategy).tokens[0] for prompt in ([5, 6], [1])]
     eos = alone[0][3]
-    together = generate(model, [[5, 6], [1]], 30, step, eos=eos)
+    together = generate(model, [[5, 6], [1]], 30, strategy, eos=eos)
     assert together.tokens[0] == alone[0][: alone[0].index(eos) + 1]
     expected = alone[1][: alone[1].index(eos) + 1] if eos in alone[1] else alone[1]
     assert together.tokens[1] == expected
@@ -185,9 +199,9 @@ def test_a_row_that_is_done_stays_as_it_is_while_others_go_on():
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])
 def test_acceptance_is_the_agreement_of_the_exit_with_the_full_model(exit_layer):
-    """The commonest defect of such loops costs no token, only acceptance. So count it another way.
+    """A rollback that is off by one often changes no token and only lowers the acceptance, so compute it another way.
 
-    Of the full model's own text, an exit agrees or not at each position; the rounds follow from that alone.
+    Along the full model's text, the exit agrees or not at each position. The rounds follow from that alone.
     """
     draft_length, accepted, drafted = 4, 0, 0
     for seed in range(6):
@@ -197,7 +211,7 @@ def test_acceptance_is_the_agreement_of_the_exit_with_the_full_model(exit_layer)
         guesses = np.asarray(jnp.argmax(model.first_layers(exit_layer)(jnp.array([sequence]))[0], -1))
         agrees = [guesses[i] == sequence[i + 1] for i in range(1, len(sequence) - 1)]
         expected, i = np.zeros(draft_length + 1, int), 0
-        while i + draft_length < len(agrees):  # a round that the limit cuts short is left out
+        while i + draft_length < len(agrees):  # leave out a round that the limit cuts short
             count = next((n for n in range(draft_length) if not agrees[i + n]), draft_length)
             expected[count] += 1
             i += count + 1
@@ -205,4 +219,4 @@ def test_acceptance_is_the_agreement_of_the_exit_with_the_full_model(exit_layer)
         assert (cut_short >= 0).all()
         assert cut_short.sum() <= draft_length
         accepted, drafted = accepted + result.accepted, drafted + result.drafted
-    assert 0.05 < accepted / drafted < 0.95  # or the test would say little
+    assert 0.05 < accepted / drafted < 0.95  # otherwise the test would prove little

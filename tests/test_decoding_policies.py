@@ -1,4 +1,4 @@
-"""Draft policies, prompt lookup and confident exits: what they choose, by hand and against oracles."""
+"""The choices of draft policies, prompt lookup and confident exits, against hand calculations and oracles."""
 
 import dataclasses
 import itertools
@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from models import tiny_config, tiny_model
 from test_decoding_lossless import NeverAgrees, with_tail
 
+from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.cost import head_share, round_cost
-from layerskip_jax.decoding.engine import generate, run_rounds, start
-from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed, Outcome, Plan
+from layerskip_jax.decoding.engine import begin, generate, run_rounds
+from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed, Outcome, Plan, Probe
 from layerskip_jax.decoding.prompt_lookup import PromptLookup, look_up
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
@@ -24,10 +25,10 @@ from layerskip_jax.errors import UserError
 PROMPTS = [[1, 2, 3], [4]]
 
 
-def test_confidence_stop_drafts_one_token_if_never_sure_and_all_if_always_sure():
+def test_confidence_stop_drafts_one_token_if_never_confident_and_all_if_always():
     model = tiny_model(1).unstacked()
-    never = generate(model, PROMPTS, 30, SelfSpeculative(Greedy(), ConfidenceStop(2, 5, 1.0)))
-    always = generate(model, PROMPTS, 30, SelfSpeculative(Greedy(), ConfidenceStop(2, 5, 0.0)))
+    never = generate(model, PROMPTS, 30, AdaptiveSpeculative(Greedy(), ConfidenceStop(2, 5, 1.0)))
+    always = generate(model, PROMPTS, 30, AdaptiveSpeculative(Greedy(), ConfidenceStop(2, 5, 0.0)))
     assert sum(never.accepted_histogram[2:]) == 0
     assert never.drafted == sum(never.accepted_histogram)
     assert always == dataclasses.replace(
@@ -39,22 +40,23 @@ def test_confidence_stop_drafts_one_token_if_never_sure_and_all_if_always_sure()
 
 @dataclasses.dataclass(frozen=True)
 class Wild(Fixed):
-    """Plans what it never declared: no draft at all, fewer than none, too many, an exit that is not there."""
+    """Plans what it did not declare: no draft, a negative number, too many, and an exit that does not exist."""
 
-    def start(self, model):
+    def init_state(self, model):
         return jnp.int32(0)
 
-    def plan(self, memory):
-        return Plan(memory % 3 - 1, jnp.array([2, 0, -1, 9, 1])[memory % 5])
+    def plan(self, rounds):
+        return Plan(rounds % 3 - 1, jnp.array([2, 0, -1, 9, 1])[rounds % 5])
 
-    def learn(self, memory, outcome):
-        return memory + 1
+    def update(self, rounds, outcome):
+        return rounds + 1
 
 
-def test_a_policy_that_plans_beyond_its_bounds_changes_no_text():
+@pytest.mark.parametrize("strategy", [SelfSpeculative, AdaptiveSpeculative])
+def test_a_policy_that_plans_beyond_its_bounds_changes_no_text(strategy):
     model = tiny_model(1).unstacked()
     full = generate(model, PROMPTS, 30, Autoregressive(Greedy()))
-    wild = generate(model, PROMPTS, 30, SelfSpeculative(Greedy(), Wild(2, 3)))
+    wild = generate(model, PROMPTS, 30, strategy(Greedy(), Wild(2, 3)))
     assert wild.tokens == full.tokens
     assert len(wild.accepted_histogram) == 4
 
@@ -68,40 +70,50 @@ class Narrow(Fixed):
     def verify_widths(self):
         return self.widths or super().verify_widths
 
-    def plan(self, memory):
+    def plan(self, policy_state):
         return Plan(0, self.length)
 
 
 @pytest.mark.parametrize(
     ("policy", "says"),
     [
-        (Narrow(2, 3, (1, 3)), r"verify_widths must rise to draft_length \+ 1 = 4, not \(1, 3\)"),
-        (Narrow(2, 3, (3, 2, 4)), "verify_widths must rise"),
+        (
+            Narrow(2, 3, (1, 3)),
+            r"verify_widths must be strictly increasing up to draft_length \+ 1 = 4, got \(1, 3\)",
+        ),
+        (Narrow(2, 3, (3, 2, 4)), "verify_widths must be strictly increasing"),
         (Narrow(2, 3, (), 4), r"a plan's draft_length must be in 0\.\.3, not 4"),
     ],
 )
 def test_wrong_widths_and_plans_are_named(policy, says):
     with pytest.raises(UserError, match=says):
-        generate(tiny_model(1).unstacked(), PROMPTS, 5, SelfSpeculative(Greedy(), policy))
+        generate(tiny_model(1).unstacked(), PROMPTS, 5, AdaptiveSpeculative(Greedy(), policy))
 
 
-def test_what_jit_could_not_tell_apart_is_refused():
+def test_one_exit_is_all_that_self_speculative_drafts_from():
+    with pytest.raises(UserError, match="Adaptive has the candidate exits 1 2, but SelfSpeculative drafts from one"):
+        SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2)))
+
+
+def test_attributes_that_are_not_fields_are_refused():
     class Loose(Fixed):
         def __init__(self, threshold):
             super().__init__(2, 3)
             object.__setattr__(self, "threshold", threshold)
 
-    with pytest.raises(UserError, match=r"Loose keeps more than its fields: give its class @dataclasses\.dataclass"):
+    with pytest.raises(
+        UserError, match=r"Loose has attributes that are not dataclass fields, .*@dataclasses\.dataclass"
+    ):
         generate(tiny_model(1).unstacked(), PROMPTS, 5, SelfSpeculative(Greedy(), Loose(0.5)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Margin(Fixed):
-    """Goes on while the likeliest token leads by a margin: what no probability of the drafted token alone tells."""
+    """Drafts on while the most likely token leads by a margin, for which a policy needs all logits of the exit."""
 
     margin: float = 0.0
 
-    def goes_on(self, memory, token_B, logits_BV):
+    def keep_drafting(self, policy_state, token_B, logits_BV):
         first, second = jnp.moveaxis(jax.lax.top_k(jax.nn.softmax(logits_BV), 2)[0], -1, 0)
         return first - second >= self.margin
 
@@ -133,99 +145,96 @@ def test_adaptive_plans_by_the_formula():
             survival *= float((agreed[exit_index, length - 1] + 2 * rate) / (seen + 2))
             tokens += survival
             promised[exit_index, length] = tokens / cost[exit_index, length]
-    plan = policy.most_promising(agreed, reached, jnp.asarray(cost))
+    plan = policy.best_plan(agreed, reached, jnp.asarray(cost))
     assert (int(plan.exit_index), int(plan.draft_length)) == max(promised, key=promised.get) == (1, 3)
 
 
-def test_adaptive_learns_by_hand():
+def test_adaptive_updates_its_counts():
     policy, config = Adaptive(2, 3, candidates=(1, 2), probe_share=0.02, horizon=1e9), tiny_config()
-    none, first = jnp.zeros((2, 4)), policy.start(config)
+    none, first = jnp.zeros((2, 4)), policy.init_state(config)
     assert policy.probes(first)
-    # Rows: 2 of 3 drafts accepted; all 3 accepted; one that is done.
+    # Rows: 2 of 3 drafts accepted; all 3 accepted; already done.
     outcome = Outcome(
         Plan(jnp.int32(1), jnp.int32(3)),
         active_B=jnp.array([True, True, False]),
         drafted_B=jnp.array([3, 3, 3]),
         accepted_B=jnp.array([2, 3, 1]),
-        probed=jnp.bool(False),
-        agreed_XQ=none,
-        reached_XQ=none,
+        probe=Probe.none(2, 4),
     )
-    memory = policy.learn(first, outcome)
-    assert memory.agreed_Xd.tolist() == [[0, 0, 0], [2, 2, 1]]
-    assert memory.reached_Xd.tolist() == [[0, 0, 0], [2, 2, 2]]
-    probe = outcome._replace(probed=jnp.bool(True), agreed_XQ=none + 1, reached_XQ=none + 2)
-    memory = policy.learn(memory, probe)
-    np.testing.assert_allclose(memory.agreed_Xd, [[1, 1, 1], [3, 3, 2]], rtol=1e-5)
-    assert memory.spent == pytest.approx(round_cost(config, 2, 3))  # the round of the probe itself
-    assert not policy.probes(memory)
-    assert memory.best == policy.most_promising(memory.agreed_Xd, memory.reached_Xd, memory.cost_XQ)
-    idle = outcome._replace(plan=Plan(jnp.int32(0), jnp.int32(0)))
-    after = policy.learn(memory, idle)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, after, memory._replace(spent=memory.spent + 1)))
+    state = policy.update(first, outcome)
+    assert state.agreed_Xd.tolist() == [[0, 0, 0], [2, 2, 1]]
+    assert state.reached_Xd.tolist() == [[0, 0, 0], [2, 2, 2]]
+    state = policy.update(state, outcome._replace(probe=Probe(jnp.bool(True), none + 1, none + 2)))
+    np.testing.assert_allclose(state.agreed_Xd, [[1, 1, 1], [3, 3, 2]], rtol=1e-5)
+    assert state.spent == pytest.approx(round_cost(config, 2, 3))  # the round of the probe itself
+    assert not policy.probes(state)
+    assert state.best == policy.best_plan(state.agreed_Xd, state.reached_Xd, state.cost_XQ)
+    plain = outcome._replace(plan=Plan(jnp.int32(0), jnp.int32(0)))
+    after = policy.update(state, plain)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, after, state._replace(spent=state.spent + 1)))
 
 
 def test_adaptive_probes_for_its_share_of_the_time():
-    """A probe of X exits costs X heads, so it comes when X h / share has been spent since the last."""
+    """A probe of X exits costs X heads, so one is due when X h / share has been spent since the last."""
     config = tiny_config()
     policy = Adaptive(1, 4, candidates=(1, 2), probe_share=0.02)
     model = with_tail(tiny_model(2), 1, 1.0)
-    step = SelfSpeculative(NeverAgrees(), policy)
-    state = start(model, [[1, 2]], 200, step)
+    strategy = AdaptiveSpeculative(NeverAgrees(), policy)
+    state = begin(model, [[1, 2]], 200, strategy)
     probes, spent = 0, 0.0
     for rounds in range(1, 100):
-        probes += bool(policy.probes(state.memory))
-        plan = policy.plan(state.memory)
+        probes += bool(policy.probes(state.policy_state))
+        plan = policy.plan(state.policy_state)
         spent += round_cost(config, policy.exits[int(plan.exit_index)], int(plan.draft_length))
-        state = run_rounds(step, model, state, jnp.int32(rounds))
+        state = run_rounds(strategy, model, state, jnp.int32(rounds))
     assert probes * 2 * head_share(config) / spent == pytest.approx(0.02, rel=0.2)
 
 
 @pytest.mark.parametrize("good_exit", [1, 2, 3])
 def test_adaptive_finds_the_exit_that_is_always_right(good_exit):
-    """Blocks after ``good_exit`` add nothing, so it and later exits are right; it is the cheapest of them."""
+    """Blocks after ``good_exit`` are identities, so it and all later exits are right, and it is the cheapest."""
     model = with_tail(tiny_model(2), good_exit, 0.0)
-    step = SelfSpeculative(Greedy(), Adaptive(2, 4, candidates=(1, 2, 3), probe_share=0.5))
-    result = generate(model, [[1, 2]], 120, step)
+    strategy = AdaptiveSpeculative(Greedy(), Adaptive(2, 4, candidates=(1, 2, 3), probe_share=0.5))
+    result = generate(model, [[1, 2]], 120, strategy)
     assert max(result.exit_rounds, key=result.exit_rounds.get) == good_exit
     assert result.rounds < 60
 
 
-def test_adaptive_falls_back_to_plain_decoding_where_no_draft_is_right():
-    result = generate(tiny_model(2).unstacked(), [[1, 2]], 60, SelfSpeculative(NeverAgrees(), Adaptive(1, 6)))
+def test_adaptive_falls_back_to_plain_decoding_if_no_draft_is_right():
+    result = generate(tiny_model(2).unstacked(), [[1, 2]], 60, AdaptiveSpeculative(NeverAgrees(), Adaptive(1, 6)))
     assert result.drafted < 12
     assert result.accepted == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorder(Adaptive):
-    """Probes always, drafts from the last candidate, forgets nothing: its memory is the sum of all probes."""
+    """Probes in every round and discounts nothing, so its counts are the sum of all probes."""
 
     horizon: float = 1e9
 
-    def probes(self, memory):
+    def probes(self, policy_state):
         return True
 
-    def plan(self, memory):
+    def plan(self, policy_state):
         return Plan(jnp.int32(len(self.exits) - 1), jnp.int32(self.draft_length))
 
 
 @pytest.mark.parametrize("used", [0, 1, 2])
 def test_probes_count_what_each_exit_would_have_drafted(used):
-    """Whatever exit is in use, against the exits run alone on the text that came out."""
+    """From whatever exit a round drafts, the counts are those of the exits run alone on the generated text."""
     exits, d = (1, 2, 3), 3
 
     class FromExit(Recorder):
-        def plan(self, memory):
+        def plan(self, policy_state):
             return Plan(jnp.int32(used), jnp.int32(d))
 
     model = with_tail(tiny_model(7), 2, 0.15)
-    step = SelfSpeculative(Greedy(), FromExit(1, d, exits))
-    state = start(model, [[1, 2]], 60, step)
-    state = run_rounds(step, model, state, jnp.int32(0))
+    strategy = AdaptiveSpeculative(Greedy(), FromExit(1, d, exits))
+    state = begin(model, [[1, 2]], 60, strategy)
+    state = run_rounds(strategy, model, state, jnp.int32(0))
     lengths = [int(state.length_B[0])]
     for round_number in range(1, 12):
-        state = run_rounds(step, model, state, jnp.int32(round_number))
+        state = run_rounds(strategy, model, state, jnp.int32(round_number))
         lengths.append(int(state.length_B[0]))
     sequence = np.asarray(state.tokens_BS[0, : lengths[-1]])
     agreed, reached = np.zeros((3, d)), np.zeros((3, d))
@@ -237,35 +246,35 @@ def test_probes_count_what_each_exit_would_have_drafted(used):
                 if guesses[position - 1] != sequence[position]:
                     break
                 agreed[row, depth] += 1
-    np.testing.assert_allclose(state.memory.agreed_Xd, agreed, rtol=1e-5)
-    np.testing.assert_allclose(state.memory.reached_Xd, reached, rtol=1e-5)
+    np.testing.assert_allclose(state.policy_state.agreed_Xd, agreed, rtol=1e-5)
+    np.testing.assert_allclose(state.policy_state.reached_Xd, reached, rtol=1e-5)
 
 
-def test_candidates_must_rise_and_be_in_the_model():
+def test_candidates_must_be_increasing_and_in_the_model():
     for candidates in [(2, 1), (1, 1), (0, 1)]:
-        with pytest.raises(UserError, match="must rise from 1 on"):
+        with pytest.raises(UserError, match="must be strictly increasing and at least 1"):
             Adaptive(1, 2, candidates)
     with pytest.raises(UserError, match=r"exit layer 9 must be in 1\.\.4"):
-        generate(tiny_model().unstacked(), [[1]], 2, SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 9))))
+        generate(tiny_model().unstacked(), [[1]], 2, AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 9))))
 
 
-STEPS = {
+STRATEGIES = {
     "autoregressive": Autoregressive(Greedy()),
     "fixed": SelfSpeculative(Greedy(), Fixed(2, 4)),
-    "confidence": SelfSpeculative(Greedy(), ConfidenceStop(2, 4, 0.1)),
-    "adaptive": SelfSpeculative(Greedy(), Adaptive(2, 4, (1, 2, 3))),
+    "confidence": AdaptiveSpeculative(Greedy(), ConfidenceStop(2, 4, 0.1)),
+    "adaptive": AdaptiveSpeculative(Greedy(), Adaptive(2, 4, (1, 2, 3))),
     "prompt_lookup": PromptLookup(Greedy(), 4),
     "confident_exit": ConfidentExit(Greedy(), (1, 2, 4), 0.1),
 }
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-def test_rounds_copy_neither_cache_nor_weights(step, batch):
-    """The compiled loop's temporary memory: a small part of the cache for one row, at most the cache for several."""
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_rounds_copy_neither_cache_nor_weights(strategy, batch):
+    """The compiled loop's temporary memory is a small part of the cache for one row, at most its size for several."""
     model = tiny_model(num_heads=4, num_kv_heads=4).unstacked()
-    state = start(model, [[1, 2]] * batch, 8, step, max_length=2000)
-    memory = run_rounds.lower(step, model, state, jnp.int32(1)).compile().memory_analysis()
+    state = begin(model, [[1, 2]] * batch, 8, strategy, max_length=2000)
+    memory = run_rounds.lower(strategy, model, state, jnp.int32(1)).compile().memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
     print(f"temporary memory: {memory.temp_size_in_bytes / cache_bytes:.3f} of the cache's {cache_bytes} bytes")
     assert memory.temp_size_in_bytes < (0.2 if batch == 1 else 1.1) * cache_bytes
@@ -273,16 +282,16 @@ def test_rounds_copy_neither_cache_nor_weights(step, batch):
 
 @pytest.mark.parametrize("name", ["adaptive", "confidence"])
 def test_a_generation_compiles_its_rounds_once(name):
-    model, step = tiny_model().unstacked(), STEPS[name]
-    generate(model, PROMPTS, 30, step)
+    model, strategy = tiny_model().unstacked(), STRATEGIES[name]
+    generate(model, PROMPTS, 30, strategy)
     compiled = run_rounds._cache_size()
-    generate(model, [[5, 6], [7, 8, 9]], 30, step, seed=3)
+    generate(model, [[5, 6], [7, 8, 9]], 30, strategy, seed=3)
     assert run_rounds._cache_size() == compiled
 
 
-def plain_look_up(tokens, longest, draft_length):
-    """The oracle of `look_up`: try the longest match first, the latest place first."""
-    for size in range(min(longest, len(tokens) - 1), 0, -1):
+def plain_look_up(tokens, max_ngram, draft_length):
+    """The oracle of `look_up`: try the longest match first, and the latest of equally long ones."""
+    for size in range(min(max_ngram, len(tokens) - 1), 0, -1):
         for end in range(len(tokens) - 1, size - 1, -1):
             if tokens[end - size : end] == tokens[-size:]:
                 period = len(tokens) - end
@@ -290,18 +299,20 @@ def plain_look_up(tokens, longest, draft_length):
     return None
 
 
-@given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=14), longest=st.integers(1, 4), length=st.integers(1, 5))
-def test_look_up_equals_a_plain_search(tokens, longest, length):
+@given(
+    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=14), max_ngram=st.integers(1, 4), length=st.integers(1, 5)
+)
+def test_look_up_equals_a_plain_search(tokens, max_ngram, length):
     padded = jnp.array([[*tokens, *[1] * (16 - len(tokens))]])
-    draft, drafted = look_up(padded, jnp.array([len(tokens)]), longest, length)
-    expected = plain_look_up(tokens, longest, length)
+    draft, drafted = look_up(padded, jnp.array([len(tokens)]), max_ngram, length)
+    expected = plain_look_up(tokens, max_ngram, length)
     assert int(drafted[0]) == (0 if expected is None else length)
     if expected is not None:
         assert draft[0].tolist() == expected
 
 
 def test_prompt_lookup_accepts_repetition():
-    """Where the next token depends on the last alone, text is periodic, and after one period all drafts are right."""
+    """If the next token depends on the last one alone, the text is periodic: all drafts are right after one period."""
     model = with_tail(tiny_model(4), 0, 0.0)
     result = generate(model, [[1, 2]], 120, PromptLookup(Greedy(), 4))
     different = len(set(result.tokens[0]))
@@ -309,25 +320,25 @@ def test_prompt_lookup_accepts_repetition():
 
 
 def confident_oracle(model, prompt, exits, threshold, new_tokens):
-    """Early exit without a cache: entry l holds the hidden states that came to block l, frozen where a token left."""
+    """Early exit without a cache: ``entries[l]`` holds the inputs of block l, constant after a token's exit."""
     entries = [np.zeros((0, model.config.dim), np.float32) for _ in range(model.config.num_layers)]
-    known, used = list(prompt), []
+    known, used = list(prompt), []  # tokens, and the exit layer of each new one
     for position in range(len(prompt) + new_tokens - 1):
-        x, left, token = np.asarray(model.embed(jnp.array([[known[position]]])))[0, 0], None, None
+        x, exited, token = np.asarray(model.embed(jnp.array([[known[position]]])))[0, 0], None, None
         for layer, block in enumerate(model.blocks):
             entries[layer] = np.concatenate([entries[layer], x[None]])
-            if left is None:
+            if exited is None:
                 n = position + 1
-                positions = model.positions(jnp.arange(n)[None])
+                positions = model.rotary_tables(jnp.arange(n)[None])
                 x = x + np.asarray(block(jnp.asarray(entries[layer])[None], positions, jnp.ones((1, n), int))[0])[0, -1]
-            prefill = position < len(prompt) - 1  # prompts are prefilled by all blocks
-            if left is None and not prefill and layer + 1 in exits:
+            prefill = position < len(prompt) - 1  # all blocks prefill the prompt
+            if exited is None and not prefill and layer + 1 in exits:
                 logits = model.unembed(jnp.asarray(x)[None, None])[0, 0]
                 if float(jnp.max(jax.nn.softmax(logits))) >= threshold or layer + 1 == model.config.num_layers:
-                    left, token = layer + 1, int(jnp.argmax(logits))
-        if left is not None:
+                    exited, token = layer + 1, int(jnp.argmax(logits))
+        if exited is not None:
             known.append(token)
-            used.append(left)
+            used.append(exited)
     return known[len(prompt) :], used
 
 
@@ -342,7 +353,7 @@ def test_confident_exit_equals_an_oracle_without_a_cache(threshold):
     assert result.exit_rounds == {exit_layer: used.count(exit_layer) for exit_layer in exits}
 
 
-def test_confident_exit_at_its_ends():
+def test_confident_exit_with_extreme_thresholds():
     model = tiny_model(3).unstacked()
     full = generate(model, PROMPTS, 20, Autoregressive(Greedy()))
     assert generate(model, PROMPTS, 20, ConfidentExit(Greedy(), (1, 2, 4), 1.1)).tokens == full.tokens

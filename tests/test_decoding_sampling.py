@@ -1,4 +1,4 @@
-"""Sampling: the distributions against numpy, and 100,000 speculative samples against the exact distribution."""
+"""Sampling: the distributions equal numpy's, and 100,000 speculative samples follow the exact distribution."""
 
 import dataclasses
 import itertools
@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from models import tiny_model
 from scipy import stats
 
+from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
-from layerskip_jax.decoding.sampling import Greedy, Stochastic
+from layerskip_jax.decoding.sampling import Greedy, Stochastic, Verdict
 
 SAMPLES, BATCH, VOCABULARY, NEW = 100_000, 10_000, 8, 3
 SETTINGS = [
@@ -29,7 +30,7 @@ SETTINGS = [
 
 
 def exact_probabilities(logits, temperature, top_k, top_p):
-    """Temperature, top-k and top-p in plain numpy, by sorting: the oracle of `Stochastic.probabilities`."""
+    """The oracle of `Stochastic.probabilities`: temperature, top-k and top-p in numpy, by sorting."""
     p = np.exp((logits - logits.max()) / temperature)
     order = np.argsort(-logits, kind="stable")
     if top_k:
@@ -51,7 +52,7 @@ def test_probabilities_equal_numpy(seed, temperature, top_k, top_p):
     logits = np.random.default_rng(seed).normal(size=12).astype(np.float32)
     ours = Stochastic(temperature, top_k, top_p).probabilities(jnp.asarray(logits))
     exact = exact_probabilities(logits.astype(np.float64), temperature, top_k, top_p)
-    # A nucleus whose edge falls within rounding of top_p may go either way.
+    # If a cumulative probability equals top_p up to rounding, either nucleus is right.
     edge = np.cumsum(np.sort(exact_probabilities(logits.astype(np.float64), temperature, top_k, 1.0))[::-1])
     if np.abs(edge - top_p).min() > 1e-5:
         np.testing.assert_allclose(ours, exact, atol=1e-5)
@@ -66,7 +67,7 @@ def model():
 
 
 def exact_distribution(model, prompt, sampler):
-    """The probability of every continuation of NEW tokens, from the full model without a cache."""
+    """Return the probability of every continuation of NEW tokens, by the full model without a cache."""
     forward = jax.jit(lambda tokens_BT: model(tokens_BT))
     continuations = np.array(list(itertools.product(range(VOCABULARY), repeat=NEW)))
     sequences = np.concatenate([np.tile(prompt, (len(continuations), 1)), continuations], axis=1)
@@ -80,34 +81,36 @@ def exact_distribution(model, prompt, sampler):
     return total
 
 
-def p_value(model, step, exact, samples=SAMPLES):
-    """Chi-square test of so many samples against ``exact``; outcomes expected less than 5 times are pooled."""
+def p_value(model, strategy, exact, samples=SAMPLES):
+    """Return the p-value of a chi-square test against ``exact``; outcomes expected less than 5 times are pooled."""
     counts = np.zeros(VOCABULARY**NEW)
     unstacked = model.unstacked()
     for run in range(samples // BATCH):
-        rows = np.array(generate(unstacked, [[3, 1]] * BATCH, NEW, step, seed=run).tokens)
+        rows = np.array(generate(unstacked, [[3, 1]] * BATCH, NEW, strategy, seed=run).tokens)
         np.add.at(counts, rows @ VOCABULARY ** np.arange(NEW)[::-1], 1)
-    assert counts[exact < 1e-12].sum() == 0  # nothing that top-k or top-p excludes
+    assert counts[exact < 1e-12].sum() == 0  # top-k and top-p exclude these
     expected = exact * samples
     rare = expected < 5
     observed, expected = ([*part[~rare], part[rare].sum()] for part in (counts, expected))
-    if expected[-1] < 5:  # too few even together
+    if expected[-1] < 5:  # the pooled outcomes are still too rare
         observed, expected = observed[:-1], expected[:-1]
         expected = np.array(expected) * sum(observed) / sum(expected)
     return stats.chisquare(observed, expected).pvalue
 
 
-ROUNDS = [
-    SelfSpeculative(Stochastic(), ConfidenceStop(1, 3, 0.3)),
-    SelfSpeculative(Stochastic(temperature=0.8), Adaptive(1, 3, (1, 2), probe_share=0.5)),
+STRATEGIES = [
+    AdaptiveSpeculative(Stochastic(), ConfidenceStop(1, 3, 0.3)),
+    AdaptiveSpeculative(Stochastic(temperature=0.8), Adaptive(1, 3, (1, 2), probe_share=0.5)),
     PromptLookup(Stochastic(temperature=1.2, top_k=5), draft_length=2),
 ]
 
 
-@pytest.mark.parametrize("step", ROUNDS, ids=lambda step: type(getattr(step, "policy", step)).__name__)
-def test_every_policy_samples_the_full_models_distribution(model, step):
-    p = p_value(model, step, exact_distribution(model, [3, 1], step.sampler))
-    print(f"{step}: p = {p:.3f}")
+@pytest.mark.parametrize(
+    "strategy", STRATEGIES, ids=lambda strategy: type(getattr(strategy, "policy", strategy)).__name__
+)
+def test_every_policy_samples_the_full_models_distribution(model, strategy):
+    p = p_value(model, strategy, exact_distribution(model, [3, 1], strategy.sampler))
+    print(f"{strategy}: p = {p:.3f}")
     assert p > 0.001
 
 
@@ -126,21 +129,21 @@ def test_plain_samples_have_the_full_models_distribution(model):
 
 @dataclasses.dataclass(frozen=True)
 class WrongResidual(Stochastic):
-    """A wrong rule put in on purpose: after a rejection it samples from p, and not from max(0, p - q)."""
+    """A deliberately wrong rule: after a rejection it samples from p instead of max(0, p - q)."""
 
-    def verify(self, logits_BQV, draft_Bd, evidence, drafted_B, key):
-        accepted_B, _ = super().verify(logits_BQV, draft_Bd, evidence, drafted_B, key)
+    def verify(self, logits_BQV, drafts, key):
+        accepted_B, _ = super().verify(logits_BQV, drafts, key)
         p_BQV = self.probabilities(logits_BQV)
         p_BV = jnp.take_along_axis(p_BQV, accepted_B[:, None, None], axis=1)[:, 0]
-        return accepted_B, jax.random.categorical(jax.random.fold_in(key, 1), jnp.log(p_BV))
+        return Verdict(accepted_B, jax.random.categorical(jax.random.fold_in(key, 1), jnp.log(p_BV)))
 
 
 @dataclasses.dataclass(frozen=True)
 class AcceptsTooMuch(Stochastic):
-    """Another: it accepts a draft with twice the right probability."""
+    """A deliberately wrong rule: it accepts drafts with twice the right probability."""
 
-    def verify(self, logits_BQV, draft_Bd, evidence, drafted_B, key):
-        return super().verify(logits_BQV, draft_Bd, evidence / 2, drafted_B, key)
+    def verify(self, logits_BQV, drafts, key):
+        return super().verify(logits_BQV, drafts._replace(probs=drafts.probs / 2), key)
 
 
 @pytest.mark.parametrize("wrong", [WrongResidual(), AcceptsTooMuch()], ids=str)
@@ -162,7 +165,7 @@ def test_greedy_is_the_limit_of_low_temperature(model):
     )
 
 
-def test_the_seed_decides_the_samples(model):
+def test_the_seed_determines_the_samples(model):
     def sample(seed):
         return generate(model.unstacked(), [[3]], 20, SelfSpeculative(Stochastic(), Fixed(1, 3)), seed=seed).tokens
 

@@ -1,4 +1,4 @@
-"""Text in, text out: stop strings, EOS, streaming, and the decode command as a user calls it."""
+"""Text generation: stop strings, EOS, streaming, reports, and the decode command."""
 
 import dataclasses
 import json
@@ -21,8 +21,9 @@ from layerskip_jax.config import (
     ModelConfig,
 )
 from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.cost import head_share, predicted_speedup, round_cost
-from layerskip_jax.decoding.engine import generate, start
+from layerskip_jax.decoding.engine import begin, generate
 from layerskip_jax.decoding.policies import Fixed, Plan
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
@@ -96,8 +97,8 @@ def test_pieces_tell_drafts_from_the_full_models_tokens(model, tokenizer):
     assert 0 < drafted < len(answer.completions[0].text)
 
 
-def test_texts_end_at_the_stop_string_they_come_to_first_whenever_it_is_looked_for(model, tokenizer):
-    """One stop string in another's beginning: a text that ran on for some rounds would be cut at the longer one."""
+def test_texts_end_at_the_first_stop_string_however_often_it_is_searched_for(model, tokenizer):
+    """One stop string is inside another, which begins earlier. The one that is complete first must win."""
     text = generator(model, tokenizer, ignore_eos=True, max_new_tokens=40).generate(["x"]).completions[0].text
     first, late = text[6:7], text[3:20]
     answers = {}
@@ -112,28 +113,28 @@ def test_texts_end_at_the_stop_string_they_come_to_first_whenever_it_is_looked_f
     assert answer == (text[: text.index(first)], "stop")
 
 
-def test_rates_are_of_all_tokens_that_were_made_also_behind_a_stop_string(model, tokenizer):
+def test_rates_include_the_tokens_after_a_stop_string(model, tokenizer):
     free = generator(model, tokenizer, ignore_eos=True).generate(["x"]).completions[0]
     plain = generator(model, tokenizer, ignore_eos=True, mode="autoregressive", stop=(free.text[1:3],))
     answer = plain.generate(["x"])
-    report = Report.of([answer], model.config, plain.config)
+    report = Report.from_answers([answer], model.config, plain.config)
     assert report.new_tokens == len(answer.completions[0].tokens) < report.rounds
     assert report.tokens_per_round == 1
     assert report.predicted_speedup == pytest.approx(1)
 
 
-def test_looking_compiles_nothing(model, tokenizer):
-    """What is compiled while rounds are timed would be taken for the model's time."""
+def test_streaming_compiles_nothing(model, tokenizer):
+    """Compilation during the rounds would count as decoding time."""
     own, compiled = generator(model, tokenizer, ignore_eos=True, stop=("never there",)), []
     jax.clear_caches()
-    generator(model, tokenizer, ignore_eos=True).generate(["x"])  # the same rounds, without a look
+    generator(model, tokenizer, ignore_eos=True).generate(["x"])  # compiles the same rounds, without streaming
     count = lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(count)
     own.generate(["x"], lambda piece: None)
     assert not compiled
 
 
-def test_prompts_of_several_batches_draw_for_themselves(run_folder, capsys):
+def test_equal_prompts_in_several_batches_get_different_samples(run_folder, capsys):
     request = ["--checkpoint", run_folder, "--temperature", "1", "--max_new_tokens", "12", "--json"]
     same = [word for _ in range(3) for word in ("--prompt", "def ")]
     texts = []
@@ -144,16 +145,16 @@ def test_prompts_of_several_batches_draw_for_themselves(run_folder, capsys):
     assert len(set(texts[0])) == 3
 
 
-def test_tokens_that_left_early_are_counted_in_every_row(model, tokenizer):
+def test_early_exits_are_counted_in_every_row(model, tokenizer):
     config = DecodeConfig(mode="early_exit", exit_layer=2, max_new_tokens=5, ignore_eos=True)
     answer = TextGenerator(model, tokenizer, config).generate(["x", "y"])
-    report = Report.of([answer], model.config, config)
+    report = Report.from_answers([answer], model.config, config)
     assert report.exit_rounds == {2: 10}
-    assert "tokens left after layer 2 of 4 (10)" in report.text()
+    assert "tokens exited after layer 2 of 4 (10)" in report.text()
 
 
-def test_engine_refuses_what_cannot_be(model):
-    step = SelfSpeculative(Greedy(), Fixed(2, 3))
+def test_engine_refuses_bad_prompts(model):
+    strategy = SelfSpeculative(Greedy(), Fixed(2, 3))
     for prompts, more, message in [
         ([], {}, "there is no prompt"),
         ([[1], []], {}, "prompt 1 has no token"),
@@ -161,49 +162,49 @@ def test_engine_refuses_what_cannot_be(model):
         ([[1, VOCABULARY]], {}, r"prompt 0 has a token outside the model's vocabulary 0\.\.339"),
     ]:
         with pytest.raises(UserError, match=message):
-            start(model, prompts, 4, step, **more)
+            begin(model, prompts, 4, strategy, **more)
 
 
-def test_max_length_is_reached_and_not_passed(model):
-    for step in (Autoregressive(Greedy()), SelfSpeculative(Greedy(), Fixed(2, 5))):
-        result = generate(model, [[1] * 29, [1] * 3], 100, step, max_length=30)
+def test_rows_end_exactly_at_max_length(model):
+    for strategy in (Autoregressive(Greedy()), SelfSpeculative(Greedy(), Fixed(2, 5))):
+        result = generate(model, [[1] * 29, [1] * 3], 100, strategy, max_length=30)
         assert [len(tokens) for tokens in result.tokens] == [1, 27]
 
 
 def test_cost_model_by_hand():
-    # no head: 4 drafts at a quarter of the depth cost one more pass of the model
+    # Without a head, 4 drafts at a quarter of the depth cost one more pass of the model.
     config = ModelConfig(num_layers=8, vocab_size=1)
     assert predicted_speedup(config, 2, 4, 5) == pytest.approx(2.5, rel=1e-3)
     assert predicted_speedup(config, 8, 4, 5) == pytest.approx(1.0, rel=1e-3)
 
 
 class Alternating(Fixed):
-    """Rounds at exit 1 with two drafts and at exit 3 with one, in turn, and every third round without a draft."""
+    """Rounds alternate: two drafts from exit 1, one draft from exit 3, no draft."""
 
     exits = (1, 3)
     verify_widths = (1, 2, 3)
 
-    def start(self, model):
+    def init_state(self, model):
         return jnp.int32(0)
 
-    def plan(self, memory):
-        kind = memory % 3
+    def plan(self, rounds):
+        kind = rounds % 3
         return Plan(jnp.where(kind == 1, 1, 0), jnp.array([2, 1, 0])[kind])
 
-    def learn(self, memory, outcome):
-        return memory + 1
+    def update(self, rounds, outcome):
+        return rounds + 1
 
 
-def test_a_report_predicts_the_cost_of_the_rounds_that_were(model):
-    step, config = SelfSpeculative(Greedy(), Alternating(1, 2)), DecodeConfig(exit_layer=1, draft_length=2)
-    generation = generate(model, [[1, 2, 3]], 30, step)
+def test_a_report_predicts_the_cost_of_the_measured_rounds(model):
+    strategy, config = AdaptiveSpeculative(Greedy(), Alternating(1, 2)), DecodeConfig(exit_layer=1, draft_length=2)
+    generation = generate(model, [[1, 2, 3]], 30, strategy)
     kinds = [((1, 2), (3, 1), (1, 0))[n % 3] for n in range(generation.rounds)]
     assert generation.exit_drafts == {exit_layer: sum(d for e, d in kinds if e == exit_layer) for exit_layer in (1, 3)}
     cost = sum(round_cost(model.config, *kind) for kind in kinds) / len(kinds)
     assert generation.exit_rounds == {
         exit_layer: sum(d > 0 for e, d in kinds if e == exit_layer) for exit_layer in (1, 3)
     }
-    report = Report.of([Answer([], generation)], model.config, config)
+    report = Report.from_answers([Answer([], generation)], model.config, config)
     undrafted = sum(d == 0 for _, d in kinds)
     assert (
         f"exit 1 of 4 ({kinds.count((1, 2))}), 3 of 4 ({kinds.count((3, 1))}), no draft ({undrafted}): "
@@ -212,10 +213,10 @@ def test_a_report_predicts_the_cost_of_the_rounds_that_were(model):
     assert report.predicted_speedup == pytest.approx(generation.tokens_per_round / cost)
 
 
-def test_a_report_counts_the_heads_that_looked_for_an_exit(model, tokenizer):
-    """All leave at the third exit of 1, 2, 4: all blocks and three heads."""
+def test_a_report_counts_the_heads_of_a_confident_exit(model, tokenizer):
+    """All tokens exit at the third exit of 1, 2, 4, which takes all blocks and three heads."""
     config = DecodeConfig(mode="early_exit", exit_threshold=1.0, exits=(1, 2), max_new_tokens=5)
-    report = Report.of([TextGenerator(model, tokenizer, config).generate(["x"])], model.config, config)
+    report = Report.from_answers([TextGenerator(model, tokenizer, config).generate(["x"])], model.config, config)
     h = head_share(model.config)
     assert report.predicted_speedup == pytest.approx(1 / (1 - h + 3 * h))
 
@@ -223,7 +224,7 @@ def test_a_report_counts_the_heads_that_looked_for_an_exit(model, tokenizer):
 def test_report_says_when_speculation_does_not_pay(model, tokenizer):
     config = DecodeConfig(exit_layer=3, draft_length=8, max_new_tokens=24)
     answers = [TextGenerator(model, tokenizer, config).generate(["x"])]
-    report = Report.of(answers, model.config, config)
+    report = Report.from_answers(answers, model.config, config)
     assert report.predicted_speedup < 1
     assert "speculation does not pay here" in report.text()
     assert "does not pay" not in dataclasses.replace(report, speedup=1.4, plain_tokens_per_second=1.0).text()
@@ -266,7 +267,7 @@ def test_decode_json_lines(run_folder, capsys, tmp_path):
     assert np.isfinite([value for value in numbers.values() if isinstance(value, float)]).all()
 
 
-def test_drawn_texts_are_not_called_different(run_folder, capsys):
+def test_sampled_texts_are_not_reported_as_different(run_folder, capsys):
     request = [
         "--checkpoint",
         run_folder,
@@ -279,14 +280,14 @@ def test_drawn_texts_are_not_called_different(run_folder, capsys):
         "6",
     ]
     out = decoded(capsys, *request)
-    assert "each draws texts of its own" in out
+    assert "sampled texts are not compared" in out
     assert "DIFFER" not in out
     assert "identical" not in json.loads(decoded(capsys, *request, "--json").splitlines()[-1])
 
 
 def test_decode_from_held_out_text_and_early_exit(run_folder, capsys):
     out = decoded(capsys, "--checkpoint", run_folder, "--held_out", "1", "--mode", "early_exit", "--quiet")
-    assert "lossy, not the full model's text; tokens left after layer 2 of 4" in out
+    assert "lossy, not the full model's text; tokens exited after layer 2 of 4" in out
 
 
 def test_decode_command_errors(run_folder, tmp_path):
@@ -326,13 +327,13 @@ def test_every_mode_and_policy_is_a_setting(model, tokenizer):
     lossy = generator(model, tokenizer, mode="early_exit", exit_threshold=1e-6, exits=(1,))
     answer = lossy.generate(PROMPTS)
     assert set(answer.generation.exit_rounds) == {1, 4}
-    report = Report.of([answer], model.config, lossy.config)
+    report = Report.from_answers([answer], model.config, lossy.config)
     assert "lossy" in report.text()
     assert report.predicted_speedup > 1
 
 
 def test_exits_are_checked(model, tokenizer):
-    with pytest.raises(UserError, match="exits must rise from 1 on, not 3 2"):
+    with pytest.raises(UserError, match="exits must be strictly increasing and at least 1, got 3 2"):
         DecodeConfig(exits=(3, 2))
     with pytest.raises(UserError, match=r"exits 2 9 must be in 1\.\.4"):
         generator(model, tokenizer, policy="adaptive", exits=(2, 9))

@@ -15,12 +15,12 @@ from layerskip_jax.sharding import make_mesh
 SPECS = [(), ("fsdp",), (None, "tensor"), (("data", "fsdp"), "tensor"), ("tensor", ("fsdp", "data"))]
 
 
-def by_hand(array):
+def plain_digest(array):
     bits = array.view(f"uint{8 * array.itemsize}").reshape(-1)
     return sum((2 * i + 1) * int(b) for i, b in enumerate(bits)) % 2**32
 
 
-def arrays_of(seed):
+def make_arrays(seed):
     random = np.random.default_rng(seed)
     return {
         "float": random.normal(size=(8, 4)).astype(np.float32),
@@ -31,14 +31,14 @@ def arrays_of(seed):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_they_are_the_same_on_every_mesh(spec):
+def test_digests_are_equal_on_every_mesh(spec):
     mesh = make_mesh(Config(mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
-    arrays = arrays_of(3)
+    arrays = make_arrays(3)
     laid = {
         name: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec[: array.ndim])))
         for name, array in arrays.items()
     }
-    expected = {name: by_hand(array) for name, array in arrays.items()}
+    expected = {name: plain_digest(array) for name, array in arrays.items()}
     assert digests(laid) == (expected, True)
     assert digests({name: jax.device_put(array, jax.devices()[0]) for name, array in arrays.items()}) == (
         expected,
@@ -47,8 +47,8 @@ def test_they_are_the_same_on_every_mesh(spec):
 
 
 @given(st.integers(0, 3), st.integers(0, 2**31), st.integers(0, 31), st.sampled_from(["float", "count"]))
-def test_a_bit_that_differs_is_seen(seed, place, bit, name):
-    arrays = arrays_of(seed)
+def test_a_flipped_bit_changes_the_digest(seed, place, bit, name):
+    arrays = make_arrays(seed)
     before, _ = digests({key: jnp.asarray(array) for key, array in arrays.items()})
     flat = arrays[name].view(np.uint32).reshape(-1).copy()
     flat[place % flat.size] ^= np.uint32(1 << bit)
@@ -58,7 +58,7 @@ def test_a_bit_that_differs_is_seen(seed, place, bit, name):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_said(bad):
+def test_values_that_are_not_finite_are_found(bad):
     mesh = make_mesh(Config(mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
     array = np.ones((8, 4), np.float32)
     array[5, 1] = bad

@@ -1,4 +1,4 @@
-"""Two real processes of four simulated devices each, meeting on this machine: they train, stop and fail together."""
+"""Two real processes with four simulated devices each: they train, stop and fail together."""
 
 import dataclasses
 import os
@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from corpora import VOCABULARY
 
-from layerskip_jax.checkpoint.reading import load_model, named_arrays
+from layerskip_jax.checkpoint.arrays import named_arrays
+from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.config import (
     Config,
     DecodeConfig,
@@ -35,9 +36,9 @@ from layerskip_jax.training.monitoring.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
 STEPS, STOPPED = 8, 5
-# A worker that sends itself a signal just before the fourth step is dispatched: it votes behind that step, and the
-# votes are counted one step later. Gloo's threads write to the same stdout, a line of one within a line of another:
-# they lose theirs, so that all of it is ours.
+# A worker that sends itself a signal just before it dispatches step SIGNAL_AT. It votes behind that step, and the votes
+# are counted one step later. Gloo's threads write to stdout in the middle of our lines, so stdout becomes a duplicate
+# and theirs goes to /dev/null.
 WORKER = """
     import os, signal, sys
     sys.stdout = os.fdopen(os.dup(1), "w")
@@ -45,6 +46,7 @@ WORKER = """
     from layerskip_jax.commands import plots
     from layerskip_jax.training import loop as training
     from layerskip_jax.commands import train
+    from layerskip_jax.errors import run_command
 
     steps, to_devices = [], training.to_devices
 
@@ -55,8 +57,8 @@ WORKER = """
         return to_devices(batch, mesh)
 
     training.to_devices = to_devices_and_signal
-    plots.plot_run = lambda run_dir: []  # they take longer than the training
-    train.run()
+    plots.plot_run = lambda run_dir: []  # plots take longer than the training
+    run_command(train.main)
 """
 
 
@@ -84,8 +86,8 @@ def config(corpus, tmp_path):
     )
 
 
-def words(config):
-    """Return the command line that makes ``config``."""
+def options(config):
+    """Return the command line options that make ``config``."""
     flat = {(g, n): v for g, settings in to_dict(config).items() for n, v in settings.items()}
     default = {(g, n): v for g, settings in to_dict(Config()).items() for n, v in settings.items()}
     return [
@@ -100,14 +102,14 @@ def free_port():
 
 
 def start(config, process, port, timeout=60, heartbeat=100, **environment):
-    """Start process ``process`` of two."""
+    """Start process number ``process`` of two."""
     here = DistributedConfig(f"localhost:{port}", 2, process, timeout, heartbeat)
     devices = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_llvm_disable_expensive_passes=true",
     }
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(WORKER), *words(dataclasses.replace(config, distributed=here))],
+        [sys.executable, "-c", textwrap.dedent(WORKER), *options(dataclasses.replace(config, distributed=here))],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -117,30 +119,30 @@ def start(config, process, port, timeout=60, heartbeat=100, **environment):
 
 
 def finish(*processes, status, within=120):
-    """Return what the processes wrote to stdout and stderr, and check the exit status that they share."""
-    written = []
+    """Return stdout and stderr of the processes, and check that all exit with ``status``."""
+    outputs = []
     for process in processes:
         try:
-            written.append(process.communicate(timeout=within))
+            outputs.append(process.communicate(timeout=within))
         except subprocess.TimeoutExpired:
             for other in processes:
                 other.kill()
             raise
-    assert [process.returncode for process in processes] == [status] * len(processes), written
-    return written
+    assert [process.returncode for process in processes] == [status] * len(processes), outputs
+    return outputs
 
 
 def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, capsys):
-    """The parameters after a stop and a resume equal those of one process of 8 devices to 1e-6, not bit for bit.
+    """The parameters after a stop and a resume equal those of one process with 8 devices to 1e-6, not bit for bit.
 
-    The largest difference seen is 1.2e-7: gradients are summed over processes in another order than over devices.
+    Gradients are summed in another order over processes than over devices; the largest difference so far is 1.2e-7.
     """
     port = free_port()
     stopped = finish(start(config, 0, port), start(config, 1, port, SIGNAL_AT="4"), status=143)
     run = Path(config.train.run_dir)
     for _, stderr in stopped:
-        assert f"SIGTERM: ended after step {STOPPED}, which is saved" in stderr
-    assert "a second signal ends it at once" in stopped[1][1]
+        assert f"SIGTERM: stopped after step {STOPPED}, which is saved" in stderr
+    assert "a second signal ends the run at once" in stopped[1][1]
     assert [step.name for step in (run / "checkpoints").iterdir() if step.is_dir()] == [str(STOPPED)]
 
     port = free_port()
@@ -151,11 +153,13 @@ def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, capsy
     )
     assert second[0] == ""
     steps = [record["step"] for record in read_records(str(run)) if "train/objective" in record]
-    assert steps == list(range(1, STEPS + 1))  # no step twice, and no line of the second process
+    assert steps == list(range(1, STEPS + 1))  # no step runs twice, and the second process writes nothing
     assert len(list((run / "tensorboard").iterdir())) == 2  # one for each start
     model, _, tokenizer = load_model(str(run))
     alone = TextGenerator(model.unstacked(), load_tokenizer(str(tokenizer)), config.decode)
-    sample = alone.generate([config.train.sample_prompt]).completions[0].text  # both processes made it on their mesh
+    sample = (
+        alone.generate([config.train.sample_prompt]).completions[0].text
+    )  # the two processes generated it on their mesh
     assert [(r["step"], r["sample"]) for r in read_records(str(run)) if "sample" in r] == [(STEPS, sample)]
 
     alone = dataclasses.replace(
@@ -174,8 +178,8 @@ def test_two_processes_stop_resume_and_train_as_one_does(config, tmp_path, capsy
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_one_of_two_processes_is_killed_the_other_says_so_and_one_alone_goes_on(config, tmp_path):
-    """Four devices a process before, eight in one process after: the same samples, parameters equal to 1e-6."""
+def test_one_of_two_processes_is_killed_the_other_exits_and_one_process_resumes(config, tmp_path):
+    """Four devices per process before, eight in one process after: the same batches, parameters equal to 1e-6."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every=3, sample_every=0))
     port = free_port()
     first, second = (
@@ -183,13 +187,13 @@ def test_one_of_two_processes_is_killed_the_other_says_so_and_one_alone_goes_on(
         start(config, 1, port, heartbeat=30, SIGNAL_AT="6", SIGNAL="KILL"),
     )
     finish(second, status=-signal.SIGKILL)
-    _, said = first.communicate(timeout=90)
-    if first.returncode == 75:  # the transport noticed
-        assert "process 0 of 2 ends, since another one does not answer any more" in said
-        assert "Traceback" not in said
-    else:  # the heartbeat did, for jax
+    _, stderr = first.communicate(timeout=90)
+    if first.returncode == 75:  # the transport reported it
+        assert "process 0 of 2 exits because another process stopped responding" in stderr
+        assert "Traceback" not in stderr
+    else:  # jax's heartbeat reported it
         assert first.returncode == -signal.SIGABRT
-        assert "another task died" in said
+        assert "another task died" in stderr
 
     resumed = named_arrays(jax.device_get(training.train(config).model))
     alone = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(tmp_path / "alone")))
@@ -199,20 +203,20 @@ def test_one_of_two_processes_is_killed_the_other_says_so_and_one_alone_goes_on(
     assert steps[-5:] == [4, 5, 6, 7, 8]  # from the checkpoint of step 3 on
 
 
-def test_what_fails_on_one_process_is_said_by_both(config):
-    """Within the time of a rendezvous, though the other process has nothing to complain of."""
+def test_an_error_of_one_process_is_raised_on_both(config):
+    """At the next agreement, though the other process has no error."""
     port = free_port()
     broken = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="nowhere.model"))
     first, second = finish(start(config, 0, port), start(broken, 1, port), status=2)
-    assert "error: process 1 has failed: no tokenizer at nowhere.model" in first[1]
+    assert "error: process 1 failed: no tokenizer at nowhere.model" in first[1]
     assert "error: no tokenizer at nowhere.model" in second[1]
     assert not Path(config.train.run_dir).exists()
 
 
-def test_a_process_that_never_comes_is_waited_for_so_long(config):
+def test_waiting_for_a_missing_process_times_out(config):
     first, second, began = free_port(), free_port(), time.monotonic()
     runs = finish(start(config, 0, first, timeout=3), start(config, 1, second, timeout=3), status=2, within=30)
     waited = "error: waited 3 s (distributed.timeout)"
-    assert runs[0][1] == f"{waited} at localhost:{first}: fewer than 2 processes have come\n"
+    assert runs[0][1] == f"{waited} at localhost:{first}: fewer than 2 processes connected\n"
     assert runs[1][1] == f"{waited} for process 0 of 2 at localhost:{second}: Connection refused\n"
     assert time.monotonic() - began < 30

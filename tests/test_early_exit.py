@@ -1,4 +1,4 @@
-"""LayerSkip eq. 5-6: the numbers by hand, and what each curriculum promises."""
+"""LayerSkip eq. 5-6: weights by hand, and the properties of each curriculum."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig, ModelConfig, TrainConfig
 from layerskip_jax.errors import UserError
 from layerskip_jax.recipe.early_exit import Rotational, all_exits, exit_scale, exit_weights, gradual, last_only
-from layerskip_jax.recipe.recipe import Above, Recipe
+from layerskip_jax.recipe.recipe import LossSpike, Recipe
 
 
 def test_scale_by_hand():
@@ -32,7 +32,7 @@ def test_scale_properties(num_layers, e_scale):
 
 
 def test_weights_by_hand():
-    # eq. 6 over the exits that are on, and over no others
+    # eq. 6 normalizes over the exits that are on
     np.testing.assert_allclose(exit_weights(np.array([1.0, 0, 1, 1]), exit_scale(4, 1.0)), [0, 0, 1 / 3, 2 / 3])
     np.testing.assert_allclose(exit_weights(np.zeros(4), exit_scale(4, 1.0)), 0)
 
@@ -43,7 +43,7 @@ def test_weights_by_hand():
     step=st.integers(0, 10_000),
     e_scale=st.floats(0.01, 2),
 )
-def test_weights_sum_to_one_over_what_is_on(num_layers, dilation, step, e_scale):
+def test_weights_sum_to_one_over_the_exits_that_are_on(num_layers, dilation, step, e_scale):
     on = np.asarray(Rotational(dilation)(step, 10_001, num_layers))
     weight = np.asarray(exit_weights(on, exit_scale(num_layers, e_scale)))
     assert weight.sum() == pytest.approx(1, abs=1e-5)
@@ -93,13 +93,13 @@ def test_all_and_none():
     np.testing.assert_array_equal(last_only(3, 10, 5), [0, 0, 0, 0, 1])
 
 
-def recipe_of(**replaced):
+def make_recipe(**replaced):
     config = Config(model=ModelConfig(num_layers=4), layer_dropout=LayerDropoutConfig(p_max=0.5))
     return dataclasses.replace(Recipe.from_config(config), **replaced)
 
 
-def test_exit_weights_of_ones_own():
-    recipe = recipe_of(curriculum=all_exits, exit_scale=lambda num_layers, e_scale: jnp.ones(num_layers))
+def test_custom_exit_weights():
+    recipe = make_recipe(curriculum=all_exits, exit_scale=lambda num_layers, e_scale: jnp.ones(num_layers))
     assert recipe.exit_weights(0).tolist() == [0.25] * 4
     recipe.check()
 
@@ -107,26 +107,29 @@ def test_exit_weights_of_ones_own():
 @pytest.mark.parametrize(
     ("replaced", "says"),
     [
-        ({"curriculum": lambda step, total, L: jnp.ones(L - 1)}, r"recipe's curriculum must give 4 numbers, .* \(3,\)"),
-        ({"layer_scale": lambda L: jnp.ones(L + 1)}, "recipe's layer_scale must give 4 numbers"),
-        ({"exit_scale": lambda L, e_scale: 1.0}, "recipe's exit_scale must give 4 numbers"),
-        ({"time_scale": lambda step, total: jnp.ones(2)}, "recipe's time_scale must give one number"),
+        (
+            {"curriculum": lambda step, total, L: jnp.ones(L - 1)},
+            r"recipe's curriculum must return 4 numbers, .* \(3,\)",
+        ),
+        ({"layer_scale": lambda L: jnp.ones(L + 1)}, "recipe's layer_scale must return 4 numbers"),
+        ({"exit_scale": lambda L, e_scale: 1.0}, "recipe's exit_scale must return 4 numbers"),
+        ({"time_scale": lambda step, total: jnp.ones(2)}, "recipe's time_scale must return one number"),
         ({"layer_scale": lambda L: 7.0 * jnp.arange(L)}, r"drop rates must be in \[0, 1\), not .* at step"),
         ({"exit_scale": lambda L, e_scale: 1 - jnp.arange(L)}, "exit weights must not be negative"),
     ],
 )
-def test_a_recipe_that_cannot_be_meant_is_named(replaced, says):
+def test_an_invalid_recipe_is_an_error(replaced, says):
     with pytest.raises(UserError, match=says):
-        recipe_of(**replaced).check()
+        make_recipe(**replaced).check()
 
 
-def test_a_rule_against_spikes_is_a_setting():
-    assert Recipe.from_config(Config(train=TrainConfig(skip_spikes=3.0))).is_spike == Above(3.0)
+def test_a_setting_turns_on_spike_skipping():
+    assert Recipe.from_config(Config(train=TrainConfig(skip_spikes=3.0))).is_spike == LossSpike(3.0)
 
 
 @pytest.mark.parametrize("curriculum", ["rotational", "gradual", "all", "none"])
-def test_a_recipe_made_anew_goes_on_where_the_step_is(curriculum):
-    """What a resume does: the weights at step t depend on t alone, not on when the process began."""
+def test_a_resumed_run_continues_the_curriculum(curriculum):
+    """The weights at step t depend on t alone, not on when the process started."""
 
     def make():
         exits = EarlyExitConfig(curriculum=curriculum, dilation=5, e_scale=0.2)
@@ -137,7 +140,7 @@ def test_a_recipe_made_anew_goes_on_where_the_step_is(curriculum):
     assert [resumed.exit_weights(t).tolist() for t in range(17, 40)] == whole_run[17:]
 
 
-def test_paper_settings_are_the_ones_of_method_section_3():
+def test_weights_of_the_papers_scratch_settings_by_hand():
     scratch = EarlyExitConfig(curriculum="rotational", dilation=23, e_scale=0.2)
     recipe = Recipe.from_config(Config(ModelConfig(num_layers=24), early_exit=scratch, train=TrainConfig(steps=50_000)))
     # step 30: 30 mod 23 = 7; e(7) = .2 * 28 = 5.6, e(23) = 23 + .2 * 253 = 73.6

@@ -1,4 +1,4 @@
-"""Exits measured against a plain computation; tasks asked, cut, scored and reported; generated code kept apart."""
+"""Exit quality against a plain computation; tasks and their scores; the sandbox of generated code."""
 
 import dataclasses
 import json
@@ -16,14 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_model
 
-from layerskip_jax.checkpoint.reading import find_checkpoint, load_model
+from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.checkpoint.run_folder import find_checkpoint
 from layerskip_jax.commands import evaluate as command
 from layerskip_jax.commands import tasks as generation
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation.examples import read_file
-from layerskip_jax.evaluation.exits import exit_predictions, quality_of_checkpoint, token_scores
+from layerskip_jax.evaluation.examples import TaskExamples, read_file
+from layerskip_jax.evaluation.exits import checkpoint_quality, exit_predictions, token_scores
 from layerskip_jax.evaluation.sandbox import runs_to_its_end
 from layerskip_jax.evaluation.scores import exact_match, passes_tests, rouge_2, rouge_l
 from layerskip_jax.evaluation.tasks import TASKS, Task
@@ -41,7 +42,7 @@ SOLVED = {
 
 
 def test_predictions_and_scores_are_those_of_the_model_cut_there():
-    """Against whole logits of a model of E layers, for every E."""
+    """The oracle: all logits of a model of E layers, for every E."""
     model = tiny_model(5, num_layers=2)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 70)), jnp.int32)
     targets, segments = jnp.roll(tokens, -1, axis=1), jnp.ones_like(tokens)
@@ -53,13 +54,13 @@ def test_predictions_and_scores_are_those_of_the_model_cut_there():
         log_p = np.take_along_axis(
             np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)), targets[..., None], -1
         )
-        scores, is_likeliest = token_scores(model.unstacked(), tokens, targets, exit_layer)
+        scores, greedy = token_scores(model.unstacked(), tokens, targets, exit_layer)
         np.testing.assert_allclose(scores, log_p[..., 0], atol=1e-4)
-        np.testing.assert_array_equal(is_likeliest, jnp.argmax(logits, -1) == targets)
+        np.testing.assert_array_equal(greedy, jnp.argmax(logits, -1) == targets)
 
 
-def test_quality_on_text_of_another_place(trained_run, tmp_path, capsys):
-    own = quality_of_checkpoint(trained_run, 2)
+def test_quality_on_other_text(trained_run, tmp_path, capsys):
+    own = checkpoint_quality(trained_run, 2)
     assert own.agreement_L[-1] == 1
     assert ((own.agreement_L >= 0) & (own.agreement_L <= 1)).all()
     write_corpus(tmp_path / "other", documents=6, seed=9)
@@ -72,7 +73,7 @@ def test_quality_on_text_of_another_place(trained_run, tmp_path, capsys):
 
 
 def test_a_checkpoint_is_evaluated_on_any_number_of_devices(trained_run, tmp_path):
-    """What training's settings ask of the devices, evaluation does not: it drops and accumulates nothing."""
+    """Evaluation neither drops nor accumulates, so the constraints of these settings on the devices do not apply."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     step = Path(str(find_checkpoint(str(run))))
     config = json.loads((step / "config" / "metadata").read_text())
@@ -80,11 +81,11 @@ def test_a_checkpoint_is_evaluated_on_any_number_of_devices(trained_run, tmp_pat
     config["train"] |= {"batch_size": 4, "accumulate": 2}
     (step / "config" / "metadata").write_text(json.dumps(config))
     sign(step)
-    own = quality_of_checkpoint(str(run), 2)  # on 4 of the 8 devices
+    own = checkpoint_quality(str(run), 2)  # on 4 of the 8 devices
     assert np.isfinite(own.loss_L).all()
 
 
-def test_agreement_is_counted_where_text_counts(trained_run):
+def test_agreement_counts_unmasked_tokens(trained_run):
     model, config, tokenizer = load_model(trained_run)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
     from layerskip_jax.data.pipeline import local_batches
@@ -94,7 +95,7 @@ def test_agreement_is_counted_where_text_counts(trained_run):
     next_LBT = np.asarray(exit_predictions(model, batch["inputs_BT"], batch["segments_BT"]))
     counted = batch["mask_BT"] > 0
     expected = [(layer[counted] == next_LBT[-1][counted]).mean() for layer in next_LBT]
-    np.testing.assert_allclose(quality_of_checkpoint(trained_run, 1).agreement_L, expected, rtol=1e-6)
+    np.testing.assert_allclose(checkpoint_quality(trained_run, 1).agreement_L, expected, rtol=1e-6)
 
 
 # Prompts and scores
@@ -113,7 +114,7 @@ def test_prompts_fit_where_they_can(length, shots, size):
     smallest = len("Text: \nSummary:")
     assert len(prompt) <= max(length, smallest)
     if smallest < length < smallest + size:
-        assert len(prompt) == length  # no more is cut than must be
+        assert len(prompt) == length  # cuts no more than necessary
     assert task.fields == ["summary", "text"]
 
 
@@ -143,12 +144,12 @@ def test_scores_by_hand():
         ("import os; assert 'CANARY' not in os.environ", True),
     ],
 )
-def test_generated_code_is_kept_apart(program, ends, monkeypatch):
+def test_generated_code_is_isolated(program, ends, monkeypatch):
     monkeypatch.setenv("CANARY", "1")
     assert runs_to_its_end(program, seconds=2) == ends
 
 
-def test_what_generated_code_starts_is_ended_with_it(tmp_path):
+def test_processes_of_generated_code_end_with_it(tmp_path):
     started = tmp_path / "started"
     program = f"import os, time\nif os.fork() == 0:\n    time.sleep(1)\n    open({str(started)!r}, 'w')\n"
     assert runs_to_its_end(program, seconds=5)
@@ -156,7 +157,7 @@ def test_what_generated_code_starts_is_ended_with_it(tmp_path):
     assert not started.exists()
 
 
-def test_examples_of_every_kind_of_file(tmp_path):
+def test_examples_from_every_file_format(tmp_path):
     rows = [{"domain": "weather", "utterance": 'is it "hot"', "semantic_parse": "[IN:GET_WEATHER ]"}] * 3
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "a.tsv").write_text("\n".join(["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]))
@@ -183,7 +184,7 @@ def test_examples_of_every_kind_of_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Small files of the paper's tasks, in the fields of the real ones."""
+    """Small files for the paper's tasks, with the fields of the real datasets."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = {
         "cnn_dm": {"article": "the value of x is the index of y " * 9, "highlights": "x is y"},
@@ -203,7 +204,7 @@ def scored(capsys, *argv):
 
 def test_every_task_of_the_paper(trained_run, files, capsys):
     tasks = [word for name in TASKS for word in ("--task", f"{name}={files / name}.jsonl")]
-    request = ["--checkpoint", trained_run, *tasks, "--max_new_tokens", "6", "--batch_size", "2", "--ignore_eos"]
+    request = [trained_run, *tasks, "--max_new_tokens", "6", "--batch_size", "2", "--ignore_eos"]
     results = scored(capsys, *request, "--run_code", "--answers")
     answers, totals = [r for r in results if "completion" in r], [r for r in results if "mode" in r]
     assert [r["task"] for r in totals] == list(TASKS)
@@ -213,7 +214,7 @@ def test_every_task_of_the_paper(trained_run, files, capsys):
         {"rouge2", "pass@1"},
         {"exact_match"},
     ]
-    assert [r["examples"] for r in totals] == [2, 3, 3, 3]  # one of CNN/DM is shown
+    assert [r["examples"] for r in totals] == [2, 3, 3, 3]  # one of CNN/DM is the shot
     assert totals[0]["shortened"] == 2
     for result in totals:
         own = [a["scores"] for a in answers if a["task"] == result["task"]]
@@ -223,16 +224,16 @@ def test_every_task_of_the_paper(trained_run, files, capsys):
         assert result["tokens_per_second"] > 0
 
 
-def test_texts_are_the_same_in_lossless_modes_and_the_exits_own_in_the_other(trained_run, files, capsys):
-    def texts(*way):
-        request = ["--checkpoint", trained_run, "--task", f"topv2={files / 'topv2.jsonl'}", "--answers"]
-        *answers, total = scored(capsys, *request, "--max_new_tokens", "8", "--limit", "1", "--ignore_eos", *way)
-        assert total["mode"] == way[1]
+def test_lossless_modes_give_the_same_texts_and_early_exit_its_own(trained_run, files, capsys):
+    def texts(*mode):
+        request = [trained_run, "--task", f"topv2={files / 'topv2.jsonl'}", "--answers"]
+        *answers, total = scored(capsys, *request, "--max_new_tokens", "8", "--limit", "1", "--ignore_eos", *mode)
+        assert total["mode"] == mode[1]
         return [answer["completion"]["text"] for answer in answers], total.get("acceptance")
 
-    plain, nothing_drafted = texts("--mode", "autoregressive")
+    plain, acceptance = texts("--mode", "autoregressive")
     assert texts("--mode", "self_speculative", "--exit_layer", "1")[0] == plain
-    assert nothing_drafted is None
+    assert acceptance is None
     early, _ = texts("--mode", "early_exit", "--exit_layer", "1")
     model, _, tokenizer = load_model(trained_run)
     task = dataclasses.replace(TASKS["topv2"], max_new_tokens=8)
@@ -240,32 +241,35 @@ def test_texts_are_the_same_in_lossless_modes_and_the_exits_own_in_the_other(tra
     one_layer = model.unstacked().first_layers(1)
     examples = read_file(str(files / "topv2.jsonl"), 1)
     _, answered = generation.run_task(
-        one_layer, load_tokenizer(str(tokenizer)), task, examples, [], settings, prompt_tokens=100
+        one_layer, load_tokenizer(str(tokenizer)), task, TaskExamples(examples, []), settings, prompt_tokens=100
     )
     assert [answer.completion.text for answer in answered] == early
 
 
-def test_a_task_of_ones_own(trained_run, files, capsys, tmp_path):
+def test_a_custom_task(trained_run, files, capsys, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from layerskip_jax.evaluation.tasks import Task\n\n"
         "def length(example, wanted, generated):\n    return float(len(generated) > len(wanted))\n\n"
         "def get_task():\n    return Task('{document}', '{summary}', {'longer': length}, max_new_tokens=5)\n"
     )
-    generation.main(["--checkpoint", trained_run, "--task", f"{tmp_path}/mine.py={files}/xsum.jsonl", "--limit", "1"])
+    generation.main([trained_run, "--task", f"{tmp_path}/mine.py={files}/xsum.jsonl", "--limit", "1"])
     assert "longer" in capsys.readouterr().out
 
 
-def test_what_cannot_be_asked_is_said(trained_run, files, tmp_path):
+def test_wrong_tasks(trained_run, files, tmp_path):
     (tmp_path / "empty.py").write_text("")
     for argv, message in [
         (["--task", "xsun"], "no task 'xsun'; did you mean 'xsum'"),
         (["--task", "topv2"], "give --task NAME=FILE, with the fields semantic_parse, utterance"),
-        (["--task", f"cnn_dm={files}/cnn_dm.jsonl", "--shots", "3"], "has 3 examples, and the task shows 3"),
+        (
+            ["--task", f"cnn_dm={files}/cnn_dm.jsonl", "--shots", "3"],
+            "has 3 examples, but the task needs more than its 3 shots",
+        ),
         (["--task", f"xsum={files}/cnn_dm.jsonl"], "have no field 'document'.*they have article, highlights"),
         (["--task", f"{tmp_path}/empty.py={files}/xsum.jsonl"], r"has no get_task\(\) -> Task"),
         (["--task", f"{tmp_path}/none.py={files}/xsum.jsonl"], "no task file"),
-        (["--task", f"xsum={files}/xsum.jsonl", "--limit", "0"], "--limit must be at least 1"),
+        (["--task", f"xsum={files}/xsum.jsonl", "--limit", "0"], "--limit: must be at least 1"),
         (["--task", "xsum", "--data_dir", str(tmp_path)], "xsum"),
     ]:
         with pytest.raises(UserError, match=message):
-            generation.main(["--checkpoint", trained_run, *argv])
+            generation.main([trained_run, *argv])

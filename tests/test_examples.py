@@ -1,4 +1,4 @@
-"""The examples are run as they stand: each is short, imports the package alone, and does what it says."""
+"""Every example is short, imports only this package and JAX, runs unchanged, and does what its docstring says."""
 
 import ast
 import dataclasses
@@ -16,7 +16,7 @@ from models import tiny_model
 from test_losses import make_batch
 
 from layerskip_jax.data.pipeline import local_batches, to_devices
-from layerskip_jax.recipe.fused_exit_loss import exit_losses
+from layerskip_jax.recipe.fused_exit_loss import chunked_exit_losses
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.training.step import Trainer
 
@@ -26,13 +26,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def example(name):
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
+    sys.modules[spec.name] = module  # dataclasses look it up there
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.name)
-def test_examples_are_short_and_import_the_package_alone(file):
+def test_examples_are_short_and_import_only_the_package_and_jax(file):
     assert len(file.read_text().splitlines()) < 60
     for node in ast.walk(ast.parse(file.read_text())):
         names = [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -40,23 +40,23 @@ def test_examples_are_short_and_import_the_package_alone(file):
         assert all(name.split(".")[0] in {"layerskip_jax", "jax", *sys.stdlib_module_names} for name in names)
 
 
-def recipe_of(name, config_words, monkeypatch):
-    """Run an example's ``main`` up to its call of `train`; return what it calls it with."""
+def train_arguments(name, options, monkeypatch):
+    """Run the ``main`` of an example with a stub for `train`; return the arguments of its call."""
     module, calls = example(name), []
     monkeypatch.setattr(module, "train", lambda config, recipe: calls.append((config, recipe)))
-    module.main(config_words)
+    module.main(options)
     return calls[0]
 
 
 def test_curriculum_and_distillation_train(corpus, monkeypatch):
-    """Three steps with the curriculum of the one and the loss of the other: one compilation serves both."""
+    """Three steps with the curriculum of one example and the loss of the other, to compile only once."""
     model = {"num_layers": 4, "dim": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 24, "vocab_size": VOCABULARY}
     values = {f"model.{key}": value for key, value in model.items()}
     values |= {f"data.{key}": getattr(corpus, key) for key in ("source", "path", "tokenizer", "sequence_length")}
     values |= {"train.steps": 3, "train.loss_chunk": 8, "optimizer.warmup_steps": 1}
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    _, own = recipe_of("curriculum", [*words, "--decode.exits", "2", "3"], monkeypatch)
-    config, recipe = recipe_of("distillation", words, monkeypatch)
+    _, own = train_arguments("curriculum", [*words, "--decode.exits", "2", "3"], monkeypatch)
+    config, recipe = train_arguments("distillation", words, monkeypatch)
     mesh = make_mesh(config, jax.devices()[:1])
     trainer, seen = Trainer(config, dataclasses.replace(recipe, curriculum=own.curriculum), mesh), []
     with jax.set_mesh(mesh):
@@ -75,14 +75,14 @@ def test_draft_policy(trained_run, capsys):
 
 
 def test_distillation_is_its_formula():
-    """Against whole logits of every exit; and no gradient goes into the teacher."""
+    """The loss equals the formula on the full logits of every exit, and the teacher gets no gradient."""
     distilled, last_hidden = (getattr(example("distillation"), name) for name in ("distilled", "last_hidden"))
     model, batch = tiny_model(1, num_layers=2), make_batch(1)
 
     @jax.jit
     def ours(model):
-        guide = last_hidden(model, batch.inputs_BT, batch.segments_BT)
-        return exit_losses(model, batch, jnp.ones(2), chunk=4, train=False, loss=distilled, guide=guide).loss_L
+        teacher_arrays = last_hidden(model, batch.inputs_BT, batch.segments_BT)
+        return chunked_exit_losses(model, batch, chunk=4, loss=distilled, teacher=teacher_arrays)
 
     @jax.jit
     def plain(model):
@@ -97,7 +97,7 @@ def test_distillation_is_its_formula():
 
     x, teacher, targets = log_p[0], log_p[1], batch.targets_BT
     gradient = jax.grad(lambda x, teacher: distilled(lambda x: x, x, targets, batch.mask_BT, teacher), (0, 1))
-    of_student, of_teacher = jax.jit(gradient)(x, teacher)
-    assert not of_teacher.any()
+    student_gradient, teacher_gradient = jax.jit(gradient)(x, teacher)
+    assert not teacher_gradient.any()
     wanted = 0.5 * np.exp(log_p[1]) + 0.5 * (np.arange(x.shape[-1]) == np.asarray(targets)[..., None])
-    np.testing.assert_allclose(of_student, (np.exp(log_p[0]) - wanted) * mask[..., None], atol=1e-5)
+    np.testing.assert_allclose(student_gradient, (np.exp(log_p[0]) - wanted) * mask[..., None], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Checkpoints, tokenizers and prompts are data: nothing in them is run, unpickled, or leads out of the run folder."""
+"""Untrusted checkpoints, tokenizers and prompts: nothing is executed, unpickled, or read outside the run folder."""
 
 import contextlib
 import io
@@ -11,58 +11,61 @@ from pathlib import Path
 import pytest
 from bucket import STEPS, sign, trained_run
 
-from layerskip_jax.checkpoint.reading import SWEPT, find_checkpoint, load_model, read_config
+from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
+from layerskip_jax.checkpoint.swept import SWEPT
 from layerskip_jax.command_line import add_config_option, make_parser
-from layerskip_jax.commands import decode, terminal
+from layerskip_jax.commands import decode
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.data.sources import open_documents
+from layerskip_jax.decoding import cost
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation.exits import quality_of_checkpoint
+from layerskip_jax.evaluation.exits import checkpoint_quality
 
 
-class Heard:
-    """What Python's audit events tell while it listens. A hook cannot be taken away, so it listens by a flag."""
+class AuditEvents:
+    """Records Python's audit events inside `recording`. A flag turns it off, because hooks cannot be removed."""
 
     def __init__(self):
-        self.events, self._listens = [], False
-        sys.addaudithook(self._hear)
+        self.events, self._active = [], False
+        sys.addaudithook(self._record)
 
-    def _hear(self, event, arguments):
-        if self._listens:
+    def _record(self, event, arguments):
+        if self._active:
             self.events.append((event, arguments))
 
     @contextlib.contextmanager
-    def listening(self):
-        self.events, self._listens = [], True
+    def recording(self):
+        self.events, self._active = [], True
         try:
             yield self
         finally:
-            self._listens = False
+            self._active = False
 
     def written(self):
-        """The files opened for writing, or made."""
-        opened = [str(path) for event, (path, mode, _) in self._of("open") if mode and set(str(mode)) & set("wax+")]
-        return [*opened, *(str(arguments[0]) for event, arguments in self._of("os.mkdir", "os.rename"))]
+        """Return the files that were created or opened for writing."""
+        opened = [str(path) for event, (path, mode, _) in self._select("open") if mode and set(str(mode)) & set("wax+")]
+        return [*opened, *(str(arguments[0]) for event, arguments in self._select("os.mkdir", "os.rename"))]
 
     def read(self):
-        return [str(path) for _, (path, *_) in self._of("open")]
+        return [str(path) for _, (path, *_) in self._select("open")]
 
-    def run(self):
-        """What was executed that was not there before: programs, unpickled classes, code, connections."""
+    def executed(self):
+        """Return events that execute something: programs, unpickled classes, imports, connections."""
         names = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
-        return self._of(*names, "marshal.loads", "import", "ctypes.dlopen")
+        return self._select(*names, "marshal.loads", "import", "ctypes.dlopen")
 
-    def _of(self, *names):
+    def _select(self, *names):
         return [(event, arguments) for event, arguments in self.events if event in names]
 
 
 @pytest.fixture(scope="module")
-def heard():
-    return Heard()
+def events():
+    return AuditEvents()
 
 
 class Bomb:
-    """Whoever unpickles it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, target):
         self.target = str(target)
@@ -84,7 +87,7 @@ def decoded(run, *argv):
 
 @pytest.fixture
 def hostile(run, tmp_path):
-    """A copy of a good run whose config names what lies outside of it, and code."""
+    """A copy of a good run whose config names paths outside of it, and code."""
     folder = tmp_path / "hostile"
     shutil.copytree(run, folder)
     file = Path(str(find_checkpoint(str(folder)))) / "config" / "metadata"
@@ -97,19 +100,19 @@ def hostile(run, tmp_path):
     return folder
 
 
-def test_nothing_of_a_checkpoint_is_run_and_nothing_outside_is_touched(run, hostile, heard, monkeypatch):
-    monkeypatch.setattr(terminal, "measured_bandwidth", lambda: 1e10)
-    before = decoded(run)  # what is imported late is imported now
-    with heard.listening():
+def test_a_checkpoint_executes_nothing_and_touches_nothing_outside(run, hostile, events, monkeypatch):
+    monkeypatch.setattr(cost, "measured_bandwidth", lambda: 1e10)
+    before = decoded(run)  # does the late imports, so that they are not recorded
+    with events.recording():
         assert decoded(hostile) == before
-    assert heard.run() == []
-    assert heard.written() == []
-    outside = [path for path in heard.read() if not path.startswith((str(hostile), "/proc/", "/sys/", "/dev/"))]
+    assert events.executed() == []
+    assert events.written() == []
+    outside = [path for path in events.read() if not path.startswith((str(hostile), "/proc/", "/sys/", "/dev/"))]
     assert [path for path in outside if not path.isdigit() and not path.endswith(".py")] == []
     assert sorted(path.name for path in hostile.parent.iterdir()) == ["hostile"]
 
 
-def test_the_tokenizer_is_the_one_beside_the_checkpoint(hostile):
+def test_the_tokenizer_comes_from_the_run_folder(hostile):
     _, config, tokenizer = load_model(str(hostile))
     assert "passwd" in config.data.tokenizer
     assert Path(str(tokenizer)) == hostile / "checkpoints" / TOKENIZER
@@ -126,7 +129,7 @@ def test_the_tokenizer_is_the_one_beside_the_checkpoint(hostile):
     ],
 )
 @pytest.mark.parametrize("content", ["pickle", "python", "yaml"])
-def test_a_pickle_or_code_in_place_of_a_file_is_refused(run, tmp_path, heard, file, content):
+def test_a_pickle_or_code_in_place_of_a_file_is_refused(run, tmp_path, events, file, content):
     pwned = tmp_path / "pwned"
     shutil.copytree(run, tmp_path / "run")
     bomb = {
@@ -135,22 +138,22 @@ def test_a_pickle_or_code_in_place_of_a_file_is_refused(run, tmp_path, heard, fi
         "yaml": f"!!python/object/apply:builtins.open [{str(pwned)!r}, w]\n".encode(),
     }
     (tmp_path / "run" / "checkpoints" / file).write_bytes(bomb[content])
-    with heard.listening(), pytest.raises(UserError, match=r"not a SentencePiece|not what|no readable|is damaged"):
+    with events.recording(), pytest.raises(UserError, match=r"not a SentencePiece|not what|no readable|is damaged"):
         decoded(tmp_path / "run")
-    assert [event for event, _ in heard.run() if event not in ("import", "marshal.loads")] == []
+    assert [event for event, _ in events.executed() if event not in ("import", "marshal.loads")] == []
     assert not pwned.exists()
 
 
-def test_a_prompts_file_is_data(run, tmp_path, heard):
+def test_a_file_of_prompts_is_data(run, tmp_path, events):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(pickle.dumps(Bomb(tmp_path / "pwned"), protocol=0))
-    with heard.listening(), pytest.raises(UserError, match="must have a JSON object"):
+    with events.recording(), pytest.raises(UserError, match="must have a JSON object"):
         decoded(run, "--prompts", str(file))
     assert not (tmp_path / "pwned").exists()
 
 
 def test_held_out_text_prepares_no_corpus(run, tmp_path):
-    """Reading the corpus that a config names is what --held_out and an evaluation ask for; writing one there is not."""
+    """--held_out and evaluations may read the corpus that a config names, but not create one."""
     folder, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(run, folder)
     file = Path(str(find_checkpoint(str(folder)))) / "config" / "metadata"
@@ -161,13 +164,13 @@ def test_held_out_text_prepares_no_corpus(run, tmp_path):
     with pytest.raises(UserError, match=f"python_stdlib is not prepared in {data}"):
         decoded(folder, "--held_out", "1")
     with pytest.raises(UserError, match=f"python_stdlib is not prepared in {data}"):
-        quality_of_checkpoint(str(folder), batches=1)
+        checkpoint_quality(str(folder), batches=1)
     assert not data.exists()
     assert open_documents(read_config(find_checkpoint(run)).data, "validation", prepare=False)
 
 
-def test_config_says_that_it_is_run():
+def test_help_warns_that_config_files_are_executed():
     parser = make_parser("")
     add_config_option(parser)
     assert "it is executed" in parser.format_help()
-    assert "`--config` runs that file" in (Path(__file__).parent.parent / "README.md").read_text()
+    assert "`--config` runs that file" in (Path(__file__).parent.parent / "docs" / "training.md").read_text()

@@ -1,7 +1,7 @@
-"""lm-eval-harness: three local tasks give the same numbers through our model class and through its own ``hf`` class.
+"""lm-evaluation-harness: three local tasks score the same with our model class and with its own ``hf`` class.
 
-The oracle wants torch, transformers and lm_eval: ``pip install -e '.[lm_eval,benchmarks]'``. Without them the
-likelihoods alone are tested, against whole logits.
+The oracle needs torch, transformers and lm_eval: ``pip install -e '.[lm_eval,benchmarks]'``. Without them, only the
+likelihoods are tested, against all logits.
 """
 
 import json
@@ -69,8 +69,8 @@ def _log_p(model, tokens):
     max_length=st.sampled_from([20, 64]),
 )
 @settings(max_examples=15)
-def test_likelihoods_are_sums_over_whole_logits(lengths, exit_layer, max_length):
-    """Row by row, one token after another, without batches."""
+def test_likelihoods_are_sums_over_all_logits(lengths, exit_layer, max_length):
+    """The oracle goes token by token, without batches."""
     model, random = tiny_model(2, num_layers=2).unstacked(), np.random.default_rng(len(lengths))
     pairs = [tuple(random.integers(0, 61, size).tolist() for size in pair) for pair in lengths]
     early = model.first_layers(exit_layer)
@@ -84,14 +84,14 @@ def test_likelihoods_are_sums_over_whole_logits(lengths, exit_layer, max_length)
         assert greedy == all(log_p[at].argmax() == row[at + 1] for at in counted)
 
 
-def test_without_the_extra_one_line_says_so(trained_run, monkeypatch):
+def test_a_missing_extra_is_a_one_line_error(trained_run, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"lm_eval.*pip install 'layerskip-jax\[lm_eval\]'"):
-        harness.main(["--checkpoint", trained_run, "--tasks", "choices"])
+        harness.main([trained_run, "--tasks", "choices"])
 
 
 class Letters(Tokenizer):
-    """A tokenizer of single characters."""
+    """A character tokenizer."""
 
     bos_id, eos_id, vocab_size = 1, 2, 3 + len(CHARACTERS)
     files: ClassVar[dict[str, bytes]] = {}
@@ -103,7 +103,7 @@ class Letters(Tokenizer):
 
 @pytest.fixture(scope="module")
 def peer():
-    """The same random weights here and in lm-eval's hf class, and its tokenizer with our letters."""
+    """The same random weights in our model and in lm-eval's hf class, with the same tokenizer."""
     pytest.importorskip("lm_eval", reason="pip install -e '.[lm_eval,benchmarks]'")
     transformers = pytest.importorskip("transformers", reason="pip install -e '.[lm_eval,benchmarks]'")
     from lm_eval.models.huggingface import HFLM
@@ -126,7 +126,7 @@ def peer():
     return model, HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=2, max_length=MAX_LENGTH, device="cpu")
 
 
-@pytest.mark.filterwarnings("default")  # other people's
+@pytest.mark.filterwarnings("default")  # warnings of third-party code
 @pytest.mark.parametrize("exit_layer", [0, 2])
 def test_three_tasks_give_the_same_numbers_as_the_hf_class(peer, exit_layer, tmp_path, monkeypatch):
     import yaml
@@ -146,7 +146,7 @@ def test_three_tasks_give_the_same_numbers_as_the_hf_class(peer, exit_layer, tmp
         )
     model, theirs = peer
     kept = theirs.model.model.layers
-    if exit_layer:  # their model cut there
+    if exit_layer:  # truncate their model
         theirs.model.model.layers = kept[:exit_layer]
         theirs.model.config.num_hidden_layers = exit_layer
     ours = LayerSkipLM(

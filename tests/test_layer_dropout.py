@@ -1,4 +1,4 @@
-"""LayerSkip eq. 1-4: the numbers by hand, the draw by its statistics, and the two forms against each other."""
+"""LayerSkip eq. 1-4: rates by hand, statistics of the samples, and the skipping form against the masked one."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from layerskip_jax.config import Config, LayerDropoutConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.recipe import layer_dropout
-from layerskip_jax.recipe.layer_dropout import apply_masked, draw_kept
+from layerskip_jax.recipe.layer_dropout import apply_masked, sample_dropout_mask
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.recipe.skipping import apply_skipping
 
@@ -28,7 +28,7 @@ def recipe(num_layers, p_max, time_scale="exponential", layer_scale="exponential
 
 
 def test_four_layers_at_half_by_hand():
-    # method.md section 1: L=4, p_max=.5 gives [0, .130, .294, .5]
+    # L = 4, p_max = 0.5, S = 1
     rates = recipe(4, 0.5, "constant").drop_rates(0)
     np.testing.assert_allclose(rates, [0, 0.130, 0.294, 0.5], atol=5e-4)
     np.testing.assert_allclose(rates, [0, (2 ** (1 / 3) - 1) / 2, (2 ** (2 / 3) - 1) / 2, 0.5], rtol=1e-6)
@@ -77,23 +77,23 @@ def test_linear_decaying_recipe_of_the_later_study():
     np.testing.assert_allclose(rates, 0.8 * np.arange(5) / 4 * 0.5, rtol=1e-6)
 
 
-def test_draw_has_the_rates_and_is_independent_by_sequence_and_block():
+def test_samples_have_the_rates_and_are_independent_by_sequence_and_block():
     rates = jnp.array([0.0, 0.3, 0.9])
-    kept = np.asarray(draw_kept(jax.random.key(0), rates, 40_000))
-    np.testing.assert_allclose(1 - kept.mean(1), rates, atol=0.01)
-    assert kept[0].all()
-    assert abs(np.corrcoef(kept[1], kept[2])[0, 1]) < 0.02
-    assert abs(np.corrcoef(kept[1][:-1], kept[1][1:])[0, 1]) < 0.02
+    keep = np.asarray(sample_dropout_mask(jax.random.key(0), rates, 40_000))
+    np.testing.assert_allclose(1 - keep.mean(1), rates, atol=0.01)
+    assert keep[0].all()
+    assert abs(np.corrcoef(keep[1], keep[2])[0, 1]) < 0.02
+    assert abs(np.corrcoef(keep[1][:-1], keep[1][1:])[0, 1]) < 0.02
 
 
-def test_every_shard_has_the_same_draw():
-    kept = np.asarray(draw_kept(jax.random.key(1), jnp.full(6, 0.5), 32, shards=4)).reshape(6, 4, 8)
-    assert (kept == kept[:, :1]).all()
-    assert 0 < kept.mean() < 1
+def test_every_shard_has_the_same_sample():
+    keep = np.asarray(sample_dropout_mask(jax.random.key(1), jnp.full(6, 0.5), 32, shards=4)).reshape(6, 4, 8)
+    assert (keep == keep[:, :1]).all()
+    assert 0 < keep.mean() < 1
 
 
 def f(weights, x_BTD, segments_BT):
-    """A stand-in for a block whose rows do not mix and whose output tells rows and segments apart."""
+    """A stand-in for a block: independent rows, and an output that depends on x, segments and position."""
     return jnp.sin(3 * x_BTD * weights[None, None]) * segments_BT[..., None] + jnp.cumsum(x_BTD, axis=1)
 
 
@@ -101,30 +101,30 @@ def f(weights, x_BTD, segments_BT):
 def test_skipping_equals_masked(seed, rate, groups, scale):
     keys = jax.random.split(jax.random.key(seed), 4)
     x, segments = jax.random.normal(keys[0], (8, 5, 3)), jax.random.randint(keys[1], (8, 5), 1, 4)
-    kept, weights = draw_kept(keys[2], jnp.array([rate]), 8)[0], jax.random.uniform(keys[3], (3,), minval=0.5)
-    out, grads = _value_and_grad(weights, x, segments, kept, scale, 0)
-    skipped, skipped_grads = _value_and_grad(weights, x, segments, kept, scale, groups)
+    keep, weights = sample_dropout_mask(keys[2], jnp.array([rate]), 8)[0], jax.random.uniform(keys[3], (3,), minval=0.5)
+    out, grads = _value_and_grad(weights, x, segments, keep, scale, 0)
+    skipped, skipped_grads = _value_and_grad(weights, x, segments, keep, scale, groups)
     np.testing.assert_allclose(skipped, out, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(skipped_grads, grads, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    # A dropped row is untouched, to the bit (eq. 1 with M = 0).
-    assert (np.asarray(skipped)[~np.asarray(kept)] == np.asarray(x)[~np.asarray(kept)]).all()
-    evaluated = _value(weights, x, segments, kept, scale, groups)
-    np.testing.assert_allclose(evaluated, skipped, rtol=1e-6, atol=1e-6)
+    # A dropped row is unchanged bit for bit (eq. 1 with M = 0).
+    assert (np.asarray(skipped)[~np.asarray(keep)] == np.asarray(x)[~np.asarray(keep)]).all()
+    without_gradient = _value(weights, x, segments, keep, scale, groups)
+    np.testing.assert_allclose(without_gradient, skipped, rtol=1e-6, atol=1e-6)
 
 
-def _apply(weights, x, segments, kept, scale, groups):
+def _apply(weights, x, segments, keep, scale, groups):
     apply = partial(apply_skipping, groups=groups) if groups else apply_masked
-    return apply(f, weights, (x, segments), kept, scale)
+    return apply(f, weights, (x, segments), keep, scale)
 
 
 _value = jax.jit(_apply, static_argnames="groups")
 
 
 @partial(jax.jit, static_argnames="groups")
-def _value_and_grad(weights, x, segments, kept, scale, groups):
+def _value_and_grad(weights, x, segments, keep, scale, groups):
     def loss(weights, x):
-        out = _apply(weights, x, segments, kept, scale, groups)
+        out = _apply(weights, x, segments, keep, scale, groups)
         return jnp.sum(out**2), out
 
     (_, out), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(weights, x)
@@ -139,16 +139,16 @@ def test_skipping_computes_only_groups_with_a_kept_row(kept_rows, computed):
         jax.debug.callback(lambda x: seen.append(len(x)), x_BTD)
         return x_BTD
 
-    kept = jnp.arange(8) < kept_rows
+    keep = jnp.arange(8) < kept_rows
     rows = jnp.ones((8, 5, 3)), jnp.ones((8, 5), jnp.int32)
-    jax.block_until_ready(jax.jit(lambda: apply_skipping(spy, None, rows, kept[::-1], jnp.float32(1), groups=4))())
+    jax.block_until_ready(jax.jit(lambda: apply_skipping(spy, None, rows, keep[::-1], jnp.float32(1), groups=4))())
     jax.effects_barrier()
     assert seen == [2] * (computed // 2)
 
 
-def test_rescale_keeps_the_expectation():
+def test_rescaling_preserves_the_expected_output():
     x, weights = jax.random.normal(jax.random.key(0), (1, 2, 3)), jnp.ones(3)
     rows = jnp.tile(x, (20_000, 1, 1)), jnp.ones((20_000, 2), jnp.int32)
-    kept = draw_kept(jax.random.key(1), jnp.array([0.6]), 20_000)[0]
-    out = apply_masked(f, weights, rows, kept, jnp.float32(1 / (1 - 0.6)))
+    keep = sample_dropout_mask(jax.random.key(1), jnp.array([0.6]), 20_000)[0]
+    out = apply_masked(f, weights, rows, keep, jnp.float32(1 / (1 - 0.6)))
     np.testing.assert_allclose(out.mean(0), (x + f(weights, x, rows[1][:1]))[0], atol=0.1)

@@ -1,4 +1,4 @@
-"""Hugging Face Llamas without transformers: its stored logits, round trips, slices, refusals, and every command."""
+"""Hugging Face Llamas, tested without transformers: stored logits, round trips, shards, errors, commands."""
 
 import dataclasses
 import json
@@ -18,19 +18,13 @@ from models import tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface import weights
 from layerskip_jax.checkpoint.huggingface.config_json import config_json, read_model_config
 from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
-from layerskip_jax.checkpoint.reading import (
-    config_of,
-    context_length,
-    initial_model,
-    load_model,
-    load_weights,
-    named_arrays,
-    swept_settings,
-)
+from layerskip_jax.checkpoint.reading import context_length, initial_model, load_model, open_model_folder
+from layerskip_jax.checkpoint.swept import swept_settings
 from layerskip_jax.commands import decode
 from layerskip_jax.commands.export import export_model
 from layerskip_jax.config import Config, DecodeConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -60,7 +54,7 @@ REFERENCE_CONFIGS = {
 
 
 def write_reference(folder, name="grouped", **changes):
-    """Write a model whose logits transformers computed, as transformers would write it."""
+    """Write a model in the format of transformers; return tokens and their logits, computed by transformers."""
     prefix = f"{name}/"
     tensors = {key.removeprefix(prefix): REFERENCE[key] for key in REFERENCE.files if key.startswith(prefix)}
     tokens, logits = tensors.pop("tokens"), tensors.pop("logits")
@@ -73,8 +67,8 @@ def write_reference(folder, name="grouped", **changes):
 def write_llama(folder, config, arrays, tokenizer=None, dtype="float32"):
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(epath.Path(folder), config, arrays, jnp.dtype(dtype))
-    said = config_json(config, config.context_length or 256, dtype, 1, 2)
-    (folder / "config.json").write_text(json.dumps(said))
+    values = config_json(config, config.context_length or 256, dtype, 1, 2)
+    (folder / "config.json").write_text(json.dumps(values))
     for name, content in (tokenizer_files(tokenizer) if tokenizer else {}).items():
         (folder / name).write_bytes(content)
     return folder
@@ -95,12 +89,12 @@ def llama(tmp_path_factory, model, tokenizer):
     return write_llama(tmp_path_factory.mktemp("llama") / "model", model.config, named_arrays(model), tokenizer)
 
 
-# Mathematics
+# Logits
 
 
 @pytest.mark.parametrize("name", REFERENCE_CONFIGS)
 @pytest.mark.parametrize("unstacked", [False, True])
-def test_logits_are_those_of_transformers(tmp_path, name, unstacked):
+def test_logits_equal_those_of_transformers(tmp_path, name, unstacked):
     tokens, logits = write_reference(tmp_path, name)
     model, _, _ = load_model(str(tmp_path), unstacked=unstacked)
     np.testing.assert_allclose(model(tokens), logits, atol=1e-4, rtol=1e-4)
@@ -115,14 +109,14 @@ def test_logits_are_those_of_transformers(tmp_path, name, unstacked):
     length=st.integers(16, 16_384),
 )
 def test_llama3_scaling_by_wavelength(head_width, base, factor, low, more, length):
-    """As Llama 3.1 states it: by wavelengths, one frequency after the other."""
+    """Against the definition of Llama 3.1, which uses wavelengths, in a plain loop."""
     config = tiny_config(
         head_width=head_width,
         rope_base=base,
         rope_scaling="llama3",
         rope_factor=factor,
-        rope_low_turns=low,
-        rope_high_turns=low + more,
+        rope_low_freq_factor=low,
+        rope_high_freq_factor=low + more,
         rope_original_length=length,
     )
     expected = []
@@ -156,8 +150,8 @@ def test_linear_scaling_stretches_positions():
     file_bytes=st.sampled_from([1, 4000, 1 << 30]),
 )
 @settings(max_examples=12)
-def test_weights_come_back_bit_for_bit(tmp_path_factory, layers, heads, width, tied, dtype, file_bytes):
-    """Written, read and written again, in one file or many."""
+def test_weights_round_trip_bit_for_bit(tmp_path_factory, layers, heads, width, tied, dtype, file_bytes):
+    """Write, read and write again, in one file or many."""
     folder = tmp_path_factory.mktemp("trip")
     config = tiny_config(
         num_layers=layers, dim=24, num_heads=heads[0], num_kv_heads=heads[1], head_width=width, tied_embedding=tied
@@ -172,17 +166,17 @@ def test_weights_come_back_bit_for_bit(tmp_path_factory, layers, heads, width, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "FILE_BYTES", file_bytes)
         second = write_llama(folder / "second", config, jax.device_get(named_arrays(read)), dtype=dtype)
-    assert tensors_of(first) == tensors_of(second)
+    assert stored_tensors(first) == stored_tensors(second)
     assert (len(list(second.glob("*.safetensors"))) > 1) == (file_bytes < 1 << 30)
     for old, new in zip(jax.tree.leaves(read), jax.tree.leaves(load_model(str(second))[0]), strict=True):
         np.testing.assert_array_equal(old, new)
 
 
-def tensors_of(folder):
+def stored_tensors(folder):
     found = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(str(file), "numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
                 found[name] = opened.get_slice(name).get_dtype(), opened.get_tensor(name).tobytes()
     return found
 
@@ -202,25 +196,25 @@ def tensors_of(folder):
         [
             {},
             {"rope_scaling": "linear", "rope_factor": 2.5},
-            {"rope_scaling": "llama3", "rope_factor": 32.0, "rope_low_turns": 2.0, "rope_original_length": 64},
+            {"rope_scaling": "llama3", "rope_factor": 32.0, "rope_low_freq_factor": 2.0, "rope_original_length": 64},
         ]
     ),
     newer=st.booleans(),
 )
-def test_a_config_comes_back(tmp_path_factory, changes, scaling, newer):
+def test_a_config_round_trips(tmp_path_factory, changes, scaling, newer):
     folder, config = tmp_path_factory.getbasetemp(), tiny_config(**changes, **scaling)
-    said = config_json(config, config.context_length, "float32", 1, 2)
+    values = config_json(config, config.context_length, "float32", 1, 2)
     if newer:  # the spelling of transformers 5
-        said["rope_parameters"] = (said.pop("rope_scaling") or {"rope_type": "default"}) | {
-            "rope_theta": said.pop("rope_theta")
+        values["rope_parameters"] = (values.pop("rope_scaling") or {"rope_type": "default"}) | {
+            "rope_theta": values.pop("rope_theta")
         }
-    (folder / "config.json").write_text(json.dumps(said))
+    (folder / "config.json").write_text(json.dumps(values))
     assert read_model_config(epath.Path(folder)) == dataclasses.replace(config, compute_dtype="auto")
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1, 2), (2, 4, 1, 1)])
-def test_each_device_gets_its_slices(llama, model, shape, monkeypatch):
-    """The values of a mesh are those of one device, and nothing is read whole that is split."""
+def test_each_device_reads_its_shards(llama, model, shape, monkeypatch):
+    """The values on a mesh equal those on one device, and no sharded array is read whole."""
     config = Config(
         model=dataclasses.replace(model.config, vocab_size=VOCABULARY),
         mesh=MeshConfig(*shape),
@@ -232,14 +226,14 @@ def test_each_device_gets_its_slices(llama, model, shape, monkeypatch):
     monkeypatch.setattr(
         weights, "_aligned", lambda shape, dtype: sizes.append(math.prod(shape)) or aligned(shape, dtype)
     )
-    arrays = load_weights(str(llama), target)
+    arrays = open_model_folder(str(llama)).weights(target)
     for name, array in named_arrays(model).items():
         np.testing.assert_array_equal(arrays[name], array)
         assert arrays[name].sharding == target[name].sharding
     assert max(sizes) == max(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in target.values())
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -254,21 +248,24 @@ def test_each_device_gets_its_slices(llama, model, shape, monkeypatch):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs a number for low_freq_factor, high_"),
-        ({"rope_scaling": "linear"}, 'rotary scaling must be settings by name, not "linear"'),
+        ({"rope_scaling": "linear"}, 'rotary scaling must be a JSON object, not "linear"'),
         ({"rms_norm_eps": "small"}, 'rms_norm_eps must be a number, not "small"'),
         ({"hidden_size": None}, "hidden_size must be a whole number, not null"),
         ({"num_hidden_layers": 4}, r"lacks 9 tensors .* such as model\.layers\.3\.input_layernorm\.weight"),
-        ({"num_hidden_layers": 2}, r"has tensors that a Llama .* has not, such as model\.layers\.2\.input_layernorm"),
-        ({"intermediate_size": 48}, r"mlp\.down_proj.* has shape \[32, 40\], but by its config.json .* \[32, 48\]"),
+        (
+            {"num_hidden_layers": 2},
+            r"has tensors that do not belong to the Llama .*, such as model\.layers\.2\.input_layernorm",
+        ),
+        ({"intermediate_size": 48}, r"mlp\.down_proj.* has shape \[32, 40\], but its config.json implies \[32, 48\]"),
     ],
 )
-def test_what_is_not_computed_as_ours_is_refused(tmp_path, changes, message):
+def test_models_that_compute_differently_are_refused(tmp_path, changes, message):
     write_reference(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
         load_model(str(tmp_path))
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path):
+def test_unreadable_files_are_errors(tmp_path):
     write_reference(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
@@ -297,13 +294,13 @@ def test_integer_weights_are_refused(tmp_path):
 # Commands
 
 
-def test_a_folder_says_how_long_its_texts_may_be(model, tmp_path):
-    """Evaluations keep to it: a folder knows of no length of training."""
+def test_a_folder_stores_its_context_length(model, tmp_path):
+    """Evaluations use it, because the folder does not store the sequence length of training."""
     write_llama(tmp_path / "long", dataclasses.replace(model.config, context_length=4096), named_arrays(model))
-    assert context_length(config_of(str(tmp_path / "long"))) == 4096
+    assert context_length(open_model_folder(str(tmp_path / "long")).config) == 4096
 
 
-def test_decode_takes_a_folder_and_says_what_the_model_says(llama, capsys):
+def test_decode_takes_a_folder(llama, capsys):
     arguments = [
         "--checkpoint",
         str(llama),
@@ -315,27 +312,27 @@ def test_decode_takes_a_folder_and_says_what_the_model_says(llama, capsys):
         "--exit_layer",
         "2",
     ]
-    said = {}
+    tokens = {}
     for kind in ("full", "int8"):
         decode.main([*arguments, "--weights", kind])
-        said[kind] = json.loads(capsys.readouterr().out.splitlines()[0])["tokens"]
+        tokens[kind] = json.loads(capsys.readouterr().out.splitlines()[0])["tokens"]
     model, _, tokenizer_path = load_model(str(llama))
     settings = DecodeConfig(exit_layer=2, max_new_tokens=24)
     generator = TextGenerator(model.unstacked(), load_tokenizer(str(tokenizer_path)), settings)
-    assert said["full"] == generator.generate(["def x"]).completions[0].tokens
-    assert said["int8"]
+    assert tokens["full"] == generator.generate(["def x"]).completions[0].tokens
+    assert tokens["int8"]
     assert swept_settings(str(llama), []) == {}
 
 
-def test_a_folder_without_a_tokenizer_is_told_to_get_one(model, tmp_path):
+def test_a_folder_without_a_tokenizer_is_an_error(model, tmp_path):
     write_llama(tmp_path, model.config, named_arrays(model))
     _, _, tokenizer_path = load_model(str(tmp_path))
-    with pytest.raises(UserError, match=r"has no tokenizer: put its tokenizer\.json or tokenizer\.model beside"):
+    with pytest.raises(UserError, match=r"has no tokenizer: put its tokenizer\.json or tokenizer\.model next to"):
         load_tokenizer(str(tokenizer_path))
 
 
 def test_training_starts_from_a_folder_and_exports_to_one(corpus, tokenizer, llama, model, tmp_path):
-    """With next to no learning rate the weights that come out are those that went in."""
+    """With almost no learning rate, the exported weights are the imported ones."""
     config = Config(
         model=model.config,
         data=dataclasses.replace(corpus, tokenizer=str(llama / "tokenizer.model")),
@@ -353,11 +350,11 @@ def test_training_starts_from_a_folder_and_exports_to_one(corpus, tokenizer, lla
     for name, array in named_arrays(model).items():
         np.testing.assert_allclose(named_arrays(state.model)[name], array, atol=1e-20)
     export_model(config.train.run_dir, str(tmp_path / "exported"))
-    assert tensors_of(tmp_path / "exported") == tensors_of(llama)
+    assert stored_tensors(tmp_path / "exported") == stored_tensors(llama)
     assert read_model_config(epath.Path(tmp_path / "exported")).context_length == config.data.sequence_length
     with pytest.raises(UserError, match="exists: name a new folder"):
         export_model(config.train.run_dir, str(tmp_path / "exported"))
-    # And another run may start from that run.
+    # Another run can start from that run too.
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.model
     )
@@ -366,7 +363,7 @@ def test_training_starts_from_a_folder_and_exports_to_one(corpus, tokenizer, lla
         np.testing.assert_array_equal(old, new)
 
 
-def test_other_weights_than_the_configs_are_refused(corpus, tokenizer, llama, model):
+def test_weights_that_do_not_fit_the_config_are_refused(corpus, tokenizer, llama, model):
     def check(**changes):
         config = Config(model=dataclasses.replace(model.config, **changes), train=TrainConfig(init_from=str(llama)))
         initial_model(config, tokenizer, model)
@@ -379,12 +376,12 @@ def test_other_weights_than_the_configs_are_refused(corpus, tokenizer, llama, mo
     with pytest.raises(UserError, match=r"have model\.rope_scaling none, but the config says llama3"):
         check(rope_scaling="llama3")
     other = dataclasses.replace(tokenizer, model=tokenizer.model + b"\0")
-    with pytest.raises(UserError, match=r"is another one than that of .*set --data\.tokenizer .*tokenizer\.model"):
+    with pytest.raises(UserError, match=r"differs from the tokenizer of .*set --data\.tokenizer .*tokenizer\.model"):
         initial_model(Config(model=model.config, train=TrainConfig(init_from=str(llama))), other, model)
 
 
-def test_shapes_that_make_no_heads_are_named():
+def test_impossible_shapes_are_refused():
     with pytest.raises(UserError, match=r"model\.head_width must be even"):
         tiny_config(head_width=7)
-    with pytest.raises(UserError, match="rope_low_turns < rope_high_turns"):
-        ModelConfig(rope_low_turns=4.0)
+    with pytest.raises(UserError, match="rope_low_freq_factor < rope_high_freq_factor"):
+        ModelConfig(rope_low_freq_factor=4.0)

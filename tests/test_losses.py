@@ -1,4 +1,4 @@
-"""Exit losses against a plain computation, and what they must not do: hold [B, T, V], or supervise the wrong output."""
+"""Exit losses: plain against a loop over models, fused against plain, and the cost of the fused form."""
 
 from functools import partial
 
@@ -6,14 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import Program, taken_in
+from hlo import Program, shares_by_scope
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
 
 from layerskip_jax.data.batch import Batch
-from layerskip_jax.recipe.fused_exit_loss import INNER_EXIT, LAST_EXIT, Draw, exit_losses
-from layerskip_jax.recipe.layer_dropout import apply_masked, draw_kept
+from layerskip_jax.recipe.exit_loss import exit_losses
+from layerskip_jax.recipe.fused_exit_loss import (
+    INNER_EXIT,
+    LAST_EXIT,
+    FusedSettings,
+    chunked_exit_losses,
+    fused_exit_losses,
+)
+from layerskip_jax.recipe.layer_dropout import DropoutMask, apply_masked, sample_dropout_mask
 from layerskip_jax.recipe.skipping import apply_skipping
 
 B, T, V, L = 3, 12, 61, 4
@@ -27,8 +34,8 @@ def make_batch(seed=0):
     return Batch(tokens[:, :-1], tokens[:, 1:], segments, mask)
 
 
-def plain_losses(model, batch):
-    """Run a model of E layers for every E, with log-softmax over whole logits: the oracle."""
+def losses_of_cut_models(model, batch):
+    """The oracle: for every E, run a model of E layers and take the log-softmax of all its logits."""
     losses = []
     for exit_layer in range(1, L + 1):
         logits = model.unstacked().first_layers(exit_layer)(batch.inputs_BT, batch.segments_BT)
@@ -41,25 +48,86 @@ def plain_losses(model, batch):
 @given(seed=st.integers(0, 50), chunk=st.sampled_from([1, 3, 4, 12, 100]))
 @settings(max_examples=12)
 def test_every_exit_equals_the_model_cut_there(seed, chunk):
-    model, batch = tiny_model(seed), make_batch(seed)
-    losses = jax.jit(exit_losses, static_argnames="chunk")(model, batch, jnp.ones(L), chunk=chunk).loss_L
-    np.testing.assert_allclose(losses, jax.jit(plain_losses)(model, batch), rtol=1e-5)
+    model, batch, every = tiny_model(seed), make_batch(seed), jnp.ones(L)
+    expected = jax.jit(losses_of_cut_models)(model, batch)
+    fused = jax.jit(fused_exit_losses, static_argnums=3)(model, batch, every, FusedSettings(chunk)).loss_L
+    chunked = jax.jit(chunked_exit_losses, static_argnames="chunk")(model, batch, chunk=chunk)
+    for loss_L in fused, chunked, jax.jit(exit_losses)(model, batch, every).loss_L:
+        np.testing.assert_allclose(loss_L, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
 @pytest.mark.parametrize("weight", [(0.1, 0.0, 0.3, 0.6), (0.0, 0.7, 0.3, 0.0), (0.0, 0.0, 0.0, 1.0)])
-def test_gradients_equal_the_plain_ones(remat, weight):
-    """With the last exit on or off. The objective is scaled, as the step divides it by the number of tokens."""
-    model, batch, weight = tiny_model(1), make_batch(1), jnp.array(weight)
-    ours = jax.jit(jax.grad(lambda m: exit_losses(m, batch, weight / 3, chunk=4, remat=remat).objective * 3))(model)
-    plain = jax.jit(jax.grad(lambda m: jnp.sum(weight * plain_losses(m, batch))))(model)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), ours, plain)
+def test_gradients_equal_those_of_cut_models(remat, weight):
+    """With the last exit on and off. The objective is scaled, because a step divides it by the number of tokens."""
+    model, batch, weight, fused = tiny_model(1), make_batch(1), jnp.array(weight), FusedSettings(4, remat)
+    ours = jax.jit(jax.grad(lambda m: fused_exit_losses(m, batch, weight / 3, fused).objective * 3))(model)
+    oracle = jax.jit(jax.grad(lambda m: jnp.sum(weight * losses_of_cut_models(m, batch))))(model)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), ours, oracle)
+
+
+def value_and_gradient(losses, *arguments):
+    return jax.value_and_grad(lambda model: tuple(losses(model, *arguments[1:])), has_aux=True)(arguments[0])
+
+
+@partial(jax.jit, static_argnames="settings")
+def plain_and_fused(model, batch, weight_L, dropout_mask, settings):
+    plain = value_and_gradient(exit_losses, model, batch, weight_L, dropout_mask)
+    return plain, value_and_gradient(fused_exit_losses, model, batch, weight_L, settings, dropout_mask)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    weights=st.lists(st.sampled_from([0, 0, 0.25, 1, 3]), min_size=L, max_size=L),
+    drop_rate=st.sampled_from([None, 0.0, 0.5, 1.0]),
+    chunk=st.sampled_from([1, 4, 6, 12, 100]),
+    remat=st.sampled_from(["none", "dots", "full"]),
+    tied=st.booleans(),
+)
+@settings(max_examples=25)
+def test_the_fused_form_equals_the_plain_one(seed, weights, drop_rate, chunk, remat, tied):
+    """In the objective, in the loss of every exit, and in every gradient, relative to the largest of its array."""
+    model, batch, mask = tiny_model(seed, tied_embedding=tied), make_batch(seed), None
+    if drop_rate is not None:
+        keys = jax.random.split(jax.random.key(seed))
+        keep_LB = sample_dropout_mask(keys[0], jnp.full(L, drop_rate), B)
+        mask = DropoutMask(keep_LB, jax.random.uniform(keys[1], (L,), minval=1, maxval=2))
+    plain, fused = plain_and_fused(model, batch, jnp.array(weights, float), mask, FusedSettings(chunk, remat))
+
+    def assert_equal(ours, reference):
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-6 * np.abs(reference).max())
+
+    jax.tree.map(assert_equal, fused, plain)
+
+
+def test_integer_weights_are_allowed():
+    model, batch, weight_L = tiny_model(2), make_batch(2), jnp.array([0, 1, 0, 2])
+    whole, real = (
+        value_and_gradient(fused_exit_losses, model, batch, weight_L.astype(dtype), FusedSettings(chunk=4))
+        for dtype in (int, float)
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, real)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_the_fused_form_needs_less_temporary_memory(remat):
+    """The plain form saves the logits of every exit, 4 x 3 x 12 x 2000 floats; the fused one a chunk at a time."""
+    model, batch = tiny_model(vocab_size=2000), make_batch()
+
+    def temporary_bytes(losses, *arguments):
+        def gradient(model):
+            return jax.grad(lambda model: losses(model, batch, jnp.ones(L), *arguments).objective)(model)
+
+        return jax.jit(gradient).lower(model).compile().memory_analysis().temp_size_in_bytes
+
+    saved_logits = 4 * L * B * T * 2000
+    assert temporary_bytes(exit_losses) - temporary_bytes(fused_exit_losses, FusedSettings(1, remat)) > saved_logits
 
 
 def test_exits_that_are_off_are_zero_and_change_nothing():
-    model, batch = tiny_model(2), make_batch(2)
-    every = exit_losses(model, batch, jnp.ones(L), chunk=4).loss_L
-    some = exit_losses(model, batch, jnp.array([0, 0.5, 0, 0.5]), chunk=4).loss_L
+    model, batch, chunks = tiny_model(2), make_batch(2), FusedSettings(chunk=4)
+    every = fused_exit_losses(model, batch, jnp.ones(L), chunks).loss_L
+    some = fused_exit_losses(model, batch, jnp.array([0, 0.5, 0, 0.5]), chunks).loss_L
     np.testing.assert_allclose(some, every * jnp.array([0, 1, 0, 1]), rtol=1e-6)
 
 
@@ -68,7 +136,7 @@ def test_index_l_supervises_the_output_of_block_l(layer):
     """A known mistake is to supervise the input of block l, which leaves the last block without a gradient."""
     model, batch = tiny_model(3), make_batch(3)
     weight = jnp.zeros(L).at[layer].set(1)
-    grads = jax.grad(lambda m: exit_losses(m, batch, weight, chunk=4).objective)(model)
+    grads = jax.grad(lambda m: fused_exit_losses(m, batch, weight, FusedSettings(chunk=4)).objective)(model)
     norm_L = jnp.abs(grads.blocks.down_FD[...]).max((1, 2))
     assert (norm_L > 0).tolist() == [l <= layer for l in range(L)]  # noqa: E741
 
@@ -86,58 +154,59 @@ def all_shapes(jaxpr):
 @pytest.mark.parametrize(("chunk", "holds"), [(4, False), (12, True)])
 def test_no_array_of_batch_length_vocabulary_forward_or_backward(chunk, holds):
     model, batch = tiny_model(), make_batch()
-    gradient = jax.grad(lambda m: exit_losses(m, batch, jnp.ones(L), chunk=chunk).objective)
+    gradient = jax.grad(lambda m: fused_exit_losses(m, batch, jnp.ones(L), FusedSettings(chunk)).objective)
     largest = max(np.prod(shape) for shape in all_shapes(jax.make_jaxpr(gradient)(model).jaxpr) if V in shape)
     assert (largest >= B * T * V) == holds
 
 
 @pytest.mark.parametrize(("remat", "cost"), [("none", 6), ("dots", 6), ("full", 8)])
-def test_what_an_exit_multiplies(remat, cost):
-    """6 D V operations a token, forward and backward; 8 where inputs alone are kept. An exit that is off has none."""
+def test_flops_of_an_exit(remat, cost):
+    """6 D V a token, forward and backward; 8 with full remat. An exit that is off has none."""
     model, batch = tiny_model(), make_batch()
 
     def objective(model, weight):
-        return exit_losses(model, batch, weight, chunk=4, remat=remat).objective
+        return fused_exit_losses(model, batch, weight, FusedSettings(4, remat)).objective
 
     program = Program(jax.jit(jax.grad(objective)).lower(model, jnp.ones(L)).compile().as_text())
-    on, off = (program.work(taken_in({INNER_EXIT: share})).flops for share in (1.0, 0.0))
+    on, off = (program.work(shares_by_scope({INNER_EXIT: share})).flops for share in (1.0, 0.0))
     assert on - off == cost * model.config.dim * V * B * T * L
 
 
 @pytest.mark.parametrize("form", ["plain", "masked", "skipping"])
 def test_full_remat_repeats_every_matmul_of_a_block_but_the_down_projection(form):
-    """The backward pass needs what is inside a block, not its output: an exit reads the input of the next block."""
+    """An exit reads the input of the next block, so the backward pass never needs the output of a block."""
     model, batch = tiny_model(), make_batch()
-    draw = None if form == "plain" else Draw(jnp.ones((L, B), bool), jnp.ones(L))
+    mask = None if form == "plain" else DropoutMask(jnp.ones((L, B), bool), jnp.ones(L))
     apply = partial(apply_skipping, groups=B) if form == "skipping" else apply_masked
 
     def flops(remat):
         def objective(model):
             last = jnp.zeros(L).at[-1].set(1)
-            return exit_losses(model, batch, last, chunk=12, draw=draw, apply=apply, remat=remat).objective
+            return fused_exit_losses(model, batch, last, FusedSettings(12, remat, apply_dropout=apply), mask).objective
 
         program = Program(jax.jit(jax.grad(objective)).lower(model).compile().as_text())
-        return program.work(taken_in({INNER_EXIT: 0.0, LAST_EXIT: 1.0}), unknown_turns=B).flops
+        return program.work(shares_by_scope({INNER_EXIT: 0.0, LAST_EXIT: 1.0}), unknown_trip_count=B).flops
 
     D, F, N, K = model.config.dim, model.config.ffn_dim, model.config.num_heads, model.config.num_kv_heads
-    products = 2 * D * D + 2 * D * D * K // N + 2 * D * F  # query and output, key and value, gate and up
+    matmuls = 2 * D * D + 2 * D * D * K // N + 2 * D * F  # query and output, key and value, gate and up
     attention = 2 * D * T  # scores, and their product with the values
-    assert flops("full") - flops("none") == 2 * L * B * T * (products + attention)
+    assert flops("full") - flops("none") == 2 * L * B * T * (matmuls + attention)
 
 
 def test_dropout_in_the_scan_is_eq_1():
-    """Against a loop over blocks that skips, sequence by sequence, what the draw says."""
+    """Against a loop over sequences and blocks that skips the blocks that the mask drops."""
     model, batch = tiny_model(4), make_batch(4)
-    draw = Draw(draw_kept(jax.random.key(0), jnp.full(L, 0.5), B), jnp.array([1.0, 1.5, 1.0, 2.0]))
-    losses = exit_losses(model, batch, jnp.ones(L), chunk=4, draw=draw, apply=apply_masked).loss_L
+    keep_LB = sample_dropout_mask(jax.random.key(0), jnp.full(L, 0.5), B)
+    mask = DropoutMask(keep_LB, jnp.array([1.0, 1.5, 1.0, 2.0]))
+    losses = fused_exit_losses(model, batch, jnp.ones(L), FusedSettings(chunk=4), mask).loss_L
     blocks, expected = model.unstacked().blocks, np.zeros(L)
     for row in range(B):
         one = jax.tree.map(lambda a, row=row: a[row : row + 1], batch)
         x = model.embed(one.inputs_BT)
         for layer, block in enumerate(blocks):
-            if draw.kept_LB[layer, row]:
-                delta = block(x, model.positions(jnp.arange(T)[None]), one.segments_BT)[0]
-                x = x + draw.scale_L[layer] * delta
+            if mask.keep_LB[layer, row]:
+                delta = block(x, model.rotary_tables(jnp.arange(T)[None]), one.segments_BT)[0]
+                x = x + mask.scale_L[layer] * delta
             log_p = jax.nn.log_softmax(model.unembed(x), axis=-1)
             picked = jnp.take_along_axis(log_p, one.targets_BT[..., None], axis=-1)[..., 0]
             expected[layer] -= float(jnp.sum(picked * one.mask_BT))

@@ -14,8 +14,9 @@ from models import tiny_config, tiny_model
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.errors import UserError
-from layerskip_jax.model import Positions, empty_cache, parameter_count, rotary_frequencies, rotate, run_layers
-from layerskip_jax.recipe.fused_exit_loss import exit_losses
+from layerskip_jax.model import empty_cache, parameter_count, run_layers
+from layerskip_jax.recipe.fused_exit_loss import FusedSettings, fused_exit_losses
+from layerskip_jax.rope import RotaryTables, rotary_frequencies, rotate
 
 REFERENCE = np.load(Path(__file__).parent / "fixtures" / "llama_reference.npz")
 REFERENCE_CONFIGS = {
@@ -66,7 +67,7 @@ def test_a_tpus_product_turns_a_head_as_moving_its_halves_does(dtype, monkeypatc
     config = tiny_config(dim=32, num_heads=2)
     H = config.head_dim
     x_BTNH = jax.random.normal(jax.random.key(0), (2, 7, 2, H)).astype(dtype)
-    position = Positions.at(jnp.arange(7)[None], rotary_frequencies(config))
+    position = RotaryTables.at(jnp.arange(7)[None], rotary_frequencies(config))
     weight_H = jnp.arange(1.0, H + 1)
 
     def turned_and_gradient(platform):
@@ -95,7 +96,7 @@ def _influence(model, tokens, position):
 
     def logits_at(x_BTD):
         def step(block, x, _):
-            return x + block(x, model.positions(jnp.arange(tokens.shape[1])[None]), jnp.ones_like(tokens))[0], None
+            return x + block(x, model.rotary_tables(jnp.arange(tokens.shape[1])[None]), jnp.ones_like(tokens))[0], None
 
         return model.unembed(run_layers(model.blocks, x_BTD, step, None)[0])[0, position].sum()
 
@@ -141,7 +142,7 @@ def test_draft_then_remainder_through_a_cache_equals_the_full_model(pieces, exit
     tokens = jax.random.randint(jax.random.key(seed), (2, length), 0, 61)
     cache, unstacked, logits, start = empty_cache(model.config, 2, 32), model.unstacked(), [], 0
     for size in pieces:
-        position = unstacked.positions(jnp.tile(start + jnp.arange(size)[None], (2, 1)))
+        position = unstacked.rotary_tables(jnp.tile(start + jnp.arange(size)[None], (2, 1)))
         piece, cache = _draft_then_rest(unstacked, tokens[:, start : start + size], position, cache, exit_layer)
         logits.append(piece)
         start += size
@@ -159,11 +160,11 @@ def _draft_then_rest(model, tokens, position, cache, exit_layer):
 def test_rows_of_a_cache_stand_at_their_own_positions():
     model = tiny_model().unstacked()
     tokens = jnp.arange(20).reshape(2, 10)
-    position = model.positions(jnp.tile(jnp.arange(10)[None], (2, 1)))
+    position = model.rotary_tables(jnp.tile(jnp.arange(10)[None], (2, 1)))
     _, cache = model.run_cached(model.embed(tokens), position, empty_cache(model.config, 2, 32), 0, 4)
     starts = jnp.array([4, 9])  # row 0 is rolled back to 4 tokens, row 1 to 9
     new = jnp.array([[7], [8]])
-    x, _ = model.run_cached(model.embed(new), model.positions(starts[:, None]), cache, 0, 4)
+    x, _ = model.run_cached(model.embed(new), model.rotary_tables(starts[:, None]), cache, 0, 4)
     for row, start in enumerate(starts.tolist()):
         whole = jnp.concatenate([tokens[row, :start], new[row]])[None]
         np.testing.assert_allclose(model.unembed(x)[row, 0], model(whole)[0, -1], atol=1e-4)
@@ -192,7 +193,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     assert logits.dtype == jnp.float32
     assert model.embed(jnp.zeros((1, 1), int)).dtype == jnp.bfloat16
     batch = Batch(jnp.arange(8)[None], jnp.arange(8)[None], jnp.ones((1, 8), int), jnp.ones((1, 8)))
-    assert exit_losses(model, batch, jnp.ones(4), chunk=4).objective.dtype == jnp.float32
+    assert fused_exit_losses(model, batch, jnp.ones(4), FusedSettings(chunk=4)).objective.dtype == jnp.float32
 
 
 def test_invalid_shapes_are_named():

@@ -1,20 +1,20 @@
-"""Known wrong results and crashes of XLA:CPU, in the form in which our programs could meet them, against numpy float64.
+"""Known wrong results and crashes of XLA:CPU, in the form in which our programs could hit them, against numpy float64.
 
-Each public report's own example was run on jax 0.10.0, 0.10.1, 0.10.2, 0.11.0, 0.11.1, 0.11.2, 0.12.0 and 0.12.0.1
-(x86-64), and it goes wrong on:
+The example of each public report was run on jax 0.10.0, 0.10.1, 0.10.2, 0.11.0, 0.11.1, 0.11.2, 0.12.0 and 0.12.0.1
+(x86-64). It fails on:
 
     jax-ml/jax#39103    wrong values               0.10.2
     jax-ml/jax#39257    crash                      0.10.2, 0.11.0
     jax-ml/jax#40412    crash                      0.10.2
     ptagwb, no issue    wrong values, NaN          0.10.2 to 0.12.0.1
-    jax-ml/jax#40101    slow, the values are right 0.11.1
-    openxla/xla#49176   wrong values               every one
+    jax-ml/jax#40101    slow, correct values       0.11.1
+    openxla/xla#49176   wrong values               all of them
     jax-ml/jax#40849    wrong element              0.10.0 to 0.11.2 (also openxla/xla#49121)
 
-None of them reaches our programs, so no version is refused. There is a test for each but jax-ml/jax#40101, which only
-time shows: it copies a whole carried array at a write of less than 480 bytes. Measured on 0.10.2, 0.11.1 and 0.12.0.1,
-a round of plain decoding takes twice the time with 512 times the capacity, where a copy of the cache would take a
-hundred times as long.
+None of them affects our programs, so no version is excluded. Each has a test here except jax-ml/jax#40101, which only
+shows in timings: it copies a whole carried array when fewer than 480 bytes of it are written. On 0.10.2, 0.11.1 and
+0.12.0.1, 512 times the cache capacity doubles the time of a plain decoding round; a copy of the cache would multiply it
+by a hundred.
 """
 
 import re
@@ -32,12 +32,14 @@ from layerskip_jax.data.batch import Batch
 from layerskip_jax.decoding.engine import prefill, run_rounds
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.prompt_lookup import look_up
+from layerskip_jax.decoding.request import Request
 from layerskip_jax.decoding.rounds import SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics, emit
 from layerskip_jax.model import unembed
 from layerskip_jax.recipe.early_exit import cross_entropy
-from layerskip_jax.recipe.fused_exit_loss import Draw, exit_losses
+from layerskip_jax.recipe.fused_exit_loss import FusedSettings, fused_exit_losses
+from layerskip_jax.recipe.layer_dropout import DropoutMask
 from layerskip_jax.recipe.skipping import apply_skipping
 
 
@@ -50,7 +52,7 @@ def double(*arrays):
 
 
 def assert_close(ours, exact):
-    """To 1e-4 of the largest value: what is computed wrongly is off by the size of the values, or by far more."""
+    """Within 1e-4 of the largest value: these bugs cause errors as large as the values, or larger."""
     for a, b in zip(ours, exact, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
 
@@ -64,10 +66,10 @@ def softmax(x):
     ("rows", "D", "V", "tied"), [(32_769, 3, 3, True), (40_000, 3, 3, False), (40_000, 6, 5, True)]
 )
 def test_a_loss_over_many_rows(rows, D, V, tied):
-    """jax-ml/jax#39103: a product, then a reduction over its few columns, is wrong past row 32,768 in float32 (0.10.2).
+    """jax-ml/jax#39103: a float32 matmul followed by a reduction over few columns is wrong past row 32,768 (0.10.2).
 
-    Ours: a product with a residual, the mean of squares in `rms_norm`, the product with the head, and the sums of the
-    loss over the vocabulary; forward and backward. A loss or a gradient would be wrong for the last rows of a chunk.
+    Our case: a matmul with a residual, the mean of squares in `rms_norm`, the matmul with the head, and the sums of the
+    loss over the vocabulary; forward and backward. The loss or gradient of the last rows of a chunk would be wrong.
     """
     config = tiny_config(tied_embedding=tied)
     x, out = normal(0, 1, rows, D), normal(1, D, D)
@@ -97,8 +99,8 @@ def test_a_loss_over_many_rows(rows, D, V, tied):
 def test_attention_and_its_gradients(B, T, N, K, H, constant):
     """ptagwb, no issue: ``reduce(batched_dot(x, broadcast(scalar)) * y)`` is wrong, up to NaN (from 0.10.2 on).
 
-    Ours: the backward pass of attention, ``sum_S (d_out v^T) * weights``, is such a reduction of a batched product,
-    and its operand is a broadcast scalar where the objective is a plain sum. Gradients would be wrong.
+    Our case: the backward pass of attention, ``sum_S (d_out v^T) * weights``, reduces a batched matmul like this. Its
+    operand is a broadcast scalar if the objective is a plain sum. Gradients would be wrong.
     """
     q, k, v = normal(0, B, T, N, H), normal(1, B, T, K, H), normal(2, B, T, K, H)
     segments = np.sort(np.random.default_rng(3).integers(0, 3, (B, T)), axis=1)
@@ -126,57 +128,60 @@ def largest_rank(text):
 
 
 def test_no_array_has_seven_axes():
-    """jax-ml/jax#39257, jax-ml/jax#40412: a reduction over arrays of 7 or 8 axes ends the process (0.10.2, 0.11.0).
+    """jax-ml/jax#39257, jax-ml/jax#40412: reducing arrays of 7 or 8 axes crashes the process (0.10.2, 0.11.0).
 
-    Ours have 6 at most, in a training step with exits, dropout and skipping, and in rounds of self-speculation.
+    Ours have at most 6, in a training step with exits and skipping dropout, and in rounds of self-speculation.
     """
     model, ones = jax.eval_shape(partial(tiny_model, num_layers=2)), jnp.ones((4, 8), jnp.int32)
-    batch, draw = Batch(ones, ones, ones, ones), Draw(jnp.ones((2, 4), bool), jnp.ones(2))
+    batch, mask = Batch(ones, ones, ones, ones), DropoutMask(jnp.ones((2, 4), bool), jnp.ones(2))
 
     def objective(model):
-        skipping = partial(apply_skipping, groups=2)
-        return exit_losses(model, batch, jnp.ones(2), chunk=4, draw=draw, apply=skipping).objective
+        settings = FusedSettings(chunk=4, apply_dropout=partial(apply_skipping, groups=2))
+        return fused_exit_losses(model, batch, jnp.ones(2), settings, mask).objective
 
     assert 4 <= largest_rank(jax.jit(jax.grad(objective)).lower(model).compile().as_text()) <= 6
 
     model, step = jax.eval_shape(lambda model: model.unstacked(), model), SelfSpeculative(Greedy(), Fixed(1, 2))
     text_and_limits = jnp.ones((2, 16), jnp.int32), jnp.array([3, 1]), jnp.array([9, 9]), jnp.int32(-1)
-    state = jax.eval_shape(lambda model: prefill(step, model, *text_and_limits, jax.random.key(0), 8), model)
+    state = jax.eval_shape(lambda model: prefill(step, model, Request(*text_and_limits, jax.random.key(0)), 8), model)
     assert 4 <= largest_rank(run_rounds.lower(step, model, state, jnp.int32(1)).compile().as_text()) <= 6
 
 
 def write_often(cache, new_BTKH, start_B, times):
-    """Write at each turn of a loop that carries the cache, as rounds do, one position further."""
+    """Write one position further in each iteration of a loop that carries the cache, as rounds do."""
 
-    def turn(carry):
-        turns, cache = carry
-        new = new_BTKH + turns.astype(jnp.float32)
-        return turns + 1, write_cache(cache, new, -new, start_B + turns)
+    def write(carry):
+        i, cache = carry
+        new = new_BTKH + i.astype(jnp.float32)
+        return i + 1, write_cache(cache, new, -new, start_B + i)
 
-    return jax.lax.while_loop(lambda carry: carry[0] < times, turn, (jnp.int32(0), cache))[1]
+    return jax.lax.while_loop(lambda carry: carry[0] < times, write, (jnp.int32(0), cache))[1]
 
 
 @pytest.mark.parametrize(("starts", "T"), [([125], 1), ([0, 125, 297, 253, 128], 1), ([0, 125, 295, 252, 126], 3)])
 def test_cache_writes_in_a_loop(starts, T):
-    """jax-ml/jax#40849, openxla/xla#49121: nested slices of which one starts out of range read elsewhere (before 0.12).
+    """jax-ml/jax#40849, openxla/xla#49121: nested slices read the wrong place if one starts out of range (before 0.12).
 
-    Ours: a write across two pieces of the cache, or at the very end of it, moves its window into each piece. Keys would
-    land in the wrong slots.
+    Our case: a write across two pieces of the cache, or at its very end, moves its window into each piece. Keys would
+    be written to the wrong slots.
     """
     B, K, S, H, times = len(starts), 2, 300, 4, 3
     new = normal(0, B, T, K, H)
     cache = jax.jit(write_often)(LayerCache.empty(B, K, S, H, jnp.float32), new, jnp.array(starts), times)
     exact = np.zeros((B, S, K, H))
-    for turn in range(times):
+    for i in range(times):
         for row, first in enumerate(starts):
-            exact[row, first + turn : first + turn + T] = new[row] + turn
+            exact[row, first + i : first + i + T] = new[row] + i
     exact = exact.swapaxes(1, 2)
     assert len(cache.k_BKSH) == 3
     assert_close((np.concatenate(pieces, axis=2) for pieces in cache), (exact, -exact))
 
 
 def continuation(words, longest, count):
-    """Return what followed the latest of the longest earlier matches of the last 1 to ``longest`` words."""
+    """Return ``count`` words that followed the longest earlier match of the last words; the latest such match.
+
+    A match has at most ``longest`` words. The continuation repeats if it is shorter than ``count``.
+    """
     for size in range(longest, 0, -1):
         for end in range(len(words) - 1, size - 1, -1):
             if words[end - size : end] == words[-size:]:
@@ -186,10 +191,10 @@ def continuation(words, longest, count):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_text_copied_from_itself(rows):
-    """openxla/xla#49176: an update with a shifted slice of the same array reads what it just wrote (every version).
+    """openxla/xla#49176: updating an array with a shifted slice of itself reads what was just written (all versions).
 
-    Ours: prompt lookup drafts what followed earlier in the text, and `emit` writes that into the same array. Nothing
-    is between the two here, so that they can be fused. Wrong tokens would be written.
+    Our case: prompt lookup drafts tokens from earlier in the text, and `emit` writes them into the same array. Nothing
+    separates the two here, so XLA can fuse them. Wrong tokens would be written.
     """
     S, d, longest, times = 64, 3, 2, 6
     text = np.random.default_rng(0).integers(1, 4, (rows, S)).astype(np.int32)
@@ -204,18 +209,18 @@ def test_text_copied_from_itself(rows):
         done_B=none_B > 0,
         eos=jnp.int32(-1),
         cache=KVQCache([], []),
-        memory=(),
+        policy_state=(),
         key=jax.random.key(0),
         statistics=Statistics(jnp.int32(0), none_B, none_Q, none_B),
     )
 
-    def turn(_, state):
+    def draft_and_emit(_, state):
         draft_Bd, drafted_B = look_up(state.tokens_BS, state.length_B, longest, d)
         return emit(state, draft_Bd, drafted_B, draft_Bd[:, 0])
 
     @jax.jit
     def run(state):
-        state = jax.lax.fori_loop(0, times, turn, state)
+        state = jax.lax.fori_loop(0, times, draft_and_emit, state)
         return state.tokens_BS.reshape(1, rows, S), state.length_B
 
     tokens, known_B = run(state)

@@ -1,4 +1,4 @@
-"""int8 weights: a quarter of the memory, nearly the same logits, and speculation as lossless as ever."""
+"""int8 weights: a quarter of the memory, nearly the same logits, and speculation is still lossless."""
 
 import sys
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from models import tiny_model
 
-from layerskip_jax.decoding.engine import generate, run_rounds, start
+from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.engine import begin, generate, run_rounds
 from layerskip_jax.decoding.policies import Adaptive, Fixed
 from layerskip_jax.decoding.quantization import OUTPUT_AXES, quantized, with_weights
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -16,7 +17,7 @@ from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import UserError
 
 
-def bytes_of(tree):
+def tree_bytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
@@ -29,7 +30,7 @@ def test_logits_are_nearly_the_same(tied):
     assert 1e-4 < difference < 0.03
 
 
-def test_every_weight_is_within_half_a_step_of_what_it_was():
+def test_every_weight_changes_by_at_most_half_a_quantization_step():
     model = tiny_model().unstacked()
     rounded = quantized(model)
     for name, output_axes in OUTPUT_AXES.items():
@@ -39,25 +40,29 @@ def test_every_weight_is_within_half_a_step_of_what_it_was():
         assert (np.abs(np.asarray(new[...]) - old[...]) <= 0.5001 * step).all(), name
 
 
-def test_the_loop_is_given_a_quarter_of_the_bytes():
+def test_the_loop_reads_a_quarter_of_the_bytes():
     model = tiny_model(dim=128, ffn_dim=512, num_heads=4, num_kv_heads=4, vocab_size=512).unstacked()
-    rounded, step = quantized(model), Autoregressive(Greedy())
-    embedding = model.embedding_VD[...].nbytes  # a token reads one row of it: it stays as it is
-    assert bytes_of(rounded) - embedding < 0.27 * (bytes_of(model) - embedding)
-    state = start(rounded, [[1, 2]], 8, step)
-    memory = run_rounds.lower(step, rounded, state, jnp.int32(1)).compile().memory_analysis()
-    assert memory.argument_size_in_bytes < 0.5 * bytes_of(model)
+    rounded, strategy = quantized(model), Autoregressive(Greedy())
+    embedding = model.embedding_VD[...].nbytes  # not quantized: a token reads only one row of it
+    assert tree_bytes(rounded) - embedding < 0.27 * (tree_bytes(model) - embedding)
+    state = begin(rounded, [[1, 2]], 8, strategy)
+    memory = run_rounds.lower(strategy, rounded, state, jnp.int32(1)).compile().memory_analysis()
+    assert memory.argument_size_in_bytes < 0.5 * tree_bytes(model)
 
 
-@pytest.mark.parametrize("policy", [Fixed(2, 3), Adaptive(2, 4, (1, 2, 3))], ids=["fixed", "adaptive"])
-def test_speculation_is_lossless_on_int8_weights(policy):
+@pytest.mark.parametrize(
+    "strategy",
+    [SelfSpeculative(Greedy(), Fixed(2, 3)), AdaptiveSpeculative(Greedy(), Adaptive(2, 4, (1, 2, 3)))],
+    ids=["fixed", "adaptive"],
+)
+def test_speculation_is_lossless_on_int8_weights(strategy):
     for seed in range(3):
         model, prompts = quantized(tiny_model(seed).unstacked()), [[1, 2, 3], [4]]
         plain = generate(model, prompts, 30, Autoregressive(Greedy()))
-        assert generate(model, prompts, 30, SelfSpeculative(Greedy(), policy)).tokens == plain.tokens
+        assert generate(model, prompts, 30, strategy).tokens == plain.tokens
 
 
-def test_full_weights_are_left_alone():
+def test_quantization_does_not_change_the_original_model():
     model = tiny_model().unstacked()
     assert with_weights(model, "full") is model
     before = np.asarray(model.blocks[0].gate_up_DM[...])
@@ -65,7 +70,7 @@ def test_full_weights_are_left_alone():
     np.testing.assert_array_equal(model.blocks[0].gate_up_DM[...], before)
 
 
-def test_without_qwix_one_line_says_what_to_install(monkeypatch):
+def test_a_missing_qwix_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(UserError, match=r"pip install layerskip_jax\[int8\]"):
         quantized(tiny_model().unstacked())

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/ are run: their Python as it stands, their commands through the parsers."""
+"""The README and docs/: their Python runs, and the real parsers accept their commands."""
 
 import importlib
 import itertools
@@ -11,38 +11,28 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evidence
-from layerskip_jax.command_line import add_settings, make_parser, parse_config
-from layerskip_jax.commands import evaluate as evaluation
-from layerskip_jax.commands import export, plots, report, sweep
-from layerskip_jax.commands import lm_eval as harness
-from layerskip_jax.commands import tasks as generation
-from layerskip_jax.commands.prompts import add_prompt_options
-from layerskip_jax.config import DecodeConfig
+from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.commands.layerskip import COMMANDS as LAYERSKIP
+from layerskip_jax.commands.layerskip import main as layerskip
 from layerskip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = {page.name: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-# What is said to other programs; those of tpu/pod are run in test_tpu_files.py.
+DOCS = sorted(file.relative_to(ROOT) for file in (ROOT / "docs").rglob("*.md") if "accelerator" not in file.parts)
+PAGES = {str(page): (ROOT / page).read_text() for page in (Path("README.md"), *DOCS)}
+# Commands of other programs are not tested; those of tpu/pod are tested in test_tpu_files.py.
 OTHERS = {"hf", "kill", "gcloud", "export", "ssh-add", "kubectl", "docker", "tpu/pod"}
-PROGRAMS = {"make", "python", "pip", "pytest", "layerskip-train", "layerskip-decode", *OTHERS}
-OF_CHECKPOINTS = {
-    "layerskip_jax.commands.export": export.main,
-    "layerskip_jax.commands.sweep": sweep.main,
-    "layerskip_jax.evaluation": evaluation.main,
-    "layerskip_jax.commands.tasks": generation.main,
-    "layerskip_jax.commands.lm_eval": harness.main,
-    "layerskip_jax.commands.plots": plots.main,
-    "layerskip_jax.commands.report": report.main,
-}
+PROGRAMS = {"make", "python", "pip", "pytest", "layerskip", *OTHERS}
+SCRIPTS = {"train.py": "train", "decode.py": "decode"}
+RUNS = ("runs/", "layerskip-1b")
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "benchmarks").glob("[a-z]*.py")))
-def test_a_benchmark_opens_or_says_what_to_install(name):
+def test_a_benchmark_imports_or_names_the_missing_package(name):
     try:
         importlib.import_module(f"benchmarks.{name}")
-    except SystemExit as said:
-        assert "pip install" in str(said)  # noqa: PT017
+    except SystemExit as error:
+        assert "pip install" in str(error)  # noqa: PT017
 
 
 def blocks(language, text):
@@ -50,32 +40,51 @@ def blocks(language, text):
 
 
 def indented(text):
-    """Code blocks of four spaces, which begin after a blank line."""
+    """Return the code blocks that are indented by four spaces; each follows a blank line."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     found = re.findall(r"(?:\A|\n)\n((?: {4}[^\n]*\n(?:\n(?= {4}))?)+)", prose)
     return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
 
 
+def words_of(command):
+    """Split a command into words, without leading environment variables."""
+    return list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(command, comments=True)))
+
+
 def is_command(block):
-    return block.split()[0] in PROGRAMS
+    return words_of(block.splitlines()[0])[0] in PROGRAMS
 
 
 def commands(text):
+    """Return the commands in code blocks, and those in inline code that have arguments."""
     shells = [*blocks("bash", text), *filter(is_command, indented(text))]
     lines = itertools.chain.from_iterable(block.splitlines() for block in shells)
-    return [line for line in lines if line.strip() and line.split()[0] not in OTHERS]
+    quoted = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    named = [code for code in quoted if re.match(r"([A-Z_]+=\S+ )*(pytest|python|layerskip|make) ", code)]
+    # `layerskip train` and `layerskip COMMAND --help` only mention a command.
+    named = [code for code in named if "COMMAND" not in code and not re.fullmatch(r"layerskip [\w-]+( \w+)?", code)]
+    found = [re.sub(r"\s+# .*", "", line) for line in [*filter(str.strip, lines), *named]]
+    return [command for command in found if words_of(command)[0] not in OTHERS]
 
 
-COMMANDS = sorted({c for text in [*PAGES.values(), (ROOT / "tpu/README.md").read_text()] for c in commands(text)})
+ALL_COMMANDS = sorted({c for text in [*PAGES.values(), (ROOT / "tpu/README.md").read_text()] for c in commands(text)})
 CODE = [
-    pytest.param(code, name, id=f"{name}-{i}")
-    for name, t in PAGES.items()
-    for i, code in enumerate(blocks("python", t))
+    pytest.param(code, page, id=f"{page}-{i}")
+    for page, text in PAGES.items()
+    for i, code in enumerate(blocks("python", text))
 ]
 
 
+def test_the_readme_is_short_and_its_first_screen_shows_what_works():
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert "missed" not in "\n".join(lines[:60]).lower()
+
+
 @pytest.mark.parametrize(("code", "page"), CODE)
-def test_python_runs(code, page):
+def test_python_runs(code, page, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {"__name__": "readme"})
 
 
@@ -91,74 +100,94 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_is_of_a_kind_that_is_run_or_says_what_it_is(page):
+def test_every_code_block_has_a_known_language_or_is_a_command_or_formula(page):
     opened = re.findall(r"^```(\S*)\n", re.sub(r"^```$", "", PAGES[page], flags=re.MULTILINE), flags=re.MULTILINE)
     assert set(opened) <= {"bash", "python", "text", "{toctree}", "{include}", "{eval-rst}"}
     for block in indented(PAGES[page]):
-        assert is_command(block) or "=" in block, block  # else a formula
+        assert is_command(block) or "=" in block, block  # else a formula, or Python that takes too long
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_what_the_programs_take(command, monkeypatch):
+@pytest.mark.parametrize("command", ALL_COMMANDS)
+def test_the_parsers_accept_the_command(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command, comments=True)
-    if words[0] == "make":
-        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
-    elif words[0] == "pip":
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        asked = re.findall(r"\[(.*?)\]", command)
-        assert {extra for group in asked for extra in group.split(",")} <= project["optional-dependencies"].keys()
-        assert words[1] == "install"
-        assert project["name"] in command or "-e" in words or "torch" in words
-    elif words[0] == "layerskip-train" or words[1] == "train.py":
-        arguments = words[1 if words[0] == "layerskip-train" else 2 :]
-        parse_config(make_parser(""), [word for word in arguments if word != "--help"])
-    elif words[0] == "layerskip-decode" or words[1] == "decode.py":
-        parser = make_parser("")
-        add_prompt_options(parser)
-        source = (ROOT / "layerskip_jax/commands/decode.py").read_text()
-        for option in ("--checkpoint", "--batch_size", "--compare", "--quiet", "--json"):
-            assert f'"{option}"' in source
-            parser.add_argument(option, nargs="?")
-        add_settings(parser, DecodeConfig())
-        parser.parse_known_options(words[words.index("--checkpoint") :])
-    elif words[1].endswith(".py"):
-        source = (ROOT / words[1]).read_text()
-        if "parse_config" in source and words[1].startswith("examples/"):
-            parse_config(make_parser(""), words[2:])
-        else:
-            settings = [at for at, word in enumerate(words) if re.match(r"--\w+\.", word)]
-            parse_config(make_parser(""), [part for at in settings for part in words[at : at + 2]])
-            options = {word for word in words if word.startswith("--")} - {words[at] for at in settings}
-            assert all(f'"{option}"' in source or option == "--config" for option in options)
-    elif words[2] in OF_CHECKPOINTS:
-        argv = ["nowhere" if word.startswith(("runs/quickstart", "layerskip-1b")) else word for word in words[3:]]
-        with pytest.raises(UserError, match=r"no (checkpoint|metrics) at nowhere"):  # so the rest was understood
-            OF_CHECKPOINTS[words[2]](argv)
-    elif words[2] == "benchmarks.evidence":
-        evidence.parse(words[3:])
-    elif words[2].startswith("benchmarks."):
-        source = (ROOT / words[2].replace(".", "/")).with_suffix(".py").read_text()
-        assert all(f'"{word}"' in source for word in words[3:] if word.startswith("--"))
+    program, *words = words_of(command)
+    module = words[1].removesuffix(".py") if words[0] == "-m" else ""
+    if program == "layerskip":
+        check_layerskip(words)
+    elif words[0] in SCRIPTS:
+        check_layerskip([SCRIPTS[words[0]], *words[1:]])
+    elif module == "layerskip_jax":
+        check_layerskip(words[2:] or ["train"])
+    elif program == "make":
+        assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text()
+    elif program == "pip":
+        check_pip(command, words)
+    elif program == "pytest" or module == "pytest":
+        files = [word.partition("::")[0] for word in words if word.startswith("tests/")]
+        assert files
+        assert all((ROOT / file).exists() for file in files)
+    elif module == "benchmarks.evidence":
+        evidence.parse(words[2:])
+    elif module:
+        assert module.startswith("benchmarks."), command
+        check_script(ROOT / f"{module.replace('.', '/')}.py", words[2:])
     else:
-        assert words[1:3] == ["-m", "layerskip_jax.data"]
-        assert words[3] in (ROOT / "layerskip_jax/commands/data.py").read_text()
+        check_script(ROOT / words[0], words[1:])
+
+
+def check_layerskip(words):
+    """Parse a command of ``layerskip``. Those that read a run parse all options, then fail because it is missing."""
+    name, *arguments = words
+    assert name in LAYERSKIP
+    if "--help" in arguments:
+        with pytest.raises(SystemExit) as ended:
+            layerskip([name, "--help"])
+        assert ended.value.code == 0
+    elif name in ("train", "data"):
         parser = make_parser("")
-        parser.add_argument("--out")
-        parse_config(parser, words[4:])
+        if name == "data":
+            assert f'"{arguments.pop(0)}"' in (ROOT / "layerskip_jax/commands/data.py").read_text()
+            parser.add_argument("--out")
+        parse_config(parser, arguments)
+    else:
+        arguments = ["nowhere" if word.startswith(RUNS) or word == "RUN" else word for word in arguments]
+        with pytest.raises(UserError, match=r"no (checkpoint|metrics) at nowhere"):
+            layerskip([name, *arguments])
 
 
-def test_the_file_tree_is_the_real_one():
+def check_pip(command, words):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {extra for group in re.findall(r"\[(.*?)\]", command) for extra in group.split(",")}
+    assert extras <= project["optional-dependencies"].keys()
+    assert words[0] == "install"
+    assert project["name"] in command.replace("_", "-") or "-e" in words or "torch" in words
+
+
+def check_script(file, words):
+    """Parse the settings, and find every other option in the source."""
+    source = file.read_text()
+    if "parse_config" in source and file.parent.name == "examples":
+        parse_config(make_parser(""), words)
+        return
+    settings = [at for at, word in enumerate(words) if re.match(r"--\w+\.", word)]
+    parse_config(make_parser(""), [part for at in settings for part in words[at : at + 2]])
+    options = {word for word in words if word.startswith("--")} - {words[at] for at in settings}
+    assert all(f'"{option}"' in source or option == "--config" for option in options)
+
+
+def test_the_file_map_names_every_module_at_the_top_and_every_package():
     tree = blocks("text", README)[-1]
     for name in re.findall(r"[\w/]+\.py", tree):
         assert list(ROOT.rglob(name)), name
-    documented = set(re.findall(r"(\w+)\.py", tree))
-    real = {file.stem for file in (ROOT / "layerskip_jax").glob("*.py")} - {"__init__", "errors"}
-    assert real <= documented
+    package = ROOT / "layerskip_jax"
+    modules = {file.name for file in package.glob("*.py") if not file.stem.startswith("__")}
+    packages = {f"{folder.parent.name}/" for folder in package.glob("*/__init__.py")}
+    words = set(re.findall(r"[\w/]+\.py|\w+/", tree))
+    assert modules <= words
+    assert packages <= words
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_local_link_leads_somewhere(page):
-    folder = ROOT if page == "README.md" else ROOT / "docs"
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page]):
-        assert (folder / target).exists(), target
+        assert ((ROOT / page).parent / target).exists(), target

@@ -1,4 +1,4 @@
-"""The report of a run, its picture of layers and tokens, and the sinks of metrics."""
+"""The report of a run, its plot of exits and tokens, and the sinks of metrics."""
 
 import base64
 import re
@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 from matplotlib import pyplot
 from models import tiny_model
 
-from layerskip_jax.checkpoint.reading import store_swept
+from layerskip_jax.checkpoint.swept import store_swept
 from layerskip_jax.commands import report, sweep
 from layerskip_jax.commands.plots import _draw_schedules
 from layerskip_jax.config import Config, EarlyExitConfig, TrainConfig
@@ -28,7 +28,7 @@ from layerskip_jax.training.monitoring.metrics import MetricsWriter, read_record
 
 
 @given(arrays.arrays(int, st.tuples(st.integers(1, 6), st.integers(1, 8)), elements=st.integers(0, 2)))
-def test_the_settling_exit_is_the_earliest_after_which_none_differs(next_LT):
+def test_the_settling_exit_is_the_earliest_from_which_all_agree(next_LT):
     for token, settled in enumerate(settling_exits(next_LT).tolist()):
         column = next_LT[:, token].tolist()
         holds = [
@@ -37,22 +37,22 @@ def test_the_settling_exit_is_the_earliest_after_which_none_differs(next_LT):
         assert settled == min(holds)
 
 
-def test_each_exit_says_what_the_model_cut_there_would(corpus):
+def test_each_exit_predicts_like_the_truncated_model(corpus):
     tokenizer = load_tokenizer(corpus.tokenizer)
     model = tiny_model(4, vocab_size=tokenizer.vocab_size, num_layers=2).unstacked()
     figure = token_exits(model, tokenizer, "def x", 5)
-    assert len(figure.settled) == len(figure.said) <= 5
+    assert len(figure.settled) == len(figure.predicted) <= 5
     forward = jax.jit(lambda model, tokens: model(tokens)[0].argmax(-1))
     prompt = [tokenizer.bos_id, *tokenizer.encode("def x")]
     tokens = jnp.zeros((1, 64), int).at[0, : len(prompt)].set(jnp.array(prompt))
-    for at, said in enumerate(figure.said, len(prompt) - 1):
+    for at, predicted in enumerate(figure.predicted, len(prompt) - 1):
         for exit_layer in (1, 2):
             own = forward(model.first_layers(exit_layer), tokens)[at]
-            assert said[exit_layer - 1] == tokenizer.decode([int(own)])
+            assert predicted[exit_layer - 1] == tokenizer.decode([int(own)])
         tokens = tokens.at[0, at + 1].set(own)
 
 
-def test_a_report_is_one_page_that_needs_no_other_file(trained_run, tmp_path, capsys):
+def test_a_report_is_one_self_contained_page(trained_run, tmp_path, capsys):
     run = shutil.copytree(trained_run, tmp_path / "run").as_posix()
     measurement = sweep.Measurement({"exit_layer": 1}, 10.0, 1.5, 0.5, 2.0, 2.0, 1.0, True)
     sweep.plot([measurement, measurement], [1], [2], Path(run, "plots", "sweep.png"))
@@ -64,16 +64,16 @@ def test_a_report_is_one_page_that_needs_no_other_file(trained_run, tmp_path, ca
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "def &lt;x&gt;" in page
-    assert "&quot;tokens_per_second&quot;: 10.0" in page  # what a sweep stored
+    assert "&quot;tokens_per_second&quot;: 10.0" in page  # stored by a sweep
     assert page.count("<tr>") - 1 <= 6
     assert {path.name for path in Path(run, "plots").iterdir()} >= {"quality.png", "tokens_0.png", "loss.png"}
 
 
-def test_what_is_not_there_is_said_in_its_place(trained_run, tmp_path, monkeypatch):
+def test_missing_text_is_reported_on_the_page(trained_run, tmp_path, monkeypatch):
     def no_text(*_):
         raise UserError("no corpus at <gone>")
 
-    monkeypatch.setattr(report, "quality_of_checkpoint", no_text)
+    monkeypatch.setattr(report, "checkpoint_quality", no_text)
     page = report.write_report(shutil.copytree(trained_run, tmp_path / "run").as_posix(), ["x"], 2, 1).read_text()
     assert "Not measured: no corpus at &lt;gone&gt;" in page
     assert "Not swept yet" in page
@@ -82,12 +82,12 @@ def test_what_is_not_there_is_said_in_its_place(trained_run, tmp_path, monkeypat
     assert "Not shown: no corpus at &lt;gone&gt;; --prompt TEXT names a text" in page
     with pytest.raises(UserError, match="no checkpoint at"):
         report.main([str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match="--batches must be at least 1, not 0"):
+    with pytest.raises(UserError, match="--batches: must be at least 1, not 0"):
         report.main([trained_run, "--batches", "0"])
 
 
-def test_metrics_go_to_wandb_where_asked(tmp_path, monkeypatch, capsys):
-    """A stand-in for the module, as strict about arguments as what is used of it."""
+def test_metrics_go_to_wandb(tmp_path, monkeypatch, capsys):
+    """With a stub of the module that is strict about its arguments."""
     runs = []
 
     class Run:
@@ -109,7 +109,7 @@ def test_metrics_go_to_wandb_where_asked(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     config = Config(train=TrainConfig(run_dir=str(tmp_path / "run"), wandb_project="layers"))
-    for step in (1, 2):  # started again, it is the same run
+    for step in (1, 2):  # the restarted run keeps its id
         writer = MetricsWriter(config)
         writer.write(step, {"train/loss": np.float64(2.5), "sample": "def"})
         writer.close()
@@ -123,13 +123,13 @@ def test_metrics_go_to_wandb_where_asked(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
     MetricsWriter(config).close()
-    assert "WARNING: no more is written to Weights & Biases: no API key" in capsys.readouterr().err
+    assert "WARNING: no more metrics are written to Weights & Biases: no API key" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'layerskip-jax\[wandb\]'"):
         MetricsWriter(config)
 
 
-def test_schedules_are_drawn_near_where_they_turn_and_whole_where_they_do_not():
+def test_schedules_show_a_few_rotations_or_else_the_whole_run():
     drawn = []
     for curriculum in ("rotational", "gradual", "all"):
         early = EarlyExitConfig(curriculum=curriculum, dilation=3)
@@ -140,6 +140,6 @@ def test_schedules_are_drawn_near_where_they_turn_and_whole_where_they_do_not():
         drawn.append((image.get_array().shape, image.get_extent()[:2]))
         weights = np.asarray(image.get_array())
         np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=1e-5)
-        assert weights[1].max() > 0  # also the early exits of a gradual one, which come late
+        assert weights[1].max() > 0  # also the early exits of the gradual curriculum, which start late
         pyplot.close("all")
     assert drawn == [((12, 12), [-0.5, 11.5]), ((12, 200), [-0.5, 999.5]), ((12, 200), [-0.5, 999.5])]

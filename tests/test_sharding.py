@@ -1,4 +1,4 @@
-"""How chips are put into the mesh: stand-ins with the coordinates that a TPU's have."""
+"""The arrangement of chips in the mesh, tested with stubs that have the coordinates of TPU chips."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import mesh_utils
 
-from layerskip_jax.sharding import arranged
+from layerskip_jax.sharding import RULES, arrange_devices
 
 TORUSES = [(4, 8, 1), (8, 16, 1), (2, 2, 2), (4, 4, 4), (4, 8, 8)]
 
@@ -19,15 +19,15 @@ def chips(torus, slices=1):
     chip = {"core_on_chip": 0, "platform": "tpu", "device_kind": kind}
     places = list(itertools.product(*map(range, torus)))
     return [
-        types.SimpleNamespace(id=i, coords=list(at), process_index=i // 4, slice_index=of_slice, **chip)
-        for of_slice in range(slices)
+        types.SimpleNamespace(id=i, coords=list(at), process_index=i // 4, slice_index=slice_index, **chip)
+        for slice_index in range(slices)
         for i, at in enumerate(places)
     ]
 
 
 @st.composite
 def meshes(draw):
-    """A torus, a number of slices, and a mesh whose sequence and tensor axes are powers of two."""
+    """A torus, a number of slices, and a mesh whose fsdp, sequence and tensor axes are powers of two."""
     torus, slices = draw(st.sampled_from(TORUSES)), draw(st.sampled_from([1, 2, 4]))
     left, axes = math.prod(torus), []
     for _ in range(3):
@@ -37,19 +37,24 @@ def meshes(draw):
 
 
 @given(meshes())
-def test_a_mesh_holds_every_chip_once_and_its_data_axis_alone_crosses_slices(drawn):
+def test_a_mesh_holds_every_chip_once_and_only_its_data_axis_crosses_slices(drawn):
     torus, slices, shape = drawn
     devices = chips(torus, slices)
-    grid = arranged(shape, slices, devices)
+    grid = arrange_devices(shape, slices, devices)
     assert grid.shape == shape
     assert sorted((chip.slice_index, chip.id) for chip in grid.flat) == [(c.slice_index, c.id) for c in devices]
     for copy in grid:
         assert len({chip.slice_index for chip in copy.flat}) == 1
 
 
-def test_an_axis_may_take_a_part_of_an_axis_of_the_torus():
-    """On 4 x 4 x 4 an axis of 32 is no product of whole axes, which JAX refuses unless it is asked for."""
+def test_a_mesh_axis_may_split_a_torus_axis():
+    """On 4 x 4 x 4 an axis of 32 is not a product of whole axes, which JAX rejects unless asked to split."""
     shape, devices = (2, 32, 1, 1), chips((4, 4, 4))
     with pytest.raises(NotImplementedError, match="allow_split_physical_axes"):
         mesh_utils.create_device_mesh(shape, devices)
-    assert arranged(shape, 1, devices).shape == shape
+    assert arrange_devices(shape, 1, devices).shape == shape
+
+
+def test_the_rules_are_constant():
+    with pytest.raises(TypeError):
+        RULES["embed"] = None

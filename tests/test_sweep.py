@@ -1,4 +1,4 @@
-"""The sweep: what it measures, recommends and stores, and the overhead that it fits."""
+"""The sweep: measurements, recommendation, storage, and the fitted overhead."""
 
 import json
 import math
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from test_decoding_text import decoded, run_folder
 
-from layerskip_jax.checkpoint.reading import SWEPT, find_checkpoint, swept_settings
+from layerskip_jax.checkpoint.run_folder import find_checkpoint
+from layerskip_jax.checkpoint.swept import SWEPT, swept_settings
 from layerskip_jax.commands import decode, sweep
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.cost import Overhead, round_cost
@@ -17,14 +18,14 @@ __all__ = ["run_folder"]  # a fixture
 
 
 def test_sweep_measures_recommends_and_stores(run_folder, capsys):
-    request = ["--checkpoint", run_folder, "--prompt", "def x", "--max_new_tokens", "6", "--repeats", "1"]
+    request = [run_folder, "--prompt", "def x", "--max_new_tokens", "6", "--repeats", "1"]
     before = decoded(capsys, "--checkpoint", run_folder, "--prompt", "def x", "--json").splitlines()[0]
     sweep.main([*request, "--try_exits", "1", "3", "--try_lengths", "2", "--json"])
-    *ways, last = map(json.loads, capsys.readouterr().out.splitlines())
-    assert [way["settings"]["mode"] for way in ways[:3]] == ["autoregressive", "self_speculative", "self_speculative"]
-    assert [(w["settings"]["exit_layer"], w["settings"]["draft_length"]) for w in ways[1:3]] == [(1, 2), (3, 2)]
-    assert [way["settings"]["policy"] for way in ways[3:]] == ["fixed", "adaptive", "fixed"]
-    assert all(way["identical"] for way in ways)
+    *rows, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [row["settings"]["mode"] for row in rows[:3]] == ["autoregressive", "self_speculative", "self_speculative"]
+    assert [(row["settings"]["exit_layer"], row["settings"]["draft_length"]) for row in rows[1:3]] == [(1, 2), (3, 2)]
+    assert [row["settings"]["policy"] for row in rows[3:]] == ["fixed", "adaptive", "fixed"]
+    assert all(row["identical"] for row in rows)
     assert (Path(run_folder) / "plots" / "sweep.png").stat().st_size > 10_000
 
     stored = swept_settings(run_folder, set())
@@ -32,12 +33,12 @@ def test_sweep_measures_recommends_and_stores(run_folder, capsys):
     assert decoded(capsys, "--checkpoint", run_folder, "--prompt", "def x", "--json").splitlines()[0] == before
     assert "exit_layer" not in swept_settings(run_folder, {"draft_length"})
     (find_checkpoint(run_folder).parent / SWEPT).write_text("{}")
-    with pytest.raises(UserError, match=r"decode\.json is not what python -m layerskip_jax\.sweep writes"):
+    with pytest.raises(UserError, match=r"decode\.json is not what .*layerskip.* sweep writes"):
         decode.main(["--checkpoint", run_folder, "--prompt", "a"])
     (find_checkpoint(run_folder).parent / SWEPT).unlink()
 
 
-def test_sweep_recommends_what_is_lossless_and_says_where_it_cannot_store(run_folder, capsys, monkeypatch):
+def test_sweep_recommends_lossless_settings_and_reports_that_it_cannot_store(run_folder, capsys, monkeypatch):
     def measured(mode, speed, identical):
         return sweep.Measurement(
             {"mode": mode, "policy": "fixed", "exit_layer": 1, "draft_length": 2},
@@ -46,12 +47,12 @@ def test_sweep_recommends_what_is_lossless_and_says_where_it_cannot_store(run_fo
 
     finals = [measured("autoregressive", 1.0, True), measured("self_speculative", 2.0, False)]
     monkeypatch.setattr(sweep, "sweep", lambda *_: (finals, finals, Overhead()))
-    request = ["--checkpoint", run_folder, "--prompt", "def x", "--try_exits", "1", "--try_lengths", "2"]
+    request = [run_folder, "--prompt", "def x", "--try_exits", "1", "--try_lengths", "2"]
     before = sorted(Path(run_folder).rglob("*"))
     sweep.main([*request, "--no_store", "--json"])
-    *ways, last = map(json.loads, capsys.readouterr().out.splitlines())
+    *rows, last = map(json.loads, capsys.readouterr().out.splitlines())
     assert last["recommended"]["mode"] == "autoregressive"
-    assert not any("acceptance" in way for way in ways)
+    assert not any("acceptance" in row for row in rows)
     sweep.main([*request, "--no_store"])
     assert "nothing drafted" in capsys.readouterr().out
     assert sorted(Path(run_folder).rglob("*")) == before
@@ -67,12 +68,12 @@ def test_sweep_recommends_what_is_lossless_and_says_where_it_cannot_store(run_fo
 def test_sweep_errors(run_folder):
     for argv, message in [
         (["--prompt", "a", "--try_exits", "5"], r"--try_exits must be in 1\.\.4"),
-        (["--prompt", "a", "--try_lengths", "0"], "--try_lengths and --repeats at least 1"),
+        (["--prompt", "a", "--try_lengths", "0"], "--try_lengths: must be at least 1, not 0"),
         (["--prompt", "a", "--try_lengths", "64"], r"draft_length must be in 1\.\.63"),
         (["--prompt", "a", "--held_out", "2"], "give the prompts in one way"),
     ]:
         with pytest.raises(UserError, match=message):
-            sweep.main(["--checkpoint", run_folder, *argv])
+            sweep.main([run_folder, *argv])
 
 
 @pytest.mark.parametrize("overhead", [Overhead(0.5, 0.07), Overhead(0.0, 0.07), Overhead(0.5, 0.0), Overhead()])
@@ -82,7 +83,7 @@ def test_the_overhead_of_speculation_is_fitted(overhead):
     measurements = [
         sweep.Measurement({"exit_layer": e}, 0, 0, 0, 0, d, round_cost(model, e, d, overhead), True) for e, d in rounds
     ]
-    assert sweep.fitted_overhead(model, measurements) == pytest.approx(overhead, abs=1e-9)
+    assert sweep.fit_overhead(model, measurements) == pytest.approx(overhead, abs=1e-9)
 
 
 def test_an_overhead_is_never_negative():
@@ -91,4 +92,4 @@ def test_an_overhead_is_never_negative():
         sweep.Measurement({"exit_layer": 2}, 0, 0, 0, 0, d, cost * round_cost(model, 2, d), True)
         for d, cost in ((2, 0.9), (4, 1.0), (8, 0.9))
     ]
-    assert min(sweep.fitted_overhead(model, fast)) >= 0
+    assert min(sweep.fit_overhead(model, fast)) >= 0

@@ -1,4 +1,4 @@
-"""tokenizer.json: what we write encodes as SentencePiece does, and what others write comes back without loss."""
+"""tokenizer.json: exported files encode as SentencePiece does, and foreign files decode without loss."""
 
 import json
 import pickle
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
-from layerskip_jax.data.load_tokenizer import load_tokenizer, tokenizer_in
+from layerskip_jax.data.load_tokenizer import find_tokenizer, load_tokenizer
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import SPACE
 from layerskip_jax.errors import UserError
@@ -21,7 +21,7 @@ TEXTS = st.text(
 
 @pytest.fixture(scope="module")
 def exported(corpus, tmp_path_factory):
-    """Our SentencePiece model, and the tokenizer.json made of it."""
+    """A SentencePiece model, and the tokenizer.json exported from it."""
     folder = tmp_path_factory.mktemp("exported")
     ours = load_tokenizer(corpus.tokenizer)
     for name, content in tokenizer_files(ours).items():
@@ -31,7 +31,7 @@ def exported(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def byte_level(corpus, tmp_path_factory):
-    """A byte-level BPE of the kind of Llama 3, trained by the tokenizers library."""
+    """A byte-level BPE like that of Llama 3, trained by the tokenizers library."""
     folder = tmp_path_factory.mktemp("byte_level")
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -51,7 +51,7 @@ def byte_level(corpus, tmp_path_factory):
 
 
 @given(text=TEXTS)
-def test_the_written_json_encodes_as_sentencepiece_does(exported, text):
+def test_the_exported_json_encodes_as_sentencepiece_does(exported, text):
     ours, written = exported
     assert written.encode(text) == ours.encode(text)
     assert written.decode(ours.encode(text)) == ours.decode(ours.encode(text)) == text
@@ -59,7 +59,7 @@ def test_the_written_json_encodes_as_sentencepiece_does(exported, text):
 
 
 @given(text=TEXTS)
-def test_byte_level_decoding_gives_the_text_back_bit_by_bit(byte_level, text):
+def test_byte_level_decoding_restores_the_text(byte_level, text):
     tokenizer, before = load_tokenizer(str(byte_level / "tokenizer.json")), ""
     ids = tokenizer.encode(text)
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
@@ -71,8 +71,8 @@ def test_byte_level_decoding_gives_the_text_back_bit_by_bit(byte_level, text):
     assert before == text
 
 
-def test_it_pickles_and_lies_beside_its_settings(byte_level):
-    tokenizer = load_tokenizer(str(tokenizer_in(byte_level)))
+def test_it_pickles_with_the_content_of_its_files(byte_level):
+    tokenizer = load_tokenizer(str(find_tokenizer(byte_level)))
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again == tokenizer
     assert again.encode("def x") == tokenizer.encode("def x")
@@ -80,7 +80,7 @@ def test_it_pickles_and_lies_beside_its_settings(byte_level):
 
 
 def test_tokens_beyond_the_vocabulary_have_no_text(exported):
-    """A padded model may say them."""
+    """A padded model can generate them."""
     for tokenizer in exported:
         assert tokenizer.decode([*tokenizer.encode("ab"), tokenizer.vocab_size + 3]) == "ab"
         tokenizer.check_vocabulary(tokenizer.vocab_size + 8, padded=True)
@@ -91,13 +91,13 @@ def test_tokens_beyond_the_vocabulary_have_no_text(exported):
 @pytest.mark.parametrize(
     ("content", "settings", "message"),
     [
-        (None, None, "needs the tokenizer_config.json that belongs beside it"),
-        (None, {"eos_token": "<|end_of_text|>"}, "must name a bos_token of the vocabulary, not None"),
+        (None, None, "needs its tokenizer_config.json in the same folder"),
+        (None, {"eos_token": "<|end_of_text|>"}, "must name a bos_token that is in the vocabulary, not None"),
         ("{}", {}, "is not a tokenizer.json"),
         ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, {}, "only byte-level BPE and BPE with"),
     ],
 )
-def test_files_that_cannot_be_used_are_named(byte_level, tmp_path, content, settings, message):
+def test_unusable_files_are_errors(byte_level, tmp_path, content, settings, message):
     whole = json.loads((byte_level / "tokenizer.json").read_text())
     text = content if isinstance(content, str) else json.dumps(whole | (content or {}))
     (tmp_path / "tokenizer.json").write_text(text)

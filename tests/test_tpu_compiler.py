@@ -1,4 +1,4 @@
-"""Compile programs for TPUs with libtpu on any machine; skipped where libtpu is not installed.
+"""Compile programs for TPUs with libtpu on any machine; skipped if libtpu is not installed.
 
 ``pip install -e '.[tpu]'``, then ``python -m pytest tests/test_tpu_compiler.py``. CI runs it under the oldest and the
 newest versions of jax and libtpu (``.ci/run``).
@@ -33,6 +33,7 @@ from layerskip_jax.config import (
 )
 from layerskip_jax.decoding.engine import prefill, run_rounds
 from layerskip_jax.decoding.policies import Fixed
+from layerskip_jax.decoding.request import Request
 from layerskip_jax.decoding.rounds import SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import UserError
@@ -42,7 +43,7 @@ from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import AXES, make_mesh
 from layerskip_jax.training.monitoring.flops import PEAK_FLOPS
 from layerskip_jax.training.step import Trainer
-from tpu.compile_ahead import devices_of
+from tpu.compile_ahead import topology_devices
 
 pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
 ROOT = Path(__file__).parent.parent
@@ -70,8 +71,8 @@ def mesh():
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_a_sharded_step_compiles_for_every_chip_without_a_warning(topology, slices):
-    """With every option of the table: one that the compiler refuses would be a warning, which is an error here."""
-    devices = devices_of(topology, slices)
+    """With all options of `STEP_OPTIONS`: a refused option raises a warning, which fails the test."""
+    devices = topology_devices(topology, slices)
     config = dataclasses.replace(
         CONFIG,
         model=ModelConfig(num_layers=2, dim=256, num_heads=2, num_kv_heads=2, ffn_dim=256, vocab_size=256),
@@ -89,8 +90,8 @@ def test_a_sharded_step_compiles_for_every_chip_without_a_warning(topology, slic
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_a_decode_loop_compiles_for_every_chip(topology):
-    """Drafts and verifies inside one while loop on one chip, in bfloat16."""
-    device = devices_of(topology, 1)[0]
+    """Drafting and verification in one while loop on one chip, in bfloat16."""
+    device = topology_devices(topology, 1)[0]
     mesh = Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     config = dataclasses.replace(MODEL, num_layers=3)
     strategy, sharding = SelfSpeculative(Greedy(), Fixed(1, 3)), NamedSharding(mesh, PartitionSpec())
@@ -101,7 +102,7 @@ def test_a_decode_loop_compiles_for_every_chip(topology):
 
     def prefilled(model):
         row_B, tokens_BS = jnp.full(1, 9), jnp.zeros((1, 256), jnp.int32)
-        return prefill(strategy, model, tokens_BS, row_B, row_B + 8, jnp.int32(-1), jax.random.key(0), 8)
+        return prefill(strategy, model, Request(tokens_BS, row_B, row_B + 8, jnp.int32(-1), jax.random.key(0)), 8)
 
     with jax.set_mesh(mesh):
         model = abstract(lambda: Transformer(config, rngs=nnx.Rngs(0)).unstacked())
@@ -113,13 +114,13 @@ def test_a_decode_loop_compiles_for_every_chip(topology):
 
 def tiny_program():
     """A matmul with a sharded weight, lowered for four v6e chips."""
-    mesh = Mesh(np.array(devices_of("v6e:2x2", 1)), ("x",))
+    mesh = Mesh(np.array(topology_devices("v6e:2x2", 1)), ("x",))
     sharded = NamedSharding(mesh, PartitionSpec("x"))
     x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=sharded)
     return jax.jit(jnp.matmul).lower(x, x)
 
 
-def test_an_option_that_this_compiler_lacks_is_left_out_with_a_warning(monkeypatch):
+def test_an_option_unknown_to_this_compiler_is_omitted_with_a_warning(monkeypatch):
     monkeypatch.setitem(
         STEP_OPTIONS, "TPU v6 lite", {"xla_tpu_of_next_year": "1", "xla_tpu_scoped_vmem_limit_kib": "65536"}
     )
@@ -129,19 +130,19 @@ def test_an_option_that_this_compiler_lacks_is_left_out_with_a_warning(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("chosen", "says"),
+    ("chosen", "message"),
     [
         ("xla_tpu_nonsense=1", "No such compile option"),
         ("xla_tpu_scoped_vmem_limit_kib=much", "Failed to parse 'much'"),
     ],
 )
-def test_a_chosen_option_that_is_none_is_an_error(chosen, says):
-    with pytest.raises(UserError, match=rf"train.compiler_options: the compiler refuses .*{says}"):
+def test_an_invalid_option_of_the_user_is_an_error(chosen, message):
+    with pytest.raises(UserError, match=rf"train.compiler_options: the compiler rejects .*{message}"):
         compile_step(tiny_program(), "TPU v6 lite", chosen)
 
 
-def test_no_option_is_one_that_the_compiler_calls_a_risk():
-    """Continuation fusion may give wrong results on every chip but v5e, says libtpu 0.0.44 and newer."""
+def test_continuation_fusion_is_not_an_option():
+    """According to libtpu 0.0.44 and newer, it may give wrong results on every chip except v5e."""
     assert [name for options in STEP_OPTIONS.values() for name in options if "async_collective_fusion" in name] == []
 
 
@@ -156,7 +157,7 @@ def test_a_step_for_a_tpu_has_the_splash_kernel_forward_and_backward(mesh):
     text = compiled_step(CONFIG, mesh).as_text()
     assert "tpu_custom_call" in text
     assert [kernel for kernel in SPLASH if kernel not in text] == []
-    # bfloat16, chosen by the mesh: the machine that compiles is a CPU.
+    # The mesh chooses bfloat16, although the compiling machine is a CPU.
     assert "bf16[" in text
 
 
@@ -175,44 +176,47 @@ def compile_ahead(*options):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def test_a_config_compiled_ahead_is_set_beside_the_formula_and_the_data_sheet():
-    said = compile_ahead("--topology", "v5e:2x2", "--mesh.fsdp", "4", "--json")
-    assert said.returncode == 0, said.stderr
-    found = json.loads(said.stdout)
+def test_compile_ahead_agrees_with_the_formula_and_the_data_sheet():
+    done = compile_ahead("--topology", "v5e:2x2", "--mesh.fsdp", "4", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["fits"]
     assert found["chips"] == 4
     assert found["flops"]["compiled"] == pytest.approx(found["flops"]["formula"], rel=0.03)
-    # The data sheet's time is one that no step beats, and the cost model knows of more than the products.
-    assert 0 < found["seconds"]["products"] <= found["seconds"]["bound"] <= found["seconds"]["estimate"]
-    # What takes longest comes first, and no product is above the peak.
+    # No step beats the data sheet, and the cost model includes more than the matmuls.
+    assert 0 < found["seconds"]["matmuls"] <= found["seconds"]["bound"] <= found["seconds"]["estimate"]
+    # The longest operation comes first, and no matmul exceeds the peak.
     shares = [one["share"] for one in found["operations"]]
     assert shares == sorted(shares, reverse=True)
     assert 0.5 < sum(shares) <= 1
     assert all(0 <= one["of_peak"] <= 1 for one in found["operations"])
 
 
-@pytest.mark.parametrize(("topology", "says"), [("v9:2x2", "must look like v5e:4x8"), ("v5e:3x5", "knows no topology")])
-def test_a_topology_that_is_none_is_named(topology, says):
-    said = compile_ahead("--topology", topology)
-    assert said.returncode == 2
-    assert says in said.stderr
-    assert "Traceback" not in said.stderr
+@pytest.mark.parametrize(
+    ("topology", "message"), [("v9:2x2", "must look like v5e:4x8"), ("v5e:3x5", "does not know the topology")]
+)
+def test_an_unknown_topology_is_an_error(topology, message):
+    done = compile_ahead("--topology", topology)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_offloaded_inputs_lie_in_the_hosts_memory(mesh):
+def test_offloaded_inputs_are_in_host_memory(mesh):
     train = dataclasses.replace(CONFIG.train, remat="offload")
     memory = compiled_step(dataclasses.replace(CONFIG, train=train), mesh).memory_analysis()
-    rows = CONFIG.train.batch_size // 2  # of a device; bfloat16
+    rows = CONFIG.train.batch_size // 2  # per device; bfloat16
     assert memory.host_temp_size_in_bytes == 2 * MODEL.num_layers * rows * CONFIG.data.sequence_length * MODEL.dim
 
 
-def test_the_step_is_kept_for_a_run(mesh, tmp_path):
-    """Under the name by which JAX looks for it; whether a pod then takes it, only a pod can show."""
+def test_the_step_is_stored_for_a_run(mesh, tmp_path):
+    """Under the name that JAX looks for. Whether a pod then loads it is not tested."""
     keep_compiled_programs(str(tmp_path))
-    shorter = dataclasses.replace(CONFIG, data=DataConfig(sequence_length=256))  # the other is in JAX's own memory
+    # Another length than in the tests above, whose programs JAX has in memory.
+    shorter = dataclasses.replace(CONFIG, data=DataConfig(sequence_length=256))
     try:
         compiled_step(shorter, mesh)
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
-    assert [file.name for file in (tmp_path / "compiled").iterdir() if file.name.startswith("jit_step-")]
+    assert [file.name for file in (tmp_path / "compiled").iterdir() if file.name.startswith("jit__step-")]

@@ -1,4 +1,4 @@
-"""The scripts, the pinned versions, the manifest, the image and the README in tpu/."""
+"""The scripts, pinned versions, manifest, image and README in tpu/."""
 
 import os
 import re
@@ -19,8 +19,8 @@ templates, cloud = stand_in_cloud.templates, stand_in_cloud.cloud
 
 
 def test_shellcheck_finds_nothing():
-    beside = str(Path(sys.executable).parent)
-    shellcheck = shutil.which("shellcheck", path=os.pathsep.join([beside, os.environ["PATH"]]))
+    scripts = str(Path(sys.executable).parent)
+    shellcheck = shutil.which("shellcheck", path=os.pathsep.join([scripts, os.environ["PATH"]]))
     assert shellcheck, "install the dev extra: pip install -e '.[dev]'"
     files = ["tpu/pod", "tpu/worker.sh", ".ci/run"]
     run = subprocess.run([shellcheck, "-x", "-a", *files], cwd=ROOT, capture_output=True, text=True)
@@ -119,7 +119,7 @@ def test_the_readme_and_create_agree_on_runtime_versions(cloud):
         assert f"--version={runtime}\n" in cloud.pod("create", "--dry-run", f"--accelerator={name}-8")
 
 
-def test_the_commands_of_the_page_are_commands(cloud):
+def test_the_commands_of_the_readme_run(cloud):
     page = (ROOT / "tpu/README.md").read_text()
     (cloud.repository / "configs/quickstart.py").write_text("")
     commands = re.findall(r"^ {4}(tpu/pod .*)$", page, flags=re.MULTILINE)

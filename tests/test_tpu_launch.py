@@ -62,7 +62,7 @@ def test_a_flag_overrides_its_variable(cloud):
     assert {"--zone=europe-west4-a", "--spot"} <= set(call)
 
 
-def test_delete_asks_unless_told_not_to(cloud):
+def test_delete_asks_for_confirmation_unless_yes_is_given(cloud):
     cloud.pod("create")
     assert "--quiet" not in shlex.split(cloud.pod("delete", "--dry-run"))
     cloud.pod("delete", "--yes")
@@ -72,7 +72,7 @@ def test_delete_asks_unless_told_not_to(cloud):
     assert cloud.calls()[-1][2:] == ["queued-resources", "delete", "my-run", *PLACE, "--force", "--quiet"]
 
 
-def test_status_from_nothing_to_a_run(cloud):
+def test_status_before_create_until_a_run(cloud):
     assert cloud.pod("status") == "my-run: does not exist\n"
     cloud.pod("create", "--queued")
     assert cloud.pod("status", "--queued") == "my-run: PROVISIONING\n"
@@ -85,7 +85,7 @@ def test_status_from_nothing_to_a_run(cloud):
     assert cloud.pod("status") == "my-run: PREEMPTED\n"
 
 
-def test_a_queued_resource_that_is_up_is_not_ready_while_one_of_its_slices_is_not(cloud):
+def test_a_queued_resource_is_ready_only_with_all_its_slices(cloud):
     cloud.pod("create", "--slices=2")
     for _ in range(2):
         output = cloud.pod("status", "--slices=2")
@@ -97,8 +97,8 @@ def test_a_queued_resource_that_is_up_is_not_ready_while_one_of_its_slices_is_no
 # --- installing -------------------------------------------------------------------------------------------------------
 
 
-def test_install_brings_the_working_tree_as_it_is_to_all_workers(cloud):
-    (cloud.repository / "configs/new.py").write_text("new")  # not yet known to git
+def test_install_copies_the_working_tree_to_all_workers(cloud):
+    (cloud.repository / "configs/new.py").write_text("new")  # untracked
     (cloud.repository / "configs/gone.py").write_text("")
     cloud.git("add", "configs/gone.py")
     (cloud.repository / "configs/gone.py").unlink()
@@ -116,7 +116,7 @@ def test_install_brings_the_working_tree_as_it_is_to_all_workers(cloud):
         assert not (code / "build").exists()
 
 
-def test_a_second_install_changes_the_code_and_keeps_what_the_run_wrote(installed):
+def test_a_second_install_replaces_the_code_and_keeps_the_files_of_the_run(installed):
     for home in installed.homes():
         (home / "layerskip_jax/runs").mkdir()
     (installed.repository / "train.py").write_text("print(1)")
@@ -155,7 +155,7 @@ AWKWARD = [
 
 
 @pytest.mark.parametrize("slices", [1, 2])
-def test_launch_hands_over_every_option_as_it_is(cloud, slices):
+def test_launch_passes_every_option_unchanged(cloud, slices):
     cloud.pod("create", "--queued", f"--slices={slices}")
     for _ in range(2):
         cloud.pod("status", "--queued", f"--slices={slices}")
@@ -187,7 +187,7 @@ def test_launch_before_install(cloud):
 
 
 @pytest.mark.parametrize("accelerator", ["v6e-8", "v5p-8", "tpu7x-8"])
-def test_one_host_may_write_to_its_own_disk(installed, accelerator):
+def test_a_single_host_may_write_to_its_disk(installed, accelerator):
     options = ["--config=configs/some.py", "--train.run_dir=runs/mine"]
     installed.pod("launch", f"--accelerator={accelerator}", "--", *options)
     installed.wait_for("*/*/options.json", 2)
@@ -234,7 +234,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("words", "environment", "message"), MISTAKES)
-def test_a_mistake_is_one_line_and_calls_nothing(templates, words, environment, message):
+def test_a_usage_error_is_one_line_and_calls_nothing(templates, words, environment, message):
     cloud = Cloud(templates[0])  # without a copy, because a mistake changes nothing
     assert message in cloud.refused(*words, **environment)
     assert cloud.calls() == []
@@ -293,7 +293,7 @@ def test_stop_lets_the_run_save(installed):
 
 
 def test_stop_is_remembered_when_no_run_is_active(installed):
-    """For example between a failure and the next launch by watch."""
+    """For example between a failure and the next launch by `watch`."""
     for home in installed.homes():
         (home / "layerskip_jax_run").mkdir(exist_ok=True)
         (home / "layerskip_jax_run" / "exit").write_text("1\n")
@@ -302,7 +302,7 @@ def test_stop_is_remembered_when_no_run_is_active(installed):
     for home in installed.homes():
         (home / "layerskip_jax_run" / "stopped").unlink()
         (home / "layerskip_jax_run" / "exit").write_text("0\n")
-    installed.pod("stop")  # a run that ended with status 0 stays so
+    installed.pod("stop")  # keeps the state of a run that ended with status 0
     assert installed.pod("status") == "my-run: READY\n" + 2 * "state: ended 0\n"
 
 
@@ -315,7 +315,7 @@ def test_stop_kills_a_run_that_does_not_end(installed):
     assert "running" not in installed.pod("status")
 
 
-def test_a_process_of_an_earlier_boot_is_not_taken_for_the_run(installed):
+def test_another_process_with_a_stale_pid_is_not_the_run(installed):
     other = subprocess.Popen(["sleep", "60"])
     installed.write("layerskip_jax_run/pid", str(other.pid))
     assert installed.pod("status").count("state: lost") == 2

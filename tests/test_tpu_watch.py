@@ -85,7 +85,7 @@ def test_a_quota_error_ends_create_and_a_watch_without_retries(cloud):
     assert "create failed; watch gives up after 1 failures" in output
 
 
-def test_watch_respects_a_stop_by_hand(cloud):
+def test_watch_ends_after_a_manual_stop(cloud):
     process = cloud.start("watch", "--poll=0", *TRAIN)
     cloud.wait_for("*/*/options.json", 2)
     cloud.pod("stop")

@@ -1,4 +1,4 @@
-"""The optimizer step: microbatches, meshes, remat and the skipping form against the plain one; one compilation."""
+"""The optimizer step: microbatches, meshes, remat and the skipping form equal the plain step; one compilation."""
 
 import contextlib
 import dataclasses
@@ -7,13 +7,15 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from hlo import device_groups
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from models import tiny_config
+from models import tiny_config, tiny_model
 
 from layerskip_jax.config import (
     Config,
@@ -26,9 +28,10 @@ from layerskip_jax.config import (
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.exits import summed_losses
-from layerskip_jax.recipe.recipe import Above, Recipe
+from layerskip_jax.recipe.recipe import LossSpike, Recipe, Skipping
 from layerskip_jax.sharding import AXES, batch_sharding, make_mesh
 from layerskip_jax.training import step as train_step
+from layerskip_jax.training.optimizer import decay_mask, make_optimizer, schedule_count
 from layerskip_jax.training.step import Trainer
 
 ONE_DEVICE = Mesh(
@@ -39,7 +42,7 @@ ONE_DEVICE = Mesh(
 PLAIN = Config(
     model=tiny_config(vocab_size=64),
     data=DataConfig(sequence_length=16),
-    # SGD at rate 1 without clipping: the change of the parameters is the gradient.
+    # SGD at rate 1 without clipping: the parameters change by exactly the gradient.
     optimizer=OptimizerConfig(name="sgd", learning_rate=1.0, warmup_steps=0, clip_norm=1e9),
     train=TrainConfig(steps=40, batch_size=16, loss_chunk=4),
 )
@@ -58,7 +61,7 @@ def changed(config, **groups):
     )
 
 
-def trainer_of(config, mesh=ONE_DEVICE):
+def make_trainer(config, mesh=ONE_DEVICE):
     return Trainer(config, Recipe.from_config(config), mesh)
 
 
@@ -71,11 +74,14 @@ def make_batch(config, seed=0):
     return Batch(tokens[:, :-1], tokens[:, 1:], segments, mask)
 
 
+def is_param(leaf):
+    return isinstance(leaf, nnx.Variable)
+
+
 def step_once(config, mesh=ONE_DEVICE, seed=0):
-    trainer = trainer_of(config, mesh)
+    trainer = make_trainer(config, mesh)
     batch = jax.tree.map(lambda a: jax.device_put(a, batch_sharding(mesh)), make_batch(config, seed))
-    with jax.set_mesh(mesh):
-        state, metrics = trainer.step(trainer.init(), batch)
+    state, metrics = trainer.step(trainer.init(), batch)
     return jax.device_get((state.model, metrics)), int(state.step)
 
 
@@ -90,43 +96,43 @@ def layerskip_step():
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_microbatches_equal_the_large_batch(layerskip_step, accumulate):
-    """With masks and drops that differ by row: the mean is over the tokens of the whole batch, not of means."""
+    """Masks and drops differ by row, so a mean of the microbatches' means would differ."""
     split, steps = step_once(changed(LAYERSKIP, train={"accumulate": accumulate}))
     assert_same(split, layerskip_step, 1e-5)
     assert steps == 1  # a microbatch is not a step
 
 
 @pytest.mark.parametrize("remat", REMATS)
-def test_remat_changes_nothing(layerskip_step, remat):
+def test_remat_equals_no_remat(layerskip_step, remat):
     assert_same(step_once(changed(LAYERSKIP, train={"remat": remat}))[0], layerskip_step, 1e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", *REMATS])
-def test_the_skipping_form_equals_the_masked_one(layerskip_step, remat):
+def test_the_skipping_form_equals_the_masked_form(layerskip_step, remat):
     skipping = changed(LAYERSKIP, layer_dropout={"form": "skipping"}, train={"remat": remat})
     assert_same(step_once(skipping)[0], layerskip_step, 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (2, 2, 2, 1)])
 def test_meshes_of_8_devices_equal_1_device(shape, monkeypatch):
-    """Loss, gradients and metrics, with exits and dropout, skipping on the mesh against masked on the one device."""
+    """Loss, gradients and metrics with exits and dropout: skipping on the mesh equals masked on one device."""
     batch_shards = shape[0] * shape[1]
     seeded = changed(LAYERSKIP, train={"seed": 7})
     skipping = changed(seeded, layer_dropout={"form": "skipping"}, mesh=dict(zip(AXES, shape, strict=True)))
     sharded = step_once(skipping, make_mesh(skipping))[0]
-    # Every shard of the batch has the same draw, so the one device must draw for as many shards.
+    # Every shard of the batch gets the same mask, so the single device must draw for as many shards.
     monkeypatch.setattr(train_step, "batch_shards", lambda mesh: batch_shards)
     assert_same(sharded, step_once(changed(seeded, mesh={"data": shape[0], "fsdp": shape[1]}))[0], 1e-5)
 
 
-def test_a_loop_over_kept_rows_talks_to_no_device_that_has_other_rows():
-    """No row moves, and gradients are not added up at every turn: what the bodies send goes along tensor only."""
+def test_a_loop_over_kept_rows_communicates_along_tensor_only():
+    """Its body moves no row to another device, and does not reduce gradients over the batch."""
     config = changed(
         LAYERSKIP, layer_dropout={"form": "skipping"}, mesh={"data": 2, "fsdp": 2, "tensor": 2}, train={"batch_size": 8}
     )
-    text = trainer_of(config, make_mesh(config)).compile_step().as_text()
+    text = make_trainer(config, make_mesh(config)).compile_step().as_text()
     sent = [line for line in text.splitlines() if "shard_map/while" in line and COLLECTIVE.search(line)]
-    assert sent  # tensor parallelism adds up the parts of every row
+    assert sent  # tensor parallelism reduces over the parts of a row
     for line in sent:
         assert device_groups(line, 8) == [[0, 1], [2, 3], [4, 5], [6, 7]], line
 
@@ -134,22 +140,22 @@ def test_a_loop_over_kept_rows_talks_to_no_device_that_has_other_rows():
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 
 
-def test_parameters_lie_as_the_table_says():
+def test_parameters_and_moments_are_sharded_by_the_table():
     config = changed(PLAIN, mesh={"data": 2, "fsdp": 2, "tensor": 2}, optimizer={"name": "adamw"})
     mesh = make_mesh(config)
-    state = trainer_of(config, mesh).init()
+    state = make_trainer(config, mesh).init()
 
-    def lies(param, *axes):
+    def sharded(param, *axes):
         return param[...].sharding.is_equivalent_to(NamedSharding(mesh, P(*axes)), param.ndim)
 
-    assert lies(state.model.blocks.query_DNH, None, "fsdp", "tensor", None)
-    assert lies(state.model.embedding_VD, "tensor", "fsdp")
-    assert not lies(state.model.embedding_VD, "fsdp", "tensor")
+    assert sharded(state.model.blocks.query_DNH, None, "fsdp", "tensor", None)
+    assert sharded(state.model.embedding_VD, "tensor", "fsdp")
+    assert not sharded(state.model.embedding_VD, "fsdp", "tensor")
     moments = jax.tree.leaves(state.opt_state, is_leaf=lambda leaf: hasattr(leaf, "blocks"))
     model_like = [moment for moment in moments if hasattr(moment, "blocks")]
-    assert len(model_like) == 2  # Adam's two moments lie as their parameters do
+    assert len(model_like) == 2  # Adam's two moments
     for moment in model_like:
-        assert lies(moment.blocks.gate_DF, None, "fsdp", "tensor")
+        assert sharded(moment.blocks.gate_DF, None, "fsdp", "tensor")
 
 
 @pytest.mark.parametrize(
@@ -160,19 +166,41 @@ def test_parameters_lie_as_the_table_says():
         ({"tensor": 8}, "num_heads 4 does not divide over mesh.tensor = 8"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_named(mesh, message):
+def test_a_mesh_that_does_not_fit_raises(mesh, message):
     with pytest.raises(UserError, match=message):
         make_mesh(changed(PLAIN, mesh=mesh))
 
 
-def test_a_batch_that_does_not_divide_the_mesh_is_named():
+def test_a_batch_that_does_not_divide_over_the_mesh_raises():
     with pytest.raises(UserError, match=r"microbatch of 4 sequences .* does not divide over .* 8 devices"):
         make_mesh(changed(PLAIN, train={"batch_size": 4}))
 
 
+def skipping_recipe(config, groups):
+    return dataclasses.replace(Recipe.from_config(config), apply_dropout=Skipping(groups))
+
+
+def test_row_groups_that_do_not_divide_raise_whoever_makes_the_recipe():
+    """In ``config`` dropout is masked, so only the recipe knows of the row groups."""
+    with pytest.raises(UserError, match=r"row_groups 3 must divide the 16 sequences of a microbatch on a device"):
+        Trainer(LAYERSKIP, skipping_recipe(LAYERSKIP, 3), ONE_DEVICE)
+    on_mesh = changed(LAYERSKIP, layer_dropout={"form": "skipping", "row_groups": 4})
+    with pytest.raises(UserError, match=r"row_groups 4 must divide the 2 sequences of a microbatch on a device"):
+        make_trainer(on_mesh, make_mesh(on_mesh))
+    Trainer(LAYERSKIP, dataclasses.replace(skipping_recipe(LAYERSKIP, 3), p_max=0.0), ONE_DEVICE)
+
+
+def test_the_recipe_alone_decides_about_dropout():
+    """A config without rescaling, and a recipe with it, equal a config with it."""
+    batch, plain = make_batch(LAYERSKIP), changed(LAYERSKIP, layer_dropout={"p_max": 0.0, "rescale": False})
+    ours, theirs = Trainer(plain, Recipe.from_config(LAYERSKIP), ONE_DEVICE), make_trainer(LAYERSKIP)
+    stepped = [jax.device_get(trainer.step(trainer.init(), batch)) for trainer in (ours, theirs)]
+    jax.tree.map(np.testing.assert_array_equal, *stepped)
+
+
 @contextlib.contextmanager
 def compilations():
-    """Collect the XLA compilations that happen inside."""
+    """Collect the XLA compilations in the body."""
     seen = []
 
     def listen(name, seconds, **_):
@@ -189,7 +217,7 @@ def compilations():
 @pytest.mark.parametrize("curriculum", ["rotational", "gradual"])
 def test_one_compilation_over_a_whole_curriculum(curriculum):
     config = changed(LAYERSKIP, early_exit={"curriculum": curriculum, "dilation": 4}, train={"steps": 9})
-    trainer = trainer_of(config)
+    trainer = make_trainer(config)
     state, on, compiled = trainer.init(), [], []
     for seed in range(9):
         batch = make_batch(config, seed)
@@ -203,12 +231,12 @@ def test_one_compilation_over_a_whole_curriculum(curriculum):
         assert on == [[3], [1, 3], [2, 3], [3], [3], [1, 3], [2, 3], [3], [3]]
 
 
-def test_metrics_name_what_happened(layerskip_step):
+def test_metrics_report_the_step(layerskip_step):
     model, metrics = layerskip_step
     assert metrics.tokens == make_batch(LAYERSKIP).mask_BT.sum()
     np.testing.assert_allclose(metrics.objective, np.sum(metrics.exit_weight_L * metrics.exit_loss_L), rtol=1e-5)
     np.testing.assert_allclose(metrics.drop_rate_L, 0.5 * (2 ** (np.arange(4) / 3) - 1), rtol=1e-5)
-    start = jax.device_get(trainer_of(LAYERSKIP).init().model)
+    start = jax.device_get(make_trainer(LAYERSKIP).init().model)
     gradient = jax.tree.map(lambda a, b: a - b, start, model)
     norms = [np.sum(leaf**2, axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(gradient.blocks)]
     np.testing.assert_allclose(metrics.gradient_norm_L, np.sqrt(sum(norms)), rtol=1e-3)
@@ -217,13 +245,13 @@ def test_metrics_name_what_happened(layerskip_step):
 
 
 def test_the_step_needs_no_more_memory_than_the_plain_one():
-    """The bar: temporary memory of the compiled step at most 1.05x, with the exits of the paper's recipe."""
+    """With the exits of the paper's recipe the temporary memory of the compiled step is at most 1.05x."""
     shape = {"num_layers": 8, "dim": 64, "ffn_dim": 128, "vocab_size": 1024}
     plain = changed(PLAIN, model=shape, data={"sequence_length": 64}, train={"loss_chunk": 16})
     exits = changed(plain, early_exit={"curriculum": "rotational", "dilation": 7, "e_scale": 0.2})
 
     def temporary(config):
-        return trainer_of(config).compile_step().memory_analysis().temp_size_in_bytes
+        return make_trainer(config).compile_step().memory_analysis().temp_size_in_bytes
 
     for remat in ("none", "dots", "full"):
         ratio = temporary(changed(exits, train={"remat": remat})) / temporary(changed(plain, train={"remat": remat}))
@@ -235,7 +263,7 @@ def test_the_step_needs_no_more_memory_than_the_plain_one():
 def test_every_optimizer_lowers_the_loss(name):
     rate = {"adamw": 1e-2, "lion": 1e-3, "adafactor": 1e-2, "sgd": 0.3}[name]
     config = changed(LAYERSKIP, optimizer={"name": name, "learning_rate": rate, "clip_norm": 1.0})
-    trainer, batch = trainer_of(config), make_batch(config)
+    trainer, batch = make_trainer(config), make_batch(config)
     state = trainer.init()
     first = np.asarray(summed_losses(state.model, batch, trainer.mesh, config.train.loss_chunk)[0])
     for _ in range(12):
@@ -243,19 +271,43 @@ def test_every_optimizer_lowers_the_loss(name):
     assert (np.asarray(summed_losses(state.model, batch, trainer.mesh, config.train.loss_chunk)[0]) < first).all()
 
 
-def test_weight_decay_leaves_the_norms_alone():
-    from layerskip_jax.training.optimizer import decayed
-
-    marks = decayed(trainer_of(PLAIN).init().model)
+def test_weight_decay_applies_to_all_parameters_but_norm_scales():
+    """The mask follows the names; the axes in the sharding metadata are the oracle."""
+    for model in (tiny_model(), tiny_model(tied_embedding=True)):
+        params, marks = (jax.tree.leaves(tree, is_leaf=is_param) for tree in (model, decay_mask(model)))
+        assert [jax.tree.leaves(mark) for mark in marks] == [[len(p.get_metadata()["axes"]) > 1] for p in params]
+    marks = decay_mask(make_trainer(PLAIN).init().model)
     norms = marks.final_norm_D, marks.blocks.attention_norm_D, marks.blocks.ffn_norm_D
     assert jax.tree.leaves(norms) == [False] * 3
     assert jax.tree.leaves(marks).count(True) == len(jax.tree.leaves(marks)) - 3
 
 
+@pytest.mark.parametrize(("name", "shape"), [("scale", (4,)), ("gate_DF", (4,)), ("norm_D", (2, 3, 4))])
+def test_weight_decay_refuses_a_parameter_whose_name_does_not_give_its_axes(name, shape):
+    model = tiny_model()
+    setattr(model, name, nnx.Param(jnp.ones(shape)))
+    with pytest.raises(ValueError, match=f"name a parameter after its axes.*{name}"):
+        decay_mask(model)
+
+
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count_of_steps(name):
+def test_the_schedule_count_is_found_in_every_optimizer_or_refused(name):
+    config, params = changed(PLAIN, optimizer={"name": name}), tiny_model()
+    optimizer = make_optimizer(config)
+    state = optimizer.init(params)
+    for updates in range(3):
+        assert schedule_count(state) == updates
+        _, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+    with pytest.raises(ValueError, match="one learning-rate schedule, not 2"):
+        schedule_count((state, state))
+    with pytest.raises(ValueError, match="one learning-rate schedule, not 0"):
+        schedule_count(optax.sgd(0.1).init(params))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+def test_a_step_that_is_not_finite_changes_only_the_step_count(name):
     config = changed(LAYERSKIP, optimizer={"name": name, "learning_rate": 1e-2, "clip_norm": 1.0})
-    trainer, batch = trainer_of(config), make_batch(config)
+    trainer, batch = make_trainer(config), make_batch(config)
     state, first = trainer.step(trainer.init(), batch)
     before = jax.device_get(state)
     with compilations() as during:
@@ -271,9 +323,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count_of_steps(name):
     assert not np.array_equal(jax.device_get(state.model.embedding_VD[...]), after.model.embedding_VD[...])
 
 
-def test_a_rule_of_ones_own_leaves_steps_out():
+def test_a_custom_spike_rule_skips_updates():
     recipe = dataclasses.replace(
-        Recipe.from_config(LAYERSKIP), is_spike=lambda objective, gradient_norm, usual: usual > 0
+        Recipe.from_config(LAYERSKIP), is_spike=lambda objective, gradient_norm, loss_ema: loss_ema > 0
     )
     trainer, batch = Trainer(LAYERSKIP, recipe, ONE_DEVICE), make_batch(LAYERSKIP)
     state, first = trainer.step(trainer.init(), batch)
@@ -281,22 +333,22 @@ def test_a_rule_of_ones_own_leaves_steps_out():
     state, second = trainer.step(state, batch)
     assert (bool(first.applied), bool(second.applied)) == (True, False)
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.model))
-    assert float(state.usual) == float(first.objective)
+    assert float(state.loss_ema) == float(first.objective)
 
 
 @given(
     factor=st.sampled_from([0.0, 1.5, 4.0]),
     objective=st.floats(0, 100, width=32),
-    usual=st.sampled_from([0.0, 0.25, 8.0]),
+    loss_ema=st.sampled_from([0.0, 0.25, 8.0]),
 )
-def test_a_spike_is_so_many_times_the_usual_loss(factor, objective, usual):
-    expected = factor > 0 and usual > 0 and np.float32(objective) > np.float32(factor) * np.float32(usual)
-    assert bool(Above(factor)(jnp.float32(objective), jnp.float32(1), jnp.float32(usual))) == expected
+def test_a_spike_exceeds_the_moving_average_by_the_factor(factor, objective, loss_ema):
+    expected = factor > 0 and loss_ema > 0 and np.float32(objective) > np.float32(factor) * np.float32(loss_ema)
+    assert bool(LossSpike(factor)(jnp.float32(objective), jnp.float32(1), jnp.float32(loss_ema))) == expected
 
 
-def test_bad_numbers_do_not_hide(layerskip_step):
+def test_a_diverging_run_reports_its_loss():
     config = changed(PLAIN, optimizer={"learning_rate": 1e30})
-    trainer = trainer_of(config)
+    trainer = make_trainer(config)
     state = trainer.init()
     for _ in range(3):
         state, metrics = trainer.step(state, make_batch(config))

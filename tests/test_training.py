@@ -1,4 +1,4 @@
-"""The loop on real files: it learns, resumes bit for bit, and stops with one line at what the user can mend."""
+"""The loop on real files: it learns, resumes bit for bit, and reports errors the user can fix in one line."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from corpora import VOCABULARY
 
-from layerskip_jax.checkpoint.reading import find_checkpoint, load_model, named_arrays, read_config
+from layerskip_jax.checkpoint.arrays import named_arrays
+from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
 from layerskip_jax.commands.evaluate import table
 from layerskip_jax.commands.plots import plot_run, read_metrics
 from layerskip_jax.config import (
@@ -30,7 +32,7 @@ from layerskip_jax.config import (
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.errors import Interrupted, UserError
-from layerskip_jax.evaluation.exits import quality_of_checkpoint
+from layerskip_jax.evaluation.exits import checkpoint_quality
 from layerskip_jax.training import loop as training
 from layerskip_jax.training.loop import train
 
@@ -64,12 +66,12 @@ def changed(config, group, **values):
 
 
 class Stopped(BaseException):
-    """Stands for whatever ends a process in the middle of a run."""
+    """Stands for anything that ends a process in the middle of a run."""
 
 
 @pytest.fixture
 def batches_seen(monkeypatch):
-    """Record a digest of every batch that training takes, and stop at a step if told to."""
+    """Record a digest of every training batch, and raise `Stopped` at the step ``stop[0]``, if given."""
     seen, stop = [], []
     original = training.to_devices
 
@@ -80,12 +82,12 @@ def batches_seen(monkeypatch):
         return original(batch, mesh)
 
     monkeypatch.setattr(training, "to_devices", to_devices)
-    monkeypatch.setattr(training, "evaluate", lambda trainer, model: np.zeros(4))  # its batches are not training's
+    monkeypatch.setattr(training, "evaluate", lambda model, config, mesh: np.zeros(4))  # its batches are not training's
     return seen, stop
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, batches_seen):
-    """10 trials, each stopped at a random step, which is seldom the step of a checkpoint."""
+    """10 trials, each stopped at a random step, which is rarely the step of a checkpoint."""
     seen, stop = batches_seen
     whole = named_arrays(jax.device_get(train(config)))
     order = list(seen)
@@ -107,10 +109,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, batches_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_and_no_step_is_done_twice(config, batches_seen, monkeypatch, capsys, number):
+def test_a_signal_saves_and_stops_and_no_step_runs_twice(config, batches_seen, monkeypatch, capsys, number):
     seen, _ = batches_seen
-    # Whatever they are: a shell that starts a job in the background has it ignore SIGINT.
-    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    # Not necessarily the defaults: a shell starts background jobs with SIGINT ignored.
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
     whole = named_arrays(jax.device_get(train(config)))
     order = list(seen)
     shutil.rmtree(config.train.run_dir)
@@ -124,10 +126,10 @@ def test_a_signal_saves_and_ends_and_no_step_is_done_twice(config, batches_seen,
             return original(batch, mesh)
 
         patch.setattr(training, "to_devices", to_devices)
-        with pytest.raises(Interrupted, match="ended after step 6, which is saved") as stop:
+        with pytest.raises(Interrupted, match="stopped after step 6, which is saved") as stop:
             train(config)
     assert stop.value.status == 128 + number
-    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
     resumed = named_arrays(jax.device_get(train(config)))
     assert "resuming after step 6" in capsys.readouterr().out
     assert seen == order
@@ -135,12 +137,12 @@ def test_a_signal_saves_and_ends_and_no_step_is_done_twice(config, batches_seen,
         assert np.array_equal(resumed[name], array), name
 
 
-def test_a_source_that_blocks_has_its_stack_printed(config, monkeypatch, capfd):
+def test_the_stack_of_a_blocked_source_is_printed(config, monkeypatch, capfd):
     config = changed(config, "train", steps=2, hang_seconds=1)
     original = training.local_batches
 
     class Blocked:
-        """Batches of which the second comes late."""
+        """Batches, the second of which is late."""
 
         def __init__(self, batches):
             self._batches, self.get_state, self._given = batches, batches.get_state, 0
@@ -157,17 +159,17 @@ def test_a_source_that_blocks_has_its_stack_printed(config, monkeypatch, capfd):
     def local_batches(config, split, mesh, epochs=None):
         return original(config, split, mesh, epochs) if epochs else Blocked(iter(original(config, split, mesh)))
 
-    train(config)  # compiles, so that this is no hang
+    train(config)  # fills the caches, so that compilation does not count as a hang
     shutil.rmtree(config.train.run_dir)
     monkeypatch.setattr(training, "local_batches", local_batches)
     capfd.readouterr()
     train(config)
-    said = capfd.readouterr().err
-    assert "no step has finished for 1 s (train.hang_seconds)" in said
-    assert "in __next__" in said
+    stderr = capfd.readouterr().err
+    assert "no step has finished for 1 s (train.hang_seconds)" in stderr
+    assert "in __next__" in stderr
 
 
-def test_a_run_learns_and_leaves_all_its_files(config, capsys):
+def test_a_run_learns_and_writes_all_its_files(config, capsys):
     config = changed(config, "train", sample_every=6, sample_prompt="def ", steps=24)
     state = train(config)
     run = Path(config.train.run_dir)
@@ -175,7 +177,7 @@ def test_a_run_learns_and_leaves_all_its_files(config, capsys):
     first, last = (metrics["validation/exit_loss/4"][step] for step in (5, 24))
     assert last < first
     assert set(metrics["train/objective"]) == set(range(1, 25))
-    # Exit 1 has weight 0 (eq. 6), exit 2 has a loss when t mod 3 = 1: step number t + 1.
+    # Exit 1 has weight 0 (eq. 6). Exit 2 has a loss when t mod 3 = 1, which is step number t + 1.
     assert set(metrics["train/exit_loss/2"]) == {t + 1 for t in range(24) if t % 3 == 1}
     assert "train/exit_loss/1" not in metrics
     assert {"train/gradient_norm", "train/gradient_norm_of_block/3", "train/learning_rate", "train/mfu"} <= set(metrics)
@@ -200,7 +202,7 @@ def test_a_run_learns_and_leaves_all_its_files(config, capsys):
     assert read_config(find_checkpoint(str(run / "checkpoints" / "20"))) == config
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(config):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config):
     train(changed(config, "train", steps=4))
     with pytest.raises(UserError, match=r"gradient norm nan at step \d+; the checkpoint of step 4 in .* is good"):
         train(changed(config, "optimizer", learning_rate=1e38))
@@ -208,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(confi
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(model)))
 
 
-def test_a_checkpoint_of_another_model_is_named(config):
+def test_a_checkpoint_of_another_model_raises(config):
     train(changed(config, "train", steps=4))
     with pytest.raises(UserError, match=r"has model.ffn_dim 24, but the config says 32"):
         train(changed(config, "model", ffn_dim=32))
@@ -234,22 +236,22 @@ class _Reversed:
         return self._documents[index][::-1]
 
 
-def test_evaluation_of_a_checkpoint_is_that_of_the_run(config):
+def test_a_checkpoint_evaluates_as_the_run_did(config):
     train(config)
     at_the_end = read_metrics(config.train.run_dir)["validation/exit_loss/3"][STEPS]
-    quality = quality_of_checkpoint(config.train.run_dir, batches=2)
+    quality = checkpoint_quality(config.train.run_dir, batches=2)
     assert quality.loss_L[2] == pytest.approx(at_the_end, rel=1e-5)
     assert "the loss at exit 2 is" in table({"run": quality})
 
 
-def test_changed_settings_are_said(config, capsys):
+def test_changed_settings_are_printed(config, capsys):
     train(changed(config, "train", steps=4))
     capsys.readouterr()
     train(config)
     assert "resuming after step 4; changed settings: train.steps 4 -> 13" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_named_before_anything_is_written(config, tmp_path):
+def test_settings_that_do_not_fit_raise_before_anything_is_written(config, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "single").mkdir()
@@ -259,7 +261,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(config, tmp_path)
         (changed(config, "data", path=str(empty)), "no files under"),
         (
             changed(config, "train", run_dir=str(tmp_path / "single" / "only.txt" / "run")),
-            r"the run folder .*run \(train.run_dir\) cannot be made: .*only\.txt",
+            r"the run folder .*run \(train.run_dir\) cannot be created: .*only\.txt",
         ),
         (changed(config, "data", tokenizer="nowhere.model"), "no tokenizer at nowhere.model"),
         (
@@ -274,8 +276,8 @@ def test_what_does_not_fit_is_named_before_anything_is_written(config, tmp_path)
         assert not Path(config.train.run_dir).exists()
 
 
-def test_checkpoint_paths_that_are_none(config, tmp_path):
-    with pytest.raises(UserError, match=r"no checkpoint at .*nowhere: there is no such folder"):
+def test_paths_without_a_checkpoint_raise(config, tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint at .*nowhere: the folder does not exist"):
         find_checkpoint(str(tmp_path / "nowhere"))
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     with pytest.raises(UserError, match=r"did you mean '.*quickstart'"):

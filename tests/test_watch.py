@@ -1,4 +1,4 @@
-"""What is seen of a run: its goodput, its operations by formula, a profile when asked, and stacks when it hangs."""
+"""Goodput, FLOPs by formula, profiles on request, and stacks of a run that hangs."""
 
 import contextlib
 import os
@@ -27,8 +27,8 @@ class Clock:
         return self.time
 
 
-def test_goodput_strikes_off_what_was_lost():
-    """A run with a pause and a step that is done again, by hand."""
+def test_goodput_excludes_time_that_was_lost():
+    """A run with a pause and repeated steps, computed by hand."""
     clock, written = Clock(), []
 
     def spend(goodput, phase, seconds):
@@ -37,7 +37,7 @@ def test_goodput_strikes_off_what_was_lost():
 
     first = Goodput([], 0, clock)
     spend(first, None, 10)
-    first.first_step_is_done()
+    first.end_start()
     spend(first, None, 20)
     spend(first, "data", 5)
     spend(first, "saving", 1)
@@ -45,10 +45,10 @@ def test_goodput_strikes_off_what_was_lost():
     spend(first, None, 7)  # steps after the checkpoint of step 4 ...
     spend(first, "evaluating", 3)
     written.append({"step": 6, **first.values()})
-    clock.time += 100  # ... are gone with this process, which is started again so much later
+    clock.time += 100  # ... are lost with this process; the next start comes 100 s later
     second = Goodput(written, 4, clock)
     spend(second, None, 4)
-    second.first_step_is_done()
+    second.end_start()
     spend(second, None, 50)
     values = second.values()
     assert values["run/began"] == 1000
@@ -67,8 +67,8 @@ def test_goodput_strikes_off_what_was_lost():
     remat=st.sampled_from(["none", "dots", "full", "offload"]),
     form=st.sampled_from(["masked", "skipping"]),
 )
-def test_step_flops_are_the_sum_of_the_products(layers, exits, rate, tied, remat, form):
-    """Counted once more, product by product; the standard rule adds 6 FLOP a norm weight, which are no products."""
+def test_step_flops_are_the_sum_of_the_matmuls(layers, exits, rate, tied, remat, form):
+    """Counted matmul by matmul; the standard rule adds 6 FLOPs per norm weight, which are not matmuls."""
     exits = min(exits, layers)
     D, F, V, T, B, heads = 16, 24, 48, 8, 4, 2
     config = Config(
@@ -77,12 +77,12 @@ def test_step_flops_are_the_sum_of_the_products(layers, exits, rate, tied, remat
         data=DataConfig(sequence_length=T),
         train=TrainConfig(batch_size=B, remat=remat),
     )
-    products = D * D + 2 * D * (D // heads) + D * D + 3 * D * F  # queries; keys, values; output; SwiGLU
-    block = 2 * products + 4 * T * D  # and scores, and their product with the values
+    matmuls = D * D + 2 * D * (D // heads) + D * D + 3 * D * F  # queries; keys, values; output; SwiGLU
+    block = 2 * matmuls + 4 * T * D  # scores, and their matmul with the values
     norms = 2 * D
     rates = np.full(layers, rate if form == "skipping" else 0)
     weights = np.where(np.arange(layers) < exits, 1.0, 0.0)
-    flops = step_flops(config, weights, np.full(layers, rate))
+    flops = step_flops(config, weights, np.full(layers, rate), skips=form == "skipping")
     whole = layers * (3 * block + 6 * norms) + 3 * 2 * D * V + 6 * D
     assert flops.plain == pytest.approx(B * T * whole)
     assert flops.plain == B * T * flops_per_token(config)
@@ -95,7 +95,7 @@ def test_step_flops_are_the_sum_of_the_products(layers, exits, rate, tied, remat
     assert flops.hardware == flops.plain + flops.exits - flops.skipped + flops.recomputed
 
 
-def test_a_profile_is_written_at_its_step_and_at_sigusr1(tmp_path, capsys):
+def test_a_profile_is_written_at_its_step_and_after_sigusr1(tmp_path, capsys):
     folder = tmp_path / "profile"
     with Profiler(TrainConfig(run_dir=str(tmp_path), profile_step=3, profile_steps=1)) as profiler:
         for step in range(1, 8):
@@ -107,19 +107,19 @@ def test_a_profile_is_written_at_its_step_and_at_sigusr1(tmp_path, capsys):
     assert list(folder.rglob("*.xplane.pb"))
 
 
-def test_the_watchdog_speaks_once_of_every_hang(capfd):
+def test_the_watchdog_prints_every_hang_once(capfd):
     with Watchdog(1) as watchdog:
         time.sleep(2.5)
         stacks = capfd.readouterr().err
-        watchdog.hear()
+        watchdog.tick()
         time.sleep(1.5)
         again = capfd.readouterr().err
     assert stacks.startswith("no step has finished for 1 s (train.hang_seconds)")
     assert (stacks.count("no step"), again.count("no step")) == (1, 1)
-    assert "test_the_watchdog_speaks_once_of_every_hang" in stacks
+    assert "test_the_watchdog_prints_every_hang_once" in stacks
 
 
-def test_a_second_signal_ends_at_once():
+def test_a_second_signal_ends_the_process_at_once():
     code = """
 import os, signal, jax
 from layerskip_jax.config import Config
@@ -136,4 +136,4 @@ with StopRequest(make_mesh(Config())) as stop:
     )
     assert done.returncode == -signal.SIGTERM
     assert done.stdout == f"{int(signal.SIGINT)}\n"
-    assert done.stderr.startswith("SIGINT: the run saves and ends after this step")
+    assert done.stderr.startswith("SIGINT: saving and stopping after this step")

@@ -7,7 +7,7 @@ fail() {  # MESSAGE: print one line and exit with status 1
   exit 1
 }
 
-misused() {  # MESSAGE: print one line and exit with status 2, for a mistake in the command line
+usage_error() {  # MESSAGE: print one line and exit with status 2, for a mistake in the command line
   printf 'error: %s\n' "$1" >&2
   exit 2
 }
@@ -49,15 +49,15 @@ read_options() {  # OPTION...: set the settings, and rest to the number of words
       --spot) spot=1 ;;
       --queued) queued=1 ;;
       --name | --project | --zone | --accelerator | --runtime | --slices | --worker | --grace | --poll | --retries)
-        [ $# -gt 1 ] || misused "$option needs a value: $option VALUE"
+        [ $# -gt 1 ] || usage_error "$option needs a value: $option VALUE"
         printf -v "${option#--}" %s "$2"
         shift ;;
       --name=* | --project=* | --zone=* | --accelerator=* | --runtime=* | --slices=* | --worker=* | --grace=* | \
         --poll=* | --retries=*)
         value=${1#*=}
         printf -v "${option#--}" %s "$value" ;;
-      --config* | --*.*) misused "$1 is an option of train.py: put it after --, as in: tpu/pod launch -- $1 ..." ;;
-      *) misused "unknown option $1: tpu/pod help lists the options" ;;
+      --config* | --*.*) usage_error "$1 is an option of train.py: put it after --, as in: tpu/pod launch -- $1 ..." ;;
+      *) usage_error "unknown option $1: tpu/pod help lists the options" ;;
     esac
     shift
   done
@@ -66,17 +66,17 @@ read_options() {  # OPTION...: set the settings, and rest to the number of words
 
 whole_number() {  # OPTION VALUE LEAST
   case $2 in
-    '' | *[!0-9]*) misused "$1 must be a whole number, got '$2'" ;;
+    '' | *[!0-9]*) usage_error "$1 must be a whole number, got '$2'" ;;
   esac
-  [ "$2" -ge "$3" ] || misused "$1 must be at least $3, got $2"
+  [ "$2" -ge "$3" ] || usage_error "$1 must be at least $3, got $2"
 }
 
 check_settings() {
-  [ -n "$name" ] || misused "no name: set --name or POD_NAME, for example --name my-run"
+  [ -n "$name" ] || usage_error "no name: set --name or POD_NAME, for example --name my-run"
   [[ $name =~ ^[a-z]([-a-z0-9]{0,46}[a-z0-9])?$ ]] ||
-    misused "--name must be lowercase letters, digits and dashes, and start with a letter, got '$name'"
-  [ -n "$project" ] || misused "no project: set --project or POD_PROJECT to the ID of your Google Cloud project"
-  [ -n "$zone" ] || misused "no zone: set --zone or POD_ZONE, for example --zone us-east5-b"
+    usage_error "--name must be lowercase letters, digits and dashes, and start with a letter, got '$name'"
+  [ -n "$project" ] || usage_error "no project: set --project or POD_PROJECT to the ID of your Google Cloud project"
+  [ -n "$zone" ] || usage_error "no zone: set --zone or POD_ZONE, for example --zone us-east5-b"
   whole_number --slices "$slices" 1
   whole_number --grace "$grace" 1
   whole_number --poll "$poll" 0
@@ -84,7 +84,7 @@ check_settings() {
   whole_number --worker "$worker" 0
   local switch
   for switch in POD_QUEUED="$queued" POD_SPOT="$spot"; do
-    case ${switch#*=} in 0 | 1) ;; *) misused "${switch%%=*} must be 0 or 1, got '${switch#*=}'" ;; esac
+    case ${switch#*=} in 0 | 1) ;; *) usage_error "${switch%%=*} must be 0 or 1, got '${switch#*=}'" ;; esac
   done
   nodes=$name
   if [ "$slices" -gt 1 ]; then
@@ -97,9 +97,9 @@ check_settings() {
 }
 
 check_accelerator() {  # also set the runtime version, if it is not given, and hosts to 1 or many
-  [ -n "$accelerator" ] || misused "no accelerator type: set --accelerator or POD_ACCELERATOR, for example v6e-16"
+  [ -n "$accelerator" ] || usage_error "no accelerator type: set --accelerator or POD_ACCELERATOR, for example v6e-16"
   [[ $accelerator =~ ^[a-z]+[0-9][0-9a-z]*-[0-9]+$ ]] ||
-    misused "--accelerator must look like v6e-16, v5p-128, v5litepod-16 or tpu7x-16, got '$accelerator'"
+    usage_error "--accelerator must look like v6e-16, v5p-128, v5litepod-16 or tpu7x-16, got '$accelerator'"
   if [ -z "$runtime" ]; then
     case $accelerator in
       tpu7x-*) runtime=v2-alpha-tpu7-ubuntu2404 ;;
@@ -107,8 +107,8 @@ check_accelerator() {  # also set the runtime version, if it is not given, and h
       v5p-*) runtime=v2-alpha-tpuv5 ;;
       v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
       v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
-      v7* | tpu7-*) misused "the accelerator type of Ironwood is tpu7x-N, got '$accelerator'" ;;
-      *) misused "no runtime version is known for $accelerator: set --runtime (gcloud compute tpus tpu-vm versions list)" ;;
+      v7* | tpu7-*) usage_error "the accelerator type of Ironwood is tpu7x-N, got '$accelerator'" ;;
+      *) usage_error "no runtime version is known for $accelerator: set --runtime (gcloud compute tpus tpu-vm versions list)" ;;
     esac
   fi
   # The number counts chips (v5litepod, v6e) or TensorCores, two per chip (v2, v3, v4, v5p, tpu7x). A host has at most

@@ -1,11 +1,11 @@
-"""Will it fit? Compiles a config's training step for a TPU topology, with the TPU's own compiler, on any machine.
+"""Compile a config's training step for a TPU topology, on any machine, and estimate its memory and time.
 
     python tpu/compile_ahead.py --config configs/scratch_1b5.py --topology v5e:4x8
 
-Prints the memory of a chip, the operations of a step beside the formula's, what goes between chips, the bound on the
-step's time that follows from the chip's data sheet, and an estimate of it by the cost model with which the compiler
-chooses its tiles; ``--operations`` says on what it is spent. Nothing is run, so nothing here is a measured time. Needs
-libtpu (``pip install -e '.[tpu]'``), no TPU. Status 1 if the step does not fit.
+Prints the memory of a chip, the FLOPs of the step (compiled, and by formula), the communication between chips, a lower
+bound on the step's time from the chip's data sheet, and an estimate from the compiler's cost model, by which it chooses
+its tiles. ``--operations`` lists the operations that take most of the estimate. Nothing runs: no figure is a measured
+time. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU. The exit status is 2 if the step does not fit.
 """
 
 import argparse
@@ -22,7 +22,7 @@ os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
 import jax
 import numpy as np
-from hlo import Program, Work, taken_in
+from hlo import Program, Work, shares_by_scope
 from jax.experimental import topologies
 
 from layerskip_jax.command_line import make_parser, parse_config
@@ -37,16 +37,16 @@ from layerskip_jax.training.step import Trainer
 
 
 class Chip(NamedTuple):
-    """A chip's data sheet beside `flops.PEAK_FLOPS`, from cloud.google.com/tpu/docs.
+    """The data sheet of a chip from cloud.google.com/tpu/docs; `flops.PEAK_FLOPS` has its peak FLOP/s.
 
-    Networks as in "How to scale your model" (2025), ch. 2. A tpu7x chip shows as two devices: the figures are a
-    device's, half of the chip's.
+    Networks as in "How to scale your model" (2025), ch. 2. JAX shows a tpu7x chip as two devices, so its figures are
+    half of the chip's.
     """
 
     hbm: float  # [bytes]
-    clock: float  # its peak operations over those of its matrix units in a cycle [Hz]
-    ici: float  # to and from its neighbours together, one way [bytes/s]
-    dcn: float  # to other slices, a chip's share [bytes/s]
+    clock: float  # peak FLOP/s over the FLOPs of the matrix units per cycle [Hz]
+    ici: float  # all links to neighbours together, in one direction [bytes/s]
+    dcn: float  # a chip's share of the network to other slices [bytes/s]
 
 
 CHIPS = {
@@ -57,38 +57,38 @@ CHIPS = {
     "tpu7x": Chip(96e9, 2.2e9, 300e9, 6.25e9),
 }
 
-SHOWN = 24  # operations
+SHOWN = 24  # operations in the list of --operations
 
 
 class Compiled(NamedTuple):
-    """One step for one device."""
+    """The compiled step of one device."""
 
     peak_bytes: int
     argument_bytes: int
     temporary_bytes: int
     work: Work
-    kernels: bool  # attention is a kernel, whose operations the text does not show
+    kernels: bool  # attention is a kernel, whose FLOPs are not in the HLO text
     seconds: float
 
 
-def devices_of(topology: str, slices: int) -> Sequence[Any]:
-    """Return the devices of ``slices`` slices, each of a shape such as v5e:4x8."""
+def topology_devices(topology: str, slices: int) -> Sequence[Any]:
+    """Return the devices of ``slices`` slices of a topology such as v5e:4x8."""
     chip = topology.split(":")[0]
     if chip not in CHIPS or ":" not in topology:
-        raise UserError(f"--topology must look like v5e:4x8, with one of {', '.join(CHIPS)}, and is {topology!r}")
+        raise UserError(f"--topology must look like v5e:4x8, with one of {', '.join(CHIPS)}, got {topology!r}")
     more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if chip == "v4":
-        more["chip_config_name"] = "megacore"  # as on Cloud TPU: both cores of a chip are one device
+        more["chip_config_name"] = "megacore"  # as on Cloud TPU: the two cores of a chip form one device
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
     except Exception as error:
         if "libtpu" in str(error).lower():
             raise UserError("this needs libtpu, the TPU's compiler: pip install -e '.[tpu]'") from error
-        raise UserError(f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"libtpu does not know the topology {topology}: {str(error).splitlines()[0]}") from error
 
 
 def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
-    """Compile ``Trainer.step``; what does not fit into a chip's memory raises `UserError` with its figures."""
+    """Compile ``Trainer.step``. Raises `UserError` with the compiler's figures if it does not fit a chip's memory."""
     trainer, began = Trainer(config, Recipe.from_config(config), make_mesh(config, devices)), time.perf_counter()
     try:
         step = trainer.compile_step()
@@ -100,11 +100,11 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
     memory, text = step.memory_analysis(), step.as_text()
     peak = getattr(memory, "peak_memory_in_bytes", 0) or memory.argument_size_in_bytes + memory.temp_size_in_bytes
     weights_L, rates_L = typical_step(config)
-    # A loop over kept rows turns as often as its groups hold one; a group of one row as often as rows are kept.
-    kept = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
-    # An exit's condition is in the scan's body; its first iteration has no exit, and the last exit follows the scan.
+    # The trip count of the skipping form's loop is the number of row groups that are kept, in the mean.
+    kept_groups = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
+    # The scan's body has the condition of the inner exits; its first iteration has no exit. The last exit follows it.
     shares = {INNER_EXIT: np.count_nonzero(weights_L[:-1]) / len(weights_L), LAST_EXIT: float(weights_L[-1] > 0)}
-    work = Program(text).work(taken_in(shares), kept)
+    work = Program(text).work(shares_by_scope(shares), kept_groups)
     return Compiled(
         peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes, work, "splash" in text,
         time.perf_counter() - began,
@@ -112,7 +112,7 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
 
 
 def typical_step(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Return the exits' weights at the step with the median number of exits, and mean drop rates over the run."""
+    """Return the exit weights of the step with the median number of exits, and the mean drop rates of the run."""
     recipe, steps = Recipe.from_config(config), np.linspace(0, config.train.steps - 1, 97).astype(int)
     weights_SL = np.array([recipe.exit_weights(step) for step in steps])
     rates_SL = np.array([recipe.drop_rates(step) for step in steps])
@@ -121,37 +121,37 @@ def typical_step(config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def report(config: Config, chip: Chip, peak: float, chips: int, compiled: Compiled) -> dict[str, Any]:
-    """Set the compiler's figures beside the formulas and the data sheet."""
-    formula = step_flops(config, *typical_step(config))
+    """Return the compiler's figures with those of the formulas and the data sheet."""
+    formula = step_flops(config, *typical_step(config), skips=config.layer_dropout.form == "skipping")
     positions = config.train.batch_size * config.data.sequence_length
-    attention = positions * attention_flops(config)
-    again = 4 / 3 if config.train.remat in ("full", "offload") else 1
-    of_kernels = attention * again if compiled.kernels else 0.0
-    counted = compiled.work.flops * chips + of_kernels
-    ici = sum(size for transfer, size in compiled.work.received.items() if not transfer.between_slices)
-    dcn = sum(size for transfer, size in compiled.work.received.items() if transfer.between_slices)
-    waited = sum(s for t, s in compiled.work.received.items() if not t.overlapped and not t.between_slices)
-    compute = counted / chips / peak
-    # The cost model knows what of the memory's traffic hides behind products; of kernels it knows nothing.
-    modelled = compiled.work.cycles / chip.clock + of_kernels / chips / peak
+    forward_passes = 4 / 3 if config.train.remat in ("full", "offload") else 1
+    kernel_flops = positions * attention_flops(config) * forward_passes if compiled.kernels else 0.0
+    flops = compiled.work.flops * chips + kernel_flops
+    received = compiled.work.received
+    ici = sum(size for transfer, size in received.items() if not transfer.between_slices)
+    dcn = sum(size for transfer, size in received.items() if transfer.between_slices)
+    exposed = sum(size for t, size in received.items() if not t.overlapped and not t.between_slices)
+    matmuls = flops / chips / peak
+    # The cost model includes memory traffic that matmuls do not hide, but no kernels.
+    modelled = compiled.work.cycles / chip.clock + kernel_flops / chips / peak
 
     def step_seconds(compute: float) -> float:
-        """Overlapped transfers hide behind the computation; exposed ones come on top."""
-        return max(compute, (ici - waited) / chip.ici) + waited / chip.ici + dcn / chip.dcn
+        """Overlapped transfers hide behind the computation; exposed ones add to it."""
+        return max(compute, (ici - exposed) / chip.ici) + exposed / chip.ici + dcn / chip.dcn
 
-    bound, estimate = step_seconds(compute), step_seconds(modelled)
+    bound, estimate = step_seconds(matmuls), step_seconds(modelled)
     model_flops = positions * flops_per_token(config) / (chips * peak)
     return {
         "fits": compiled.peak_bytes < chip.hbm,
         "chips": chips,
         "hbm": {"peak": compiled.peak_bytes, "arguments": compiled.argument_bytes,
                 "temporaries": compiled.temporary_bytes, "chip": chip.hbm},
-        "flops": {"compiled": counted, "formula": formula.hardware, "plain": formula.plain, "exits": formula.exits,
+        "flops": {"compiled": flops, "formula": formula.hardware, "plain": formula.plain, "exits": formula.exits,
                   "skipped": formula.skipped, "recomputed": formula.recomputed},
-        "received": {str(transfer): size for transfer, size in compiled.work.received.items()},
-        "overlapped": 1 - waited / ici if ici else 1.0,
-        "seconds": {"products": compute, "chip to chip": ici / chip.ici, "slice to slice": dcn / chip.dcn,
-                    "exposed": waited / chip.ici, "bound": bound, "cost model": modelled, "estimate": estimate},
+        "received": {str(transfer): size for transfer, size in received.items()},
+        "overlapped": 1 - exposed / ici if ici else 1.0,
+        "seconds": {"matmuls": matmuls, "chip to chip": ici / chip.ici, "slice to slice": dcn / chip.dcn,
+                    "exposed": exposed / chip.ici, "bound": bound, "cost model": modelled, "estimate": estimate},
         "mfu_at_bound": model_flops / bound,
         "mfu_at_estimate": model_flops / estimate,
         "operations": most_costly(compiled.work, chip.clock, peak),
@@ -160,9 +160,9 @@ def report(config: Config, chip: Chip, peak: float, chips: int, compiled: Compil
 
 
 def most_costly(work: Work, clock: float, peak: float) -> list[dict[str, Any]]:
-    """Return the operations on which the cost model spends most, by the name of what was traced.
+    """Return the operations with the largest estimates, by JAX's name of the traced operation.
 
-    ``of_peak`` is how much of the chip's peak their products would reach, 0 of what has none.
+    ``of_peak`` is the share of the chip's peak FLOP/s that their matmuls would reach, 0 without a matmul.
     """
     by_cycles = sorted(work.operations.items(), key=lambda one: -one[1][0])
     return [
@@ -174,30 +174,46 @@ def most_costly(work: Work, clock: float, peak: float) -> list[dict[str, Any]]:
 
 def show(found: dict[str, Any], operations: bool) -> None:
     memory, flops, seconds = found["hbm"], found["flops"], found["seconds"]
-    left = 1 - memory["peak"] / memory["chip"]
-    print(
-        f"  memory of a chip    {memory['peak'] / 1e9:8.2f} GB of {memory['chip'] / 1e9:.0f} at the peak, {left:.0%} "
-        f"left (arguments {memory['arguments'] / 1e9:.2f}, temporaries {memory['temporaries'] / 1e9:.2f})"
+
+    def show_line(name: str, text: str) -> None:
+        print(f"  {name:20}{text}")
+
+    show_line(
+        "memory of a chip",
+        f"{memory['peak'] / 1e9:8.2f} GB of {memory['chip'] / 1e9:.0f} at the peak, "
+        f"{1 - memory['peak'] / memory['chip']:.0%} left (arguments {memory['arguments'] / 1e9:.2f}, "
+        f"temporaries {memory['temporaries'] / 1e9:.2f})",
     )
-    print(f"  FLOPs a step        {flops['compiled']:8.3g} compiled, {flops['formula']:.3g} by formula "
-          f"({flops['compiled'] / flops['formula']:.3f}x): plain {flops['plain']:.3g}, exits {flops['exits']:.3g}, "
-          f"skipped {flops['skipped']:.3g}, recomputed {flops['recomputed']:.3g}")  # fmt: skip
+    show_line(
+        "FLOPs per step",
+        f"{flops['compiled']:8.3g} compiled, {flops['formula']:.3g} by formula "
+        f"({flops['compiled'] / flops['formula']:.3f}x): plain {flops['plain']:.3g}, exits {flops['exits']:.3g}, "
+        f"skipped {flops['skipped']:.3g}, recomputed {flops['recomputed']:.3g}",
+    )
     for transfer, size in sorted(found["received"].items(), key=lambda pair: -pair[1]):
-        print(f"  received by a chip  {size / 1e9:8.3f} GB {transfer}")
-    print(f"  overlapped          {found['overlapped']:8.1%} of the bytes within a slice; the exposed transfers take "
-          f"{seconds['exposed'] / seconds['estimate']:.1%} of the estimate")  # fmt: skip
-    print(f"  bound on the step   {seconds['bound']:8.3f} s (matmuls {seconds['products']:.3f}, chip to chip "
-          f"{seconds['chip to chip']:.3f}, slice to slice {seconds['slice to slice']:.3f}); MFU at that bound "
-          f"{found['mfu_at_bound']:.0%}")  # fmt: skip
-    print(f"  estimate of it      {seconds['estimate']:8.3f} s (the compiler's own of its fusions, memory included, "
-          f"{seconds['cost model']:.3f} with attention at the peak); MFU {found['mfu_at_estimate']:.0%}")  # fmt: skip
-    print(f"  compiled in         {found['compile_seconds']:8.0f} s")
+        show_line("received by a chip", f"{size / 1e9:8.3f} GB {transfer}")
+    show_line(
+        "overlapped",
+        f"{found['overlapped']:8.1%} of the bytes within a slice; the exposed transfers take "
+        f"{seconds['exposed'] / seconds['estimate']:.1%} of the estimate",
+    )
+    show_line(
+        "bound on the step",
+        f"{seconds['bound']:8.3f} s (matmuls {seconds['matmuls']:.3f}, chip to chip {seconds['chip to chip']:.3f}, "
+        f"slice to slice {seconds['slice to slice']:.3f}); MFU at the bound {found['mfu_at_bound']:.0%}",
+    )
+    show_line(
+        "estimate",
+        f"{seconds['estimate']:8.3f} s (cost model of the fusions and attention at the peak "
+        f"{seconds['cost model']:.3f}); MFU at the estimate {found['mfu_at_estimate']:.0%}",
+    )
+    show_line("compile time", f"{found['compile_seconds']:8.0f} s")
     for one in found["operations"] if operations else ():
         print(f"  {one['share']:6.1%} {one['seconds'] * 1e3:9.2f} ms, {one['of_peak']:4.0%} of the peak  {one['name']}")
 
 
 def alternatives(config: Config, chips: int, slices: int) -> Iterator[tuple[str, Config]]:
-    """Yield what `--suggest` tries, the fastest to run first: with less and less in memory."""
+    """Yield the settings that ``--suggest`` tries, from the fastest to the one that needs the least memory."""
     mesh = dataclasses.replace(config.mesh, data=slices, fsdp=chips // slices, sequence=1, tensor=1)
     for accumulate in (1, 2, 4, 8):
         for remat in ("none", "dots", "full"):
@@ -211,22 +227,24 @@ def alternatives(config: Config, chips: int, slices: int) -> Iterator[tuple[str,
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("Compile a config's training step for a TPU topology, without a TPU.")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x8, v5p:4x4x4, v6e:8x8")
     parser.add_argument(
-        "--slices", type=int, default=1, help="slices of that shape, joined over the data-center network"
+        "--topology", required=True, metavar="CHIP:SHAPE", help="for example v5e:4x8, v5p:4x4x4, v6e:8x8"
     )
     parser.add_argument(
-        "--suggest", action="store_true", help="try meshes, remat policies and microbatches till one fits"
+        "--slices", type=int, default=1, help="number of slices of that shape, connected by the data-center network"
     )
     parser.add_argument(
-        "--store", action="store_true", help="keep the compiled step in train.run_dir, where a run looks for it"
+        "--suggest", action="store_true", help="try meshes, remat policies and microbatches until one fits"
+    )
+    parser.add_argument(
+        "--store", action="store_true", help="store the compiled step in train.run_dir, where a run looks for it"
     )
     parser.add_argument(
         "--operations", action="store_true", help=f"list the {SHOWN} operations that take most of the estimate"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     config, options = parse_config(parser, argv)
-    devices, chip = devices_of(options.topology, options.slices), CHIPS[options.topology.split(":")[0]]
+    devices, chip = topology_devices(options.topology, options.slices), CHIPS[options.topology.split(":")[0]]
     peak = PEAK_FLOPS[devices[0].device_kind]
     if options.store:
         keep_compiled_programs(config.train.run_dir)
@@ -249,10 +267,10 @@ def main(argv: list[str] | None = None) -> None:
             show(found, options.operations)
         if found["fits"]:
             return
-        problem = "the peak is above the chip's memory"
+        problem = "the peak exceeds the chip's memory"
         if not options.suggest:
             raise UserError(problem)
-    raise UserError(f"no setting that was tried fits; the last: {problem}")
+    raise UserError(f"none of the tried settings fits; the last one: {problem}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Reads what a compiled program will do out of its text: products, cycles, what goes between devices; loops counted.
+"""FLOPs, estimated cycles and communication of a compiled program, parsed from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once. Here a loop counts as often as it turns (as the compiler notes,
-or by the constant that its condition compares with), and a conditional as often as the caller says.
+XLA's own cost analysis counts a loop body once. Here it counts once per iteration: the trip count is the compiler's
+note, or the constant in the loop's condition. The caller gives the shares of the branches of a conditional.
 """
 
 import dataclasses
@@ -12,23 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-STARTS = ("async-start", "call-start")  # the second where a SparseCore does it
+STARTS = ("async-start", "call-start")  # call-start: on a SparseCore
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 
-Choice = Callable[[str, int], Sequence[float]]
-"""``(op_name, branches) -> how often each branch of a conditional runs``, 1 in all."""
+BranchShares = Callable[[str, int], Sequence[float]]
+"""``(op_name, number of branches) -> share of the runs of a conditional that take each branch``; the sum is 1."""
 
 
-def taken_in(shares: Mapping[str, float]) -> Choice:
-    """Let conditionals traced in a named scope be true in its share of their runs; others take all branches alike."""
+def shares_by_scope(shares: Mapping[str, float]) -> BranchShares:
+    """Let ``shares[scope]`` of the conditionals traced in a named scope be true; others take all branches equally."""
 
-    def choose(op_name: str, branches: int) -> Sequence[float]:
+    def branch_shares(op_name: str, branches: int) -> Sequence[float]:
         for scope, share in shares.items():
             if scope in op_name and branches == 2:
                 return [1 - share, share]
         return [1 / branches] * branches
 
-    return choose
+    return branch_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Instruction:
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # all that follows the operands
+    rest: str  # the text after the operands
     is_root: bool
 
     def attribute(self, pattern: str) -> str:
@@ -47,10 +47,10 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """Bytes that a device receives through one kind of collective."""
+    """A kind of collective."""
 
     kind: str
-    overlapped: bool  # runs beside other work
+    overlapped: bool  # asynchronous, so that other work hides it
     between_slices: bool
 
     def __str__(self) -> str:
@@ -60,14 +60,15 @@ class Transfer:
 
 @dataclasses.dataclass
 class Work:
-    """What one device does in one run of a program."""
+    """The work of one device in one run of a program."""
 
     flops: float = 0.0
     cycles: float = 0.0
-    """What the TPU compiler's own cost model says of its fusions, memory included; nothing of kernels and waits."""
+    """The TPU compiler's estimate for its fusions, memory traffic included; kernels and waiting are not in it."""
     received: dict[Transfer, float] = dataclasses.field(default_factory=dict)
+    """Bytes that the device receives, by kind of collective."""
     operations: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    """Cycles and flops by the name that JAX gave what was traced, of all that the cost model knows."""
+    """Cycles and FLOPs by JAX's name of the traced operation, for operations with an estimate."""
 
     def add(self, other: "Work", times: float = 1.0) -> None:
         self.flops += times * other.flops
@@ -80,14 +81,14 @@ class Work:
 
 
 class Program:
-    """The computations of an optimized module: on several slices, what each of them runs."""
+    """The computations of an optimized HLO module. With several slices, each slice runs this program."""
 
     def __init__(self, text: str):
         self._computations: dict[str, dict[str, Instruction]] = {}
         self._text: dict[str, str] = {}
         entry = re.search(r"^ENTRY %?([\w.\-]+)", text, flags=re.M)
         if entry is None:
-            raise ValueError("this is no text of a compiled program: it has no ENTRY")
+            raise ValueError("not the text of a compiled program: it has no ENTRY")
         self._entry = entry.group(1)
         partitions = re.search(r"num_partitions=(\d+)", text)
         self._devices = int(partitions.group(1)) if partitions else 1
@@ -96,39 +97,39 @@ class Program:
             self._computations[block.group(1)] = {one.name: one for one in parsed if one}
             self._text[block.group(1)] = block.group(2)
 
-    def work(self, choose: Choice, unknown_turns: float = 1.0) -> Work:
-        """Count one run. ``choose`` says how often a conditional takes each branch.
+    def work(self, branch_shares: BranchShares, unknown_trip_count: float = 1.0) -> Work:
+        """Count the work of one run.
 
-        ``unknown_turns`` is how often a loop turns whose end is known only while the program runs.
+        ``unknown_trip_count`` applies to loops whose trip count is only known at run time.
         """
-        self._unknown_turns = unknown_turns
-        return self._of_computation(self._entry, choose)
+        self._unknown_trip_count = unknown_trip_count
+        return self._count_computation(self._entry, branch_shares)
 
-    def _of_computation(self, name: str, choose: Choice) -> Work:
+    def _count_computation(self, name: str, branch_shares: BranchShares) -> Work:
         work, chains = Work(), set[str]()
         for one in self._computations[name].values():
             if one.opcode == "while":
                 body = one.attribute(r"body=%?([\w.\-]+)")
-                work.add(self._of_computation(body, choose), self._turns(one, body))
+                work.add(self._count_computation(body, branch_shares), self._trip_count(one, body))
             elif one.opcode == "conditional":
                 branches = re.findall(r"%?([\w.\-]+)", one.attribute(r"branch_computations=\{([^}]*)\}"))
                 branches = branches or [
                     one.attribute(rf"{which}_computation=%?([\w.\-]+)") for which in ("false", "true")
                 ]
-                often = choose(one.attribute(r'op_name="([^"]*)"'), len(branches))
-                for branch, times in zip(branches, often, strict=True):
-                    work.add(self._of_computation(branch, choose), times)
+                shares = branch_shares(one.attribute(r'op_name="([^"]*)"'), len(branches))
+                for branch, share in zip(branches, shares, strict=True):
+                    work.add(self._count_computation(branch, branch_shares), share)
             else:
                 part = Work(cycles=float(one.attribute(r'"estimated_cycles":"(\d+)"') or 0))
-                self._add_instruction(part, name, one, chains, choose)
+                self._add_instruction(part, name, one, chains)
                 if part.cycles:
                     part.operations[one.attribute(r'op_name="([^"]*)"') or one.name] = (part.cycles, part.flops)
                 work.add(part)
         return work
 
-    def _add_instruction(self, work: Work, name: str, one: Instruction, chains: set[str], choose: Choice) -> None:
+    def _add_instruction(self, work: Work, name: str, one: Instruction, chains: set[str]) -> None:
         if one.opcode in ("convolution", "dot"):
-            work.flops += self._product(name, one)
+            work.flops += self._matmul_flops(name, one)
         elif one.opcode == "recv" and "megascale" in one.rest:
             self._receive_from_slices(work, one)
         elif one.opcode.removesuffix("-start") in COLLECTIVES:
@@ -137,49 +138,49 @@ class Program:
             called = one.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)")
             for inner in self._computations[called].values():
                 if inner.opcode in COLLECTIVES:
-                    # A gather that is spread over several fusions shows in each, under one channel: it is one.
+                    # A gather that spans several fusions appears in each with one channel: count it once.
                     channel = inner.attribute(r"channel_id=(\d+)")
                     if channel not in chains:
                         self._receive(work, called, inner, one.opcode in STARTS or self._is_overlapped(called))
                     chains.add(channel)
                 else:
-                    self._add_instruction(work, called, inner, chains, choose)
+                    self._add_instruction(work, called, inner, chains)
 
     def _is_overlapped(self, fusion: str) -> bool:
         return fusion.startswith("async_collective") or "AsyncCollective" in self._text[fusion]
 
-    def _turns(self, loop: Instruction, body: str) -> float:
-        """Return ``limit / step`` of a loop that counts from 0; where XLA has unrolled it, the step is not 1."""
+    def _trip_count(self, loop: Instruction, body: str) -> float:
+        """Return ``limit / step`` of a loop that counts from 0. The step is above 1 if XLA has unrolled the loop."""
         if noted := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return float(noted)
-        tests = self._computations[loop.attribute(r"condition=%?([\w.\-]+)")]
-        steps, limits = self._computations[body], [_constant(one) for one in tests.values()]
+        condition = self._computations[loop.attribute(r"condition=%?([\w.\-]+)")]
+        steps, limits = self._computations[body], [_constant(one) for one in condition.values()]
         if not any(limits):
-            return self._unknown_turns
-        compare = next((one for one in tests.values() if one.opcode == "compare"), None)
-        counter = tests.get(compare.operands[0]) if compare else None
+            return self._unknown_trip_count
+        compare = next((one for one in condition.values() if one.opcode == "compare"), None)
+        counter = condition.get(compare.operands[0]) if compare else None
         root = next(one for one in steps.values() if one.is_root)
         if counter is None or counter.opcode != "get-tuple-element" or root.opcode != "tuple":
             return max(limits)
-        counted = steps[root.operands[int(counter.attribute(r"index=(\d+)"))]]
-        by = [_constant(steps[operand]) for operand in counted.operands if operand in steps]
-        return -(-max(limits) // max([1, *by])) if counted.opcode == "add" else max(limits)
+        update = steps[root.operands[int(counter.attribute(r"index=(\d+)"))]]
+        increments = [_constant(steps[operand]) for operand in update.operands if operand in steps]
+        return -(-max(limits) // max([1, *increments])) if update.opcode == "add" else max(limits)
 
-    def _product(self, computation: str, one: Instruction) -> float:
+    def _matmul_flops(self, computation: str, one: Instruction) -> float:
         known = self._computations[computation]
         left, right = (_dimensions(known[operand].shape) for operand in one.operands[:2])
         out = _dimensions(one.shape)
         if one.opcode == "dot":
             contracted = re.findall(r"\d+", one.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
             return 2.0 * math.prod(out) * math.prod(left[int(axis)] for axis in contracted)
-        return _convolution(left, right, out, one)
+        return _convolution_flops(left, right, out, one)
 
     def _receive(self, work: Work, computation: str, one: Instruction, overlapped: bool) -> None:
         kind, known = one.opcode.removesuffix("-start"), self._computations[computation]
         size = sum(_bytes(known[operand].shape) for operand in one.operands if operand in known)
         n = len(device_groups(one.rest, self._devices)[0])
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # the fusion keeps a device's own part alone
+            kind = "reduce-scatter"  # the fusion keeps only the shard of its device
         received = {
             "all-gather": size * (n - 1),
             "reduce-scatter": size * (n - 1) / n,
@@ -191,7 +192,7 @@ class Program:
         work.received[transfer] = work.received.get(transfer, 0.0) + received
 
     def _receive_from_slices(self, work: Work, one: Instruction) -> None:
-        """Count what the hosts exchange over the data-center network, which goes on beside the program."""
+        """Count what the hosts exchange over the data-center network, which overlaps the program."""
         kind = one.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
         slices = len(one.attribute(r'_xla_megascale_target="\{([\d,]*)\}').split(","))
         size = _bytes(one.shape[: one.shape.index("]") + 1])
@@ -201,7 +202,7 @@ class Program:
 
 
 def device_groups(attributes: str, devices: int) -> list[list[int]]:
-    """Return which devices exchange something with each other in a collective; of a permutation, its pairs.
+    """Return the groups of devices of a collective, or the pairs of a permutation.
 
     >>> device_groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4), device_groups("source_target_pairs={{0,1},{1,0}}", 2)
     ([[0, 2], [1, 3]], [[0, 1], [1, 0]])
@@ -241,7 +242,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _constant(one: Instruction) -> int:
-    """Return the value of a constant whole number, 0 for anything else."""
+    """Return the value of an integer constant, or 0 for any other instruction."""
     is_number = one.opcode == "constant" and re.fullmatch(r"-?\d+", one.operands[0])
     return int(one.operands[0]) if is_number else 0
 
@@ -262,7 +263,7 @@ def _dimensions(shape: str) -> list[int]:
 
 
 def _bytes(shape: str) -> float:
-    """Return the size of an array, or of all arrays of a tuple.
+    """Return the bytes of an array, or of all arrays of a tuple.
 
     >>> _bytes("(bf16[2,3]{1,0}, f32[])")
     16
@@ -273,26 +274,26 @@ def _bytes(shape: str) -> float:
     )
 
 
-def _convolution(left: list[int], right: list[int], out: list[int], one: Instruction) -> float:
-    """Count a product in the form that XLA:TPU gives it: ``2 x`` the pairs of elements that really meet.
+def _convolution_flops(left: list[int], right: list[int], out: list[int], one: Instruction) -> float:
+    """Return the FLOPs of a matmul in XLA:TPU's form, a convolution: 2 for each multiplied pair of elements.
 
-    Along a spatial dimension, an output position and a kernel position meet where the padded, dilated input has an
-    element of its own. So a batch of products, which becomes a convolution with a padded window, counts once.
+    Along a spatial dimension, only pairs count whose input element exists: neither padding nor a hole of the dilation.
+    So a batched matmul, which becomes a convolution with a padded window, counts once.
     """
     inputs, kernel, outputs = re.split(r"_|->", one.attribute(r"dim_labels=([\w>\-]+)"))
     spatial = [label for label in inputs if label.isdigit()]
     window = dict(re.findall(r"(\w+)=([\w\-]+)", one.attribute(r"window=\{([^}]*)\}")))
 
-    def of(key: str, default: str) -> list[str]:
+    def window_sizes(key: str, default: str) -> list[str]:
         return window[key].split("x") if key in window else [default] * len(spatial)
 
-    met = 1.0
+    pairs = 1.0
     for label in sorted(spatial):
         place = int(label)
-        low = int(of("pad", "0_0")[place].split("_")[0])
-        stride, base, dilate = (int(of(key, "1")[place]) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        low = int(window_sizes("pad", "0_0")[place].split("_")[0])
+        stride, base, dilate = (int(window_sizes(key, "1")[place]) for key in ("stride", "lhs_dilate", "rhs_dilate"))
         size, taps, places = left[inputs.index(label)], right[kernel.index(label)], out[outputs.index(label)]
         at = np.arange(places)[:, None] * stride + np.arange(taps)[None] * dilate - low
-        met *= np.count_nonzero((at >= 0) & (at < (size - 1) * base + 1) & (at % base == 0))
+        pairs *= np.count_nonzero((at >= 0) & (at < (size - 1) * base + 1) & (at % base == 0))
     batch, features = out[outputs.index("b")], out[outputs.index("f")]
-    return 2.0 * met * batch * features * right[kernel.index("i")]
+    return 2.0 * pairs * batch * features * right[kernel.index("i")]

@@ -1,1 +1,1 @@
-"""Checkpoints on disk, ours and those of Hugging Face."""
+"""Checkpoints on disk: runs of this project, and Hugging Face Llamas."""

@@ -1,1 +1,1 @@
-"""What the top-level scripts and the installed commands call: parse, call the package, print."""
+"""The commands of ``layerskip``: a module each, whose ``main`` parses, calls the package and prints."""

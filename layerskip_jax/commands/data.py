@@ -1,4 +1,4 @@
-"""``python -m layerskip_jax data COMMAND --config configs/NAME.py [overrides]``"""
+"""``layerskip data COMMAND --config configs/NAME.py [--group.setting value ...]``"""
 
 import itertools
 import sys
@@ -18,16 +18,17 @@ from layerskip_jax.locations import locate
 COMMANDS = {
     "prepare": "open both splits (preparing the default corpus) and count their documents",
     "tokenizer": "train a SentencePiece model of model.vocab_size pieces on the train split",
-    "pretokenize": "write the corpus as tokens, for data.source tokens; --out FOLDER",
-    "show": "print packed training rows as the model sees them, || between documents",
+    "pretokenize": "store the corpus as tokens in --out FOLDER, for data.source tokens",
+    "show": "print packed training rows, with || between documents",
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser("Prepare text for training. " + "; ".join(f"{k}: {v}" for k, v in COMMANDS.items()) + ".")
+    does = "; ".join(f"{name}: {text}" for name, text in COMMANDS.items())
+    parser = make_parser(f"Prepare text for training. {does}.", "data")
     parser.add_argument("command", metavar="COMMAND", help=", ".join(COMMANDS))
-    parser.add_argument("--overwrite", action="store_true", help="tokenizer: replace the one that is there")
-    parser.add_argument("--out", metavar="FOLDER", help="pretokenize: where to write")
+    parser.add_argument("--overwrite", action="store_true", help="tokenizer: replace an existing one")
+    parser.add_argument("--out", metavar="FOLDER", help="pretokenize: the folder to write")
     config, options = parse_config(parser, argv)
     if options.command == "prepare":
         _prepare(config)
@@ -56,7 +57,7 @@ def _tokenizer(config: Config, overwrite: bool) -> None:
     path = config.data.tokenizer
     if locate(path).exists() and not overwrite:
         load_tokenizer(path).check_vocabulary(config.model.vocab_size)
-        print(f"{path} is there, with {config.model.vocab_size} pieces; --overwrite trains it anew")
+        print(f"{path} exists, with {config.model.vocab_size} pieces; --overwrite replaces it")
         return
     documents = open_documents(config.data, config.data.train_split)
     tokenizer = train_tokenizer(documents, path, config.model.vocab_size)

@@ -1,53 +1,77 @@
-"""``python decode.py --checkpoint RUN --prompt TEXT [--setting value ...]``"""
+"""``layerskip decode RUN --prompt TEXT [--setting value ...]`` generates text."""
 
+import argparse
 import dataclasses
 import json
 import statistics
 import sys
 from typing import TYPE_CHECKING, Any
 
-from layerskip_jax.command_line import add_settings, apply_overrides, given_settings, integer, make_parser
-from layerskip_jax.commands.prompts import add_prompt_options, read_prompts
+from layerskip_jax.command_line import (
+    OneLineParser,
+    add_json,
+    add_prompt_options,
+    add_settings,
+    apply_overrides,
+    given_settings,
+    make_parser,
+    positive,
+)
+from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import DecodeConfig
-from layerskip_jax.errors import UserError, run_command
+from layerskip_jax.errors import UserError
 
 if TYPE_CHECKING:
     from layerskip_jax.decoding.text import Answer, TextGenerator
 
 REPEATS = 3
-"""--compare times each way of decoding so often, in turn, and reports medians."""
+"""``--compare`` reports medians over this many timed runs."""
+
+
+def _parser() -> OneLineParser:
+    parser = make_parser(
+        "Generate text from a checkpoint of train.py or a Hugging Face Llama. The default settings are those that "
+        "layerskip sweep stored with the checkpoint, or else those of the checkpoint's own config.",
+        "decode",
+    )
+    parser.add_argument(
+        "run", metavar="RUN", nargs="?", help="run folder, one checkpoint in it, or a Hugging Face folder"
+    )
+    parser.add_argument("--checkpoint", metavar="RUN", help="the same as the argument RUN")
+    add_prompt_options(parser)
+    parser.add_argument("--batch_size", metavar="N", type=positive, default=1, help="prompts per batch (default: 1)")
+    parser.add_argument("--compare", action="store_true", help="also time plain decoding, and compare the texts")
+    parser.add_argument("--quiet", action="store_true", help="print the numbers only, not the texts")
+    add_json(parser, "one per prompt, then one of numbers")
+    add_settings(parser, DecodeConfig())
+    return parser
+
+
+def _given_run(options: argparse.Namespace) -> str:
+    runs = [run for run in (options.run, options.checkpoint) if run is not None]
+    if len(runs) != 1:
+        given = f", not {' and '.join(runs)}" if runs else ""
+        raise UserError(f"give one run, as RUN or as --checkpoint RUN{given}")
+    return runs[0]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Load a checkpoint, generate, and report; with ``--compare`` also against plain decoding."""
-    parser = make_parser(
-        "Generate text from a checkpoint of train.py or a Hugging Face Llama. Settings not given here are those that "
-        "python -m layerskip_jax sweep found best and stored with the checkpoint, or else the checkpoint's own config."
-    )
-    parser.add_argument(
-        "--checkpoint", metavar="RUN", required=True, help="run folder, one checkpoint in it, or a Hugging Face folder"
-    )
-    add_prompt_options(parser)
-    parser.add_argument("--batch_size", metavar="N", type=integer, default=1, help="prompts generated together")
-    parser.add_argument("--compare", action="store_true", help="time plain decoding too, and compare the texts")
-    parser.add_argument("--quiet", action="store_true", help="print the numbers only, not the texts")
-    parser.add_argument("--json", action="store_true", help="print JSON lines: one a prompt, then one of numbers")
-    add_settings(parser, DecodeConfig())
-    options = parser.parse_known_options(argv)
-    given = given_settings(options, DecodeConfig)
+    options = _parser().parse_known_options(argv)
+    run, given = _given_run(options), given_settings(options, DecodeConfig)
 
-    # After parsing, so that --help and mistakes answer at once.
-    from layerskip_jax.checkpoint.reading import load_model, swept_settings
+    # Imported after parsing, so that --help and errors are immediate.
+    from layerskip_jax.checkpoint.reading import load_model
+    from layerskip_jax.checkpoint.swept import swept_settings
     from layerskip_jax.commands import terminal
     from layerskip_jax.data.load_tokenizer import load_tokenizer
+    from layerskip_jax.decoding.cost import measured_bandwidth
     from layerskip_jax.decoding.quantization import with_weights
     from layerskip_jax.decoding.text import TextGenerator
 
-    model, config, tokenizer_path = load_model(options.checkpoint, unstacked=True)
-    settings = apply_overrides(config.decode, swept_settings(options.checkpoint, given) | given)
+    model, config, tokenizer_path = load_model(run, unstacked=True)
+    settings = apply_overrides(config.decode, swept_settings(run, given) | given)
     tokenizer = load_tokenizer(str(tokenizer_path))
-    if options.batch_size < 1:
-        raise UserError(f"--batch_size must be at least 1, not {options.batch_size}")
     prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
     model = with_weights(model, settings.weights)
     generator = TextGenerator(model, tokenizer, settings)
@@ -63,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             for completion in [] if options.quiet else answers[-1].completions:
                 print(json.dumps(dataclasses.asdict(completion)) if options.json else terminal.shown(completion))
                 sys.stdout.flush()
-    report = terminal.Report.of(answers, model.config, settings)
+    report = terminal.Report.from_answers(answers, model.config, settings, measured_bandwidth())
     if options.compare:
         plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
         report = dataclasses.replace(report, **_compare(generator, plain, batches))
@@ -71,14 +95,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _compare(generator: "TextGenerator", plain: "TextGenerator", batches: list[list[str]]) -> dict[str, Any]:
-    """Time both ways in turn over all prompts; return the medians and whether all texts are identical.
+    """Time both generators alternately over all prompts; return medians and whether all texts are identical.
 
-    Drawn texts are not compared: the two ways spend their random numbers otherwise.
+    Sampled texts are not compared: the two modes consume random numbers differently.
     """
     ours: list[float] = []
     theirs: list[float] = []
     identical = True
-    for repeat in range(REPEATS + 1):  # the first compiles and is not counted
+    for repeat in range(REPEATS + 1):  # the first one compiles and is not counted
         own, other = ([g.generate(batch) for batch in batches] for g in (generator, plain))
         if repeat:
             ours.append(_rate(own))
@@ -95,8 +119,3 @@ def _compare(generator: "TextGenerator", plain: "TextGenerator", batches: list[l
 
 def _rate(answers: "list[Answer]") -> float:
     return sum(a.generation.new_tokens for a in answers) / sum(a.generation.seconds for a in answers)
-
-
-def run() -> None:
-    """The installed command ``layerskip-decode``."""
-    run_command(main)

@@ -1,14 +1,14 @@
-"""Every exit on held-out text, runs side by side: ``python -m layerskip_jax evaluate RUN [RUN ...]``."""
+"""``layerskip evaluate RUN [RUN ...]`` measures every exit on held-out text."""
 
 import json
 
-from layerskip_jax.command_line import add_settings, integer, make_parser
+from layerskip_jax.command_line import add_json, add_settings, make_parser, positive
 from layerskip_jax.config import DataConfig
-from layerskip_jax.evaluation.exits import ExitQuality, quality_of_checkpoint
+from layerskip_jax.evaluation.exits import ExitQuality, checkpoint_quality
 
 
 def table(qualities: dict[str, ExitQuality]) -> str:
-    """Lay losses, perplexities and agreements out by exit, a column a run; at the foot, the middle exit."""
+    """Return losses, perplexities and agreements as text: a row per exit, a column per run, and the middle exits."""
     width = max(26, *(len(name) for name in qualities)) + 2
     lines = ["exit " + "".join(f"{name:>{width}}" for name in qualities)]
     for row in range(max(len(quality.loss_L) for quality in qualities.values())):
@@ -19,23 +19,27 @@ def table(qualities: dict[str, ExitQuality]) -> str:
             for q in qualities.values()
         )
         lines.append(f"{row + 1:>4} " + "".join(f"{cell:>{width}}" for cell in cells))
-    lines.append("(perplexity; how often the exit's next token is the last exit's)")
+    lines.append("(perplexity; how often the exit predicts the same token as the last exit)")
     for name, quality in qualities.items():
         middle = max(1, len(quality.loss_L) // 2)
         excess = quality.loss_L[middle - 1] / quality.loss_L[-1] - 1
-        lines.append(f"{name}: the loss at exit {middle} is {excess:+.1%} of the last exit's")
+        lines.append(f"{name}: the loss at exit {middle} is {excess:+.1%} relative to the last exit")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser("Print the held-out loss, perplexity and agreement of every exit; --data.* for other text.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or single checkpoints")
-    parser.add_argument("--batches", metavar="N", type=integer, default=32, help="held-out batches (default: 32)")
-    parser.add_argument("--json", action="store_true", help="print one JSON line a run instead of the table")
+    parser = make_parser(
+        "Print the held-out loss, perplexity and agreement of every exit; --data.* selects other text.", "evaluate"
+    )
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run folder, one checkpoint in it, or a Hugging Face folder"
+    )
+    parser.add_argument("--batches", metavar="N", type=positive, default=32, help="held-out batches (default: 32)")
+    add_json(parser, "one per run")
     add_settings(parser, DataConfig(), "data.")
     options = parser.parse_known_options(argv)
     data = {name.removeprefix("data."): value for name, value in vars(options).items() if name.startswith("data.")}
-    qualities = {run: quality_of_checkpoint(run, options.batches, data) for run in options.runs}
+    qualities = {run: checkpoint_quality(run, options.batches, data) for run in options.runs}
     if options.json:
         for run, quality in qualities.items():
             print(json.dumps({"run": run} | quality.as_dict()))

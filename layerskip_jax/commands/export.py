@@ -1,31 +1,34 @@
-"""A run as a Hugging Face folder: ``python -m layerskip_jax export RUN FOLDER``.
+"""``layerskip export RUN FOLDER`` writes a run as a Hugging Face folder.
 
-The way back needs no command: `layerskip_jax.checkpoint.reading.load_model` opens such folders, whoever wrote them.
+The reverse needs no command: `layerskip_jax.checkpoint.reading.load_model` opens Hugging Face folders.
 """
 
 import json
+import typing
+from typing import Literal
 
 import jax.numpy as jnp
 from etils import epath
 
+from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
 from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
-from layerskip_jax.checkpoint.reading import context_length, load_model, named_arrays
-from layerskip_jax.command_line import make_parser, one_of
+from layerskip_jax.checkpoint.reading import context_length, load_model
+from layerskip_jax.command_line import add_run, make_parser, typed
 from layerskip_jax.config import Config
 from layerskip_jax.data.load_tokenizer import load_tokenizer
-from layerskip_jax.decoding.configure import exit_layer_of
+from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.errors import UserError
 
-DTYPES = ("float32", "bfloat16", "float16")
+DType = Literal["float32", "bfloat16", "float16"]
 
 
-def export_model(run: str, folder: str, dtype: str = "float32") -> Config:
-    """Write a run's newest checkpoint, or one checkpoint, as a new ``folder`` that transformers opens.
+def export_model(run: str, folder: str, dtype: DType = "float32") -> Config:
+    """Write the newest checkpoint of a run, or one checkpoint, as a new ``folder`` that transformers opens.
 
-    ``dtype`` is that of the files; a run holds float32. The folder appears under its name when it is complete. Returns
-    the run's config. Raises `UserError` if the folder exists.
+    ``dtype`` is that of the files; checkpoints hold float32. The folder gets its name when it is complete. Returns the
+    config of the run. Raises `UserError` if the folder exists.
     """
     target = epath.Path(folder).expanduser()
     if target.exists():
@@ -34,11 +37,11 @@ def export_model(run: str, folder: str, dtype: str = "float32") -> Config:
     tokenizer = load_tokenizer(str(tokenizer_path))
     files = tokenizer_files(tokenizer)
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    said = config_json(config.model, context_length(config), dtype, bos, eos)
-    drafts = {
+    settings = config_json(config.model, context_length(config), dtype, bos, eos)
+    generation = {
         "bos_token_id": bos,
         "eos_token_id": eos,
-        # With these, transformers drafts as we do: generate(assistant_early_exit=E) reads them from here alone.
+        # transformers reads the draft length for generate(assistant_early_exit=E) only from this file.
         "num_assistant_tokens": config.decode.draft_length,
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
@@ -48,7 +51,10 @@ def export_model(run: str, folder: str, dtype: str = "float32") -> Config:
         partial.rmtree()
     partial.mkdir(parents=True)
     write_weights(partial, config.model, named_arrays(model), jnp.dtype(dtype))
-    files |= {CONFIG: json.dumps(said, indent=1).encode(), "generation_config.json": json.dumps(drafts).encode()}
+    files |= {
+        CONFIG: json.dumps(settings, indent=1).encode(),
+        "generation_config.json": json.dumps(generation).encode(),
+    }
     for name, content in files.items():
         (partial / name).write_bytes(content)
     partial.rename(target)
@@ -56,18 +62,18 @@ def export_model(run: str, folder: str, dtype: str = "float32") -> Config:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser("Write a run as a folder that Hugging Face transformers, vLLM and lm-eval open.")
-    parser.add_argument("run", metavar="RUN", help="run folder, or one checkpoint in it")
+    parser = make_parser("Write a run as a folder that Hugging Face transformers, vLLM and lm-eval open.", "export")
+    add_run(parser, "run folder, or one checkpoint in it")
     parser.add_argument("folder", metavar="FOLDER", help="the new folder")
     parser.add_argument(
         "--dtype",
-        metavar="{" + ",".join(DTYPES) + "}",
-        type=one_of(DTYPES),
+        metavar="{" + ",".join(typing.get_args(DType)) + "}",
+        type=typed(DType),
         default="float32",
-        help="type of the written weights (default: float32, which loses nothing)",
+        help="type of the written weights (default: float32, which is lossless)",
     )
     options = parser.parse_known_options(argv)
     config = export_model(options.run, options.folder, options.dtype)
-    exit_layer = exit_layer_of(config.decode, config.model.num_layers)
+    exit_layer = resolve_exit_layer(config.decode, config.model.num_layers)
     print(f"{options.folder}: open it with transformers' AutoModelForCausalLM.from_pretrained")
     print(f"and draft with generate(..., assistant_early_exit={exit_layer})")

@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from layerskip_jax import __version__
 from layerskip_jax.errors import UserError, nearest, run_command
 
 COMMANDS = {
@@ -13,7 +14,7 @@ COMMANDS = {
     "tasks": "score generated answers on the paper's tasks, or on your own",
     "lm-eval": "run lm-evaluation-harness at any exit",
     "sweep": "find the fastest exit and draft length of a checkpoint, and store them with it",
-    "plots": "draw the plots of a run again",
+    "plots": "redraw the plots of a run",
     "report": "write one HTML page with all plots of a run",
     "export": "write a run as a Hugging Face folder",
 }
@@ -22,20 +23,21 @@ COMMANDS = {
 def usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{does}" for name, does in COMMANDS.items()]
-    return "\n".join(["usage: layerskip COMMAND ...", "", *lines, "", "layerskip COMMAND --help lists its options."])
+    end = "layerskip COMMAND --help lists the options of a command; layerskip --version prints the version."
+    return "\n".join(["usage: layerskip COMMAND ...", "", *lines, "", end])
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command that ``argv`` names; a module of `layerskip_jax.commands` has its ``main``."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
+    """Run the command that ``argv`` names: ``main`` of the module of that name in `layerskip_jax.commands`."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
         print(usage())
-        return
-    name = argv[0]
-    if name not in COMMANDS:
+    elif name == "--version":
+        print(f"layerskip_jax {__version__}")
+    elif name in COMMANDS:
+        importlib.import_module(f"layerskip_jax.commands.{name.replace('-', '_')}").main(rest)
+    else:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)} (layerskip --help lists all)")
-    sys.argv[0] = f"layerskip {name}"  # argparse prints it in the usage line
-    importlib.import_module(f"layerskip_jax.commands.{name.replace('-', '_')}").main(argv[1:])
 
 
 def run() -> None:

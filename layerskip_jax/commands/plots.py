@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from what it wrote: ``python -m layerskip_jax plots RUN``."""
+"""``layerskip plots RUN`` draws the plots of a run from its metrics and its config."""
 
 import math
 from collections import defaultdict
@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from layerskip_jax.checkpoint.reading import find_checkpoint, read_config
-from layerskip_jax.command_line import make_parser
+from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
+from layerskip_jax.command_line import add_run, make_parser
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.pictures import save_picture
@@ -19,7 +19,7 @@ from layerskip_jax.training.monitoring.metrics import METRICS, read_records
 
 
 def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
-    """Read ``metrics.jsonl`` as ``{name: {step: value}}``; of a step that was run again, the last value counts."""
+    """Read ``metrics.jsonl`` as ``{name: {step: value}}``; the last value counts if a step was repeated."""
     path = locate(run_dir) / METRICS
     if not path.exists():
         raise UserError(f"no metrics at {path}: expected a run folder that train.py wrote")
@@ -32,7 +32,7 @@ def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
 
 
 def plot_run(run_dir: str) -> list[epath.Path]:
-    """Write PNG pictures to ``RUN/plots`` and return their paths."""
+    """Write PNG plots to ``RUN/plots`` and return their paths."""
     config = read_config(find_checkpoint(run_dir))
     metrics, folder = read_metrics(run_dir), locate(run_dir) / "plots"
     pictures = {"loss": _draw_losses, "exits": _draw_exits, "schedules": _draw_schedules}
@@ -76,9 +76,10 @@ def _draw_schedules(axes: np.ndarray, metrics: dict[str, dict[int, float]], conf
         axes[0].plot(range(config.model.num_layers), recipe.drop_rates(step), marker="o", label=f"step {step}")
     axes[0].set(title="layer dropout: drop rate (eq. 2)", xlabel="block", ylabel="probability")
     axes[0].legend()
-    steps, turn = config.train.steps, config.early_exit.curriculum == "rotational"
-    last = min(steps, 4 * config.early_exit.dilation) if turn else steps  # turns are seen from near, others as a whole
-    shown = np.unique(np.linspace(0, last - 1, min(last, last if turn else 200)).round().astype(int))
+    steps, rotates = config.train.steps, config.early_exit.curriculum == "rotational"
+    # A rotation has a short period: plot the first few in full. Sample the whole run for the other curricula.
+    last = min(steps, 4 * config.early_exit.dilation) if rotates else steps
+    shown = np.unique(np.linspace(0, last - 1, last if rotates else min(last, 200)).round().astype(int))
     weights = np.asarray(jax.vmap(recipe.exit_weights, out_axes=1)(shown))
     extent = (-0.5, last - 0.5, -0.5, config.model.num_layers - 0.5)
     image = axes[1].imshow(weights, aspect="auto", origin="lower", interpolation="nearest", extent=extent)
@@ -92,7 +93,7 @@ def _shade(exit_layer: int, config: Config) -> tuple[float, float, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser("Draw the pictures of a run again, from its metrics and its config.")
-    parser.add_argument("run", metavar="RUN", help="run folder that train.py wrote")
+    parser = make_parser("Redraw the plots of a run from its metrics and its config.", "plots")
+    add_run(parser, "run folder that train.py wrote")
     for path in plot_run(parser.parse_known_options(argv).run):
         print(path)

@@ -1,4 +1,4 @@
-"""What a person sees of a generation: text with coloured drafts, and the numbers in words."""
+"""Terminal output of generation: text with coloured drafts, and a summary of the numbers."""
 
 import dataclasses
 import math
@@ -6,7 +6,8 @@ import sys
 from typing import Any
 
 from layerskip_jax.config import DecodeConfig, ModelConfig
-from layerskip_jax.decoding.cost import head_share, measured_bandwidth, round_cost, weight_bytes, weight_count
+from layerskip_jax.decoding.cost import head_share, round_cost, weight_bytes, weight_count
+from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.text import Answer, Completion, Piece, TextGenerator
 
 GREEN, YELLOW, DIM, END = "\033[32m", "\033[33m", "\033[2m", "\033[0m"
@@ -17,14 +18,14 @@ def _paint(text: str, colour: str) -> str:
 
 
 def shown(completion: Completion) -> str:
-    """Return prompt and text as one, the prompt dimmed on a terminal."""
+    """Return the prompt and the text, with the prompt dimmed on a terminal."""
     return f"{_paint(completion.prompt, DIM)}{completion.text}\n{'-' * 40}"
 
 
 def stream(generator: TextGenerator, prompt: str, config: DecodeConfig) -> Answer:
-    """Print one completion while it is made; with self-speculation, drafts that were accepted are green."""
+    """Print one completion as it is generated; self-speculation prints accepted drafts in green."""
     if config.mode == "self_speculative" and sys.stdout.isatty():
-        print(_paint("drafted by the early layers and accepted", GREEN), "/", _paint("by the full model", YELLOW))
+        print(_paint("accepted drafts of the early layers", GREEN), "/", _paint("tokens of the full model", YELLOW))
     print(_paint(prompt, DIM), end="", flush=True)
 
     def show(piece: Piece) -> None:
@@ -39,7 +40,7 @@ def stream(generator: TextGenerator, prompt: str, config: DecodeConfig) -> Answe
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The numbers of a command's generations together; NaN and None are what was not measured."""
+    """The numbers of all generations of a command; NaN and None stand for what was not measured."""
 
     mode: str
     prompts: int
@@ -53,78 +54,77 @@ class Report:
     acceptance: float
     accepted_histogram: list[int]
     predicted_speedup: float
-    predicted_tokens_per_second: float  # by the memory's bandwidth
+    predicted_tokens_per_second: float  # from the memory bandwidth
     bandwidth: float  # [bytes/s]
     plain_tokens_per_second: float = math.nan
     speedup: float = math.nan
-    identical: bool | None = None  # None where texts are drawn: then they differ, and their distribution is the same
+    identical: bool | None = None  # None if texts are sampled: they differ, but have the same distribution
 
     @classmethod
-    def of(cls, answers: list[Answer], model: ModelConfig, config: DecodeConfig) -> "Report":
-        """Add up ``answers``; rates are over the rounds alone, without prefill and compilation."""
+    def from_answers(
+        cls, answers: list[Answer], model: ModelConfig, config: DecodeConfig, bandwidth: float = math.nan
+    ) -> "Report":
+        """Add up ``answers``, and predict their speed from the memory's ``bandwidth`` [bytes/s], if given.
+
+        Rates cover the rounds alone, without prefill and compilation, and count tokens after a stop string too.
+        """
         parts = [answer.generation for answer in answers]
         histogram = [sum(counts) for counts in zip(*(part.accepted_histogram for part in parts), strict=True)]
-        at_exit = {exit: sum(part.exit_rounds[exit] for part in parts) for exit in parts[0].exit_rounds}
-        made, rounds_of_rows = sum(part.new_tokens for part in parts), sum(histogram)  # also behind a stop string
-        rounds = sum(part.rounds for part in parts)
+        exit_rounds = {exit: sum(part.exit_rounds[exit] for part in parts) for exit in parts[0].exit_rounds}
+        new_tokens, rounds = sum(part.new_tokens for part in parts), sum(part.rounds for part in parts)
+        row_rounds = sum(histogram)  # every row of a batch counts each round
         drafted, accepted = sum(part.drafted for part in parts), sum(part.accepted for part in parts)
-        drafted_per_round, bandwidth = drafted / rounds_of_rows, measured_bandwidth()
-        if config.mode == "early_exit":
-            if not config.exit_threshold:  # all rows of a round leave at one exit
-                at_exit = dict.fromkeys(at_exit, rounds_of_rows)
-            cost = _mean_exit_cost(model, at_exit)
-        elif config.mode == "prompt_lookup" or not drafted:
-            cost = round_cost(model, 0, 0)
-        else:
-            # The cost is linear in d and in d E, so its mean over rounds is the cost at the mean exit of the drafts.
-            layers = sum(exit * count for part in parts for exit, count in part.exit_drafts.items())
-            cost = round_cost(model, layers / drafted, drafted_per_round)
+        if config.mode == "early_exit" and not config.exit_threshold:  # all rows of a round use the same exit
+            exit_rounds = dict.fromkeys(exit_rounds, row_rounds)
+        cost = _mean_round_cost(parts, model, config, exit_rounds)
         seconds = weight_count(model) * weight_bytes(model, config.weights) / bandwidth * cost
         return cls(
             mode=config.mode,
             prompts=sum(len(answer.completions) for answer in answers),
             new_tokens=sum(len(completion.tokens) for answer in answers for completion in answer.completions),
-            tokens_per_second=made / sum(part.seconds for part in parts),
+            tokens_per_second=new_tokens / sum(part.seconds for part in parts),
             rounds=rounds,
-            tokens_per_round=made / rounds_of_rows,
+            tokens_per_round=new_tokens / row_rounds,
             num_layers=model.num_layers,
-            exit_rounds=at_exit,
-            drafted_per_round=drafted_per_round,
+            exit_rounds=exit_rounds,
+            drafted_per_round=drafted / row_rounds,
             acceptance=accepted / drafted if drafted else math.nan,
             accepted_histogram=histogram,
-            predicted_speedup=made / rounds_of_rows / cost,
-            predicted_tokens_per_second=made / rounds / seconds,
+            predicted_speedup=new_tokens / row_rounds / cost,
+            predicted_tokens_per_second=new_tokens / rounds / seconds,
             bandwidth=bandwidth,
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what was measured, for JSON."""
+        """Return the measured numbers, for JSON."""
         values = dataclasses.asdict(self)
         unknown = {name for name, v in values.items() if v is None or (isinstance(v, float) and math.isnan(v))}
         return {name: value for name, value in values.items() if name not in unknown}
 
     def text(self) -> str:
-        """Return the numbers as a few lines, with a plain word where speculation does not pay."""
+        """Return the numbers as a few lines, with a hint where speculation does not pay."""
         lines = [f"{self.new_tokens} tokens from {self.prompts} prompt(s), {self.tokens_per_second:.0f} tokens/s"]
-        lines.append(
-            f"the memory's limit at {self.bandwidth / 1e9:.1f} GB/s: {self.predicted_tokens_per_second:.0f} tokens/s; "
-            f"measured/predicted {self.tokens_per_second / self.predicted_tokens_per_second:.2f}"
-        )
+        if not math.isnan(self.bandwidth):
+            predicted = self.predicted_tokens_per_second
+            lines.append(
+                f"the memory's limit at {self.bandwidth / 1e9:.1f} GB/s: {predicted:.0f} tokens/s; "
+                f"measured/predicted {self.tokens_per_second / predicted:.2f}"
+            )
         at_exits = ", ".join(f"{exit} of {self.num_layers} ({n})" for exit, n in self.exit_rounds.items() if n)
         if self.mode == "early_exit":
-            lines.append(f"lossy, not the full model's text; tokens left after layer {at_exits}")
+            lines.append(f"lossy, not the full model's text; tokens exited after layer {at_exits}")
         if self.mode in ("self_speculative", "prompt_lookup"):
             plain = self.rounds - sum(self.exit_rounds.values())
-            ways = ["self-speculative", f"exit {at_exits}" if at_exits else "", f"no draft ({plain})" if plain else ""]
-            way = ", ".join(filter(None, ways)) if self.mode == "self_speculative" else "prompt lookup"
+            parts = ["self-speculative", f"exit {at_exits}" if at_exits else "", f"no draft ({plain})" if plain else ""]
+            mode = ", ".join(filter(None, parts)) if self.mode == "self_speculative" else "prompt lookup"
             accepted = "nothing drafted" if math.isnan(self.acceptance) else f"acceptance {self.acceptance:.1%}"
             lines.append(
-                f"{way}: {self.drafted_per_round:.2f} drafts a round, {accepted}, "
+                f"{mode}: {self.drafted_per_round:.2f} drafts a round, {accepted}, "
                 f"{self.tokens_per_round:.2f} tokens a round, {self.rounds} rounds"
             )
             lines.append(_histogram(self.accepted_histogram))
         if not math.isnan(self.speedup):
-            texts = {True: "identical texts", False: "the texts DIFFER", None: "each draws texts of its own"}
+            texts = {True: "identical texts", False: "the texts DIFFER", None: "sampled texts are not compared"}
             lines.append(
                 f"plain decoding {self.plain_tokens_per_second:.0f} tokens/s; speedup {self.speedup:.2f}x "
                 f"(the cost model says {self.predicted_speedup:.2f}x); {texts[self.identical]}"
@@ -139,11 +139,27 @@ class Report:
         return "\n".join(lines)
 
 
-def _mean_exit_cost(model: ModelConfig, tokens_at: dict[int, int]) -> float:
-    """Return the mean over tokens of ``(1-h) E/L + h n``, where a token's head has run at n exits up to its own, E."""
+def _mean_round_cost(
+    parts: list[Generation], model: ModelConfig, config: DecodeConfig, exit_rounds: dict[int, int]
+) -> float:
+    """Return the mean cost of a round [passes of the full model], see `layerskip_jax.decoding.cost`."""
+    drafted, row_rounds = sum(part.drafted for part in parts), sum(sum(part.accepted_histogram) for part in parts)
+    if config.mode == "early_exit":
+        return _mean_exit_cost(model, exit_rounds)
+    if config.mode == "prompt_lookup" or not drafted:
+        return round_cost(model, 0, 0)
+    # The cost is linear in d and in d E, so its mean over rounds is the cost at the mean exit of the drafts.
+    layers = sum(exit * count for part in parts for exit, count in part.exit_drafts.items())
+    return round_cost(model, layers / drafted, drafted / row_rounds)
+
+
+def _mean_exit_cost(model: ModelConfig, exit_tokens: dict[int, int]) -> float:
+    """Return the mean over tokens of ``(1-h) E/L + h n``: a token that exits at E used the heads of n exits up to E."""
     h = head_share(model)
-    costs = [(1 - h) * exit_layer / model.num_layers + h * (n + 1) for n, exit_layer in enumerate(tokens_at)]
-    return sum(cost * count for cost, count in zip(costs, tokens_at.values(), strict=True)) / sum(tokens_at.values())
+    costs = [(1 - h) * exit_layer / model.num_layers + h * (n + 1) for n, exit_layer in enumerate(exit_tokens)]
+    return sum(cost * count for cost, count in zip(costs, exit_tokens.values(), strict=True)) / sum(
+        exit_tokens.values()
+    )
 
 
 def _histogram(counts: list[int], width: int = 40) -> str:

@@ -1,25 +1,25 @@
-"""``python train.py --config configs/NAME.py [--group.setting value ...]``"""
+"""``layerskip train --config configs/NAME.py [--group.setting value ...]``"""
 
 import sys
 
 from layerskip_jax.command_line import make_parser, parse_config
-from layerskip_jax.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train (or go on training) as the config and its overrides say."""
+    """Train a new run, or resume one, with the config and its overrides."""
     parser = make_parser(
-        "Pretrain a language model with LayerSkip: layer dropout and early-exit loss. A run goes on from the newest "
-        "checkpoint in its run folder."
+        "Pretrain a language model with LayerSkip: layer dropout and early-exit loss. A run resumes from the newest "
+        "checkpoint in its run folder.",
+        "train",
     )
     config, _ = parse_config(parser, argv)
 
-    # After parsing, so that --help and mistakes answer at once.
+    # Imported after parsing, so that --help and errors are immediate.
     import jax
 
-    from layerskip_jax.distributed import joined
+    from layerskip_jax.distributed import distributed_session
 
-    with joined(config.distributed):
+    with distributed_session(config.distributed):
         from layerskip_jax.commands.plots import plot_run
         from layerskip_jax.locations import keep_compiled_programs
         from layerskip_jax.training.loop import train
@@ -32,11 +32,6 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 for path in plot_run(run):
                     print(f"plot: {path}")
-            except Exception as error:  # the run is done and saved, whatever a picture lacks
+            except Exception as error:  # the run is complete and saved, so a failed plot is only a warning
                 print(f"WARNING: no plots: {error}", file=sys.stderr)
             print(f"trained: {run}; next: python decode.py --checkpoint {run} --prompt ...")
-
-
-def run() -> None:
-    """The installed command ``layerskip-train``."""
-    run_command(main)

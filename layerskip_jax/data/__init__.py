@@ -1,1 +1,1 @@
-"""From a corpus to packed batches: sources, the SentencePiece tokenizer, and the grain pipeline."""
+"""From a corpus to packed batches: sources, tokenizers, and the grain pipeline."""

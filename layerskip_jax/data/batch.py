@@ -6,7 +6,7 @@ import jax
 
 
 class Batch(NamedTuple):
-    """Packed sequences: `layerskip_jax.data.pipeline` makes them."""
+    """Packed sequences: B rows of T predicted tokens, as `layerskip_jax.data.pipeline.make_batches` defines them."""
 
     inputs_BT: jax.Array
     targets_BT: jax.Array

@@ -1,4 +1,4 @@
-"""Documents: what a source yields, and how it is read."""
+"""Types of documents and of their sources."""
 
 import hashlib
 from typing import Protocol
@@ -6,11 +6,11 @@ from typing import Protocol
 import numpy as np
 
 Document = str | np.ndarray
-"""A text (a `Pair`, where prompts have a field), or from the source ``tokens`` its token ids (int32)."""
+"""A text, or (source ``tokens``) its token ids as int32. With ``data.prompt_key`` every text is a `Pair`."""
 
 
 class Pair(str):
-    """A prompt and its response, as one text (data.prompt_key); only the response has a loss."""
+    """A prompt followed by its response, as one text. Only the response has a loss."""
 
     prompt: str
     response: str
@@ -31,8 +31,8 @@ class Documents(Protocol):
     def __getitem__(self, index: int) -> Document: ...
 
 
-def digest_of(documents: Documents) -> str:
-    """Return a digest of how many documents there are, and of the first and the last."""
+def documents_digest(documents: Documents) -> str:
+    """Return a cheap digest of a split: of the number of documents, the first document and the last."""
     digest = hashlib.sha256(str(len(documents)).encode())
     for document in (documents[0], documents[len(documents) - 1]):
         digest.update(document.encode(errors="surrogatepass") if isinstance(document, str) else document.tobytes())

@@ -1,4 +1,4 @@
-"""Open a tokenizer of either kind from its file."""
+"""Load a tokenizer from its file, whatever its kind."""
 
 import hashlib
 
@@ -12,13 +12,13 @@ from layerskip_jax.locations import locate
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Load a SentencePiece ``.model`` or a ``.json``, local or gs://; raises `UserError` where there is none."""
+    """Load a SentencePiece ``.model`` or a ``.json``, local or gs://; raises `UserError` if it cannot be used."""
     file = locate(path)
     if not file.is_file():
         if (file.parent / "config.json").is_file():
             raise UserError(
                 f"the Hugging Face folder {file.parent} has no tokenizer: put its tokenizer.json or "
-                f"{TOKENIZER} beside its config.json"
+                f"{TOKENIZER} next to its config.json"
             )
         raise UserError(
             f"no tokenizer at {path} (data.tokenizer): train one with "
@@ -30,18 +30,18 @@ def load_tokenizer(path: str) -> Tokenizer:
     try:
         pieces = len(tokenizer._spelling)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} (data.tokenizer) is not a SentencePiece model, or is damaged") from error
+        raise UserError(f"{path} (data.tokenizer) is not a SentencePiece model, or it is damaged") from error
     if not pieces or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise UserError(f"{path} (data.tokenizer) must have pieces for the beginning and the end of a text: BOS, EOS")
+        raise UserError(f"{path} (data.tokenizer) must have pieces for the start and the end of a text: BOS, EOS")
     return tokenizer
 
 
-def tokenizer_in(folder: epath.Path) -> epath.Path | None:
-    """Return the tokenizer file of a folder: its ``tokenizer.json``, which transformers reads too, or the other."""
+def find_tokenizer(folder: epath.Path) -> epath.Path | None:
+    """Return the tokenizer file in a folder: ``tokenizer.json`` (as in transformers), else ``tokenizer.model``."""
     files = [folder / name for name in ("tokenizer.json", TOKENIZER)]
     return next((file for file in files if file.is_file()), None)
 
 
 def fingerprint(path: str) -> str:
-    """Return the SHA-256 of a tokenizer's files, by which a pretokenized corpus knows its own."""
+    """Return the SHA-256 of a tokenizer's files; a pretokenized corpus stores it."""
     return hashlib.sha256(b"".join(load_tokenizer(path).files.values())).hexdigest()

@@ -1,8 +1,8 @@
-"""Packed batches through grain: shuffle, share out, tokenise, pack with document boundaries, batch.
+"""The grain pipeline: shuffle documents, deal them out to the rows of a batch, tokenize, pack, batch.
 
-B rows, T predicted tokens a row. Which documents make row r of batch b depends on the seed and on B, and on nothing
-else: any number of processes makes the same batches, and each reads the documents of its own rows only. Prompts and
-their responses (data.prompt_key) are packed whole, and the loss is on responses alone.
+A batch has B rows of T predicted tokens. The documents of row r of batch b depend only on the seed and on B. So any
+number of processes yields the same batches, and each process reads only the documents of its rows. Prompts with their
+responses (``data.prompt_key``) are never split between rows, and only responses have a loss.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from layerskip_jax.data.documents import Document, Pair
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.distributed import own_rows
+from layerskip_jax.distributed import local_rows
 from layerskip_jax.sharding import batch_sharding
 
 PACKING_BINS = 32
-"""Rows that are filled at the same time with prompts and responses, each put into the first one that has room."""
+"""Open rows in first-fit packing of prompts with responses: each pair goes into the first open row with room."""
 
 
 def make_batches(
@@ -45,49 +45,49 @@ def make_batches(
 ) -> grain.IterDataset:
     """Return an iterable of ``{"inputs_BT", "targets_BT", "segments_BT", "mask_BT"}``, B = ``batch_size`` rows.
 
-    Of every batch it makes the given ``rows`` alone (all of them by default): those of one process of several.
+    It yields only the given ``rows`` of each batch (default: all), which a process of several uses for its local rows.
 
-    Shuffled (training): the documents, in an order of its own for every epoch, are dealt out to the B rows in turn,
-    and every row packs its own; packed rows are shuffled again within ``data.shuffle_window``. In order (evaluation):
-    every process packs all documents and keeps its rows of each batch, so that all see equally many; the last batch is
-    filled up with rows that do not count. ``epochs=None`` goes on forever.
+    With ``shuffle`` (training), the documents are shuffled for every epoch and dealt out to the B rows in turn; every
+    row packs its documents, and packed rows are shuffled again within ``data.shuffle_window``. Without (evaluation),
+    every process packs all documents in order and keeps its rows, so all processes yield equally many batches; the last
+    batch is padded with masked rows. With ``epochs=None`` the iterator never ends.
 
     ``segments_BT`` numbers the documents of a row from 1 (0 is padding). ``mask_BT`` is 1.0 where ``targets_BT``, the
     next token, belongs to the same document as its input (and, with prompts, to a response or its EOS).
-    `layerskip_jax.data.position` saves where an iterator is.
+    `layerskip_jax.data.position` saves and restores the position of an iterator.
     """
     rows = range(batch_size) if rows is None else rows
     tokenizer = load_tokenizer(config.data.tokenizer)
     length = config.data.sequence_length + 1
-    tokenise = _TokenisePair(tokenizer, length) if config.data.prompt_key else _Tokenise(tokenizer)
+    tokenize = _TokenizePair(tokenizer, length) if config.data.prompt_key else _Tokenize(tokenizer)
     documents = grain.MapDataset.source(open_documents(config.data, split))
     if not shuffle:
-        packed = _packed(config, documents.repeat(epochs).map(tokenise))
-        batches = packed.batch(batch_size, drop_remainder=False).map(_OwnRows(rows, batch_size))
-        return _in_a_process(batches) if config.data.workers else batches
-    tokens = documents.shuffle(seed=seed).repeat(epochs).map(tokenise)
+        packed = _pack(config, documents.repeat(epochs).map(tokenize))
+        batches = packed.batch(batch_size, drop_remainder=False).map(_SelectRows(rows, batch_size))
+        return _in_worker(batches) if config.data.workers else batches
+    tokens = documents.shuffle(seed=seed).repeat(epochs).map(tokenize)
     window = config.data.shuffle_window // batch_size
     streams = []
     for row in rows:
-        stream = _packed(config, tokens[row::batch_size])
+        stream = _pack(config, tokens[row::batch_size])
         if window > 1:
             shuffled = stream.batch(window, drop_remainder=False).random_map(_shuffle, seed=seed)
-            stream = grain.experimental.FlatMapIterDataset(shuffled, _Rows(max_fan_out=window))
+            stream = grain.experimental.FlatMapIterDataset(shuffled, _Unbatch(max_fan_out=window))
         streams.append(stream)
     workers = min(config.data.workers, len(streams))
     if not workers:
         return grain.experimental.ZipIterDataset(streams).map(_stack)
     parts = np.array_split(np.arange(len(streams)), workers)
-    zipped = [_in_a_process(grain.experimental.ZipIterDataset([streams[i] for i in part])) for part in parts]
+    zipped = [_in_worker(grain.experimental.ZipIterDataset([streams[i] for i in part])) for part in parts]
     return grain.experimental.ZipIterDataset(zipped).map(_flatten).map(_stack)
 
 
-def _packed(config: Config, documents: grain.MapDataset) -> grain.IterDataset:
-    """Return the packed rows of ``{"tokens"}`` documents, one after the other."""
-    # No read-ahead threads by default: they would compete with the compiler's on a small machine, and workers exist.
+def _pack(config: Config, documents: grain.MapDataset) -> grain.IterDataset:
+    """Pack ``{"tokens"}`` documents into rows."""
+    # No read-ahead threads by default: on a small machine they compete with the compiler. Workers do read ahead.
     threads = grain.ReadOptions(num_threads=1 if config.data.workers else 0, prefetch_buffer_size=4)
     tokens, length = documents.to_iter_dataset(threads), config.data.sequence_length + 1
-    if config.data.prompt_key:  # a response cut from its prompt would teach nothing
+    if config.data.prompt_key:  # a response without its prompt is useless, so pairs are not split
         lengths = {"tokens": length, "counts": length}
         rows = grain.experimental.FirstFitPackIterDataset(tokens, length_struct=lengths, num_packing_bins=PACKING_BINS)
     else:
@@ -95,40 +95,45 @@ def _packed(config: Config, documents: grain.MapDataset) -> grain.IterDataset:
     return rows.map(_ToRow(config.data.cross_document_attention))
 
 
-def _in_a_process(dataset: grain.IterDataset) -> grain.IterDataset:
+def _in_worker(dataset: grain.IterDataset) -> grain.IterDataset:
+    """Run ``dataset`` in a worker process."""
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["layerskip_jax"])  # grain's worker processes read absl's flags
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=1), _serve_to_the_end)
+        flags.FLAGS(["layerskip_jax"])  # grain reads absl flags: https://github.com/google/grain/pull/1361
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=1), _initialize_worker)
 
 
-def _serve_to_the_end(worker: int, workers: int) -> None:
-    """Leave signals to the training process, which wants batches until it ends; end with it, however it ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, Slurm and systemd send them to all processes
+def _initialize_worker(worker: int, workers: int) -> None:
+    """Ignore SIGINT and SIGTERM, and exit when the training process exits, even if it is killed.
+
+    Ctrl-C, Slurm and systemd send these signals to all processes, but after one the training process still needs
+    batches to finish its step.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-# grain's own WindowShuffleIterDataset is slow at small windows: 5 ms a row at 4 rows.
+# grain 0.2.18's WindowShuffleIterDataset takes 5 ms a row for windows of 4 rows. We found no upstream issue about it.
 def _shuffle(window: dict[str, np.ndarray], generator: np.random.Generator) -> dict[str, np.ndarray]:
     order = generator.permutation(len(window["mask_BT"]))
     return {name: array[order] for name, array in window.items()}
 
 
 def local_batches(config: Config, split: str, mesh: Mesh, epochs: int | None = None) -> grain.IterDataset:
-    """Return this process's rows of the batches: forever and shuffled, or ``epochs`` passes in order."""
+    """Return the local rows of the batches: shuffled and without end, or in order for ``epochs`` passes."""
     size = config.train.batch_size
     return make_batches(
         config,
         split,
         batch_size=size,
-        rows=own_rows(batch_sharding(mesh), size),
+        rows=local_rows(batch_sharding(mesh), size),
         epochs=epochs,
         shuffle=epochs is None,
         seed=config.train.seed,
@@ -136,14 +141,14 @@ def local_batches(config: Config, split: str, mesh: Mesh, epochs: int | None = N
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """Lay a batch out over the mesh, each process giving its own rows."""
-    lay = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
-    return Batch(*(lay(batch[name]) for name in Batch._fields))
+    """Shard a batch over the mesh, from the local rows of each process."""
+    make = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return Batch(*(make(batch[name]) for name in Batch._fields))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows(grain.experimental.FlatMapTransform):
-    """A window of rows to its rows."""
+class _Unbatch(grain.experimental.FlatMapTransform):
+    """Split a window of rows into its rows."""
 
     max_fan_out: int
 
@@ -159,8 +164,8 @@ def _stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-class _Tokenise:
-    """A document to its tokens between BOS and EOS."""
+class _Tokenize:
+    """Tokenize a document: BOS, its tokens, EOS."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -171,15 +176,15 @@ class _Tokenise:
         return {"tokens": document_tokens(self._tokenizer, document)}
 
 
-class _TokenisePair:
-    """A prompt and its response to their tokens, ``length`` at most, and which of them count: the response and EOS."""
+class _TokenizePair:
+    """Tokenize a prompt and its response, cut to ``length``; ``counts`` is 1 for the response and its EOS."""
 
     def __init__(self, tokenizer: Tokenizer, length: int):
         self._tokenizer, self._length = tokenizer, length
 
     def __call__(self, document: Document) -> dict[str, np.ndarray]:
         assert isinstance(document, Pair)
-        # Apart, as in generation, where the prompt is all there is.
+        # Encoded separately, as in generation, which encodes the prompt alone.
         prompt = self._tokenizer.encode_prompt(document.prompt)
         response = [*self._tokenizer.encode(document.response), self._tokenizer.eos_id]
         counts = np.repeat(np.array([0, 1], np.int32), [len(prompt), len(response)])
@@ -193,7 +198,7 @@ def document_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 class _ToRow:
-    """A packed run of T+1 tokens to the inputs and targets of T predictions."""
+    """Turn T+1 packed tokens into inputs, targets, segments and mask of T predictions."""
 
     def __init__(self, cross_documents: bool):
         self._cross_documents = cross_documents
@@ -215,14 +220,14 @@ class _ToRow:
         }
 
 
-class _OwnRows:
-    """This process's rows of a batch, filled up with rows of zeros where the last batch is short."""
+class _SelectRows:
+    """Select the local rows of a batch; a short last batch is first padded with rows of zeros."""
 
     def __init__(self, rows: Sequence[int], batch_size: int):
         self._rows, self._batch_size = list(rows), batch_size
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        def own(rows: np.ndarray) -> np.ndarray:
-            return np.pad(rows, ((0, self._batch_size - len(rows)), (0, 0)))[self._rows]
+        def select(array_BT: np.ndarray) -> np.ndarray:
+            return np.pad(array_BT, ((0, self._batch_size - len(array_BT)), (0, 0)))[self._rows]
 
-        return {name: own(rows) for name, rows in batch.items()}
+        return {name: select(array_BT) for name, array_BT in batch.items()}

@@ -1,4 +1,4 @@
-"""Where training data stand, as bytes, row by row of the batch: any number of processes goes on from there."""
+"""Data positions: where to resume the documents of each row of the batch, with any number of processes."""
 
 import hashlib
 import json
@@ -8,39 +8,45 @@ from typing import Any
 import grain
 from etils import epath
 
+NEXT_DOCUMENT = "next_index"
+"""grain's key, somewhere inside the state of a row, for the number of documents that the row has read."""
 
-class Position:
-    """The position of a shuffled iterator of `make_batches` that makes ``rows`` of each batch.
 
-    `get_state` is the interface of grain's orbax handler: each process writes one file, with a digest of its own.
+class DataPosition:
+    """The position of a shuffled iterator of `make_batches` that yields ``rows`` of each batch.
 
-    grain 0.2.18 writes positions as JSON, which turns tuples into lists, and then `ConcatThenSplitIterDataset` no
-    longer recognises its own mark for "no remainder" in a restored position: it goes on with other rows. Here the
-    tuples come back as tuples.
+    grain's orbax handler calls `get_state` and writes one file for each process.
+
+    grain 0.2.18 stores positions as JSON, which turns tuples into lists. `ConcatThenSplitIterDataset` compares its
+    marker for "no remainder" with a tuple, so a restored iterator would yield other rows. `set_state` restores the
+    tuples. We found no upstream issue about it.
     """
 
     def __init__(self, iterator: grain.DatasetIterator, rows: Sequence[int]):
         self._iterator, self._rows = iterator, rows
 
     def get_state(self) -> bytes:
-        states = {str(row): state for row, state in zip(self._rows, _streams(self._iterator.get_state()), strict=True)}
-        text = json.dumps(states)
+        """Return the positions of this process's rows as JSON, with their SHA-256."""
+        row_states = _row_states(self._iterator.get_state())
+        text = json.dumps({str(row): state for row, state in zip(self._rows, row_states, strict=True)})
         return json.dumps({"sha256": _sha256(text), "rows": text}).encode()
 
     def set_state(self, states: dict[int, Any], batch_size: int, same_rows: bool = True) -> None:
-        """Go on from what `read_positions` returned.
+        """Resume from the positions that `read_positions` returned.
 
-        With another batch size than then, or not the ``same_rows`` for another reason, other documents make a row: the
-        rows go on with those that come after the documents that were being read, of which some may come twice.
+        If the batch size has changed, or other settings that decide which documents make a row (``same_rows`` is
+        false), then every row resumes after the last document that any row was reading. Only the documents that were
+        being read can come twice.
         """
         same_rows = same_rows and len(states) == batch_size
-        first = max(row + len(states) * (_documents(state) + 1) for row, state in states.items())
-        whole = self._iterator.get_state()
-        for row, stream in zip(self._rows, _streams(whole), strict=True):
-            new = states[row] if same_rows else _after(stream, -((row - first) // batch_size))
-            stream.clear()
-            stream.update(_with_tuples(new))
-        self._iterator.set_state(whole)
+        first = max(row + len(states) * (_documents_read(state) + 1) for row, state in states.items())
+        iterator_state = self._iterator.get_state()
+        for row, row_state in zip(self._rows, _row_states(iterator_state), strict=True):
+            # Row r reads documents r, r + B, r + 2 B, ...; -((row - first) // B) of them come before `first`.
+            new = states[row] if same_rows else _skip_documents(row_state, -((row - first) // batch_size))
+            row_state.clear()
+            row_state.update(_restore_tuples(new))
+        self._iterator.set_state(iterator_state)
 
 
 def read_positions(folder: epath.Path) -> dict[int, Any]:
@@ -60,8 +66,8 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _streams(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the parts of a grain state that belong to single rows, in order, whatever processes work on them."""
+def _row_states(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the parts of a grain state that belong to single rows, in order, with any number of worker processes."""
 
     def find(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
         inner = state.get("parents") or state.get("iterators_in_use_states")
@@ -74,27 +80,25 @@ def _streams(state: dict[str, Any]) -> list[dict[str, Any]]:
     return list(find(state))
 
 
-DOCUMENTS = "next_index"
-"""The key of how many documents a row has taken, somewhere in its state."""
-
-
-def _documents(state: Any) -> int:
+def _documents_read(state: Any) -> int:
     if not isinstance(state, dict):
         return 0
-    return state[DOCUMENTS] if DOCUMENTS in state else max(map(_documents, state.values()))
+    return state[NEXT_DOCUMENT] if NEXT_DOCUMENT in state else max(map(_documents_read, state.values()))
 
 
-def _after(state: Any, documents: int) -> Any:
-    """Return the state of a row at its beginning as one that has taken so many documents."""
+def _skip_documents(state: Any, count: int) -> Any:
+    """Return the initial ``state`` of a row, changed so that the row starts after ``count`` documents."""
     if not isinstance(state, dict):
         return state
-    return {key: documents if key == DOCUMENTS else _after(value, documents) for key, value in state.items()}
+    return {key: count if key == NEXT_DOCUMENT else _skip_documents(value, count) for key, value in state.items()}
 
 
-def _with_tuples(state: Any) -> Any:
+def _restore_tuples(state: Any) -> Any:
     if not isinstance(state, dict):
         return state
     return {
-        key: {name: tuple(part) for name, part in value.items()} if key == "remainder_slices" else _with_tuples(value)
+        key: {name: tuple(part) for name, part in value.items()}
+        if key == "remainder_slices"
+        else _restore_tuples(value)
         for key, value in state.items()
     }

@@ -1,4 +1,4 @@
-"""Tokenise a corpus once, into ArrayRecord: what a pod wants to read."""
+"""Tokenize a corpus once and write it as ArrayRecord, so that no host of a pod tokenizes during training."""
 
 import json
 import time
@@ -23,12 +23,13 @@ TOKENS_PER_SHARD = 50_000_000
 def pretokenize(config: DataConfig, out: str) -> dict[str, Any]:
     """Write both splits of ``config``'s corpus to ``out/SPLIT/*.array_record`` and return its metadata.
 
-    A record is one document: BOS, tokens, EOS. The folder appears under its name only when it is complete.
+    A record is one document: BOS, tokens, EOS. ``out`` appears only when it is complete: until then the files are in
+    ``out.partial``.
     """
     if config.source == "tokens":
-        raise UserError("data.source is 'tokens': this corpus is tokenised already")
+        raise UserError("data.source is 'tokens': this corpus is already tokenized")
     if config.prompt_key:
-        raise UserError("data.prompt_key is set: what is a prompt would be lost in tokens; train on data.source jsonl")
+        raise UserError("data.prompt_key is set: tokens cannot mark prompts; train on data.source jsonl instead")
     target = locate(out)
     if target.exists():
         raise UserError(f"{out} exists: give --out a new folder, or remove it first")

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers, and how one is trained on any source."""
+"""SentencePiece tokenizers, and their training on any source."""
 
 import io
 from collections.abc import Iterator
@@ -47,9 +47,9 @@ class SentencePiece(Tokenizer):
         return self._processor.eos_id()
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``; `decode` gives the text back, whatever it is.
+        """Return the token ids of ``text``; `decode` restores any text exactly.
 
-        A model that was trained with a dummy prefix, as that of Llama 2, puts a space in front.
+        A model trained with a dummy prefix, such as Llama 2's, adds a space in front.
         """
         ids: list[int] = []
         for part, piece in enumerate(text.split(SPACE)):
@@ -77,8 +77,8 @@ class SentencePiece(Tokenizer):
 def train_tokenizer(documents: Documents, path: str, vocab_size: int, sample_bytes: int = 8_000_000) -> SentencePiece:
     """Train a BPE model with byte fallback on ``documents`` and write it to ``path``.
 
-    Nothing is normalised, and runs of spaces and newlines are pieces like any other: code comes back as it was.
-    Documents are taken evenly until ``sample_bytes``; the same documents give the same tokenizer. Raises `UserError`
+    Text is not normalized, and runs of spaces and newlines can be pieces, so code is restored exactly. The training
+    text is ``sample_bytes`` of documents spread evenly over the corpus. Training is deterministic. Raises `UserError`
     if the text is too small for ``vocab_size`` pieces.
     """
     model = io.BytesIO()
@@ -105,7 +105,7 @@ def train_tokenizer(documents: Documents, path: str, vocab_size: int, sample_byt
         )
     except RuntimeError as error:
         raise UserError(
-            f"SentencePiece cannot make {vocab_size} pieces (model.vocab_size) of this corpus: {error}"
+            f"SentencePiece cannot make {vocab_size} pieces (model.vocab_size) from this corpus: {error}"
         ) from error
     file = locate(path)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -114,12 +114,12 @@ def train_tokenizer(documents: Documents, path: str, vocab_size: int, sample_byt
 
 
 def _sentences(documents: Documents, sample_bytes: int) -> Iterator[str]:
-    """Yield lines, their newlines included, of documents taken evenly over the corpus."""
+    """Yield pieces of documents that are spread evenly over the corpus, until ``sample_bytes``."""
     first = documents[0]
     if not isinstance(first, str):
-        raise UserError("a tokenizer is trained on text, and this source (data.source) holds tokens")
+        raise UserError("a tokenizer is trained on text, but this source (data.source) holds tokens")
     taken, count = 0, len(documents)
-    stride = next(step for step in (7919, 104729, 1299709) if count % step)  # primes: visits every document once
+    stride = next(prime for prime in (7919, 104729, 1299709) if count % prime)  # visits every document once
     for i in range(count):
         text = str(documents[i * stride % count])
         for start in range(0, len(text), 4000):

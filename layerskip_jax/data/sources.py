@@ -1,6 +1,6 @@
-"""Where documents come from: random access to the texts of a split, whatever holds them.
+"""Sources of documents: random access to the texts of a split, in each supported format.
 
-A source has ``__len__`` and ``__getitem__``, as grain wants it, and can be pickled into worker processes.
+A source has ``__len__`` and ``__getitem__``, which grain needs, and can be pickled into worker processes.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ VALIDATION_PERCENT = 5
 
 
 def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Documents:
-    """Open ``split`` of the corpus that ``config`` names; raises `UserError` where there is none, or it is empty.
+    """Open ``split`` of the corpus that ``config`` names; raises `UserError` if it is missing or empty.
 
-    Without ``prepare`` nothing is written: a checkpoint's config may be a stranger's, and names folders.
+    Without ``prepare`` nothing is written: the folders in a checkpoint's config may be a stranger's choice.
     """
     if config.source == "python_stdlib" and not prepare and not (locate(config.data_dir) / "python_stdlib").exists():
         raise UserError(
@@ -46,7 +46,7 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
 
 
 class _Fields:
-    """The text field of a sequence of examples, or the prompt and the text."""
+    """The text of each example, or its prompt and its text."""
 
     def __init__(self, examples: Sequence[Any], keys: Sequence[str]):
         self._examples, self._keys = examples, keys
@@ -61,7 +61,7 @@ class _Fields:
 
 
 def _keys(config: DataConfig) -> dict[str, str]:
-    """Return the settings that name fields, with the fields, in the order of a document."""
+    """Return ``{setting: field}`` of the fields that make a document, in their order."""
     prompt = {"data.prompt_key": config.prompt_key} if config.prompt_key else {}
     return prompt | {"data.text_key": config.text_key}
 
@@ -82,7 +82,7 @@ def _open_tfds(config: DataConfig, split: str) -> Documents:
 
 
 def open_records(config: DataConfig, split: str) -> Sequence[Any]:
-    """Open ``split`` of a TFDS dataset as its whole examples, with all their fields; raises `UserError` without it."""
+    """Open ``split`` of a TFDS dataset as examples with all their fields; raises `UserError` if it is missing."""
     return _records(_tfds_builder(config), config, split)
 
 
@@ -99,8 +99,8 @@ def _tfds_builder(config: DataConfig) -> Any:
         raise UserError(f"TFDS knows no dataset {name!r}{nearest(name, known)}") from error
     if not builder.data_path.exists():
         raise UserError(
-            f"the dataset {name!r} is not prepared in {folder}: prepare it as ArrayRecord on a machine that can "
-            f"download it: tfds build {name} --data_dir {folder} --file_format array_record"
+            f"the dataset {name!r} is not prepared in {folder}: prepare it as ArrayRecord on a machine with internet "
+            f"access: tfds build {name} --data_dir {folder} --file_format array_record"
         )
     return builder
 
@@ -134,21 +134,21 @@ def _data_source(builder: Any, config: DataConfig, split: str, keys: dict[str, s
 
 
 def _files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> tuple[list[epath.Path], bool]:
-    """Return the files at ``config.path``, and whether they are of ``split`` alone (by a name such as train/)."""
+    """Return the files at ``config.path``, and whether they hold only ``split``, by a name such as train/."""
     root = locate(config.path)
     if not root.exists():
-        others = [str(root.parent / name.name) for name in root.parent.iterdir()] if root.parent.is_dir() else []
+        others = [str(root.parent / other.name) for other in root.parent.iterdir()] if root.parent.is_dir() else []
         raise UserError(f"no corpus at {config.path} (data.path){nearest(str(root), others)}")
     if not root.is_dir():
         return [root], False
-    own = {name: _own(root, name, suffixes) for name in (split, config.train_split, config.validation_split)}
-    if found := own[split]:
+    paths = {name: _split_path(root, name, suffixes) for name in (split, config.train_split, config.validation_split)}
+    if found := paths[split]:
         return _walk(found, suffixes), True
-    if wholes := [(name, path) for name, path in own.items() if path]:
-        (name, path), there = wholes[0], ", ".join(sorted(path.name for path in root.iterdir()))
+    if named := [(name, path) for name, path in paths.items() if path]:
+        (name, path), entries = named[0], ", ".join(sorted(path.name for path in root.iterdir()))
         raise UserError(
-            f"{config.path} has a {name!r} split of its own and no {split!r}: add it, name another in data.train_split "
-            f"or data.validation_split, or --data.path {path} to hold a part of that out; there are {there:.200}"
+            f"{config.path} has a {name!r} split but no {split!r}: add it, name another in data.train_split or "
+            f"data.validation_split, or hold out a part of {name!r} with --data.path {path}; found: {entries:.200}"
         )
     files = _walk(root, suffixes)
     if not files:
@@ -157,8 +157,8 @@ def _files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> tuple[l
     return files, False
 
 
-def _own(root: epath.Path, split: str, suffixes: tuple[str, ...]) -> epath.Path | None:
-    """Return the folder or file that holds a split alone, by its name."""
+def _split_path(root: epath.Path, split: str, suffixes: tuple[str, ...]) -> epath.Path | None:
+    """Return the folder or file that is named after a split."""
     candidates = [root / split, *(root / f"{split}{suffix}" for suffix in suffixes or (".txt",))]
     return next((path for path in candidates if path.exists()), None)
 
@@ -172,7 +172,7 @@ def _walk(path: epath.Path, suffixes: tuple[str, ...]) -> list[epath.Path]:
 
 
 def _in_split(names: Sequence[str], split: str, config: DataConfig) -> list[int]:
-    """Return the indices whose names hash into ``split``: about 5 % validation, at least one where there are two."""
+    """Return the indices whose names hash into ``split``: about 5 % validation; of two or more names, at least one."""
     if split not in (config.train_split, config.validation_split):
         raise UserError(f"{config.path} has no split {split!r}: put the files into a folder of that name")
     ranks = [int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 for name in names]
@@ -210,7 +210,7 @@ def _open_text(config: DataConfig, split: str) -> Documents:
 
 
 class _Paragraphs:
-    """A single file as many documents: cut at blank lines into pieces of a few thousand characters."""
+    """A single file, cut at blank lines into documents of a few thousand characters."""
 
     def __init__(self, path: str, split: str, config: DataConfig, characters: int = 4000):
         text = _TextFiles([path])[0]
@@ -231,7 +231,7 @@ class _Paragraphs:
 
 
 class _JsonLines:
-    """Lines of JSON files, found by their offsets; a document is parsed when it is asked for."""
+    """Lines of JSON files, found by their offsets and parsed on access."""
 
     def __init__(self, lines: list[tuple[str, int, int]], keys: dict[str, str]):
         self._lines, self._keys = lines, keys
@@ -253,7 +253,7 @@ class _JsonLines:
                     f"{path} line {number} is not a JSON object with a text in {key!r} ({setting}): {error!r}"
                 ) from error
             if not isinstance(value, str):
-                raise UserError(f"{path} line {number}: {key!r} ({setting}) is not a text")
+                raise UserError(f"{path} line {number}: {key!r} ({setting}) is not a string")
             texts.append(value)
         return Pair(*texts) if len(texts) == 2 else texts[0]
 
@@ -288,7 +288,7 @@ class _Tokens:
 
 
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
-    """Read what `layerskip_jax.data.pretokenize` wrote beside its shards."""
+    """Read the metadata of a pretokenized corpus (`layerskip_jax.data.pretokenize`)."""
     try:
         return json.loads((folder / METADATA).read_text())
     except (OSError, ValueError) as error:
@@ -303,8 +303,8 @@ def _open_tokens(config: DataConfig, split: str) -> Documents:
     metadata = read_metadata(folder)
     if metadata["tokenizer_sha256"] != fingerprint(config.tokenizer):
         raise UserError(
-            f"{config.path} was made with another tokenizer than {config.tokenizer}: pretokenize it again, or name its "
-            "own tokenizer in data.tokenizer"
+            f"{config.path} was made with another tokenizer than {config.tokenizer}: pretokenize it again, or set "
+            "data.tokenizer to the one it was made with"
         )
     if split not in metadata["splits"]:
         raise UserError(f"{config.path} has no split {split!r}: it has {', '.join(metadata['splits'])}")
@@ -313,6 +313,6 @@ def _open_tokens(config: DataConfig, split: str) -> Documents:
     if len(documents) != wanted:
         raise UserError(
             f"the {split!r} split of {config.path} has {len(documents)} documents in {len(shards)} shards, but "
-            f"{wanted} were written: copy the folder again, whole"
+            f"{wanted} were written: copy the whole folder again"
         )
     return documents

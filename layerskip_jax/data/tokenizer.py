@@ -1,4 +1,4 @@
-"""The interface of a tokenizer: encode, and decode without loss."""
+"""The interface of tokenizers, with lossless decoding."""
 
 import abc
 import codecs
@@ -7,18 +7,17 @@ from functools import cached_property
 from layerskip_jax.errors import UserError
 
 SPACE = "\u2581"
-"""SentencePiece writes a space as this character, so a text that has the character itself would come back changed.
-
-Such a character is spelled in bytes instead (see `SentencePiece.encode`)."""
+"""SentencePiece stores a space as this character. Where a text contains the character itself, `SentencePiece.encode`
+encodes its UTF-8 bytes, so that decoding does not turn it into a space."""
 
 
 class Tokenizer(abc.ABC):
-    """From text to token ids and back. Pickles as its files, so worker processes need none."""
+    """Maps text to token ids and back. Pickles with the content of its files, so worker processes read no files."""
 
     @property
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
-        """What is kept of it beside a checkpoint: file name and content."""
+        """Names and contents of its files, which are stored with checkpoints."""
 
     @property
     @abc.abstractmethod
@@ -36,9 +35,9 @@ class Tokenizer(abc.ABC):
         """The token after every text."""
 
     def check_vocabulary(self, model_vocab_size: int, *, padded: bool = False) -> None:
-        """Raise `UserError` unless the tokenizer has exactly the model's vocabulary, or with ``padded`` a part of it.
+        """Raise `UserError` unless tokenizer and model have vocabularies of the same size.
 
-        Models of other projects are often padded: their vocabulary is rounded up.
+        With ``padded`` the model's may be larger: many published models round it up.
         """
         if self.vocab_size != model_vocab_size and not (padded and self.vocab_size < model_vocab_size):
             raise UserError(
@@ -51,22 +50,24 @@ class Tokenizer(abc.ABC):
         """Return the token ids of ``text``, without BOS and EOS."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the token ids of a prompt: after the BOS that begins every training document."""
+        """Return the token ids of a prompt, with the BOS that starts every training document."""
         return [self.bos_id, *self.encode(text)]
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ``ids``; control tokens vanish, bytes that make no character become U+FFFD."""
+        """Return the text of ``ids``, without control tokens; invalid UTF-8 becomes U+FFFD."""
         return self._bytes(ids).decode("utf-8", "replace")
 
     def decode_partial(self, ids: list[int]) -> str:
-        """Return the text of ``ids`` so far: like `decode`, but the bytes of an unfinished character wait."""
+        """Return the text of ``ids`` so far: `decode` without the bytes of an incomplete last character."""
         return codecs.getincrementaldecoder("utf-8")("replace").decode(self._bytes(ids))
 
     def _bytes(self, ids: list[int]) -> bytes:
         known = self._spelling
-        return b"".join(known[token] for token in ids if token < len(known))  # a padded model may say more
+        return b"".join(
+            known[token] for token in ids if token < len(known)
+        )  # a padded model can generate ids beyond the vocabulary
 
     @cached_property
     @abc.abstractmethod
     def _spelling(self) -> list[bytes]:
-        """The bytes of every piece. The libraries' own decoding would drop a leading space and merge bytes."""
+        """The bytes of every piece. The libraries' decoders would drop a leading space and merge bytes."""

@@ -1,4 +1,4 @@
-"""A ``tokenizer.json``, as Hugging Face writes it, through the ``tokenizers`` library (extra ``huggingface``)."""
+"""Tokenizers in Hugging Face's ``tokenizer.json``, read by the ``tokenizers`` library (extra ``huggingface``)."""
 
 import json
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
     chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)
 }
-"""The alphabet of byte-level BPE (GPT-2): printable bytes of Latin-1 stand for themselves, the others from 256 on."""
+"""The alphabet of byte-level BPE (GPT-2): printable Latin-1 bytes keep their character, the others use U+0100 on."""
 
 
 @dataclass(frozen=True)
 class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json``, and the ``tokenizer_config.json`` beside it, which says what BOS and EOS are.
+    """A ``tokenizer.json`` with its ``tokenizer_config.json``, which names BOS and EOS.
 
-    Special tokens that a text spells out become those tokens, as in transformers.
+    Special tokens written out in a text are encoded as such, as in transformers.
     """
 
     json: bytes = field(repr=False)
@@ -31,16 +31,16 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def read(cls, file: epath.Path) -> "JsonTokenizer":
-        """Read the two files; raises `UserError` for what is not there or cannot be decoded to bytes."""
-        beside = file.parent / SETTINGS
-        if not beside.is_file():
-            raise UserError(f"{file} needs the {SETTINGS} that belongs beside it: it says what BOS and EOS are")
-        tokenizer = cls(file.read_bytes(), beside.read_bytes())
+        """Read both files; raises `UserError` if one is missing, or for a tokenizer that cannot be decoded to bytes."""
+        settings = file.parent / SETTINGS
+        if not settings.is_file():
+            raise UserError(f"{file} needs its {SETTINGS} in the same folder: that file names BOS and EOS")
+        tokenizer = cls(file.read_bytes(), settings.read_bytes())
         try:
             _ = tokenizer._library, tokenizer._spelling, tokenizer.bos_id, tokenizer.eos_id
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
-        except Exception as error:  # the library raises plain Exceptions
+        except Exception as error:  # the library raises plain Exception
             raise UserError(f"{file} (data.tokenizer) is not a tokenizer.json: {error}") from error
         return tokenizer
 
@@ -65,18 +65,18 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def bos_id(self) -> int:
-        return self._named("bos_token")
+        return self._special_token_id("bos_token")
 
     @cached_property
     def eos_id(self) -> int:
-        return self._named("eos_token")
+        return self._special_token_id("eos_token")
 
-    def _named(self, role: str) -> int:
+    def _special_token_id(self, role: str) -> int:
         name = json.loads(self.settings).get(role)
         name = name["content"] if isinstance(name, dict) else name
         token = self._library.token_to_id(name) if name else None
         if token is None:
-            raise UserError(f"{SETTINGS} must name a {role} of the vocabulary, not {name!r}")
+            raise UserError(f"{SETTINGS} must name a {role} that is in the vocabulary, not {name!r}")
         return token
 
     def encode(self, text: str) -> list[int]:
@@ -87,7 +87,9 @@ class JsonTokenizer(Tokenizer):
         decoder = json.dumps(json.loads(self.json).get("decoder"))
         byte_level = '"ByteLevel"' in decoder
         if not byte_level and '"ByteFallback"' not in decoder:
-            raise UserError("only byte-level BPE and BPE with byte fallback, as Llama models have, can be decoded")
+            raise UserError(
+                "only byte-level BPE and BPE with byte fallback are supported, the kinds of the Llama models"
+            )
         added = self._library.get_added_tokens_decoder()
         ids = self._library.get_vocab(with_added_tokens=True)
         spelling = [b""] * (max(ids.values()) + 1)

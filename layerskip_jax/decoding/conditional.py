@@ -1,4 +1,4 @@
-"""Conditions that leave the cache where it lies."""
+"""Conditions that do not copy the KV cache."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.attention import LayerCache
-from layerskip_jax.model import Positions, Transformer
+from layerskip_jax.model import Transformer
+from layerskip_jax.rope import RotaryTables
 
 Carry = TypeVar("Carry")
 Hidden = tuple[jax.Array, list[LayerCache]]
 
 
 def run_if(condition: bool | jax.Array, run: Callable[[Carry], Carry], carry: Carry) -> Carry:
-    """Return ``run(carry)`` if ``condition`` says so, else ``carry``.
+    """Return ``run(carry)`` if ``condition`` is true, else ``carry``.
 
-    By a loop of one turn or none: a loop updates the cache in place, where XLA copies what a conditional returns.
+    Use this instead of `jax.lax.cond` when ``carry`` holds the KV cache. XLA copies the arrays that a conditional
+    returns, but a loop updates its carry in place, so this is a loop of one iteration or none. A Python bool is decided
+    at trace time and compiles to no loop at all.
     """
     if isinstance(condition, bool):
         return run(carry) if condition else carry
@@ -24,7 +27,7 @@ def run_if(condition: bool | jax.Array, run: Callable[[Carry], Carry], carry: Ca
 
 
 def run_blocks_if(
-    condition: bool | jax.Array, model: Transformer, position: Positions, blocks: tuple[int, int], carry: Hidden
+    condition: bool | jax.Array, model: Transformer, position: RotaryTables, blocks: tuple[int, int], carry: Hidden
 ) -> Hidden:
-    """Return ``x_BTD`` and the caches after ``blocks``, first to last (exclusive), or ``carry`` as it came in."""
+    """Run blocks [first, last) on ``(x_BTD, layers)`` if ``condition`` is true, else return them unchanged."""
     return run_if(condition, lambda carry: model.run_cached(carry[0], position, carry[1], *blocks), carry)

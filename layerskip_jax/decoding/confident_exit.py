@@ -1,10 +1,11 @@
-"""Early exit by confidence: lossy. Each token leaves at the first exit that is sure of it; not the full model's text.
+"""Early exit by confidence (lossy): each token exits at the first exit that is confident of it.
 
-This is not in the LayerSkip paper; it follows CALM (arXiv 2207.07061): softmax confidence, and for the blocks that a
-token did not run, keys and values from the hidden state with which it left.
+This is not in the LayerSkip paper; it follows CALM (arXiv 2207.07061): softmax confidence, and in the blocks that a
+token skips, keys and values computed from the hidden state with which it exited.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,15 +20,26 @@ from layerskip_jax.decoding.conditional import run_if
 from layerskip_jax.decoding.rounds import finish_round, no_drafts
 from layerskip_jax.decoding.sampling import Sampler
 from layerskip_jax.decoding.state import DecodeState
-from layerskip_jax.model import Block, Positions, Transformer, run_layers
+from layerskip_jax.model import Block, Transformer, run_layers
+from layerskip_jax.rope import RotaryTables
+
+
+class _Tokens(NamedTuple):
+    """The tokens of a round, one per row, on their way through the blocks."""
+
+    x_B1D: jax.Array
+    layers: list[LayerCache]
+    exited_B: jax.Array
+    next_B: jax.Array
+    exit_B: jax.Array  # index of the exit at which a row exited
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfidentExit:
-    """Run blocks until the likeliest next token has a probability of ``threshold`` or more at one of ``exits``.
+    """Run blocks until the most likely next token has a probability of at least ``threshold`` at one of ``exits``.
 
-    The last of ``exits`` is L, where every token leaves that has not before: all do, if the threshold is above 1. Rows
-    of a batch leave each for itself; the blocks run as long as one row is left.
+    The last of ``exits`` is L, where all remaining tokens exit; with a threshold above 1 all tokens reach it. The rows
+    of a batch exit independently, and the blocks run until the last row has exited.
     """
 
     sampler: Sampler
@@ -36,71 +48,62 @@ class ConfidentExit:
     draft_length: int = 0
 
     def __post_init__(self) -> None:
-        require(self.threshold >= 0, f"threshold must not be negative, but is {self.threshold}")
+        require(self.threshold >= 0, f"threshold must be at least 0, not {self.threshold}")
 
-    def start(self, model: ModelConfig) -> Any:
+    def init_policy_state(self, model: ModelConfig) -> Any:
         last = max(self.exits, default=0)
-        require(last == model.num_layers, f"the last exit must be {model.num_layers}, the last layer, and not {last}")
+        require(last == model.num_layers, f"the last exit must be {model.num_layers}, the last layer, not {last}")
         return ()
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         token_B, position_B = state.last_token()
-        position = model.positions(position_B[:, None])
+        position = model.rotary_tables(position_B[:, None])
         key, draw_key = jax.random.split(state.key)
-        # Whoever has left, and rows that were done before, only pass their keys and values on.
-        nowhere_B = jnp.full_like(token_B, len(self.exits))
-        way = _Way(model.embed(token_B[:, None]), state.cache.layers, state.done_B, token_B, nowhere_B)
-        for index, (first, last) in enumerate(zip((0, *self.exits), self.exits, strict=False)):
-            all_left = jnp.all(way.left_B)
-            blocks = partial(self._run, model, position, first, last, index, jax.random.fold_in(draw_key, index))
-            way = run_if(all_left, partial(_pass_on, model, position, first, last), way)
-            way = run_if(~all_left, blocks, way)
-        state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=way.layers))
-        return finish_round(state, *no_drafts(state), way.next_B, way.exit_B)
+        # Rows that are done count as exited, at an exit index that is out of range and so counts nowhere.
+        no_exit_B = jnp.full_like(token_B, len(self.exits))
+        tokens = _Tokens(model.embed(token_B[:, None]), state.cache.layers, state.done_B, token_B, no_exit_B)
+        for index, blocks in enumerate(itertools.pairwise((0, *self.exits))):
+            all_exited = jnp.all(tokens.exited_B)
+            run = partial(self._run, model, position, blocks, index, jax.random.fold_in(draw_key, index))
+            tokens = run_if(all_exited, partial(_propagate, model, position, blocks), tokens)
+            tokens = run_if(~all_exited, run, tokens)
+        state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=tokens.layers))
+        return finish_round(state, *no_drafts(tokens.next_B), tokens.exit_B)
 
     def _run(
         self,
         model: Transformer,
-        position: Positions,
-        first: int,
-        last: int,
+        position: RotaryTables,
+        blocks: tuple[int, int],
         index: int,
         key: jax.Array,
-        way: "_Way",
-    ) -> "_Way":
-        """Run blocks [first, last) for the rows that are left, and let those go that are sure of their token."""
+        tokens: _Tokens,
+    ) -> _Tokens:
+        """Run blocks [first, last) for the rows that have not exited; those that are confident exit here."""
+        first, last = blocks
 
-        def step(block: Block, x_B1D: jax.Array, layer: LayerCache) -> tuple[jax.Array, LayerCache]:
+        def block_fn(block: Block, x_B1D: jax.Array, layer: LayerCache) -> tuple[jax.Array, LayerCache]:
             delta_B1D, written = block(x_B1D, position, cache=layer)
             assert written is not None
-            return jnp.where(way.left_B[:, None, None], x_B1D, x_B1D + delta_B1D), written
+            return jnp.where(tokens.exited_B[:, None, None], x_B1D, x_B1D + delta_B1D), written
 
-        x_B1D, written = run_layers(model.blocks, way.x_B1D, step, way.layers[first:last], first, last)
+        x_B1D, written = run_layers(model.blocks, tokens.x_B1D, block_fn, tokens.layers[first:last], first, last)
         logits_BV = model.unembed(x_B1D)[:, 0]
-        sure_B = jnp.max(jax.nn.softmax(logits_BV), axis=-1) >= self.threshold
-        leaves_B = ~way.left_B & (sure_B if last < model.config.num_layers else True)
+        confident_B = jnp.max(jax.nn.softmax(logits_BV), axis=-1) >= self.threshold
+        exits_B = ~tokens.exited_B & (confident_B if last < model.config.num_layers else True)
         drawn_B = self.sampler.draw(logits_BV, key).astype(jnp.int32)
-        return _Way(
+        return _Tokens(
             x_B1D,
-            [*way.layers[:first], *written, *way.layers[last:]],
-            way.left_B | leaves_B,
-            jnp.where(leaves_B, drawn_B, way.next_B),
-            jnp.where(leaves_B, index, way.exit_B),
+            [*tokens.layers[:first], *written, *tokens.layers[last:]],
+            tokens.exited_B | exits_B,
+            jnp.where(exits_B, drawn_B, tokens.next_B),
+            jnp.where(exits_B, index, tokens.exit_B),
         )
 
 
-class _Way(NamedTuple):
-    """How far the tokens of a round have come."""
-
-    x_B1D: jax.Array
-    layers: list[LayerCache]
-    left_B: jax.Array
-    next_B: jax.Array
-    exit_B: jax.Array  # index of the exit at which a row left
-
-
-def _pass_on(model: Transformer, position: Positions, first: int, last: int, way: _Way) -> _Way:
-    """Write the keys and values of blocks [first, last) and run nothing else of them."""
-    blocks = zip(model.blocks[first:last], way.layers[first:last], strict=True)
-    written = [block.propagate(way.x_B1D, position, layer) for block, layer in blocks]
-    return way._replace(layers=[*way.layers[:first], *written, *way.layers[last:]])
+def _propagate(model: Transformer, position: RotaryTables, blocks: tuple[int, int], tokens: _Tokens) -> _Tokens:
+    """Write the keys and values of blocks [first, last) without running them."""
+    first, last = blocks
+    skipped = zip(model.blocks[first:last], tokens.layers[first:last], strict=True)
+    written = [block.propagate(tokens.x_B1D, position, layer) for block, layer in skipped]
+    return tokens._replace(layers=[*tokens.layers[:first], *written, *tokens.layers[last:]])

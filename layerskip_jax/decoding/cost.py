@@ -1,11 +1,11 @@
-"""The cost model of self-speculation: what a round costs, what speedup its acceptance buys, and how fast memory is.
+"""The cost model of self-speculation: the cost of a round, the speedup for a given acceptance, and memory bandwidth.
 
-Decoding a few tokens at a time is bound by memory: a pass costs the bytes of the weights that it reads. Costs here are
-in passes of the full model for one token, so 1 is a round of plain decoding.
+A pass over a few tokens is bound by memory bandwidth: its time is the time to read its weights. Costs are in passes of
+the full model for one token, so a plain round costs 1.
 """
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,55 +16,59 @@ from layerskip_jax.sharding import target_platform
 
 
 class Overhead(NamedTuple):
-    """What speculation costs beyond the bytes of the weights, where arithmetic or operations take time.
+    """Costs of speculation beyond reading weights, for devices on which arithmetic or kernel launches take time.
 
-    As the settings of `DecodeConfig` of the same names, which `python -m layerskip_jax sweep` measures.
+    ``layerskip sweep`` measures them. They are `DecodeConfig.start_cost` and `DecodeConfig.width_cost`.
     """
 
-    start_cost: float = 0.0
-    """c: once in a round that drafts at all, since several positions are verified otherwise than one."""
-    width_cost: float = 0.0
-    """w: for each drafted token, since it is one more position to verify."""
+    per_round: float = 0.0
+    """c: of each round that drafts, because verifying several positions uses other kernels than one position."""
+    per_draft: float = 0.0
+    """w: of each drafted token, because it adds a position to verify."""
+
+    def as_settings(self) -> dict[str, Any]:
+        """Return the overhead as settings of `DecodeConfig`."""
+        return {"start_cost": self.per_round, "width_cost": self.per_draft}
 
 
 NO_OVERHEAD = Overhead()
 
 
 def weight_count(config: ModelConfig) -> int:
-    """Return the weights that one token's pass reads: all but the embedding, of which it reads one row."""
+    """Return the number of weights that one token's pass reads: all but the embedding, of which it reads one row."""
     return parameter_count(config) - (0 if config.tied_embedding else config.vocab_size * config.dim)
 
 
 def weight_bytes(config: ModelConfig, kind: str = "full") -> int:
-    """Return the bytes in which the loop reads a weight: the compute type's, or 1 of int8 (`DecodeConfig.weights`).
+    """Return the bytes per weight that decoding reads: those of the compute type, or 1 if ``kind`` is int8.
 
-    XLA:CPU makes int8 weights full ones before the loop.
+    XLA:CPU converts int8 weights to the compute type before the loop, so there they save nothing.
     """
     return 1 if kind == "int8" and target_platform() != "cpu" else compute_dtype(config).itemsize
 
 
 def head_share(config: ModelConfig) -> float:
-    """Return h: the head's part of the weights that one token's pass through the model reads."""
+    """Return h: the head's share of the weights that one token's pass through the model reads."""
     return config.vocab_size * config.dim / weight_count(config)
 
 
 def round_cost(config: ModelConfig, exit_layer: float, drafted: float, overhead: Overhead = NO_OVERHEAD) -> float:
-    """``(1-h)(1 + d E/L) + h(1+d) + [d > 0] c + w d``: drafts read E of L blocks and the head, verification all once.
+    """``(1-h)(1 + d E/L) + h(1+d) + [d > 0] c + w d``.
 
-    c and w are 0 where weights' bytes alone count.
+    Each of d drafts reads E of L blocks and the head; the verification reads everything once. c and w are the overhead.
 
     >>> round(round_cost(ModelConfig(num_layers=8, vocab_size=1), exit_layer=2, drafted=4), 2)
     2.0
     """
     h = head_share(config)
-    by_bytes = (1 - h) * (1 + drafted * exit_layer / config.num_layers) + h * (1 + drafted)
-    return by_bytes + (overhead.start_cost if drafted else 0.0) + overhead.width_cost * drafted
+    weights = (1 - h) * (1 + drafted * exit_layer / config.num_layers) + h * (1 + drafted)
+    return weights + (overhead.per_round if drafted else 0.0) + overhead.per_draft * drafted
 
 
 def predicted_speedup(
     config: ModelConfig, exit_layer: float, drafted_per_round: float, tokens_per_round: float
 ) -> float:
-    """``S = tokens / round_cost``: 1 is the speed of plain decoding; below 1 speculation does not pay.
+    """``S = tokens / round_cost``: the speed relative to plain decoding. Below 1, speculation does not pay.
 
     >>> config = ModelConfig(num_layers=8, vocab_size=1)
     >>> round(predicted_speedup(config, exit_layer=2, drafted_per_round=4, tokens_per_round=4), 2)
@@ -74,9 +78,9 @@ def predicted_speedup(
 
 
 def measured_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
-    """Read so many float32 megabytes by a matrix-vector product; return the best rate [bytes/s] of the default device.
+    """Return the memory bandwidth of the default device [bytes/s]: the best rate of a float32 matrix-vector product.
 
-    This is the speed of the memory, if caches are smaller than what is read.
+    The matrix has ``megabytes`` MiB, which must be larger than the device's caches.
     """
     rows = megabytes * 2**20 // (4 * 4096)
     matrix, vector = jnp.ones((rows, 4096)), jnp.ones(4096)

@@ -10,114 +10,106 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerskip_jax.decoding.request import Generation, check_request, round_up
-from layerskip_jax.decoding.rounds import Round
+from layerskip_jax.decoding.request import Generation, Request, check_request, round_up
+from layerskip_jax.decoding.rounds import Strategy
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics
 from layerskip_jax.model import Transformer, compute_dtype, empty_cache
 from layerskip_jax.sharding import constrain
 
-Look = Callable[[DecodeState], Sequence[bool]]
-"""Sees the state between rounds; returns which rows to end now."""
+OnRounds = Callable[[DecodeState], Sequence[bool]]
+"""Reads the state between rounds, and returns which rows to end now."""
 
 
-@partial(jax.jit, static_argnames=("step", "width"))
-def prefill(
-    step: Round,
-    model: Transformer,
-    tokens_BS: jax.Array,
-    length_B: jax.Array,
-    limit_B: jax.Array,
-    eos: jax.Array,
-    key: jax.Array,
-    width: int,
-) -> DecodeState:
+@partial(jax.jit, static_argnames=("strategy", "width"))
+def prefill(strategy: Strategy, model: Transformer, request: Request, width: int) -> DecodeState:
     """Run the first ``width`` tokens through all blocks to fill the cache; return the state before the first round.
 
-    The head is not run: the last token of a prompt goes through the model in the first round. What a prompt shorter
-    than ``width`` leaves in later slots is overwritten before it is seen.
+    The head does not run: the last token of a prompt goes through the model in the first round. Slots past the end of
+    a prompt shorter than ``width`` are overwritten before any query sees them.
     """
-    B, S = tokens_BS.shape
+    B, S = request.tokens_BS.shape
     layers = empty_cache(model.config, B, S)
     if width:
-        position = model.positions(jnp.tile(jnp.arange(width)[None], (B, 1)))
-        x_BPD = model.embed(tokens_BS[:, :width])
+        position = model.rotary_tables(jnp.tile(jnp.arange(width)[None], (B, 1)))
+        x_BPD = model.embed(request.tokens_BS[:, :width])
         _, layers = model.run_cached(x_BPD, position, layers, 0, model.config.num_layers, filled=width)
-    query_BQD = jnp.zeros((B, step.draft_length + 1, model.config.dim), compute_dtype(model.config))
+    query_BQD = jnp.zeros((B, strategy.draft_length + 1, model.config.dim), compute_dtype(model.config))
     return DecodeState(
-        tokens_BS=tokens_BS,
+        tokens_BS=request.tokens_BS,
         drafted_BS=jnp.zeros((B, S), bool),
-        length_B=length_B,
-        limit_B=limit_B,
-        done_B=length_B >= limit_B,
-        eos=eos,
-        cache=KVQCache(layers, [query_BQD for _ in step.exits]),
-        memory=step.start(model.config),
-        key=key,
+        length_B=request.length_B,
+        limit_B=request.limit_B,
+        done_B=request.length_B >= request.limit_B,
+        eos=request.eos,
+        cache=KVQCache(layers, [query_BQD for _ in strategy.exits]),
+        policy_state=strategy.init_policy_state(model.config),
+        key=request.key,
         statistics=Statistics(
             rounds=jnp.int32(0),
-            drafted_X=jnp.zeros(max(1, len(step.exits)), jnp.int32),
-            accepted_histogram_Q=jnp.zeros(step.draft_length + 1, jnp.int32),
-            exit_rounds_X=jnp.zeros(max(1, len(step.exits)), jnp.int32),
+            drafted_X=jnp.zeros(max(1, len(strategy.exits)), jnp.int32),
+            accepted_histogram_Q=jnp.zeros(strategy.draft_length + 1, jnp.int32),
+            exit_rounds_X=jnp.zeros(max(1, len(strategy.exits)), jnp.int32),
         ),
     )
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def run_rounds(step: Round, model: Transformer, state: DecodeState, until: jax.Array) -> DecodeState:
-    """Run rounds until every row is done, or ``until`` rounds have been run in all."""
+def run_rounds(strategy: Strategy, model: Transformer, state: DecodeState, until: jax.Array) -> DecodeState:
+    """Run rounds until every row is done or the state has counted ``until`` rounds in total."""
 
     def unfinished(state: DecodeState) -> jax.Array:
         return jnp.any(~state.done_B) & (state.statistics.rounds < until)
 
-    state = jax.lax.while_loop(unfinished, lambda state: step(model, state), state)
-    # All but the cache whole on every device of a mesh, so that every process of a run can read it.
+    state = jax.lax.while_loop(unfinished, lambda state: strategy(model, state), state)
+    # On a mesh, replicate everything but the cache, so that every process can read the result.
     small = dataclasses.replace(state, cache=KVQCache([], []))
     return dataclasses.replace(jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), small), cache=state.cache)
 
 
-def start(
+def begin(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    step: Round,
+    strategy: Strategy,
     *,
     eos: int = -1,
     seed: int = 0,
     max_length: int | None = None,
 ) -> DecodeState:
-    """Check the request and prefill. ``max_length`` bounds prompt + new tokens of a row; the default just fits.
+    """Check the request and prefill; return the state before the first round.
 
-    ``model`` is an `unstacked` one. Raises `UserError` for what `check_request` refuses.
+    ``model`` is an `unstacked` one. ``max_length`` bounds prompt + new tokens of a row; the default just fits. Raises
+    `UserError` as `check_request` does.
     """
-    max_length = check_request(model, prompts, max_new_tokens, max_length, step, eos, seed)
-    # The slack lets a round write d+1 tokens from any length without reaching the end of the cache.
-    capacity = round_up(max_length + step.draft_length + 1)
+    max_length = check_request(model, prompts, max_new_tokens, max_length, strategy, eos, seed)
+    # d+1 extra slots: a round writes that many tokens from any length, and must not reach the end of the cache.
+    capacity = round_up(max_length + strategy.draft_length + 1)
     width = min(round_up(max(map(len, prompts)) - 1), capacity)
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
     limit_B = np.minimum(length_B.astype(np.int64) + max_new_tokens, max_length).astype(np.int32)
-    arrays = map(jnp.asarray, (tokens_BS, length_B, limit_B, np.int32(eos)))
-    return prefill(step, model, *arrays, jax.random.key(seed), width)
+    tokens, length, limit, end = map(jnp.asarray, (tokens_BS, length_B, limit_B, np.int32(eos)))
+    return prefill(strategy, model, Request(tokens, length, limit, end, jax.random.key(seed)), width)
 
 
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    step: Round,
+    strategy: Strategy,
     *,
     eos: int = -1,
     seed: int = 0,
     max_length: int | None = None,
-    look: Look | None = None,
-    look_every: int = 1,
+    on_rounds: OnRounds | None = None,
+    rounds_per_call: int = 1,
 ) -> Generation:
     """Continue ``prompts`` (token ids, of any lengths) by up to ``max_new_tokens`` each, in one jitted loop.
 
-    With ``look`` the loop comes back to the host after each ``look_every`` rounds, for streaming and stop strings.
-    Raises `UserError` as `start` does, and where a row came to logits that are not finite.
+    With ``on_rounds``, the loop returns to the host after every ``rounds_per_call`` rounds and calls it, for streaming
+    and stop strings. Raises `UserError` as `begin` does, and if the logits of a row are not finite.
 
     >>> from flax import nnx
     >>> from layerskip_jax.config import ModelConfig
@@ -131,19 +123,22 @@ def generate(
     [8, 8]
     """
     began = time.perf_counter()
-    state = start(model, prompts, max_new_tokens, step, eos=eos, seed=seed, max_length=max_length)
-    state = jax.block_until_ready(run_rounds(step, model, state, jnp.int32(0)))  # compiles; runs no round
+    state = begin(model, prompts, max_new_tokens, strategy, eos=eos, seed=seed, max_length=max_length)
+    # A call that runs no round compiles `run_rounds`, unless jit has this shape already. So `Generation.seconds` never
+    # includes compilation, and jit's own cache does what an ahead-of-time `lower().compile()` would need a second for.
+    state = jax.block_until_ready(run_rounds(strategy, model, state, jnp.int32(0)))
     prefilled = time.perf_counter()
-    if look is None:
-        state = run_rounds(step, model, state, jnp.int32(jnp.iinfo(jnp.int32).max))
+    if on_rounds is None:
+        state = run_rounds(strategy, model, state, jnp.int32(jnp.iinfo(jnp.int32).max))
     else:
-        for looks in itertools.count(1):
-            state = run_rounds(step, model, state, jnp.int32(looks * look_every))
-            done_B = np.asarray(jax.device_get(state.done_B)) | np.asarray(look(state))  # on the host: compiles nothing
-            place = state.done_B.sharding if state.done_B.committed else None  # elsewhere, rounds are compiled anew
-            state = dataclasses.replace(state, done_B=jax.device_put(done_B, place))
+        for calls in itertools.count(1):
+            state = run_rounds(strategy, model, state, jnp.int32(calls * rounds_per_call))
+            # In numpy, since a jnp operation would compile here, in the timed part.
+            done_B = np.asarray(jax.device_get(state.done_B)) | np.asarray(on_rounds(state))
+            sharding = state.done_B.sharding if state.done_B.committed else None  # keep it, or run_rounds recompiles
+            state = dataclasses.replace(state, done_B=jax.device_put(done_B, sharding))
             if done_B.all():
                 break
     state = jax.block_until_ready(state)
-    seconds, exits = time.perf_counter() - prefilled, step.exits or (model.config.num_layers,)
-    return Generation.of(state, prompts, exits, seconds=seconds, prefill_seconds=prefilled - began)
+    seconds, exits = time.perf_counter() - prefilled, strategy.exits or (model.config.num_layers,)
+    return Generation.from_state(state, prompts, exits, seconds=seconds, prefill_seconds=prefilled - began)

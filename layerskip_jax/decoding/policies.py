@@ -1,8 +1,8 @@
-"""Draft policies: small pure objects that say from which exit the next round drafts, and for how long.
+"""Draft policies: small pure objects that choose the next round's exit and draft length.
 
-A policy is hashable (it is static under jit) and remembers nothing itself: what it learns is its *memory*, a pytree
-that the loop carries. To make one, subclass `Fixed` and override what differs. None of them can change the tokens that
-come out: every draft is verified.
+A policy must be hashable, because it is static under jit, and it holds no state. What it learns is its *policy state*,
+a pytree that the loop carries. To write a policy, subclass `Fixed` and override what differs. No policy can change the
+text, because every draft is verified.
 """
 
 import dataclasses
@@ -14,75 +14,92 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerskip_jax.checks import check_type, require
+from layerskip_jax.checks import parse_value, require
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, head_share, round_cost
 
 
 class Plan(NamedTuple):
-    """What the next round does. Python numbers are compiled in; arrays are decided while the program runs."""
+    """A policy's choice for the next round. Python ints are fixed at compile time, arrays are chosen at run time."""
 
     exit_index: int | jax.Array  # into `DraftPolicy.exits`
-    draft_length: int | jax.Array  # tokens to draft, 0 to `DraftPolicy.draft_length`
+    draft_length: int | jax.Array  # tokens to draft, at most `DraftPolicy.draft_length`
+
+
+class Probe(NamedTuple):
+    """How many drafts each of X candidate exits would have had accepted at the positions that a round verified.
+
+    Counts are sums over the active rows. A stochastic sampler adds up probabilities of acceptance instead of 0 and 1.
+    """
+
+    done: jax.Array  # whether this round compared the exits; the counts are 0 otherwise
+    agreed_XQ: jax.Array  # rows in which the exit's drafts 0..q are all accepted
+    reached_XQ: jax.Array  # rows in which drafts 0..q-1 are all accepted and draft q was compared
+
+    @classmethod
+    def none(cls, exits: int, width: int) -> "Probe":
+        """Return the counts of a round that did not probe."""
+        return cls(jnp.bool(False), jnp.zeros((exits, width)), jnp.zeros((exits, width)))
 
 
 class Outcome(NamedTuple):
-    """What the round showed. X candidate exits."""
+    """The result of a round, from which a policy learns."""
 
     plan: Plan
-    active_B: jax.Array  # rows that were not done
+    active_B: jax.Array  # rows that were not done before the round
     drafted_B: jax.Array
     accepted_B: jax.Array
-    probed: jax.Array  # whether all candidate exits were compared with the full model
-    agreed_XQ: (
-        jax.Array
-    )  # rows whose first q+1 tokens each exit drafts rightly, summed over active rows; 0 unless probed
-    reached_XQ: jax.Array  # rows whose first q it drafts rightly, and of which the next was compared
+    probe: Probe
 
 
 class DraftPolicy(Protocol):
-    """What `rounds.SelfSpeculative` asks of a policy."""
+    """The interface between `rounds.SelfSpeculative` and policies."""
 
     @property
     def exits(self) -> Sequence[int]:
-        """Candidate exit layers, rising, each in 1..L."""
+        """Candidate exit layers, strictly increasing, each in 1..L; exactly one for `rounds.SelfSpeculative`."""
 
     @property
     def draft_length(self) -> int:
-        """d: the most tokens a round drafts."""
+        """d: the most tokens that a round drafts."""
 
     @property
     def verify_widths(self) -> Sequence[int]:
-        """How many positions a verification is compiled for, rising to d+1; the narrowest that fits runs.
+        """Numbers of positions to compile verifications for, strictly increasing up to d+1.
 
-        Width 1, a round that drafts nothing, is added or left out as `plan` needs it.
+        Only `adaptive.AdaptiveSpeculative` asks: it runs the narrowest that fits. It adds or drops width 1, a round
+        without a draft, depending on `plan`.
         """
 
-    def start(self, model: ModelConfig) -> Any:
-        """Return the memory before the first round."""
+    def init_state(self, model: ModelConfig) -> Any:
+        """Return the policy state before the first round."""
 
-    def plan(self, memory: Any) -> Plan: ...
+    def plan(self, policy_state: Any) -> Plan:
+        """Return the exit and the draft length of the next round."""
 
-    def probes(self, memory: Any) -> bool | jax.Array:
-        """Say whether this round compares all candidate exits with the full model (the head runs once for each)."""
+    def probes(self, policy_state: Any) -> bool | jax.Array:
+        """Return whether this round probes all candidate exits, for one run of the head each.
 
-    def goes_on(self, memory: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-        """Say which rows draft another token after ``token_B``, drawn from the exit's logits at temperature 1."""
+        Only `adaptive.AdaptiveSpeculative` asks.
+        """
 
-    def learn(self, memory: Any, outcome: Outcome) -> Any:
-        """Return the memory after a round."""
+    def keep_drafting(self, policy_state: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+        """Return which rows draft another token after ``token_B``, given the exit's raw logits that it came from."""
+
+    def update(self, policy_state: Any, outcome: Outcome) -> Any:
+        """Return the policy state after a round."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """Always the same exit and the same number of drafts."""
+    """Always the same exit and the same draft length."""
 
     exit_layer: int
     draft_length: int
 
     def __post_init__(self) -> None:
         for name, value in (("exit_layer", self.exit_layer), ("draft_length", self.draft_length)):
-            check_type(value, int, name)
+            parse_value(int, value, name)
             require(value >= 1, f"{name} must be at least 1, not {value}")
 
     @property
@@ -93,47 +110,40 @@ class Fixed:
     def verify_widths(self) -> Sequence[int]:
         return (self.draft_length + 1,)
 
-    def start(self, model: ModelConfig) -> Any:
+    def init_state(self, model: ModelConfig) -> Any:
         return ()
 
-    def plan(self, memory: Any) -> Plan:
+    def plan(self, policy_state: Any) -> Plan:
         return Plan(0, self.draft_length)
 
-    def probes(self, memory: Any) -> bool | jax.Array:
+    def probes(self, policy_state: Any) -> bool | jax.Array:
         return False
 
-    def goes_on(self, memory: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+    def keep_drafting(self, policy_state: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
         return jnp.ones_like(token_B, bool)
 
-    def learn(self, memory: Any, outcome: Outcome) -> Any:
-        return memory
+    def update(self, policy_state: Any, outcome: Outcome) -> Any:
+        return policy_state
 
 
-def checked_plan(policy: DraftPolicy, memory: Any) -> tuple[Plan, Sequence[int]]:
-    """Return the policy's plan, kept within what it declares, and the widths to compile a verification for.
+def checked_plan(policy: DraftPolicy, policy_state: Any, least: int) -> Plan:
+    """Return the policy's plan, clipped to its exits and to ``least``..d drafts.
 
-    Plans and widths that are wrong before the program runs raise `UserError`. So no policy can change the text: where a
-    plan may be of no draft at all, there is a verification that starts from the embedding.
+    Clipping ensures that no policy can change the text. A plan of Python ints that is out of range raises `UserError`.
     """
-    plan, d, widths = policy.plan(memory), policy.draft_length, tuple(policy.verify_widths)
-    rising = list(widths) == sorted(set(widths)) and widths[-1:] == (d + 1,) and widths[0] >= 1
-    require(rising, f"verify_widths must rise to draft_length + 1 = {d + 1}, not {widths}")
+    plan, exits, d = policy.plan(policy_state), len(policy.exits), policy.draft_length
 
-    def within(value: int | jax.Array, most: int, name: str) -> int | jax.Array:
+    def clip(value: int | jax.Array, least: int, most: int, name: str) -> int | jax.Array:
         if isinstance(value, int):
-            require(0 <= value <= most, f"a plan's {name} must be in 0..{most}, not {value}")
+            require(least <= value <= most, f"a plan's {name} must be in {least}..{most}, not {value}")
             return value
-        return jnp.clip(value, 0, most)
+        return jnp.clip(value, least, most)
 
-    length = within(plan.draft_length, d, "draft_length")
-    wider = tuple(width for width in widths if width > 1)
-    drafts_always = isinstance(length, int) and length > 0
-    exit_index = within(plan.exit_index, len(policy.exits) - 1, "exit_index")
-    return Plan(exit_index, length), wider if drafts_always else (1, *wider)
+    return Plan(clip(plan.exit_index, 0, exits - 1, "exit_index"), clip(plan.draft_length, least, d, "draft_length"))
 
 
 def doubling_widths(draft_length: int) -> Sequence[int]:
-    """Return 1, 2, 3, 5, 9, ... and d+1: positions to compile a verification for, where rounds differ in length.
+    """Return 1, 2, 3, 5, 9, ... and d+1: `DraftPolicy.verify_widths` for rounds of different lengths.
 
     >>> doubling_widths(6), doubling_widths(1)
     ((1, 2, 3, 5, 7), (1, 2))
@@ -144,7 +154,7 @@ def doubling_widths(draft_length: int) -> Sequence[int]:
 
 @dataclasses.dataclass(frozen=True)
 class ConfidenceStop(Fixed):
-    """Stop drafting after a token that the exit gave a probability below ``threshold``."""
+    """Stop drafting after a token to which the exit gave a probability below ``threshold``."""
 
     threshold: float = 0.5
 
@@ -156,35 +166,35 @@ class ConfidenceStop(Fixed):
     def verify_widths(self) -> Sequence[int]:
         return doubling_widths(self.draft_length)
 
-    def goes_on(self, memory: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+    def keep_drafting(self, policy_state: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
         probability_BV = jax.nn.softmax(logits_BV)
         return jnp.take_along_axis(probability_BV, token_B[:, None], axis=1)[:, 0] >= self.threshold
 
 
 class Acceptance(NamedTuple):
-    """The memory of `Adaptive`: discounted counts as in `Outcome`, what follows from them, and the constant costs."""
+    """The policy state of `Adaptive`. Costs are in passes of the full model for one token."""
 
-    agreed_Xd: jax.Array
+    agreed_Xd: jax.Array  # discounted counts, as in `Probe`
     reached_Xd: jax.Array
-    best: Plan
-    spent: jax.Array  # since the last probe
-    probe_after: jax.Array  # how much is spent between two probes
-    cost_XQ: jax.Array  # costs are in passes of the full model for one token
+    best: Plan  # the plan that follows from the counts
+    spent: jax.Array  # cost of the rounds since the last probe
+    probe_after: jax.Array  # cost between two probes
+    cost_XQ: jax.Array  # cost of a round from each exit with 0..d drafts
 
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive(Fixed):
-    """Before each round, choose the exit E and the draft length that promise the most tokens for their cost.
+    """Before each round, choose the exit E and the draft length n with the most expected tokens for their cost.
 
-    In the manner of DEL (arXiv 2504.05598), inside the loop and without recompiling:
+    Similar to DEL (arXiv 2504.05598), but inside the compiled loop:
 
         E, n = argmax (1 + s_E(1) + ... + s_E(n)) / cost(E, n),    s_E(n) = a_E(1) ... a_E(n)
 
-    a_E(i) is the chance that draft i is accepted after i-1 were, estimated from the last ``horizon`` positions, about.
-    The exit in use shows it in every round; now and then all candidates are compared with the full model at the
-    positions just verified, for one run of the head each: as often as ``probe_share`` of the time allows. n = 0 is
-    plain decoding; the costs are those of `cost.round_cost`. ``exit_layer`` is the only candidate if there are no
-    ``candidates``.
+    a_E(i) estimates the probability that draft i is accepted if drafts 1..i-1 were, from about the last ``horizon``
+    positions. n = 0 is plain decoding. `cost.round_cost` gives the costs. Every round measures the exit that it uses.
+    To measure the others, a probe runs the head at all candidate exits; ``probe_share`` is the share of the decoding
+    time to spend on probes. ``candidates`` are the exits, by default ``exit_layer`` alone. Needs
+    `adaptive.AdaptiveSpeculative`.
     """
 
     candidates: tuple[int, ...] = ()
@@ -194,12 +204,12 @@ class Adaptive(Fixed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rising = list(self.exits) == sorted(set(self.exits)) and self.exits[0] >= 1
-        require(rising, f"candidate exits must rise from 1 on, not {self.candidates}")
+        increasing = list(self.exits) == sorted(set(self.exits)) and self.exits[0] >= 1
+        require(increasing, f"candidate exits must be strictly increasing and at least 1, got {self.candidates}")
         require(0 < self.probe_share <= 1, f"probe_share must be in (0, 1], not {self.probe_share}")
         require(0 < self.horizon < math.inf, f"horizon must be positive and finite, not {self.horizon}")
         bounded = all(0 <= cost < math.inf for cost in self.overhead)
-        require(bounded, f"overhead must not be negative or infinite: {self.overhead}")
+        require(bounded, f"overhead must be finite and at least 0, got {self.overhead}")
 
     @property
     def exits(self) -> Sequence[int]:
@@ -209,62 +219,68 @@ class Adaptive(Fixed):
     def verify_widths(self) -> Sequence[int]:
         return doubling_widths(self.draft_length)
 
-    def start(self, model: ModelConfig) -> Any:
-        # A verification costs the width that is compiled, not the one that is wanted.
-        wide = [next(w for w in self.verify_widths if w > d) - 1 for d in range(self.draft_length + 1)]
-        wider = [self.overhead.width_cost * (wide[d] - d) for d in range(self.draft_length + 1)]
+    def init_state(self, model: ModelConfig) -> Any:
+        d_Q = range(self.draft_length + 1)
+        # A round pays for the compiled width that it runs, which can be wider than its drafts need.
+        width_Q = [next(width for width in self.verify_widths if width > d) for d in d_Q]
+        extra_Q = [self.overhead.per_draft * (width_Q[d] - 1 - d) for d in d_Q]
         cost_XQ = np.array([
-            [round_cost(model, exit, d, self.overhead) + more for d, more in enumerate(wider)] for exit in self.exits
+            [round_cost(model, exit, d, self.overhead) + extra_Q[d] for d in d_Q] for exit in self.exits
         ], np.float32)  # fmt: skip
         none_Xd = jnp.zeros((len(self.exits), self.draft_length))
         probe_after = jnp.float32(len(self.exits) * head_share(model) / self.probe_share)
-        best = self.most_promising(none_Xd, none_Xd, jnp.asarray(cost_XQ))
+        best = self.best_plan(none_Xd, none_Xd, jnp.asarray(cost_XQ))
         return Acceptance(none_Xd, none_Xd, best, probe_after, probe_after, jnp.asarray(cost_XQ))
 
-    def most_promising(self, agreed_Xd: jax.Array, reached_Xd: jax.Array, cost_XQ: jax.Array) -> Plan:
+    def best_plan(self, agreed_Xd: jax.Array, reached_Xd: jax.Array, cost_XQ: jax.Array) -> Plan:
         """Return the plan with the most expected tokens for its cost."""
-        # Where little was seen, a guess stands in: of an exit a half, of its i-th draft what the exit does in general.
+        # Smooth small counts with a prior worth two observations: 1/2 for an exit, and the exit's rate for each draft.
         rate_X1 = (jnp.sum(agreed_Xd, 1, keepdims=True) + 1) / (jnp.sum(reached_Xd, 1, keepdims=True) + 2)
         rate_Xd = (agreed_Xd + 2 * rate_X1) / (reached_Xd + 2)
         tokens_XQ = 1 + jnp.pad(jnp.cumsum(jnp.cumprod(rate_Xd, axis=1), axis=1), ((0, 0), (1, 0)))
         best = jnp.argmax(tokens_XQ / cost_XQ).astype(jnp.int32)
         return Plan(best // tokens_XQ.shape[1], best % tokens_XQ.shape[1])
 
-    def plan(self, memory: Any) -> Plan:
-        return memory.best
+    def plan(self, policy_state: Any) -> Plan:
+        return policy_state.best
 
-    def probes(self, memory: Any) -> bool | jax.Array:
-        return memory.spent >= memory.probe_after
+    def probes(self, policy_state: Any) -> bool | jax.Array:
+        return policy_state.spent >= policy_state.probe_after
 
-    def learn(self, memory: Any, outcome: Outcome) -> Any:
-        plan, d = outcome.plan, self.draft_length
-        spent = jnp.where(outcome.probed, 0.0, memory.spent) + memory.cost_XQ[plan.exit_index, plan.draft_length]
+    def update(self, policy_state: Any, outcome: Outcome) -> Any:
+        plan, probe, before = outcome.plan, outcome.probe, policy_state
+        spent = jnp.where(probe.done, 0.0, before.spent) + before.cost_XQ[plan.exit_index, plan.draft_length]
 
         def count(agreed_Xd: jax.Array, reached_Xd: jax.Array, best: Plan) -> tuple[jax.Array, jax.Array, Plan]:
-            # Without a probe, the round itself: drafts before the accepted count agreed, and the one at it was refused.
-            draft_Bd = jnp.arange(d)[None]
-            accepted_B1, drafted_B1 = outcome.accepted_B[:, None], outcome.drafted_B[:, None]
-            seen_Bd = (draft_Bd <= accepted_B1) & (draft_Bd < drafted_B1) & outcome.active_B[:, None]
-            is_used_X1 = (jnp.arange(len(self.exits)) == plan.exit_index)[:, None]
-            of_round = [
-                is_used_X1 * jnp.sum(seen_Bd & other_Bd, axis=0)[None] for other_Bd in (draft_Bd < accepted_B1, seen_Bd)
-            ]
-            of_probe = (outcome.agreed_XQ[:, :d], outcome.reached_XQ[:, :d])
-            new_agreed_Xd, new_reached_Xd = (
-                jnp.where(outcome.probed, probe, used) for probe, used in zip(of_probe, of_round, strict=True)
-            )
+            round_agreed_Xd, round_reached_Xd = self._round_counts(outcome)
+            new_agreed_Xd = jnp.where(probe.done, probe.agreed_XQ[:, : self.draft_length], round_agreed_Xd)
+            new_reached_Xd = jnp.where(probe.done, probe.reached_XQ[:, : self.draft_length], round_reached_Xd)
             keep_X1 = jnp.exp(-jnp.sum(new_reached_Xd, axis=1, keepdims=True) / self.horizon)
             agreed_Xd, reached_Xd = agreed_Xd * keep_X1 + new_agreed_Xd, reached_Xd * keep_X1 + new_reached_Xd
-            return agreed_Xd, reached_Xd, self.most_promising(agreed_Xd, reached_Xd, memory.cost_XQ)
+            return agreed_Xd, reached_Xd, self.best_plan(agreed_Xd, reached_Xd, before.cost_XQ)
 
-        # A round of plain decoding shows nothing, and should cost nothing more.
-        shows = outcome.probed | (plan.draft_length > 0)
-        agreed_Xd, reached_Xd, best = jax.lax.cond(shows, count, lambda *same: same, *memory[:3])
-        return memory._replace(agreed_Xd=agreed_Xd, reached_Xd=reached_Xd, best=best, spent=spent)
+        # A plain round gives no evidence about the exits, so skip the update.
+        has_evidence = probe.done | (plan.draft_length > 0)
+        counts = before.agreed_Xd, before.reached_Xd, before.best
+        agreed_Xd, reached_Xd, best = jax.lax.cond(has_evidence, count, lambda *same: same, *counts)
+        return before._replace(agreed_Xd=agreed_Xd, reached_Xd=reached_Xd, best=best, spent=spent)
+
+    def _round_counts(self, outcome: Outcome) -> tuple[jax.Array, jax.Array]:
+        """Return ``agreed_Xd, reached_Xd`` of a round without a probe: 0 but for the exit that it used.
+
+        The accepted drafts agreed. The draft after them was reached and rejected.
+        """
+        draft_Bd = jnp.arange(self.draft_length)[None]
+        accepted_B1, drafted_B1 = outcome.accepted_B[:, None], outcome.drafted_B[:, None]
+        reached_Bd = (draft_Bd <= accepted_B1) & (draft_Bd < drafted_B1) & outcome.active_B[:, None]
+        agreed_Bd = reached_Bd & (draft_Bd < accepted_B1)
+        is_used_X1 = (jnp.arange(len(self.exits)) == outcome.plan.exit_index)[:, None]
+        agreed_Xd, reached_Xd = (is_used_X1 * jnp.sum(one, axis=0)[None] for one in (agreed_Bd, reached_Bd))
+        return agreed_Xd, reached_Xd
 
 
 def default_candidates(num_layers: int) -> tuple[int, ...]:
-    """Return the exits that `Adaptive` chooses among where nothing else is said: an eighth, a quarter, half of L.
+    """Return the default candidate exits of `Adaptive`: L/8, L/4 and L/2.
 
     >>> default_candidates(16), default_candidates(4)
     ((2, 4, 8), (1, 2))

@@ -1,6 +1,6 @@
-"""Prompt lookup: draft what followed the last time that the text ended like this. No early layers, no training.
+"""Prompt lookup: draft the tokens that followed the last earlier occurrence of the text's ending.
 
-The baseline to hold self-speculation against, in the same interface and just as lossless.
+It needs no early exits and no training, so it is the baseline for self-speculation. It is lossless too.
 """
 
 import dataclasses
@@ -13,25 +13,27 @@ import jax.numpy as jnp
 from layerskip_jax.checks import require
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.rounds import finish_round
-from layerskip_jax.decoding.sampling import Sampler
+from layerskip_jax.decoding.sampling import Drafts, Sampler
 from layerskip_jax.decoding.state import DecodeState
 from layerskip_jax.model import Transformer
 
 
-def look_up(tokens_BS: jax.Array, length_B: jax.Array, longest: int, draft_length: int) -> tuple[jax.Array, jax.Array]:
-    """Return ``draft_Bd`` and ``drafted_B``: what followed the latest of the longest earlier matches of a row's end.
+def look_up(
+    tokens_BS: jax.Array, length_B: jax.Array, max_ngram: int, draft_length: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return ``draft_Bd`` and ``drafted_B``: the tokens that followed an earlier match of the text's last tokens.
 
-    A match is of the last 1 to ``longest`` tokens; without one nothing is drafted. Past the end of the text the draft
-    goes on with its own beginning, as periodic text does.
+    The longest match wins, of at most ``max_ngram`` tokens; among equally long ones, the latest. Without a match,
+    nothing is drafted. A draft that reaches the end of the text repeats from its own beginning, as periodic text does.
 
     >>> tokens = jnp.array([[5, 1, 2, 3, 4, 1, 2, 0]])
-    >>> [a.tolist() for a in look_up(tokens, jnp.array([7]), longest=3, draft_length=3)]
+    >>> [a.tolist() for a in look_up(tokens, jnp.array([7]), max_ngram=3, draft_length=3)]
     [[[3, 4, 1]], [3]]
     """
     slot_1S, length_B1 = jnp.arange(tokens_BS.shape[1])[None], length_B[:, None]
-    matches_BS = (slot_1S >= 1) & (slot_1S < length_B1)  # a match may end before any slot with a known token
-    score_BS = jnp.zeros(tokens_BS.shape, jnp.int32)
-    for back in range(1, longest + 1):
+    matches_BS = (slot_1S >= 1) & (slot_1S < length_B1)  # slots that can follow a match
+    score_BS = jnp.zeros(tokens_BS.shape, jnp.int32)  # length of the match that ends before each slot
+    for back in range(1, max_ngram + 1):
         end_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(length_B1 - back, 0), axis=1)
         matches_BS &= (jnp.roll(tokens_BS, back, axis=1) == end_B1) & (slot_1S >= back)
         score_BS += matches_BS
@@ -43,31 +45,31 @@ def look_up(tokens_BS: jax.Array, length_B: jax.Array, longest: int, draft_lengt
 
 @dataclasses.dataclass(frozen=True)
 class PromptLookup:
-    """Draft by `look_up`, and verify through all blocks in one pass."""
+    """Draft by `look_up`, and verify with all blocks in one pass."""
 
     sampler: Sampler
     draft_length: int
-    longest: int = 3
+    max_ngram: int = 3
     exits: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        for name, value in (("draft_length", self.draft_length), ("longest", self.longest)):
+        for name, value in (("draft_length", self.draft_length), ("max_ngram", self.max_ngram)):
             require(value >= 1, f"{name} must be at least 1, not {value}")
 
-    def start(self, model: ModelConfig) -> Any:
+    def init_policy_state(self, model: ModelConfig) -> Any:
         return ()
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         key, verify_key = jax.random.split(state.key)
         token_B, position_B = state.last_token()
-        draft_Bd, drafted_B = look_up(state.tokens_BS, state.length_B, self.longest, self.draft_length)
-        drafted_B = jnp.where(state.done_B, 0, drafted_B)
+        draft_Bd, drafted_B = look_up(state.tokens_BS, state.length_B, self.max_ngram, self.draft_length)
+        probs = self.sampler.deterministic_draft_probs(draft_Bd, model.config.vocab_size)
+        drafts = Drafts(draft_Bd, jnp.where(state.done_B, 0, drafted_B), probs)
         token_BQ = jnp.concatenate([token_B[:, None], draft_Bd], axis=1)
-        position = model.positions(position_B[:, None] + jnp.arange(self.draft_length + 1)[None])
+        position = model.rotary_tables(position_B[:, None] + jnp.arange(self.draft_length + 1)[None])
         x_BQD, layers = model.run_cached(
             model.embed(token_BQ), position, state.cache.layers, 0, model.config.num_layers
         )
-        evidence = self.sampler.certainty(draft_Bd, model.config.vocab_size)
-        accepted_B, next_B = self.sampler.verify(model.unembed(x_BQD), draft_Bd, evidence, drafted_B, verify_key)
+        verdict = self.sampler.verify(model.unembed(x_BQD), drafts, verify_key)
         state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=layers))
-        return finish_round(state, draft_Bd, drafted_B, accepted_B, next_B)
+        return finish_round(state, drafts, verdict)

@@ -1,4 +1,4 @@
-"""Weights in int8 for decoding: each matrix as integers and one scale per output channel, by qwix (extra ``int8``)."""
+"""int8 weights for decoding: integer matrices with one scale per output channel, by qwix (extra ``int8``)."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ OUTPUT_AXES = {
     "down_FD": (1,),
     "head_DV": (1,),
 }
-"""The matrices that become int8, and the axes that a product with them keeps: a scale for each index there."""
+"""The matrices to quantize, and their output axes: each index there has its own scale."""
 
 
 def _qwix() -> Any:
@@ -29,24 +29,25 @@ def _qwix() -> Any:
 
 
 class Int8Param(nnx.Param[Any]):
-    """A matrix that is kept as a ``qwix.QArray`` and read, with ``[...]``, as the float32 array ``q * scale``."""
+    """A matrix stored as a ``qwix.QArray``; indexing with ``[...]`` returns the float32 array ``q * scale``."""
 
     def get_value(self, *, index: Any = ...) -> jax.Array:
-        """Return ``(q * scale)[index]``; under jit it is computed where it is used, not stored with the model."""
+        """Return ``(q * scale)[index]``. Under jit this is computed at each use and not stored."""
         return _qwix().dequantize(self.get_raw_value())[index]
 
 
 def quantized(model: Transformer) -> Transformer:
-    """Return an unstacked ``model`` with int8 matrices: ``q = round(w / scale)``, ``scale = max |w_channel| / 127.5``.
+    """Return an unstacked copy of ``model`` with int8 matrices: ``q = round(w / scale)``, ``scale = max |w| / 127.5``.
 
-    A weight takes 1 byte and a channel 4 more, where float32 takes 4 bytes a weight. Activations and norms stay as
-    they are. So does the embedding, of which a token reads one row; a head tied to it becomes a matrix of its own.
+    The maximum is over an output channel. A weight takes 1 byte and a channel 4 bytes more; float32 takes 4 bytes per
+    weight. Activations, norms and the embedding are not quantized; a token reads only one row of the embedding. A tied
+    head becomes a separate int8 matrix.
     """
     qwix = _qwix()
     if not isinstance(model.blocks, nnx.List):
         model = model.unstacked()
     graph, state = nnx.split(model)
-    model = nnx.merge(graph, state)  # new modules around the same arrays: the caller's model keeps its own
+    model = nnx.merge(graph, state)  # new modules that share the arrays, so the caller's model does not change
     if model.config.tied_embedding:
         model.head_DV = nnx.Param(model.embedding_VD[...].T, axes=("embed", "vocab"))
         model.config = dataclasses.replace(model.config, tied_embedding=False)
@@ -60,5 +61,5 @@ def quantized(model: Transformer) -> Transformer:
 
 
 def with_weights(model: Transformer, kind: str) -> Transformer:
-    """Return an unstacked ``model`` with weights as `DecodeConfig.weights` names them."""
+    """Return an unstacked ``model`` with the kind of weights that `DecodeConfig.weights` names."""
     return quantized(model) if kind == "int8" else model

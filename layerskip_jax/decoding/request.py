@@ -1,9 +1,9 @@
-"""What a generation is asked and what it answers: the checks of a request, and its result."""
+"""Checks of a generation request, and the result of a generation."""
 
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -11,17 +11,28 @@ from flax import nnx
 
 from layerskip_jax.checks import require
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.decoding.rounds import Round
+from layerskip_jax.decoding.rounds import Strategy
 from layerskip_jax.decoding.sampling import NO_TOKEN
 from layerskip_jax.decoding.state import DecodeState
 from layerskip_jax.errors import UserError
 from layerskip_jax.model import Transformer, compute_dtype
 
 BUCKET = 64
-"""Prompts and capacities are rounded up to a multiple of this, so that similar requests share one compilation."""
+"""Prompt lengths and capacities are rounded up to a multiple of this, so that similar requests share a compilation."""
+
+
+class Request(NamedTuple):
+    """A batch of prompts on the device, for `engine.prefill`. The fields are those of `DecodeState`."""
+
+    tokens_BS: jax.Array  # prompts, padded to the capacity
+    length_B: jax.Array
+    limit_B: jax.Array
+    eos: jax.Array
+    key: jax.Array
 
 
 def round_up(value: int) -> int:
+    """Return the next multiple of `BUCKET`."""
     return -(-value // BUCKET) * BUCKET
 
 
@@ -30,14 +41,14 @@ def check_request(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     max_length: int | None,
-    step: Round,
+    strategy: Strategy,
     eos: int,
     seed: int,
 ) -> int:
-    """Return ``max_length``, by default what the longest prompt and its new tokens take, of a request that can be met.
+    """Check a request and return its ``max_length``, by default that of the longest prompt plus its new tokens.
 
-    Raises `UserError` for a prompt that is empty, too long or not of the model's tokens, for numbers out of their
-    ranges, an exit that is not there, and a cache that the device cannot hold.
+    Raises `UserError` for a prompt that is empty, too long or outside the vocabulary, for numbers out of range, for an
+    exit that the model does not have, and for a cache that does not fit into the device's memory.
     """
     config = model.config
     require(
@@ -52,7 +63,7 @@ def check_request(
         eos < config.vocab_size,
         f"eos {eos} is outside the model's vocabulary 0..{config.vocab_size - 1}: give one of its tokens, or -1",
     )
-    check_step(config, step)
+    check_strategy(config, strategy)
     for row, prompt in enumerate(prompts):
         _check_prompt(config, row, prompt)
     longest = max(map(len, prompts))
@@ -69,23 +80,26 @@ def check_request(
     return max_length
 
 
-def check_step(config: ModelConfig, step: Round) -> None:
-    """Raise `UserError` unless a round suits the model and the cache, and jit can tell it from others by its fields."""
-    longest, exits = step.draft_length, list(step.exits)
-    # A round writes within two pieces of the cache.
-    require(0 <= longest < BUCKET, f"draft length {longest} must be in 0..{BUCKET - 1}")
+def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
+    """Raise `UserError` if the strategy does not fit the model or the cache, or has attributes that jit cannot see."""
+    d, exits = strategy.draft_length, list(strategy.exits)
+    # `attention.write_cache` writes at most as many positions at once as the smallest piece of the cache has: a bucket.
+    require(0 <= d < BUCKET, f"draft length {d} must be in 0..{BUCKET - 1}")
     for exit_layer in exits:
         require(
             1 <= exit_layer <= config.num_layers,
             f"exit layer {exit_layer} must be in 1..{config.num_layers}, the model's layers",
         )
-    require(exits == sorted(set(exits)), f"exit layers must rise, not {' '.join(map(str, exits))}")
-    for part in (step, *getattr(step, "__dict__", {}).values()):
+    increasing = exits == sorted(set(exits))
+    require(increasing, f"exit layers must be strictly increasing, got {' '.join(map(str, exits))}")
+    for part in (strategy, *getattr(strategy, "__dict__", {}).values()):
         if dataclasses.is_dataclass(part):
-            # Two that differ elsewhere would be equal to jit, and the second would run the first's program.
+            # jit compares dataclasses by their fields, so the second of two instances would run the first's program.
+            name, fields = type(part).__name__, {field.name for field in dataclasses.fields(part)}
             require(
-                vars(part).keys() <= {field.name for field in dataclasses.fields(part)},
-                f"{type(part).__name__} keeps more than its fields: give its class @dataclasses.dataclass(frozen=True)",
+                vars(part).keys() <= fields,
+                f"{name} has attributes that are not dataclass fields, so jit cannot tell two instances apart: "
+                "give its class @dataclasses.dataclass(frozen=True)",
             )
 
 
@@ -112,19 +126,19 @@ def _check_prompt(config: ModelConfig, row: int, prompt: Sequence[int]) -> None:
 
 
 def _check_memory(config: ModelConfig, rows: int, max_length: int) -> None:
-    """Refuse a cache that is larger than all of the device's memory; one that is nearly so may still not fit."""
+    """Refuse a cache that is larger than the device's whole memory. A slightly smaller one may still not fit."""
     slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * compute_dtype(config).itemsize
-    wanted, device = rows * max_length * slot, jax.local_devices()[0]
+    needed, device = rows * max_length * slot, jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     require(
-        wanted <= limit and max_length < 2**31 - 2 * BUCKET,
-        f"a cache of {rows} x {max_length} tokens, new ones included, takes {wanted / 2**30:.1f} GiB, and the device "
+        needed <= limit and max_length < 2**31 - 2 * BUCKET,
+        f"a cache of {rows} x {max_length} tokens, new ones included, takes {needed / 2**30:.1f} GiB, and the device "
         f"({device.device_kind}) has {limit / 2**30:.1f}: lower max_new_tokens, or give fewer prompts at once",
     )
 
 
 def known_tokens(state: DecodeState) -> list[list[int]]:
-    """Return every row's tokens, prompt included; raises `UserError` if a row came to logits that are not finite."""
+    """Return every row's tokens, prompt included; raises `UserError` if the logits of a row are not finite."""
     tokens_BS, length_B = jax.device_get((state.tokens_BS, state.length_B))
     rows = [row[:length].tolist() for row, length in zip(tokens_BS, length_B, strict=True)]
     for row, tokens in enumerate(rows):
@@ -138,21 +152,27 @@ def known_tokens(state: DecodeState) -> list[list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What came out: the new tokens of each row (EOS included, if it was reached) and how it went."""
+    """The result of one `engine.generate` call: the new tokens of each prompt, times and counts.
 
-    tokens: list[list[int]]
-    seconds: float  # of the rounds, without prefill and compilation
-    prefill_seconds: float
+    Counts add up all rows of the batch, as long as a row was not done. ``rounds`` and ``exit_rounds`` count rounds of
+    the loop instead, which all rows share.
+    """
+
+    tokens: list[list[int]]  # per prompt, without the prompt; ends with the EOS if the row reached it
+    seconds: float  # in rounds, without prefill and compilation
+    prefill_seconds: float  # in prefill and, for the first request of a shape, compilation
     rounds: int
-    drafted: int
+    drafted: int  # tokens that were drafted, and those of them that were accepted
     accepted: int
-    accepted_histogram: list[int]  # rounds of a row with 0, 1, ..., d accepted drafts
-    exit_rounds: dict[int, int]  # rounds of the loop that drafted at each exit (tokens, where each leaves for itself)
-    exit_drafts: dict[int, int]  # of ``drafted``, at each exit
+    accepted_histogram: list[int]  # entry n: how often a row accepted exactly n drafts in a round, for n = 0..d
+    exit_rounds: dict[int, int]  # exit layer -> rounds that drafted there (`ConfidentExit`: tokens that exited there)
+    exit_drafts: dict[int, int]  # exit layer -> tokens drafted there; the sum is ``drafted``
 
     @classmethod
-    def of(cls, state: DecodeState, prompts: Sequence[Sequence[int]], exits: Sequence[int], **seconds: float) -> Self:
-        """Read the result of ``prompts`` from the state after the last round, drafted from ``exits``."""
+    def from_state(
+        cls, state: DecodeState, prompts: Sequence[Sequence[int]], exits: Sequence[int], **seconds: float
+    ) -> Self:
+        """Read the result of ``prompts`` from the state after the last round. ``exits`` are the strategy's exits."""
         statistics = jax.device_get(state.statistics)
         histogram = statistics.accepted_histogram_Q.tolist()
         return cls(
@@ -168,19 +188,21 @@ class Generation:
 
     @property
     def new_tokens(self) -> int:
+        """The number of new tokens of all prompts."""
         return sum(map(len, self.tokens))
 
     @property
     def tokens_per_second(self) -> float:
+        """New tokens of all prompts per second of the rounds."""
         return self.new_tokens / self.seconds
 
     @property
     def acceptance(self) -> float:
-        """Accepted / drafted tokens; NaN where nothing was drafted."""
+        """Accepted / drafted tokens; NaN if nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else float("nan")
 
     @property
     def tokens_per_round(self) -> float:
-        """New tokens in one round of one row: 1 for plain decoding, d+1 at most with self-speculation."""
-        rounds_of_rows = sum(self.accepted_histogram)
-        return self.new_tokens / rounds_of_rows if rounds_of_rows else float("nan")
+        """New tokens per round and row: 1 for plain decoding, at most d+1 for self-speculation."""
+        row_rounds = sum(self.accepted_histogram)
+        return self.new_tokens / row_rounds if row_rounds else float("nan")

@@ -1,91 +1,114 @@
-"""Samplers: small pure objects that draw tokens, and judge drafted tokens so that the full model's output is kept.
+"""Samplers: small pure objects that draw tokens and verify drafts without changing the full model's output.
 
-A sampler is hashable (it is static under jit). `Greedy` is exact token for token; `Stochastic` is exact in
-distribution, by the rule of Leviathan et al. (arXiv 2211.17192, Algorithm 1). A variant overrides
-`Stochastic.probabilities`.
+A sampler must be hashable, because it is static under jit. `Greedy` reproduces greedy decoding token for token.
+`Stochastic` reproduces the sampling distribution (Leviathan et al., arXiv 2211.17192, Algorithm 1). To write another
+sampler, override `Stochastic.probabilities`.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from layerskip_jax.checks import require
 
-NO_TOKEN = -1  # what a sampler returns where the largest logit is not finite: weights or activations hold NaN
+NO_TOKEN = -1
+"""A sampler returns this if the largest logit is not finite, because weights or activations hold NaN or infinity."""
+
+
+class Drafts(NamedTuple):
+    """The tokens that a round drafted, d slots per row."""
+
+    tokens_Bd: jax.Array
+    count_B: jax.Array  # a row drafted the first ``count_B`` of its slots; the others hold no draft
+    probs: Any  # draft distributions q: what `Sampler.propose` returned, stacked to [B, d, ...]
+
+    def put(self, slot: jax.Array, token_B: jax.Array, probs: Any, drafting_B: jax.Array) -> "Drafts":
+        """Write one draft per row into ``slot``, and count it in the rows that are still ``drafting_B``."""
+        write = lambda all_Bd, new_B: jax.lax.dynamic_update_index_in_dim(all_Bd, new_B, slot, axis=1)  # noqa: E731
+        probs = jax.tree.map(write, self.probs, probs)
+        return Drafts(write(self.tokens_Bd, token_B), self.count_B + drafting_B, probs)
+
+    def first(self, slots: int) -> "Drafts":
+        """Return the first ``slots`` slots of each row."""
+        return Drafts(self.tokens_Bd[:, :slots], self.count_B, jax.tree.map(lambda p: p[:, :slots], self.probs))
+
+
+class Verdict(NamedTuple):
+    """The result of verifying each row's drafts."""
+
+    accepted_B: jax.Array  # length of the accepted prefix, at most ``Drafts.count_B``
+    next_B: jax.Array  # the full model's own token after that prefix: the correction, or the bonus token
 
 
 class Sampler(Protocol):
-    """What the rounds ask of a sampler. Q = d+1 positions are verified, d tokens were drafted."""
+    """The interface between rounds and samplers. A round drafts d tokens and verifies Q = d+1 positions."""
 
     def draw(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
         """Return one token per row, ``token_B``."""
 
     def propose(self, logits_BV: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Return a draft ``token_B`` and the evidence about it that `verify` will want (a pytree of [B, ...])."""
+        """Return a draft ``token_B`` and its ``draft_probs``, a pytree of [B, ...] that `verify` needs."""
 
-    def verify(
-        self, logits_BQV: jax.Array, draft_Bd: jax.Array, evidence: Any, drafted_B: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Judge each row's first ``drafted_B`` drafts: return ``accepted_B`` and the full model's own next token.
+    def verify(self, logits_BQV: jax.Array, drafts: Drafts, key: jax.Array) -> Verdict:
+        """Accept a prefix of each row's drafts, given the full model's logits at the Q positions."""
 
-        ``evidence`` is what `propose` returned, stacked to [B, d, ...].
-        """
-
-    def certainty(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
-        """Return the evidence of drafts that were not drawn but are certain: as if `propose` could say nothing else."""
+    def deterministic_draft_probs(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
+        """Return the draft distribution of deterministic drafts (one-hot), in the form of `Drafts.probs`."""
 
     def agreement(self, exit_logits_BQV: jax.Array, logits_BQV: jax.Array) -> jax.Array:
-        """Return the probability, at each position, that a draft from the first logits is accepted by the second."""
+        """Return, per position, the probability that a draft from the exit's logits is accepted."""
 
 
-def likeliest(logits: jax.Array) -> jax.Array:
-    """``argmax`` over the last axis in two plain reductions: XLA:CPU runs one over pairs ten times slower."""
+def argmax(logits: jax.Array) -> jax.Array:
+    """``argmax`` over the last axis; `NO_TOKEN` where the largest logit is not finite.
+
+    Two plain reductions, because XLA:CPU runs a reduction over (value, index) pairs ten times slower.
+    """
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    largest = jnp.max(logits, axis=-1, keepdims=True)  # NaN, if there is one
+    largest = jnp.max(logits, axis=-1, keepdims=True)  # NaN if any logit is NaN
     first = jnp.min(jnp.where(logits == largest, index, logits.shape[-1]), axis=-1)
     return jnp.where(jnp.isfinite(largest[..., 0]), first, NO_TOKEN)
 
 
-def _accepted_prefix(agrees_Bd: jax.Array, drafted_B: jax.Array) -> jax.Array:
-    """Return how many drafts each row accepts: those before its first disagreement, ``drafted_B`` at most."""
+def _accepted_prefix(agrees_Bd: jax.Array, count_B: jax.Array) -> jax.Array:
+    """Return how many drafts of each row come before its first disagreement, at most ``count_B``."""
     slot_Bd = jnp.arange(agrees_Bd.shape[1])[None]
-    return jnp.sum(jnp.cumprod(agrees_Bd & (slot_Bd < drafted_B[:, None]), axis=1), axis=1)
+    return jnp.sum(jnp.cumprod(agrees_Bd & (slot_Bd < count_B[:, None]), axis=1), axis=1)
 
 
-def _drawn(weight_BV: jax.Array, key: jax.Array) -> jax.Array:
-    """Draw a token from each row of weights; `NO_TOKEN` where they are NaN."""
-    return jnp.where(jnp.isnan(weight_BV[:, 0]), NO_TOKEN, jax.random.categorical(key, jnp.log(weight_BV)))
+def _draw(probs_BV: jax.Array, key: jax.Array) -> jax.Array:
+    """Draw a token from each row of unnormalised probabilities; `NO_TOKEN` where they are NaN."""
+    return jnp.where(jnp.isnan(probs_BV[:, 0]), NO_TOKEN, jax.random.categorical(key, jnp.log(probs_BV)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """Always the likeliest token; of equals, the first."""
+    """Always the most likely token; the first one if several are equal."""
 
     def draw(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
-        return likeliest(logits_BV)
+        return argmax(logits_BV)
 
     def propose(self, logits_BV: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
         return self.draw(logits_BV, key), ()
 
-    def verify(
-        self, logits_BQV: jax.Array, draft_Bd: jax.Array, evidence: Any, drafted_B: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        full_BQ = likeliest(logits_BQV)
-        accepted_B = _accepted_prefix(draft_Bd == full_BQ[:, :-1], drafted_B)
-        return accepted_B, jnp.take_along_axis(full_BQ, accepted_B[:, None], axis=1)[:, 0]
+    def verify(self, logits_BQV: jax.Array, drafts: Drafts, key: jax.Array) -> Verdict:
+        """Accept drafts while they equal the full model's argmax."""
+        full_BQ = argmax(logits_BQV)
+        accepted_B = _accepted_prefix(drafts.tokens_Bd == full_BQ[:, :-1], drafts.count_B)
+        return Verdict(accepted_B, jnp.take_along_axis(full_BQ, accepted_B[:, None], axis=1)[:, 0])
 
-    def certainty(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
+    def deterministic_draft_probs(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
         return ()
 
     def agreement(self, exit_logits_BQV: jax.Array, logits_BQV: jax.Array) -> jax.Array:
-        return (likeliest(exit_logits_BQV) == likeliest(logits_BQV)).astype(jnp.float32)
+        return (argmax(exit_logits_BQV) == argmax(logits_BQV)).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stochastic:
-    """Sample from softmax(logits / temperature), cut to the ``top_k`` likeliest, then to the nucleus ``top_p``."""
+    """Sample from ``softmax(logits / temperature)``, restricted to the ``top_k`` and then to the ``top_p`` tokens."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -99,11 +122,11 @@ class Stochastic:
     def probabilities(self, logits: jax.Array) -> jax.Array:
         """Return the distribution over the last axis, after temperature, top-k and top-p, in this order.
 
-        ``top_p`` keeps the smallest set of likeliest tokens whose probability reaches it (arXiv 1904.09751 eq. 3).
-        Ties at the edge of either cut are all kept.
+        ``top_p`` keeps the smallest set of most likely tokens whose probability reaches it (arXiv 1904.09751 eq. 3).
+        Both cuts keep all tokens that tie at the threshold.
         """
         logits = logits.astype(jnp.float32)
-        # Less the largest, so that a small temperature does not overflow; all NaN if the largest is not finite.
+        # Subtract the maximum, so that a small temperature does not overflow. If it is not finite, all become NaN.
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
@@ -116,36 +139,34 @@ class Stochastic:
         return jax.nn.softmax(logits, axis=-1)
 
     def draw(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
-        return _drawn(self.probabilities(logits_BV), key)
+        return _draw(self.probabilities(logits_BV), key)
 
     def propose(self, logits_BV: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
         q_BV = self.probabilities(logits_BV)
-        return _drawn(q_BV, key), q_BV
+        return _draw(q_BV, key), q_BV
 
-    def verify(
-        self, logits_BQV: jax.Array, draft_Bd: jax.Array, evidence: Any, drafted_B: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def verify(self, logits_BQV: jax.Array, drafts: Drafts, key: jax.Array) -> Verdict:
         """Accept draft x with probability ``min(1, p(x)/q(x))``; else draw from ``max(0, p - q)``, renormalised."""
         accept_key, draw_key = jax.random.split(key)
-        p_BQV, q_BdV = self.probabilities(logits_BQV), evidence
-        p_Bd = jnp.take_along_axis(p_BQV[:, :-1], draft_Bd[..., None], axis=-1)[..., 0]
-        q_Bd = jnp.take_along_axis(q_BdV, draft_Bd[..., None], axis=-1)[..., 0]
+        p_BQV, q_BdV = self.probabilities(logits_BQV), drafts.probs
+        p_Bd = jnp.take_along_axis(p_BQV[:, :-1], drafts.tokens_Bd[..., None], axis=-1)[..., 0]
+        q_Bd = jnp.take_along_axis(q_BdV, drafts.tokens_Bd[..., None], axis=-1)[..., 0]
         agrees_Bd = jax.random.uniform(accept_key, p_Bd.shape) * q_Bd < p_Bd
-        accepted_B = _accepted_prefix(agrees_Bd, drafted_B)
+        accepted_B = _accepted_prefix(agrees_Bd, drafts.count_B)
 
-        # Where all drafts were accepted there is no q to subtract, and the bonus token comes from p itself.
+        # If all drafts were accepted, there is no q to subtract: the bonus token comes from p.
         q_BQV = jnp.pad(q_BdV, ((0, 0), (0, 1), (0, 0)))
         p_BV = jnp.take_along_axis(p_BQV, accepted_B[:, None, None], axis=1)[:, 0]
         q_BV = jnp.take_along_axis(q_BQV, accepted_B[:, None, None], axis=1)[:, 0]
-        q_BV = jnp.where((accepted_B < drafted_B)[:, None], q_BV, 0)
-        rest_BV = jnp.maximum(p_BV - q_BV, 0)
-        # Rounding can leave nothing of p - q where p equals q; then p itself is the right distribution.
-        rest_BV = jnp.where(jnp.sum(rest_BV, axis=-1, keepdims=True) > 0, rest_BV, p_BV)
-        return accepted_B, _drawn(rest_BV, draw_key)
+        q_BV = jnp.where((accepted_B < drafts.count_B)[:, None], q_BV, 0)
+        residual_probs_BV = jnp.maximum(p_BV - q_BV, 0)
+        # If p equals q, rounding can leave no positive residual. Then p is the right distribution.
+        has_residual_B1 = jnp.sum(residual_probs_BV, axis=-1, keepdims=True) > 0
+        return Verdict(accepted_B, _draw(jnp.where(has_residual_B1, residual_probs_BV, p_BV), draw_key))
 
-    def certainty(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
+    def deterministic_draft_probs(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
         return jax.nn.one_hot(draft_Bd, vocabulary)
 
     def agreement(self, exit_logits_BQV: jax.Array, logits_BQV: jax.Array) -> jax.Array:
-        """``sum_x min(p(x), q(x))``: the mean of the acceptance rule over drafts (arXiv 2211.17192, Theorem 3.5)."""
+        """``sum_x min(p(x), q(x))``: the expected acceptance of a draft (arXiv 2211.17192, Theorem 3.5)."""
         return jnp.sum(jnp.minimum(self.probabilities(exit_logits_BQV), self.probabilities(logits_BQV)), axis=-1)

@@ -1,10 +1,10 @@
 """The state of a generation: one frozen struct that the jitted loop carries from round to round.
 
-What holds between rounds, for every row on its own:
-    tokens[:length]     the prompt and what has been emitted
-    cache[: length-1]   keys and values of all blocks; the last known token has not been through the model yet
-Slots at and after length-1 may hold what a rolled-back draft or a padded prompt left. Nothing sees them: a query at
-position i sees slots up to i, and slot i is written when position i is processed. So rolling back is setting `length`.
+Invariants between rounds, per row:
+    tokens[:length]     the prompt and the emitted tokens
+    cache[: length-1]   keys and values of all blocks; the last known token has not run through the model yet
+Slots from length-1 on may hold leftovers of a rejected draft or of a padded prompt. No query sees them: a query at
+position i sees slots up to i, and slot i is written when position i runs. So a rollback only sets `length`.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from layerskip_jax.decoding.sampling import NO_TOKEN
 
 @flax.struct.dataclass
 class KVQCache:
-    """The one cache of both stages (LayerSkip section 4.3.3): keys and values of all blocks, and the exit queries.
+    """One cache for drafting and verification (LayerSkip section 4.3.3): keys and values, and the exit queries.
 
-    ``exit_query_BQD`` holds x_E of the Q = d+1 positions of the running round, for each exit E that may draft: the
-    verification starts from it.
+    ``exit_query_BQD`` holds, for each exit E that may draft, the hidden states x_E of the Q = d+1 positions of the
+    current round. The verification starts from them.
     """
 
     layers: list[LayerCache]
@@ -32,40 +32,40 @@ class KVQCache:
 
 @flax.struct.dataclass
 class Statistics:
-    """What a generation counts, over the rows that were not done."""
+    """Counts over a generation. Rows that are done no longer count."""
 
     rounds: jax.Array  # of the loop
-    drafted_X: jax.Array  # tokens that each exit that may draft has proposed
-    accepted_histogram_Q: jax.Array  # rounds of a row in which exactly 0..d drafts were accepted
-    exit_rounds_X: jax.Array  # rounds of the loop that drafted at each exit (or tokens that left there)
+    drafted_X: jax.Array  # tokens drafted at each exit
+    accepted_histogram_Q: jax.Array  # how often a row accepted exactly 0..d drafts in a round
+    exit_rounds_X: jax.Array  # rounds of the loop that drafted at each exit (`ConfidentExit`: tokens that exited there)
 
 
 @flax.struct.dataclass
 class DecodeState:
-    """See the module's docstring for what holds between rounds. S is the capacity, past every row's ``limit_B``."""
+    """The state between rounds; the module's docstring gives its invariants. S is the capacity, above ``limit_B``."""
 
     tokens_BS: jax.Array
-    drafted_BS: jax.Array  # which of the known tokens were drafts
+    drafted_BS: jax.Array  # whether a known token was an accepted draft
     length_B: jax.Array  # known tokens
-    limit_B: jax.Array  # known tokens at which a row is done
+    limit_B: jax.Array  # number of known tokens at which a row is done
     done_B: jax.Array
-    eos: jax.Array  # the token that ends a row; -1 is none
+    eos: jax.Array  # the token that ends a row; -1 for none
     cache: KVQCache
-    memory: Any  # what a draft policy remembers from round to round
+    policy_state: Any  # what the draft policy has learned
     key: jax.Array
     statistics: Statistics
 
     def last_token(self) -> tuple[jax.Array, jax.Array]:
-        """Return every row's last known token and its position: where the next round starts."""
+        """Return every row's last known token and its position, where the next round starts."""
         position_B = self.length_B - 1
         return jnp.take_along_axis(self.tokens_BS, position_B[:, None], axis=1)[:, 0], position_B
 
 
 def emit(state: DecodeState, draft_Bd: jax.Array, accepted_B: jax.Array, next_B: jax.Array) -> DecodeState:
-    """Append each row's accepted drafts and the token after them, ending a row after EOS, `NO_TOKEN` or at its limit.
+    """Append each row's accepted drafts and the token after them; end a row after EOS, `NO_TOKEN` or at its limit.
 
-    Rows that were done get nothing. All Q = d+1 slots are written and ``length_B`` says how many are known: the
-    capacity leaves room for them.
+    Rows that were done do not change. All Q = d+1 slots are written, for which the capacity leaves room, and
+    ``length_B`` says how many of them are known.
     """
     slot_BQ = jnp.arange(draft_Bd.shape[1] + 1)[None]
     is_draft_BQ = slot_BQ < accepted_B[:, None]

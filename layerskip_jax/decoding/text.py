@@ -1,4 +1,4 @@
-"""From prompts to text: the tokenizer, stop strings and streaming around the engine."""
+"""Text generation: the tokenizer, stop strings and streaming around `engine.generate`."""
 
 import bisect
 import dataclasses
@@ -10,29 +10,32 @@ import numpy as np
 
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.decoding.configure import configured
+from layerskip_jax.decoding.configure import configure
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.request import Generation, known_tokens
 from layerskip_jax.decoding.state import DecodeState
 from layerskip_jax.model import Transformer
 
 ROUNDS_BETWEEN_STOP_CHECKS = 8
-"""Stop strings are looked for on the host, once in so many rounds: one small transfer each time."""
+"""Rounds between two searches for stop strings, which run on the host and need a small transfer each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One prompt's text: ``finish`` says what ended it."""
+    """The text generated after one prompt."""
 
     prompt: str
-    text: str
-    tokens: list[int]
-    finish: Literal["eos", "stop", "length"]
+    text: str  # without the prompt, cut before the stop string
+    tokens: list[int]  # up to and including the EOS or the tokens of the stop string
+    finish: Literal["eos", "stop", "length"]  # why the text ends
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The completions of a batch and its generation, which has made more tokens where a stop string ended a text."""
+    """The completions of a batch of prompts, and the `Generation` that they come from.
+
+    The generation also counts the tokens that were generated after a stop string, which no completion contains.
+    """
 
     completions: list[Completion]
     generation: Generation
@@ -40,34 +43,35 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A streamed piece of text: ``drafted`` by the early layers and accepted, or else the full model's own token."""
+    """A piece of streamed text."""
 
     text: str
-    drafted: bool
+    drafted: bool  # whether it came from accepted drafts or from the full model's own tokens
 
 
 class TextGenerator:
-    """Generates text with an `unstacked` model in the way that a `DecodeConfig` says."""
+    """Generate text with an `unstacked` model and the strategy that a `DecodeConfig` asks for."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: DecodeConfig):
         tokenizer.check_vocabulary(model.config.vocab_size, padded=True)
         self.tokenizer, self.config = tokenizer, config
         self._eos = -1 if config.ignore_eos else tokenizer.eos_id
-        self.model, self.round = configured(config, model)
+        self.model, self.strategy = configure(config, model)
 
     def encode(self, prompt: str) -> list[int]:
+        """Return the token ids of a prompt, BOS included."""
         return self.tokenizer.encode_prompt(prompt)
 
     def generate(self, prompts: Sequence[str], show: Callable[[Piece], None] | None = None, first: int = 0) -> Answer:
         """Continue a batch of prompts; each ends at its EOS, at a stop string or after ``max_new_tokens``.
 
-        With ``show``, the text of the first prompt is passed on round by round as it is made. ``first`` is its number
-        among the prompts of several batches, so that each batch draws for itself.
+        ``show`` receives the first prompt's text while it is generated. ``first`` is the index of the first prompt if
+        there are several batches; it goes into the seed, so that equal prompts in two batches get different samples.
         """
         ids = [self.encode(prompt) for prompt in prompts]
         stream = _Stream(self, len(ids[0])) if show and ids else None
 
-        def look(state: DecodeState) -> list[bool]:
+        def on_rounds(state: DecodeState) -> list[bool]:
             if stream and show:
                 for piece in stream.pieces(state):
                     show(piece)
@@ -80,34 +84,34 @@ class TextGenerator:
             self.model,
             ids,
             self.config.max_new_tokens,
-            self.round,
+            self.strategy,
             eos=self._eos,
             seed=int(np.random.SeedSequence((self.config.seed % 2**32, first)).generate_state(1)[0]),
-            look=look if show or self.config.stop else None,
-            look_every=self.config.stream_every if show else ROUNDS_BETWEEN_STOP_CHECKS,
+            on_rounds=on_rounds if show or self.config.stop else None,
+            rounds_per_call=self.config.stream_every if show else ROUNDS_BETWEEN_STOP_CHECKS,
         )
         return Answer([self._complete(*row) for row in zip(prompts, generation.tokens, strict=True)], generation)
 
     def text(self, new: Sequence[int]) -> str:
-        """Decode generated tokens; the EOS is not part of the text."""
+        """Decode generated tokens without the EOS."""
         return self.tokenizer.decode([token for token in new if token != self._eos])
 
     def partial_text(self, new: Sequence[int]) -> str:
-        """Decode generated tokens so far: like `text`, but the bytes of an unfinished character wait."""
+        """Decode the tokens generated so far, without EOS and without the bytes of an unfinished character."""
         return self.tokenizer.decode_partial([token for token in new if token != self._eos])
 
     def stop_at(self, text: str) -> int:
-        """Return where the first stop string begins in ``text``, or -1."""
-        return min((at for at in map(text.find, self.config.stop) if at >= 0), default=-1)
+        """Return the index at which the first stop string begins in ``text``, or -1."""
+        return min((index for index in map(text.find, self.config.stop) if index >= 0), default=-1)
 
     def cut(self, new: list[int]) -> tuple[str, list[int]] | None:
-        """Return the text before the stop string that ``new`` comes to first, and the tokens up to it."""
+        """Return the text before the first stop string in ``new`` and the tokens up to its end; None without one."""
         text = self.text(new) if self.config.stop else ""
         if self.stop_at(text) < 0:
             return None
-        # The fewest tokens that hold a stop string: what is kept does not depend on when it was looked for.
-        holds = lambda n: self.stop_at(self.partial_text(new[:n])) >= 0  # noqa: E731
-        needed = 1 + bisect.bisect_left(range(1, len(new)), True, key=holds)
+        # Cut after the fewest tokens that contain a stop string, so the result does not depend on `rounds_per_call`.
+        contains_stop = lambda n: self.stop_at(self.partial_text(new[:n])) >= 0  # noqa: E731
+        needed = 1 + bisect.bisect_left(range(1, len(new)), True, key=contains_stop)
         text = self.partial_text(new[:needed]) if needed < len(new) else text
         return text[: self.stop_at(text)], new[:needed]
 
@@ -118,16 +122,18 @@ class TextGenerator:
 
 
 class _Stream:
-    """Turns the states of one row into pieces of text, each shown once and never taken back.
+    """Turn the successive states of the first row into pieces of text.
 
-    The bytes of an unfinished character, and what may be the beginning of a stop string, wait for the next round.
+    A piece is final: text that can still change waits for the next round. This is an unfinished character, and text
+    that may be the beginning of a stop string.
     """
 
     def __init__(self, generator: TextGenerator, prompt_length: int):
         self._generator, self._prompt_length = generator, prompt_length
-        self._tokens = self._shown = 0  # tokens seen, and characters passed on, so far
+        self._tokens = self._shown = 0  # tokens and characters that earlier pieces cover
 
     def pieces(self, state: DecodeState) -> list[Piece]:
+        """Return the text that is new in ``state``, split where drafted tokens meet the full model's."""
         new = known_tokens(state)[0][self._prompt_length :]
         drafted_BS, done_B = jax.device_get((state.drafted_BS, state.done_B))
         is_draft, done = drafted_BS[0, self._prompt_length :], bool(done_B[0])
@@ -145,5 +151,6 @@ class _Stream:
         return pieces
 
     def _held_back(self, text: str) -> int:
+        """Return the length of the longest end of ``text`` that may be the beginning of a stop string."""
         stops = self._generator.config.stop
         return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

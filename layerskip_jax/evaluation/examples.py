@@ -1,11 +1,11 @@
-"""The examples of a task, from TFDS or from a local file, as dictionaries of texts."""
+"""Read the examples of a task from TFDS or from a local file, as dictionaries of strings."""
 
 import csv
 import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from layerskip_jax.config import DataConfig
 from layerskip_jax.data.sources import open_records
@@ -14,8 +14,15 @@ from layerskip_jax.errors import UserError, nearest
 Example = Mapping[str, str]
 
 
+class TaskExamples(NamedTuple):
+    """The examples to answer, and the solved ones to show in every prompt."""
+
+    asked: list[Example]
+    shots: list[Example]
+
+
 def read_file(path: str, limit: int | None = None) -> list[Example]:
-    """Read up to ``limit`` examples of a .jsonl file, or of a .csv or .tsv file whose first line names the columns."""
+    """Read up to ``limit`` examples of a .jsonl file, or of a .csv or .tsv file with column names in its first line."""
     file = Path(path)
     if file.suffix not in (".jsonl", ".csv", ".tsv"):
         raise UserError(f"examples must be a .jsonl, .csv or .tsv file, not {path}")
@@ -28,7 +35,7 @@ def read_file(path: str, limit: int | None = None) -> list[Example]:
                 rows = csv.DictReader(opened)
             else:
                 rows = csv.DictReader(opened, delimiter="\t", quoting=csv.QUOTE_NONE)
-            examples = [_texts(row) for row in itertools.islice(rows, limit)]
+            examples = [_strings(row) for row in itertools.islice(rows, limit)]
     except (OSError, ValueError, AttributeError, csv.Error) as error:
         raise UserError(f"cannot read examples from {path}: {error}") from error
     if not examples:
@@ -40,10 +47,10 @@ def read_tfds(name: str, data_dir: str, split: str, limit: int | None = None) ->
     """Read up to ``limit`` examples of a TFDS dataset that is prepared as ArrayRecord in ``data_dir``."""
     records = open_records(DataConfig(source="tfds", name=name, data_dir=data_dir), split)
     count = len(records) if limit is None else min(limit, len(records))
-    return [_texts(records[index]) for index in range(count)]
+    return [_strings(records[index]) for index in range(count)]
 
 
-def _texts(row: Mapping[str, Any]) -> Example:
+def _strings(row: Mapping[str, Any]) -> Example:
     return {
         str(name): value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
         for name, value in row.items()

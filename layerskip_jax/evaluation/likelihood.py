@@ -10,16 +10,16 @@ from layerskip_jax.evaluation.exits import token_scores
 from layerskip_jax.model import Transformer
 
 Pair = tuple[Sequence[int], Sequence[int]]
-"""Token ids of a context, at least one, and of its continuation."""
+"""Token ids of a context (at least one) and of its continuation."""
 
 
 def log_likelihoods(
     model: Transformer, pairs: Sequence[Pair], exit_layer: int, max_length: int, batch_size: int
 ) -> list[tuple[float, bool]]:
-    """Return ``log p(continuation | context)`` of each pair [nats], and whether greedy decoding would write it.
+    """Return ``log p(continuation | context)`` [nats] of each pair, and whether greedy decoding would generate it.
 
-    By the first ``exit_layer`` blocks of an `unstacked` model. Of a pair that is longer than ``max_length`` + 1, the
-    beginning is left out. Lengths are rounded up to a multiple of 64, so that a program is compiled for each of them.
+    Uses the first ``exit_layer`` blocks of an unstacked model. Pairs longer than ``max_length`` + 1 tokens lose their
+    beginning. Lengths are rounded up to a multiple of `BUCKET`, and one program is compiled for each.
     """
     rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in pairs]
     results: dict[int, tuple[float, bool]] = {}
@@ -29,11 +29,11 @@ def log_likelihoods(
         tokens_BT = np.zeros((batch_size, width + 1), np.int32)
         for place, index in enumerate(batch):
             tokens_BT[place, : len(rows[index])] = rows[index]
-        scores_BT, likeliest_BT = map(np.asarray, token_scores(model, tokens_BT[:, :-1], tokens_BT[:, 1:], exit_layer))
+        scores_BT, greedy_BT = map(np.asarray, token_scores(model, tokens_BT[:, :-1], tokens_BT[:, 1:], exit_layer))
         for place, index in enumerate(batch):
             end = len(rows[index]) - 1
             own = slice(max(0, end - len(pairs[index][1])), end)
-            results[index] = float(scores_BT[place, own].sum()), bool(likeliest_BT[place, own].all())
+            results[index] = float(scores_BT[place, own].sum()), bool(greedy_BT[place, own].all())
     return [results[index] for index in range(len(rows))]
 
 

@@ -1,4 +1,4 @@
-"""A model for lm-eval-harness, at any exit; importing this needs the extra ``lm_eval``."""
+"""A model class for lm-evaluation-harness, at any exit; importing it needs the extra ``lm_eval``."""
 
 import dataclasses
 from typing import Any
@@ -15,8 +15,8 @@ from layerskip_jax.evaluation.likelihood import log_likelihoods
 from layerskip_jax.model import Transformer
 
 
-class _FromTheEnd(TextGenerator):
-    """Keeps the last tokens of a prompt that is too long, as lm-eval's own classes do."""
+class _LeftTruncating(TextGenerator):
+    """Keeps the last tokens of a prompt that is too long, like lm-eval's own classes."""
 
     room: int
 
@@ -25,13 +25,15 @@ class _FromTheEnd(TextGenerator):
 
 
 class LayerSkipLM(TemplateLM):
-    """An `unstacked` model as lm-eval-harness wants one: the first ``exit_layer`` blocks, or all of them (0).
+    """The first ``exit_layer`` blocks (0: all) of an unstacked model, for lm-evaluation-harness.
 
-    Texts begin with BOS, as lm-eval's ``hf`` class has it with a tokenizer that adds one (so its rolling likelihoods,
-    and these, ask for a BOS after the BOS too). Likelihoods and texts of an exit before the last are that exit's own;
-    of the last they are the full model's, and texts are generated as ``settings`` say, by self-speculation unless
-    they say otherwise. ``max_length`` bounds what the model sees at once [tokens].
+    Texts begin with BOS, as in lm-eval's ``hf`` class with a tokenizer that adds one; so its rolling likelihoods, and
+    these, include the likelihood of a BOS after the BOS. An exit before the last scores and generates alone; the last
+    exit generates with ``settings``, by default with self-speculation. ``max_length`` is the context [tokens].
     """
+
+    max_gen_toks = 256
+    """New tokens for a task that sets no number."""
 
     def __init__(
         self,
@@ -42,7 +44,6 @@ class LayerSkipLM(TemplateLM):
         max_length: int,
         exit_layer: int = 0,
         batch_size: int = 8,
-        max_new_tokens: int = 256,
     ):
         super().__init__()
         layers = model.config.num_layers
@@ -50,7 +51,6 @@ class LayerSkipLM(TemplateLM):
             raise UserError(f"exit layer {exit_layer} must be in 1..{layers}, the model's layers, or 0 for the last")
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.exit_layer, self.max_length, self.batch_size = exit_layer or layers, max_length, batch_size
-        self.max_new_tokens = max_new_tokens
         if self.exit_layer < layers:
             self.settings = dataclasses.replace(settings, mode="early_exit", exit_layer=exit_layer, exit_threshold=0.0)
 
@@ -67,7 +67,7 @@ class LayerSkipLM(TemplateLM):
         return "layerskip_jax"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the token ids of a text, after BOS unless ``add_special_tokens`` is False."""
+        """Return the token ids of a text, after a BOS unless ``add_special_tokens`` is False."""
         encode = self.tokenizer.encode if add_special_tokens is False else self.tokenizer.encode_prompt
         return encode(string)
 
@@ -78,7 +78,7 @@ class LayerSkipLM(TemplateLM):
         return log_likelihoods(self.model, pairs, self.exit_layer, self.max_length, self.batch_size)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return ``log p(text)`` of each text, in windows that do not overlap."""
+        """Return ``log p(text)`` of each text, summed over disjoint windows."""
         windows: list[tuple[int, tuple[list[int], list[int]]]] = []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -96,31 +96,31 @@ class LayerSkipLM(TemplateLM):
         texts: dict[int, str] = {}
         groups: dict[DecodeConfig, list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(self._settings_of(request.args[1]), []).append(number)
+            groups.setdefault(self._request_settings(request.args[1]), []).append(number)
         for settings, group in groups.items():
-            generator = _FromTheEnd(self.model, self.tokenizer, settings)
+            generator = _LeftTruncating(self.model, self.tokenizer, settings)
             generator.room = self.max_length - settings.max_new_tokens
             if generator.room < 1:
                 raise UserError(
-                    f"a task wants {settings.max_new_tokens} new tokens, and the model's max_length is "
+                    f"a task asks for {settings.max_new_tokens} new tokens, but the model's max_length is "
                     f"{self.max_length}: raise --max_length or lower max_gen_toks"
                 )
             group.sort(key=lambda number: -len(requests[number].args[0]))
             for start in tqdm(range(0, len(group), self.batch_size), disable=disable_tqdm, leave=False):
                 batch = group[start : start + self.batch_size]
-                filled = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]  # so that the shape stays the same
+                filled = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]  # keep the shape, to avoid a recompile
                 answer = generator.generate([requests[number].args[0] for number in filled])
                 texts |= {n: completion.text for n, completion in zip(batch, answer.completions, strict=False)}
         return [texts[number] for number in range(len(requests))]
 
-    def _settings_of(self, wanted: dict[str, Any]) -> DecodeConfig:
-        until = wanted.get("until") or []
-        samples = wanted.get("do_sample", wanted.get("temperature", 0) > 0)
+    def _request_settings(self, request: dict[str, Any]) -> DecodeConfig:
+        until = request.get("until") or []
+        samples = request.get("do_sample", request.get("temperature", 0) > 0)
         return dataclasses.replace(
             self.settings,
             stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
-            max_new_tokens=int(wanted.get("max_gen_toks", self.max_new_tokens)),
-            temperature=float(wanted.get("temperature", 1.0)) if samples else 0.0,
-            top_k=int(wanted.get("top_k", 0)) if samples else 0,
-            top_p=float(wanted.get("top_p", 1.0)) if samples else 1.0,
+            max_new_tokens=int(request.get("max_gen_toks", self.max_gen_toks)),
+            temperature=float(request.get("temperature", 1.0)) if samples else 0.0,
+            top_k=int(request.get("top_k", 0)) if samples else 0,
+            top_p=float(request.get("top_p", 1.0)) if samples else 1.0,
         )

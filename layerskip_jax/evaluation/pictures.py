@@ -1,4 +1,4 @@
-"""Write matplotlib figures as PNG files, to this machine or to a bucket."""
+"""Write matplotlib figures as PNG files, locally or to a bucket."""
 
 import io
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from etils import epath
 
 
 def write_figure(figure: Any, file: epath.Path) -> None:
-    """Write a matplotlib figure as PNG to ``file``, also in a bucket, and close it."""
+    """Write a matplotlib figure as PNG to ``file``, local or in a bucket, and close it."""
     import matplotlib.pyplot as plt
 
     png = io.BytesIO()
@@ -22,7 +22,7 @@ def write_figure(figure: Any, file: epath.Path) -> None:
 def save_picture(
     path: epath.Path, draw: Callable[[np.ndarray], None], panels: int = 2, size: tuple[float, float] = (12, 4.5)
 ) -> epath.Path:
-    """Let ``draw`` fill ``panels`` axes side by side, of ``size`` [inches] together, and write them as PNG."""
+    """Call ``draw`` on a row of ``panels`` axes in a figure of ``size`` [inches], and write it as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""Run generated Python apart: another process, an empty folder, limits of time, memory and files, no network.
+"""Run generated Python in a separate process: empty folder, limited time, memory and files, no network.
 
-It protects from accidents of a model's code, not from an attacker: for that, run the whole evaluation in a container.
+It protects against accidents, not against attackers: for that, run the whole evaluation in a container.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ import ctypes, resource, sys
 seconds, megabytes, nonce = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 sys.argv[1:] = []
 NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000
-if sys.platform == "linux":  # where the kernel lets us; elsewhere the network stays
+if sys.platform == "linux":  # if the kernel permits it; otherwise the network stays reachable
     ctypes.CDLL(None).unshare(NEW_USER | NEW_NETWORK)
 program = sys.stdin.read()
 limits = {"CPU": seconds, "AS": megabytes << 20, "FSIZE": 1 << 20, "NOFILE": 32, "CORE": 0}
 for name, limit in limits.items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
 exec(compile(program, "<generated>", "exec"), {"__name__": "__main__"})
-sys.__stdout__.write(nonce)  # only where the program came to its end: leaving early is no success
+sys.__stdout__.write(nonce)  # reached only if the program ran to its end: an early exit is a failure
 sys.__stdout__.flush()
 """
 
 
 def runs_to_its_end(program: str, seconds: int = 10, megabytes: int = 512) -> bool:
-    """Say whether ``program`` ends by itself, without an exception, within ``seconds`` and ``megabytes``."""
+    """Return whether ``program`` runs to its end without an exception, within ``seconds`` and ``megabytes``."""
     nonce = secrets.token_hex(16)
-    # Files, not pipes: reading a pipe would wait for whatever the program has started and left behind.
+    # Files, not pipes: reading a pipe would wait for child processes that the program left running.
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as read, tempfile.TemporaryFile() as written:
         read.write(program.encode("utf-8", "replace"))
         read.seek(0)
@@ -46,7 +46,7 @@ def runs_to_its_end(program: str, seconds: int = 10, megabytes: int = 512) -> bo
         )
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=seconds)
-        with contextlib.suppress(ProcessLookupError):  # and what it has started
+        with contextlib.suppress(ProcessLookupError):  # also the processes that it started
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         written.seek(0)

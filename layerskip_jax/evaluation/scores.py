@@ -1,4 +1,4 @@
-"""How good a generated text is beside the one that was wanted; every score is in [0, 1]."""
+"""Scores in [0, 1] that compare a generated text with the wanted one."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -8,7 +8,7 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.sandbox import runs_to_its_end
 
 Score = Callable[[Mapping[str, str], str, str], float]
-"""``(example, wanted, generated) -> score``: 1 is right."""
+"""``(example, wanted, generated) -> score``, at best 1."""
 
 
 @cache
@@ -21,7 +21,7 @@ def _rouge(kind: str) -> Any:
 
 
 def rouge_2(example: Mapping[str, str], wanted: str, generated: str) -> float:
-    """F1 of the pairs of words that both texts have (ROUGE-2, Lin 2004), after Porter stemming."""
+    """F1 of the bigrams that both texts have (ROUGE-2, Lin 2004), after Porter stemming."""
     return _rouge("rouge2").score(wanted, generated)["rouge2"].fmeasure
 
 
@@ -31,7 +31,7 @@ def rouge_l(example: Mapping[str, str], wanted: str, generated: str) -> float:
 
 
 def exact_match(example: Mapping[str, str], wanted: str, generated: str) -> float:
-    """1 where the texts are the same but for white space.
+    """1 if the texts are equal except for white space.
 
     >>> exact_match({}, "[IN:GET_TIME ]", " [IN:GET_TIME  ] ")
     1.0
@@ -40,9 +40,9 @@ def exact_match(example: Mapping[str, str], wanted: str, generated: str) -> floa
 
 
 def passes_tests(example: Mapping[str, str], wanted: str, generated: str) -> float:
-    """1 where prompt and generated body pass the example's own tests: with one text for each, the mean is pass@1.
+    """1 if prompt and generated body pass the tests of the example; with one answer each, the mean is pass@1.
 
-    Runs generated code (HumanEval, arXiv 2107.03374 section 2.1), in `sandbox`.
+    HumanEval, arXiv 2107.03374 section 2.1. Runs the generated code in `sandbox`.
     """
     check = f"{example['test']}\ncheck({example['entry_point']})\n"
     return float(runs_to_its_end(f"{example['prompt']}{generated}\n\n{check}"))

@@ -1,7 +1,7 @@
-"""Generation tasks: what is asked, what is wanted, how an answer is scored. Those of the paper, and yours.
+"""Generation tasks: those of the paper, and your own.
 
-A task is one frozen `Task`. A file of yours with ``get_task() -> Task`` is as good as a name
-(``--task my_task.py=examples.jsonl``).
+A task is one frozen `Task`; ``--task my_task.py=examples.jsonl`` takes it from ``get_task()`` in your Python file.
+lm-evaluation-harness ships HumanEval and CNN/DM too, but importing it needs torch, which these tasks spare their users.
 """
 
 import dataclasses
@@ -14,27 +14,27 @@ from layerskip_jax.evaluation.scores import Score, exact_match, passes_tests, ro
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One generation task. ``prompt`` and ``answer`` are templates in the fields of an example, as of `str.format`.
+    """One generation task; ``prompt`` and ``answer`` are `str.format` templates over the fields of an example.
 
-    The prompt of an example is ``shots`` solved ones, then its own unsolved: templates joined by ``between``.
+    A prompt consists of ``shots`` solved examples and the unsolved one, joined by ``between``.
     """
 
     prompt: str
-    answer: str  # what is wanted, as it would follow the prompt
+    answer: str  # the wanted text, as it follows the prompt
     scores: Mapping[str, Score]
     shots: int = 0
     between: str = "\n\n"
     stop: tuple[str, ...] = ()
     max_new_tokens: int = 128
-    shortens: str = ""  # the field whose end is cut where a prompt would be too long
-    tfds: str = ""  # the TFDS dataset of the examples; without one, they come from a file
+    shortens: str = ""  # the field to cut at its end if a prompt is too long
+    tfds: str = ""  # the TFDS dataset of the examples; empty: they must come from a file
     split: str = "test"
     shots_split: str = "train"
-    code_scores: Mapping[str, Score] = dataclasses.field(default_factory=dict)  # scores that run what the model wrote
+    code_scores: Mapping[str, Score] = dataclasses.field(default_factory=dict)  # scores that run generated code
 
     @property
     def fields(self) -> list[str]:
-        """The fields that the two templates name."""
+        """The fields of an example that the templates use."""
         named = [field for text in (self.prompt, self.answer) for _, field, _, _ in string.Formatter().parse(text)]
         return sorted({field for field in named if field})
 
@@ -42,9 +42,9 @@ class Task:
         return self.answer.format_map(example)
 
     def prompt_for(self, example: Example, shots: list[Example], fits: Callable[[str], bool]) -> tuple[str, bool]:
-        """Return the prompt, and whether something was left out so that it ``fits``: shots first, then of `shortens`.
+        """Return the prompt, and whether it was shortened: it drops shots, then cuts ``shortens``, until it ``fits``.
 
-        A prompt that cannot be made to fit is returned as it is.
+        A prompt that does not fit even then is returned too.
         """
         own = self.prompt.format_map(example)
         solved = [self.prompt.format_map(shot) + self.wanted(shot) for shot in shots]
@@ -64,7 +64,7 @@ class Task:
 
 
 TASKS = {
-    # LayerSkip section 5: one shot for CNN/DM, none for XSUM and HumanEval; ROUGE-2 is the score of its tables.
+    # LayerSkip section 5: one shot for CNN/DM, none for XSUM and HumanEval; its tables report ROUGE-2.
     "cnn_dm": Task(
         prompt="Article: {article}\nSummary:",
         answer=" {highlights}",

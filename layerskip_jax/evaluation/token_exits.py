@@ -1,4 +1,4 @@
-"""Which layer first predicts each generated token: the picture of the paper's motivation (LayerSkip figure 2)."""
+"""The layer that first predicts each generated token (LayerSkip figure 2, its motivation)."""
 
 import dataclasses
 import html
@@ -17,20 +17,20 @@ from layerskip_jax.evaluation.exits import exit_predictions
 from layerskip_jax.evaluation.pictures import save_picture
 from layerskip_jax.model import Transformer
 
-LEGEND = "Coloured by the earliest exit from which on all exits say the token; grey: an exit that does not yet."
+LEGEND = "Colour: the earliest exit from which all exits predict the token. Grey: earlier exits."
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenExits:
-    """What each exit would say in place of every generated token, and from which exit (1..L) on it stays right."""
+    """The prediction of each exit for every generated token, and the exit (1..L) from which it stays correct."""
 
     prompt: str
-    said: list[list[str]]  # by generated token, then by exit
+    predicted: list[list[str]]  # by generated token, then by exit
     settled: list[int]
 
 
 def settling_exits(next_LT: np.ndarray) -> np.ndarray:
-    """Return ``settled_T``: the first exit from which on every exit predicts what the last one does, from 1.
+    """Return ``settled_T``: the first exit, counted from 1, from which all exits predict the token of the last one.
 
     >>> settling_exits(np.array([[7, 1, 3], [2, 2, 3], [7, 2, 3]])).tolist()
     [3, 2, 1]
@@ -41,7 +41,7 @@ def settling_exits(next_LT: np.ndarray) -> np.ndarray:
 
 
 def token_exits(model: Transformer, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> TokenExits:
-    """Continue ``prompt`` greedily with an `unstacked` model, and ask every exit for every token of the text."""
+    """Continue ``prompt`` greedily with an unstacked model, and predict every new token from every exit."""
     ids = tokenizer.encode_prompt(prompt)
     result = generate(model, [ids], new_tokens, Autoregressive(Greedy()), eos=tokenizer.eos_id)
     text = [*ids, *result.tokens[0]]
@@ -49,36 +49,36 @@ def token_exits(model: Transformer, tokenizer: Tokenizer, prompt: str, new_token
     tokens_1T = jnp.zeros((1, width), jnp.int32).at[0, : len(text)].set(jnp.array(text))
     next_LT = jax.device_get(exit_predictions(model, tokens_1T, jnp.ones_like(tokens_1T)))[:, 0]
     next_LT = next_LT[:, len(ids) - 1 : len(text) - 1]
-    said = [[tokenizer.decode([token]) for token in next_L] for next_L in next_LT.T.tolist()]
-    return TokenExits(prompt, said, settling_exits(next_LT).tolist())
+    predicted = [[tokenizer.decode([token]) for token in next_L] for next_L in next_LT.T.tolist()]
+    return TokenExits(prompt, predicted, settling_exits(next_LT).tolist())
 
 
 def draw(figure: TokenExits, path: epath.Path) -> epath.Path:
-    """Write the picture as PNG: a row a token, a column an exit."""
-    layers = len(figure.said[0])
+    """Write the plot as PNG, with a row per token and a column per exit."""
+    layers = len(figure.predicted[0])
 
     def paint(axes: np.ndarray) -> None:
         axis = axes[0]
         shown_TL = np.array([[s if e >= s else np.nan for e in range(1, layers + 1)] for s in figure.settled])
         image = axis.imshow(shown_TL, vmin=1, vmax=layers, cmap="viridis", aspect="auto", alpha=0.6)
-        axis.figure.colorbar(image, ax=axis, label="earliest exit that stays right")
+        axis.figure.colorbar(image, ax=axis, label="earliest exit that stays correct")
         axis.set_facecolor("0.92")
-        for row, of_token in enumerate(figure.said):
-            for column, token in enumerate(of_token):
-                # Escaped, since matplotlib's font does not have every character.
+        for row, tokens in enumerate(figure.predicted):
+            for column, token in enumerate(tokens):
+                # Escaped, because the font lacks many characters.
                 text = ascii(token)[1:-1].replace("$", r"\$")[:12]
                 axis.text(column, row, text, ha="center", va="center", fontsize=7, family="monospace")
-        axis.set(xlabel="exit layer", ylabel="generated token", title="what each exit says", yticks=[])
+        axis.set(xlabel="exit layer", ylabel="generated token", title="prediction of each exit", yticks=[])
         axis.set_xticks(range(layers), range(1, layers + 1))
 
-    return save_picture(path, paint, panels=1, size=(2 + 0.9 * layers, 1.6 + 0.26 * len(figure.said)))
+    return save_picture(path, paint, panels=1, size=(2 + 0.9 * layers, 1.6 + 0.26 * len(figure.predicted)))
 
 
 def as_html(figure: TokenExits) -> str:
-    """Return the picture as a table."""
+    """Return the plot as an HTML table."""
     import matplotlib
 
-    layers, colours = len(figure.said[0]), matplotlib.colormaps["viridis"]
+    layers, colours = len(figure.predicted[0]), matplotlib.colormaps["viridis"]
 
     def cell(token: str, exit_layer: int, settled: int) -> str:
         red, green, blue, _ = colours((settled - 1) / max(layers - 1, 1), bytes=True)
@@ -87,11 +87,11 @@ def as_html(figure: TokenExits) -> str:
 
     head = "".join(f"<th>{exit_layer}</th>" for exit_layer in range(1, layers + 1))
     rows = [
-        "<tr>" + "".join(cell(token, exit, settled) for exit, token in enumerate(of_token, 1)) + "</tr>"
-        for of_token, settled in zip(figure.said, figure.settled, strict=True)
+        "<tr>" + "".join(cell(token, exit, settled) for exit, token in enumerate(tokens, 1)) + "</tr>"
+        for tokens, settled in zip(figure.predicted, figure.settled, strict=True)
     ]
     return (
-        f"<p>After <code>{html.escape(figure.prompt)}</code>, a row a token, a column an exit; on average settled at "
-        f"exit {np.mean(figure.settled):.1f} of {layers}. {LEGEND}</p>\n"
+        f"<p>After <code>{html.escape(figure.prompt)}</code>: a row per token, a column per exit. On average, a token "
+        f"stays correct from exit {np.mean(figure.settled):.1f} of {layers} on. {LEGEND}</p>\n"
         f'<table class="tokens"><tr>{head}</tr>\n' + "\n".join(rows) + "</table>"
     )

@@ -3,9 +3,9 @@
     J(t) = sum_l w(t,l) CE(g(x_{l+1}), Y)                         (eq. 5)
     w(t,l) = C(t,l) e(l) / sum_i C(t,i) e(i)                      (eq. 6)
 
-Index l weighs the *output* of block l, which is "exit l+1": the model that runs blocks 0..l and then the head g.
+Index l weighs the *output* of block l, which is "exit l+1": the model that runs blocks 0..l, then the head g.
 ``C`` is a `Curriculum`: any pure function of the same signature can take its place in a
-`layerskip_jax.recipe.recipe.Recipe`. t counts optimizer steps over the whole run, so a resumed run continues there.
+`layerskip_jax.recipe.recipe.Recipe`. t counts optimizer steps over the whole run, also across restarts.
 """
 
 import dataclasses
@@ -20,22 +20,26 @@ Curriculum = Callable[[ArrayLike, int, int], jax.Array]
 """``(step t, total_steps T, num_layers L) -> C_L``, 1 where the exit after block l has a loss at step t, else 0."""
 
 ExitScale = Callable[[int, float], jax.Array]
-"""``(num_layers L, e_scale) -> e_L``, the weight of each exit before eq. 6 makes their sum 1; not negative."""
+"""``(num_layers L, e_scale) -> e_L``, the weight of each exit before eq. 6 normalizes them; not negative."""
 
 ExitLoss = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax.Array, Any], jax.Array]
-"""``(g, x_BCD, targets_BC, mask_BC, guide) -> loss``: what an exit minimises, summed over counted positions [nats].
+"""``(g, x_BCD, targets_BC, mask_BC, teacher) -> loss``: the loss of an exit, summed over counted positions [nats].
 
-``g(x_BCD)`` gives the logits of C positions of each sequence. ``guide`` holds their parts of what the recipe's own
-``guide`` made for the whole batch, and is None where it made nothing.
+``g(x_BCD)`` returns the logits of C positions of each sequence. ``teacher`` has the same positions of the arrays that
+`Recipe.teacher` computed for the batch; it is None without one.
 """
 
 
 def cross_entropy(
-    g: Callable[[jax.Array], jax.Array], x_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, guide: Any = None
+    g: Callable[[jax.Array], jax.Array],
+    x_BCD: jax.Array,
+    targets_BC: jax.Array,
+    mask_BC: jax.Array,
+    teacher: Any = None,
 ) -> jax.Array:
     """``CE(g(x), Y)`` of eq. 5: the sum over counted positions of ``-log softmax(g(x))[target]`` [nats]."""
     logits_BCV = g(x_BCD)
-    # A comparison in place of a gather: it fuses, and it works when the vocabulary is split over devices.
+    # Compare instead of gathering: this fuses, and it also works on a vocabulary that is split over devices.
     is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[:, :, None]
     target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
     return jnp.sum((jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC) * mask_BC)
@@ -44,7 +48,7 @@ def cross_entropy(
 def exit_scale(num_layers: int, e_scale: float) -> jax.Array:
     """``e(l) = e_scale l(l+1)/2`` for l < L-1, ``e(L-1) = (L-1) + e_scale (L-2)(L-1)/2`` (LayerSkip section 4.1.2).
 
-    Block 0 weighs nothing, later blocks weigh more; ``e_scale = 0`` leaves the ordinary loss of the last layer.
+    Block 0 has weight 0 and later blocks weigh more; ``e_scale = 0`` is the ordinary loss of the last layer.
 
     >>> exit_scale(4, 1.0).tolist()
     [0.0, 1.0, 3.0, 6.0]
@@ -56,7 +60,7 @@ def exit_scale(num_layers: int, e_scale: float) -> jax.Array:
 
 
 def exit_weights(enabled_L: jax.Array, scale_L: jax.Array) -> jax.Array:
-    """``w = C e / sum(C e)`` (LayerSkip eq. 6); all zero at a step whose curriculum turns no weighing exit on."""
+    """``w = C e / sum(C e)`` (LayerSkip eq. 6); all 0 if no exit that is on has a scale above 0."""
     weight_L = enabled_L * scale_L
     total = jnp.sum(weight_L)
     return weight_L / jnp.where(total > 0, total, 1)
@@ -66,7 +70,7 @@ def exit_weights(enabled_L: jax.Array, scale_L: jax.Array) -> jax.Array:
 class Rotational:
     """Every ``dilation``-th exit, shifted by one each step: on iff ``l mod R = t mod R`` (LayerSkip section 4.1.2).
 
-    Each exit is on once in R steps, about L/R at a step. With ``always_last`` the last layer is on at every step.
+    Each exit is on once in R steps, about L/R of them at a time. ``always_last`` keeps the last exit on at every step.
     """
 
     dilation: int
@@ -81,7 +85,7 @@ class Rotational:
 def gradual(step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
     """From the last exit down, one more every T/(2L) steps (section 4.1.2): on iff ``t >= (L-1-l) T/(2L)``."""
     layer_L = jnp.arange(num_layers)
-    # Whole numbers on both sides: a float T/(2L) would turn an exit on a step early or late.
+    # Compare integers: rounding T/(2L) to a float could turn an exit on a step early or late.
     on_L = 2 * num_layers * jnp.asarray(step) >= (num_layers - 1 - layer_L) * total_steps
     return on_L.astype(jnp.float32)
 

@@ -1,12 +1,17 @@
-"""Cross-entropy at the exits, computed inside the scan over layers, without ever holding [batch, length, vocab]."""
+"""The exit loss of `exit_loss`, computed in chunks of positions and with the head's gradient in the forward pass.
+
+The plain form saves the logits of every exit for the backward pass. This form computes the gradients of a chunk right
+after its logits. So it holds no array of shape [B, T, V], and still computes every logit once: 6 D V FLOPs per token
+and exit. C is the number of positions of each sequence in a chunk.
+"""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from layerskip_jax.attention import SAVED_OUTPUT
@@ -14,252 +19,323 @@ from layerskip_jax.config import ModelConfig
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.model import Block, Head, Transformer, compute_dtype, run_layers, unembed
 from layerskip_jax.recipe.early_exit import ExitLoss, cross_entropy
-from layerskip_jax.recipe.layer_dropout import BlockFunction, Rows, apply_masked
+from layerskip_jax.recipe.exit_loss import ExitLosses
+from layerskip_jax.recipe.layer_dropout import ApplyDropout, BlockFunction, DropoutMask, apply_masked
 from layerskip_jax.sharding import constrain, mesh_size, on_each_device, row_major, sum_over
 
-Apply = Callable[[BlockFunction, Block, Rows, jax.Array, jax.Array], jax.Array]
-"""``(f, block, (x_BTD, segments_BT), kept_B, scale) -> x_BTD``: eq. 1, in the masked or the skipping form."""
-
-
 INNER_EXIT, LAST_EXIT = "inner_exit_loss", "last_exit_loss"
-"""The scopes of the conditions that turn exits on, in the text of a compiled program."""
+"""Named scopes of the conditionals that turn exits on or off, to find them in the text of a compiled program."""
 
 BLOCK_INPUT = "block input"
 
-
-def keep_matmuls(primitive: Any, *operands: Any, **parameters: Any) -> Any:
-    """Save the outputs of matmuls and of attention kernels; the policy of remat dots."""
-    policies = jax.checkpoint_policies
-    splash_or_matmul = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED_OUTPUT)
-    )
-    # cuDNN's attention has no name to save it by, and its primitive is the same in every version since jax 0.4.31.
-    return splash_or_matmul(primitive, *operands, **parameters) or primitive.name == "dot_product_attention_fwd_wrapper"
-
-
-INPUTS_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+OFFLOAD_BLOCK_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=[BLOCK_INPUT],
     offload_src="device",
     offload_dst="pinned_host",
 )
 
-
-ROWS = ("batch",)
 Labels = tuple[jax.Array, jax.Array, Any]
-"""``targets_BT``, ``mask_BT`` and the guide of a recipe's exit loss, or a chunk of each."""
+"""``(targets_BT, mask_BT, teacher)``, or one chunk of each."""
 
 
-class Draw(NamedTuple):
-    """Which blocks each sequence keeps, and by what a kept block's output is multiplied."""
-
-    kept_LB: jax.Array
-    scale_L: jax.Array
-
-
-class ExitLosses(NamedTuple):
-    """What the exits say of a batch: ``objective = sum_l weight_l loss_l`` (eq. 5), and summed losses [nats]."""
-
-    objective: jax.Array
-    loss_L: jax.Array
+def save_matmuls(primitive: Any, *operands: Any, **parameters: Any) -> Any:
+    """Save the outputs of matmuls and attention kernels, and recompute the rest: the policy of ``remat = "dots"``."""
+    policies = jax.checkpoint_policies
+    matmul_or_splash = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED_OUTPUT)
+    )
+    # cuDNN's attention output has no name, so match its primitive, which jax has not renamed since 0.4.31.
+    return matmul_or_splash(primitive, *operands, **parameters) or primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 @dataclasses.dataclass(frozen=True)
-class Exit:
-    """What all exits of a model share; static under jit."""
+class FusedSettings:
+    """Settings of `fused_exit_losses`; static under jit."""
+
+    chunk: int
+    """Positions of each sequence whose logits exist at once; must divide T, or exceed it."""
+    remat: str = "none"
+    """What the backward pass recomputes: ``train.remat``."""
+    loss: ExitLoss = cross_entropy
+    apply_dropout: ApplyDropout = apply_masked
+
+
+def fused_exit_losses(
+    model: Transformer,
+    batch: Batch,
+    weight_L: jax.Array,
+    settings: FusedSettings,
+    dropout_mask: DropoutMask | None = None,
+    teacher: Any = None,
+) -> ExitLosses:
+    """Return what `exit_losses` returns, with the gradient of the objective (LayerSkip eq. 5) already computed.
+
+    Each exit is inside a conditional on its weight: one compiled program serves every step of a curriculum, and an
+    exit of weight 0 costs no FLOPs. The scan's carry accumulates the gradient of the head. Without remat, the forward
+    pass also computes each exit's gradient with respect to ``x``. With ``remat`` full or offload, the backward pass
+    recomputes the logits of inner exits instead of saving that gradient: 8 D V FLOPs per token.
+
+    Only the objective has a gradient; ``loss_L`` has none.
+    """
+    weight_L = jnp.asarray(weight_L, jnp.float32)  # custom_vjp needs a float
+    exits = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
+    recompute = settings.remat in ("full", "offload")
+    inner_exit = exit_with_recomputed_logits if recompute else exit_with_saved_gradients
+    skips = dropout_mask is not None and settings.apply_dropout is not apply_masked
+    f = block_function(model)
+    if settings.remat == "dots" or skips:  # the skipping form copies what it saves, so save less
+        f = jax.checkpoint(f, policy=save_matmuls, prevent_cse=False)
+
+    def block_fn(
+        block: Block, carry: tuple[jax.Array, nnx.Param], inputs: tuple[jax.Array, DropoutMask | None]
+    ) -> tuple[Any, ExitLosses]:
+        (x_BTD, d_matrix), (weight, mask) = carry, inputs
+        x_BTD = checkpoint_name(row_major(x_BTD), BLOCK_INPUT)
+        with jax.named_scope(INNER_EXIT):
+            x_BTD, d_matrix, losses = inner_exit(exits, weight, x_BTD, d_matrix)
+        if mask is None:
+            x_BTD = x_BTD + f(block, x_BTD, batch.segments_BT)
+        else:
+            x_BTD = settings.apply_dropout(f, block, (x_BTD, batch.segments_BT), *mask)
+        return (x_BTD, d_matrix), losses
+
+    if recompute:
+        policy = OFFLOAD_BLOCK_INPUTS if settings.remat == "offload" else None
+        block_fn = jax.checkpoint(block_fn, policy=policy, prevent_cse=False)
+    # Iteration l computes the loss of the exit before block l. With the exit after block l in it, full remat would also
+    # recompute the output of the block, and so its down projection.
+    weight_before_L = jnp.roll(weight_L, 1).at[0].set(0)  # no exit comes before block 0
+    start = model.embed(batch.inputs_BT), jax.tree.map(jnp.zeros_like, exits.head[1])
+    (x_BTD, d_matrix), inner = run_layers(model.blocks, start, block_fn, (weight_before_L, dropout_mask))
+    with jax.named_scope(LAST_EXIT):
+        x_BTD, d_matrix, last = exit_with_saved_gradients(exits, weight_L[-1], x_BTD, d_matrix)
+    objective = attach_gradient(jnp.sum(inner.objective) + last.objective, exits.head[1], d_matrix)
+    return ExitLosses(objective, jnp.append(inner.loss_L[1:], last.loss_L))
+
+
+def chunked_exit_losses(
+    model: Transformer, batch: Batch, *, chunk: int, loss: ExitLoss = cross_entropy, teacher: Any = None
+) -> jax.Array:
+    """Return ``loss_L`` of every exit, as `exit_losses` without dropout does, for evaluation."""
+    exits = ExitContext.create(model, batch, ChunkedLoss(model.config, loss, chunk), teacher)
+    f = block_function(model)
+
+    def block_fn(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        x_BTD = x_BTD + f(block, x_BTD, batch.segments_BT)
+        return x_BTD, exits.loss.value(exits.gathered_head, x_BTD, exits.labels)
+
+    return run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, None)[1]
+
+
+def block_function(model: Transformer) -> BlockFunction:
+    """Return f of LayerSkip eq. 1: a block without its residual connection."""
+
+    def f(block: Block, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        x_BTD = constrain(x_BTD, "batch", "length", None)
+        # Computed here so that each device computes its own part; JAX moves them out of the scan.
+        rotary = model.rotary_tables(jnp.arange(x_BTD.shape[1])[None])
+        return block(x_BTD, rotary, segments_BT)[0]
+
+    return f
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedLoss:
+    """The loss of one exit, summed over the counted positions of a batch [nats]; static under jit.
+
+    Each device loops over chunks of its own sequences, and the sums over devices follow the loop. Without
+    `on_each_device` the partitioner would sum the head's gradient over the devices after every chunk.
+    """
 
     config: ModelConfig
     loss: ExitLoss
     chunk: int
-    """Positions of each sequence that are unembedded at once; divides T, or exceeds it."""
+
+    def value(self, head: Head, x_BTD: jax.Array, labels: Labels) -> jax.Array:
+        """Return the loss."""
+
+        def local_value(x_BTD: jax.Array, labels: Labels, *head: nnx.Param) -> jax.Array:
+            def add_chunk(total: jax.Array, chunk: tuple[jax.Array, Labels]) -> tuple[jax.Array, None]:
+                x_BCD, labels = chunk
+                return total + self._chunk_value(labels, x_BCD, *head), None
+
+            total, _ = jax.lax.scan(add_chunk, jnp.zeros(()), self._split((x_BTD, labels)))
+            return sum_over("batch", total)
+
+        batch, replicated = ("batch",), ()
+        on_devices = on_each_device(local_value, [batch, batch, replicated, replicated], replicated, along=batch)
+        return on_devices(x_BTD, labels, *head)
+
+    def value_and_gradients(
+        self, head: Head, x_BTD: jax.Array, labels: Labels, cotangent: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Head]:
+        """Return the loss, and its gradients ``d_x_BTD`` and ``d_head`` times ``cotangent``.
+
+        XLA removes the computation of a gradient that the caller does not use.
+        """
+
+        def local_gradients(x_BTD: jax.Array, labels: Labels, cotangent: jax.Array, *head: nnx.Param) -> Any:
+            def add_chunk(sums: Any, chunk: tuple[jax.Array, Labels]) -> tuple[Any, jax.Array]:
+                x_BCD, labels = chunk
+                value, pullback = jax.vjp(partial(self._chunk_value, labels), x_BCD, *head)
+                d_x_BCD, *d_head = pullback(cotangent)
+                value, d_norm_D, d_matrix = jax.tree.map(jnp.add, sums, (value, *d_head))
+                return (value, d_norm_D, gather(d_matrix)), d_x_BCD
+
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
+            sums, d_x = jax.lax.scan(add_chunk, (jnp.zeros(()), *zeros), self._split((x_BTD, labels)))
+            return *sum_over("batch", sums), join_chunks(d_x)
+
+        batch, replicated = ("batch",), ()
+        inputs = [batch, batch, replicated, replicated, replicated]
+        on_devices = on_each_device(local_gradients, inputs, [replicated, replicated, replicated, batch], along=batch)
+        value, d_norm_D, d_matrix, d_x_BTD = on_devices(x_BTD, labels, cotangent, *head)
+        return value, d_x_BTD, (d_norm_D, d_matrix)
+
+    def _chunk_value(self, labels: Labels, x_BCD: jax.Array, norm_D: nnx.Param, matrix: nnx.Param) -> jax.Array:
+        # Gathered in the loop too, or the partitioner would gather the head again for every chunk.
+        g = partial(unembed, self.config, (norm_D, gather(matrix)))
+        return self.loss(g, x_BCD, *labels)
+
+    def _split(self, arrays: Any) -> Any:
+        return jax.tree.map(partial(split_chunks, chunk=self.chunk), arrays)
 
 
-def whole_matrix(axes: tuple[str, ...], matrix: jax.Array) -> jax.Array:
-    """Gather a head's matrix on every device; a vocabulary that is split over devices stays split."""
-    return constrain(matrix, *(axis if axis == "vocab" else None for axis in axes))
+def split_chunks(array: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [T/C, B, C, ...].
 
-
-def exit_loss(
-    one: Exit, head: Head, x_BTD: jax.Array, labels: Labels, cotangent: jax.Array, wants_x: bool, d_head: Any
-) -> tuple[jax.Array, Any, Any]:
-    """Return an exit's summed loss, and its vector-Jacobian products with ``cotangent``.
-
-    They are ``(d_x_BTD, d_norm_D)`` if ``wants_x``, else None; and ``d_head`` with the head's added, if it is not None.
+    If T is split over devices, every chunk takes the same number of positions from each part, so that none moves.
     """
-    axes = head[1].get_metadata()["axes"]
-    whole = partial(whole_matrix, axes)  # in the loop too: else every chunk would gather the head again
+    (B, T), C, parts = array.shape[:2], min(chunk, array.shape[1]), mesh_size("length")
+    array = array.reshape(B, parts, T // C, C // parts, *array.shape[2:])
+    return jnp.moveaxis(array, 2, 0).reshape(T // C, B, C, *array.shape[4:])
 
-    def local_rows(x_BTD: jax.Array, labels: Labels, norm_D: Any, head: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-        """Go through a device's own rows; sum over the devices at the end."""
-        B, T = x_BTD.shape[:2]
-        C = min(one.chunk, T)
-        parts = mesh_size("length")  # of a sequence that lies on several devices, a chunk takes some of each part
 
-        def chunks(array: jax.Array) -> jax.Array:
-            array = array.reshape(B, parts, T // C, C // parts, *array.shape[2:])
-            return jnp.moveaxis(array, 2, 0).reshape(T // C, B, C, *array.shape[4:])
+def join_chunks(chunks: jax.Array) -> jax.Array:
+    """[T/C, B, C, D] -> [B, T, D]: the inverse of `split_chunks`."""
+    (count, B, C, D), parts = chunks.shape, mesh_size("length")
+    chunks = chunks.reshape(count, B, parts, C // parts, D)
+    return jnp.moveaxis(chunks, 0, 2).reshape(B, count * C, D)
 
-        def unchunk(d_x: jax.Array) -> jax.Array:
-            d_x = d_x.reshape(T // C, B, parts, C // parts, -1)
-            return jnp.moveaxis(d_x, 0, 2).reshape(x_BTD.shape)
 
-        def add(carry: tuple[jax.Array, Any, Any], piece: tuple[jax.Array, Labels]) -> tuple[Any, Any]:
-            (total, d_norm_D, d_head), (x_BCD, labels) = carry, piece
+def gather(matrix: nnx.Param) -> nnx.Param:
+    """Gather the head's matrix on every device, except along a vocabulary split by tensor parallelism."""
+    axes = [axis if axis == "vocab" else None for axis in matrix.get_metadata()["axes"]]
+    return jax.tree.map(lambda leaf: constrain(leaf, *axes), matrix)
 
-            def chunk_loss(x_BCD: jax.Array, norm_D: Any, head: Any) -> jax.Array:
-                return one.loss(partial(unembed, one.config, (norm_D, jax.tree.map(whole, head))), x_BCD, *labels)
 
-            if not wants_x and d_head is None:
-                return (total + chunk_loss(x_BCD, norm_D, head), None, None), None
-            value, pullback = jax.vjp(chunk_loss, x_BCD, norm_D, head)
-            d_x_BCD, more_norm_D, more_head = pullback(cotangent)
-            d_norm_D = jax.tree.map(jnp.add, d_norm_D, more_norm_D) if wants_x else None
-            if d_head is not None:
-                d_head = jax.tree.map(lambda a, b: whole(a + b), d_head, more_head)
-            return (total + value, d_norm_D, d_head), d_x_BCD if wants_x else None
+class ExitContext(NamedTuple):
+    """What all exits of a forward pass share."""
 
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head) if d_head is not None else None
-        start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, norm_D) if wants_x else None, zeros
-        sums, d_x = jax.lax.scan(add, start, jax.tree.map(chunks, (x_BTD, labels)))
-        return *sum_over("batch", sums), unchunk(d_x) if wants_x else None
+    loss: ChunkedLoss
+    labels: Labels
+    head: Head
+    """The parameters, which receive gradients."""
+    gathered_head: Head
+    """Their values in the compute dtype, gathered once for all exits; no gradient passes through them."""
 
-    # shard_map over the batch: else the partitioner sums the head's gradient over the devices after every chunk.
-    all_rows = on_each_device(local_rows, [ROWS, ROWS, (), (), ()], [(), (), (), ROWS], along=ROWS)
-    value, d_norm_D, more, d_x_BTD = all_rows(x_BTD, labels, *head, cotangent)
-    if d_head is not None:  # reshard the sum like the head
-        d_head = jax.tree.map(lambda a, b: a + constrain(b, *axes), d_head, more)
-    return value, (d_x_BTD, d_norm_D) if wants_x else None, d_head
+    @classmethod
+    def create(cls, model: Transformer, batch: Batch, loss: ChunkedLoss, teacher: Any) -> "ExitContext":
+        """Gather the head of ``model`` and collect the labels of ``batch``."""
+        norm_D, matrix = head = model.head()
+        dtype = compute_dtype(model.config)
+        gathered_head = norm_D, gather(jax.tree.map(lambda leaf: leaf.astype(dtype), matrix))
+        labels = batch.targets_BT, batch.mask_BT, teacher
+        return cls(loss, jax.lax.stop_gradient(labels), head, jax.lax.stop_gradient(gathered_head))
+
+
+def exit_with_saved_gradients(
+    exits: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
+) -> tuple[jax.Array, nnx.Param, ExitLosses]:
+    """Compute an exit's loss and all its gradients now; save those for ``x`` and the norm for the backward pass.
+
+    Returns ``x``, ``d_matrix`` plus the gradient of the head's matrix, and the losses.
+    """
+
+    def on(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
+        head, labels = exits.gathered_head, exits.labels
+        value, d_x_BTD, (d_norm_D, exit_d_matrix) = exits.loss.value_and_gradients(head, x_BTD, labels, weight)
+        return value, (d_x_BTD, d_norm_D), add_resharded(d_matrix, exit_d_matrix)
+
+    def off(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
+        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, (x_BTD, exits.head[0])), d_matrix
+
+    value, gradient, d_matrix = jax.lax.cond(weight > 0, on, off, jax.lax.stop_gradient(x_BTD), d_matrix)
+    objective = attach_gradient(weight * value, (x_BTD, exits.head[0]), gradient)
+    return x_BTD, d_matrix, ExitLosses(objective, value)
+
+
+def exit_with_recomputed_logits(
+    exits: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
+) -> tuple[jax.Array, nnx.Param, ExitLosses]:
+    """Compute an exit's loss and the gradient of the head's matrix now, and the other gradients in the backward pass.
+
+    Returns what `exit_with_saved_gradients` returns.
+    """
+
+    def on(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
+        head, labels = exits.gathered_head, exits.labels
+        value, _, (_, exit_d_matrix) = exits.loss.value_and_gradients(head, x_BTD, labels, weight)
+        return value, add_resharded(d_matrix, exit_d_matrix)
+
+    def off(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
+        return jnp.zeros(()), d_matrix
+
+    value, d_matrix = jax.lax.cond(weight > 0, on, off, jax.lax.stop_gradient(x_BTD), d_matrix)
+    frozen = weight, exits.gathered_head[1], exits.labels
+    x_BTD, value = attach_recomputed_gradient(exits.loss, x_BTD, exits.head[0], value, frozen)
+    return x_BTD, d_matrix, ExitLosses(weight * value, jax.lax.stop_gradient(value))
+
+
+def add_resharded(total: nnx.Param, d_matrix: nnx.Param) -> nnx.Param:
+    """Reshard a gradient of the head's matrix like the parameter, and add it to ``total``."""
+    axes = total.get_metadata()["axes"]
+    return jax.tree.map(lambda a, b: a + constrain(b, *axes), total, d_matrix)
 
 
 @jax.custom_vjp
-def with_gradient(value: jax.Array, at: Any, gradient: Any) -> jax.Array:
-    """Identity on ``value``; its backward pass also emits the precomputed ``gradient`` for ``at``."""
+def attach_gradient(value: jax.Array, at: Any, gradient: Any) -> jax.Array:
+    """Return ``value``; in the backward pass, ``at`` receives ``gradient`` times the cotangent of ``value``."""
     return value
 
 
-with_gradient.defvjp(
+attach_gradient.defvjp(
     lambda value, at, gradient: (value, gradient),
     lambda gradient, d: (d, jax.tree.map(lambda leaf: (d * leaf).astype(leaf.dtype), gradient), None),
 )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def with_later_gradient(
-    one: Exit, x_BTD: jax.Array, norm_D: Any, value: jax.Array, weight: jax.Array, head_and_labels: Any
+def attach_recomputed_gradient(
+    loss: ChunkedLoss, x_BTD: jax.Array, norm_D: nnx.Param, value: jax.Array, frozen: tuple[jax.Array, Any, Labels]
 ) -> tuple[jax.Array, jax.Array]:
-    """Return ``x`` and ``value``; the backward pass recomputes the exit's logits and adds its gradient for ``x``.
+    """Return ``x`` and ``value``; the backward pass recomputes the logits for the gradients of ``x`` and the norm.
 
-    It adds inside the condition, so an exit that is off needs no array of zeros. The head's matrix gets no gradient
-    here: the forward pass accumulates it.
+    ``frozen`` is the exit's weight, the head's matrix and the labels, which receive no gradient here.
     """
     return x_BTD, value
 
 
-def _later_gradient(one: Exit, kept: Any, d: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
-    (x_BTD, norm_D, weight, (head, labels)), (d_x_BTD, d_value) = kept, d
+def _attach_forward(loss: ChunkedLoss, x_BTD: jax.Array, norm_D: nnx.Param, value: jax.Array, frozen: Any) -> Any:
+    return (x_BTD, value), (x_BTD, norm_D, frozen)
 
+
+def _attach_backward(loss: ChunkedLoss, residuals: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+    x_BTD, norm_D, (weight, matrix, labels) = residuals
+    d_x_BTD, d_value = cotangents
+
+    # Add inside the conditional, so that an exit that is off needs no array of zeros.
     def on(d_x_BTD: jax.Array) -> Any:
-        _, (more_BTD, d_norm_D), _ = exit_loss(one, (norm_D, head), x_BTD, labels, d_value, True, None)
-        return d_x_BTD + more_BTD, d_norm_D
+        _, exit_d_x_BTD, (d_norm_D, _) = loss.value_and_gradients((norm_D, matrix), x_BTD, labels, d_value)
+        return d_x_BTD + exit_d_x_BTD, d_norm_D
 
     def off(d_x_BTD: jax.Array) -> Any:
         return d_x_BTD, jax.tree.map(jnp.zeros_like, norm_D)
 
     with jax.named_scope(INNER_EXIT):
-        return *jax.lax.cond(weight > 0, on, off, d_x_BTD), d_value, None, None
+        d_x_BTD, d_norm_D = jax.lax.cond(weight > 0, on, off, d_x_BTD)
+    return d_x_BTD, d_norm_D, d_value, None
 
 
-with_later_gradient.defvjp(
-    lambda one, x_BTD, norm_D, value, *more: ((x_BTD, value), (x_BTD, norm_D, *more)), _later_gradient
-)
-
-
-def exit_losses(
-    model: Transformer,
-    batch: Batch,
-    weight_L: jax.Array,
-    *,
-    chunk: int,
-    draw: Draw | None = None,
-    apply: Apply = apply_masked,
-    remat: str = "none",
-    train: bool = True,
-    loss: ExitLoss = cross_entropy,
-    guide: Any = None,
-) -> ExitLosses:
-    """Return the objective, and the loss of every exit whose weight is not zero (0 for the others).
-
-    One forward pass (eq. 1) serves all exits. Iteration l of the scan takes the loss of exit l from the input of block
-    l, and then runs that block; the last exit follows the scan. Each loss is under a condition, so one compiled program
-    serves every step of a curriculum, and an exit that is off takes no FLOPs (eq. 5).
-
-    Gradients are those of the objective. The forward pass accumulates the head's gradient in the scan's carry. Without
-    remat it also saves each exit's gradient for ``x``: 6 D V FLOPs a token. With ``remat`` full or offload the backward
-    pass recomputes the logits of inner exits: 8 D V. A loss at the block's *output* would make the backward pass
-    recompute the down projection as well.
-
-    ``loss`` is what an exit minimises; it gets the positions' parts of ``guide``, a tree of ``[B, T, ...]`` arrays.
-    """
-    one, head, dtype = Exit(model.config, loss, chunk), model.head(), compute_dtype(model.config)
-    gather = partial(whole_matrix, head[1].get_metadata()["axes"])
-    # Gathered once for all exits.
-    fixed = jax.lax.stop_gradient((head[0], jax.tree.map(lambda matrix: gather(matrix.astype(dtype)), head[1])))
-    labels = jax.lax.stop_gradient((batch.targets_BT, batch.mask_BT, guide))
-    recomputes = train and remat in ("full", "offload")
-
-    def at_exit(weight: jax.Array, x_BTD: jax.Array, d_head: Any, later: bool) -> tuple[jax.Array, Any, ExitLosses]:
-        """Return ``x``, the head's gradient so far, and the losses of the exit that reads ``x``.
-
-        Its gradient for ``x`` is computed now, or ``later``, in the backward pass.
-        """
-        now = train and not later
-
-        def on(x_BTD: jax.Array, d_head: Any) -> Any:
-            return exit_loss(one, fixed, x_BTD, labels, weight, now, d_head)
-
-        def off(x_BTD: jax.Array, d_head: Any) -> Any:
-            return jnp.zeros(()), jax.tree.map(jnp.zeros_like, (x_BTD, fixed[0])) if now else None, d_head
-
-        value, gradient, d_head = jax.lax.cond(weight > 0, on, off, jax.lax.stop_gradient(x_BTD), d_head)
-        if later:
-            x_BTD, value = with_later_gradient(one, x_BTD, head[0], value, weight, (fixed[1], labels))
-            return x_BTD, d_head, ExitLosses(weight * value, jax.lax.stop_gradient(value))
-        weighted = weight * value
-        if train:
-            weighted = with_gradient(weighted, (x_BTD, head[0]), gradient)
-        return x_BTD, d_head, ExitLosses(weighted, value)
-
-    def f(block: Block, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        # Positions are made here, as each device makes its own, and JAX takes them out of the scan.
-        x_BTD = constrain(x_BTD, "batch", "length", None)
-        return block(x_BTD, model.positions(jnp.arange(x_BTD.shape[1])[None]), segments_BT)[0]
-
-    # The skipping form copies its residuals, so save the outputs of matmuls and attention only, and recompute the rest.
-    if remat == "dots" or (draw is not None and apply is not apply_masked):
-        f = jax.checkpoint(f, policy=keep_matmuls, prevent_cse=False)
-
-    def step(
-        block: Block, carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, jax.Array | None, jax.Array | None]
-    ) -> tuple[Any, ExitLosses]:
-        (x_BTD, d_head), (weight, kept_B, scale) = carry, inputs
-        x_BTD = checkpoint_name(row_major(x_BTD), BLOCK_INPUT)
-        with jax.named_scope(INNER_EXIT):
-            x_BTD, d_head, exit_before = at_exit(weight, x_BTD, d_head, later=recomputes)
-        if kept_B is None or scale is None:
-            x_BTD = x_BTD + f(block, x_BTD, batch.segments_BT)
-        else:
-            x_BTD = apply(f, block, (x_BTD, batch.segments_BT), kept_B, scale)
-        return (x_BTD, d_head), exit_before
-
-    if recomputes:
-        step = jax.checkpoint(step, policy=INPUTS_TO_HOST if remat == "offload" else None, prevent_cse=False)
-    d_head = jax.tree.map(jnp.zeros_like, head[1]) if train else None
-    kept_LB, scale_L = (None, None) if draw is None else draw
-    weight_before_L = jnp.roll(weight_L, 1).at[0].set(0)  # no exit comes before the first block
-    start, inputs = (model.embed(batch.inputs_BT), d_head), (weight_before_L, kept_LB, scale_L)
-    (x_BTD, d_head), before_L = run_layers(model.blocks, start, step, inputs)
-    with jax.named_scope(LAST_EXIT):
-        x_BTD, d_head, last = at_exit(weight_L[-1], x_BTD, d_head, later=False)
-    objective = jnp.sum(before_L.objective) + last.objective
-    loss_L = jnp.append(before_L.loss_L[1:], last.loss_L)
-    return ExitLosses(with_gradient(objective, head[1], d_head) if train else objective, loss_L)
+attach_recomputed_gradient.defvjp(_attach_forward, _attach_backward)

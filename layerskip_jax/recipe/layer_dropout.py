@@ -4,11 +4,11 @@
     p_{l,t} = S(t) D(l) p_max                (eq. 2)
 
 ``D`` is a `LayerScale` and ``S`` a `TimeScale`: any pure function of the same signature can take their place in a
-`layerskip_jax.recipe.recipe.Recipe`. The draw is per sequence and takes the whole block.
+`layerskip_jax.recipe.recipe.Recipe`. Dropout is sampled per sequence and skips the whole block.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,23 @@ TimeScale = Callable[[ArrayLike, int], jax.Array]
 """``(step t, total_steps T) -> S``, in [0, 1]; t counts optimizer steps from 0."""
 
 Rows = tuple[jax.Array, jax.Array]
-"""``(x_BTD, segments_BT)``: what a block needs to know of each row."""
+"""``(x_BTD, segments_BT)``: the inputs of a block. A row is one sequence of the batch."""
 
 BlockFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]
-"""``(weights, x_BTD, segments_BT) -> f(x)`` for any number of rows, which do not mix."""
+"""``(weights, x_BTD, segments_BT) -> f(x)`` for any number of rows, each independent of the others."""
+
+
+ApplyDropout = Callable[[BlockFunction, Any, Rows, jax.Array, jax.Array], jax.Array]
+"""``(f, weights, (x_BTD, segments_BT), keep_B, scale) -> x_BTD``: eq. 1 at one block, masked or skipping."""
+
+
+class DropoutMask(NamedTuple):
+    """Layer dropout of a batch: M of eq. 1, and the factor on the output of a kept block."""
+
+    keep_LB: jax.Array
+    """Whether block l runs on sequence b."""
+    scale_L: jax.Array
+    """1 as in the paper, or 1/(1-p) with rescaling."""
 
 
 def exponential_layer_scale(num_layers: int) -> jax.Array:
@@ -52,9 +65,9 @@ def constant_time_scale(step: ArrayLike, total_steps: int) -> jax.Array:
 
 
 def decaying_time_scale(step: ArrayLike, total_steps: int) -> jax.Array:
-    """``S(t) = 1 - t/(T-1)``: full dropout first, none at the end; goes with a linear layer scale and rescaling.
+    """``S(t) = 1 - t/(T-1)``: from full dropout to none; meant for a linear layer scale with rescaling.
 
-    It comes from a later study by LayerSkip's first author ("Don't Drop Dropout", 2026), known to us second-hand.
+    Source: a later study by LayerSkip's first author ("Don't Drop Dropout", 2026), which we know only second-hand.
     """
     return 1 - _progress(step, total_steps)
 
@@ -71,19 +84,19 @@ TIME_SCALES: dict[str, TimeScale] = {
 }
 
 
-def draw_kept(key: jax.Array, drop_rate_L: jax.Array, batch: int, shards: int = 1) -> jax.Array:
-    """Draw which sequences keep which block, ``kept_LB``: False with probability ``drop_rate_L[l]``.
+def sample_dropout_mask(key: jax.Array, drop_rate_L: jax.Array, batch: int, shards: int = 1) -> jax.Array:
+    """Sample ``keep_LB``: False, so that sequence b skips block l, with probability ``drop_rate_L[l]``.
 
-    With ``shards`` > 1 every shard of the batch gets the same draw, so that all devices drop the same number of
-    sequences at every block and none waits for another (LayerSkip section 4.1.1 does so by a common seed).
+    Each of the ``shards`` of the batch gets the same sample. All devices then drop the same number of sequences at
+    each block, and none waits for another (LayerSkip section 4.1.1 shares the seed for this reason).
     """
     rows = batch // shards
     uniform_LR = jax.random.uniform(key, (drop_rate_L.shape[0], rows))
     return jnp.tile(uniform_LR >= drop_rate_L[:, None], (1, shards))
 
 
-def apply_masked(f: BlockFunction, weights: Any, rows: Rows, kept_B: jax.Array, scale: jax.Array) -> jax.Array:
-    """Return ``x + M scale f(x)`` (eq. 1) with every ``f`` computed: what `skipping.apply_skipping` must equal."""
+def apply_masked(f: BlockFunction, weights: Any, rows: Rows, keep_B: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return ``x + M scale f(x)`` (eq. 1), computing every ``f``: the reference for `skipping.apply_skipping`."""
     x_BTD, segments_BT = rows
-    factor_B = jnp.where(kept_B, scale, 0).astype(x_BTD.dtype)
+    factor_B = jnp.where(keep_B, scale, 0).astype(x_BTD.dtype)
     return x_BTD + factor_B[:, None, None] * f(weights, x_BTD, segments_BT)

@@ -1,4 +1,4 @@
-"""The LayerSkip recipe of a run: the few pure functions that a research variant replaces.
+"""The LayerSkip recipe of a run: the pure functions that a research variant replaces.
 
 recipe = dataclasses.replace(Recipe.from_config(config), curriculum=my_curriculum)
 train(config, recipe=recipe)
@@ -16,29 +16,48 @@ from jax.typing import ArrayLike
 
 from layerskip_jax.checks import require
 from layerskip_jax.config import Config
-from layerskip_jax.model import Transformer
+from layerskip_jax.model import Block, Transformer
 from layerskip_jax.recipe import early_exit, layer_dropout
+from layerskip_jax.recipe.layer_dropout import (
+    ApplyDropout,
+    BlockFunction,
+    DropoutMask,
+    Rows,
+    apply_masked,
+    sample_dropout_mask,
+)
+from layerskip_jax.recipe.skipping import apply_skipping
 
-Guide = Callable[[Transformer, jax.Array, jax.Array], Any]
-"""``(model, inputs_BT, segments_BT) -> arrays [B, T, ...]``, made before the exits run, for `Recipe.exit_loss`."""
+Teacher = Callable[[Transformer, jax.Array, jax.Array], Any]
+"""``(model, inputs_BT, segments_BT) -> arrays [B, T, ...]``, computed once a step, for `Recipe.exit_loss`."""
 
 IsSpike = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""``is_spike(objective, gradient_norm, usual)``: whether a step is not applied; ``usual`` is 0 before the first."""
+"""``is_spike(objective, gradient_norm, loss_ema)``: whether to skip the update; ``loss_ema`` is 0 before the first."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Above:
-    """A spike is an objective of more than ``factor`` times its moving mean; 0: nothing is one."""
+class LossSpike:
+    """``objective > factor * loss_ema``; ``factor`` 0 turns the test off."""
 
     factor: float
 
-    def __call__(self, objective: jax.Array, gradient_norm: jax.Array, usual: jax.Array) -> jax.Array:
-        return jnp.logical_and(self.factor > 0, (usual > 0) & (objective > self.factor * usual))
+    def __call__(self, objective: jax.Array, gradient_norm: jax.Array, loss_ema: jax.Array) -> jax.Array:
+        return jnp.logical_and(self.factor > 0, (loss_ema > 0) & (objective > self.factor * loss_ema))
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipping:
+    """The skipping form of layer dropout; ``row_groups`` must divide the rows of a microbatch on a device."""
+
+    row_groups: int
+
+    def __call__(self, f: BlockFunction, block: Block, rows: Rows, keep_B: jax.Array, scale: jax.Array) -> jax.Array:
+        return apply_skipping(f, block, rows, keep_B, scale, groups=self.row_groups)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What happens to which layer at which step; static under jit, so its functions must be pure."""
+    """Layer dropout and exit losses as functions of the step; static under jit, so they must be pure and hashable."""
 
     num_layers: int
     total_steps: int
@@ -50,11 +69,15 @@ class Recipe:
     is_spike: IsSpike
     exit_scale: early_exit.ExitScale = early_exit.exit_scale
     exit_loss: early_exit.ExitLoss = early_exit.cross_entropy
-    guide: Guide | None = None
+    teacher: Teacher | None = None
+    rescale: bool = False
+    """Multiply a kept block's output by ``1 / (1 - p_{l,t})`` (not in the paper)."""
+    apply_dropout: ApplyDropout = apply_masked
+    """The masked form of eq. 1, or `Skipping`."""
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
-        exits = config.early_exit
+        exits, dropout = config.early_exit, config.layer_dropout
         curricula: dict[str, early_exit.Curriculum] = {
             "rotational": early_exit.Rotational(exits.dilation, exits.always_last),
             "gradual": early_exit.gradual,
@@ -64,26 +87,28 @@ class Recipe:
         return cls(
             num_layers=config.model.num_layers,
             total_steps=config.train.steps,
-            p_max=config.layer_dropout.p_max,
-            layer_scale=layer_dropout.LAYER_SCALES[config.layer_dropout.layer_scale],
-            time_scale=layer_dropout.TIME_SCALES[config.layer_dropout.time_scale],
+            p_max=dropout.p_max,
+            layer_scale=layer_dropout.LAYER_SCALES[dropout.layer_scale],
+            time_scale=layer_dropout.TIME_SCALES[dropout.time_scale],
             curriculum=curricula[exits.curriculum],
             e_scale=exits.e_scale,
-            is_spike=Above(config.train.skip_spikes),
+            is_spike=LossSpike(config.train.skip_spikes),
+            rescale=dropout.rescale,
+            apply_dropout=Skipping(dropout.row_groups) if dropout.form == "skipping" else apply_masked,
         )
 
     def check(self) -> None:
-        """Raise `UserError` where a function gives what cannot be meant, at the first, the middle or the last step."""
+        """Raise `UserError` if a function returns a bad shape or value at the first, the middle or the last step."""
         L, T = self.num_layers, self.total_steps
 
         def parts(step: jax.Array) -> dict[str, jax.Array]:
-            scales = {"layer_scale": self.layer_scale(L), "exit_scale": self.exit_scale(L, self.e_scale)}
-            of_step = {"time_scale": self.time_scale(step, T), "curriculum": self.curriculum(step, T, L)}
-            return {name: jnp.asarray(value) for name, value in (scales | of_step).items()}
+            constant = {"layer_scale": self.layer_scale(L), "exit_scale": self.exit_scale(L, self.e_scale)}
+            scheduled = {"time_scale": self.time_scale(step, T), "curriculum": self.curriculum(step, T, L)}
+            return {name: jnp.asarray(value) for name, value in (constant | scheduled).items()}
 
         for name, part in jax.eval_shape(parts, jax.ShapeDtypeStruct((), jnp.int32)).items():
-            shape, said = ((), "one number") if name == "time_scale" else ((L,), f"{L} numbers, one a layer")
-            require(part.shape == shape, f"the recipe's {name} must give {said}, not the shape {part.shape}")
+            shape, wanted = ((), "one number") if name == "time_scale" else ((L,), f"{L} numbers, one per layer")
+            require(part.shape == shape, f"the recipe's {name} must return {wanted}, not the shape {part.shape}")
         for step in sorted({0, T // 2, T - 1}):
             rates_L, weights_L = map(np.asarray, _rates_and_weights(self, step))
             allowed = np.all((rates_L >= 0) & (rates_L < 1))
@@ -91,9 +116,31 @@ class Recipe:
             allowed = np.all((weights_L >= 0) & np.isfinite(weights_L))
             require(bool(allowed), f"the recipe's exit weights must not be negative: {weights_L.tolist()}, step {step}")
 
+    def check_rows(self, rows: int) -> None:
+        """Raise `UserError` if dropout cannot split ``rows``, the sequences of a microbatch on one device."""
+        if self.p_max > 0 and isinstance(self.apply_dropout, Skipping):
+            groups = self.apply_dropout.row_groups
+            require(
+                rows % groups == 0,
+                f"layer_dropout.row_groups {groups} must divide the {rows} sequences of a microbatch on a device",
+            )
+
     def drop_rates(self, step: ArrayLike) -> jax.Array:
         """``p_L = S(t) D(l) p_max`` (LayerSkip eq. 2)."""
         return self.time_scale(step, self.total_steps) * self.layer_scale(self.num_layers) * self.p_max
+
+    def sample_dropout(
+        self, key: jax.Array, drop_rate_L: jax.Array, batch_size: int, shards: int
+    ) -> DropoutMask | None:
+        """Draw which sequences skip which block; None without dropout.
+
+        Every one of the batch's ``shards`` gets the same mask, as in `sample_dropout_mask`.
+        """
+        if self.p_max == 0:
+            return None
+        keep_LB = sample_dropout_mask(key, drop_rate_L, batch_size, shards)
+        scale_L = 1 / (1 - drop_rate_L) if self.rescale else jnp.ones_like(drop_rate_L)
+        return DropoutMask(keep_LB, scale_L)
 
     def exit_weights(self, step: ArrayLike) -> jax.Array:
         """``w_L`` (LayerSkip eq. 6) at optimizer step ``step``."""
@@ -101,6 +148,6 @@ class Recipe:
         return early_exit.exit_weights(enabled_L, self.exit_scale(self.num_layers, self.e_scale))
 
 
-@partial(jax.jit, static_argnums=0)  # one small program, where a first call of each operation alone takes a second
+@partial(jax.jit, static_argnums=0)  # compiles once; op by op, the first calls take a second
 def _rates_and_weights(recipe: Recipe, step: ArrayLike) -> tuple[jax.Array, jax.Array]:
     return recipe.drop_rates(step), recipe.exit_weights(step)

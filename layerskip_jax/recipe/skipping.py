@@ -1,12 +1,12 @@
-"""Layer dropout that does not compute what it drops, forward or backward, under static shapes.
+"""Layer dropout that does not compute what it drops, in the forward and the backward pass, with static shapes.
 
-On each device a loop takes the kept rows through the block, a group of rows at a turn, and leaves the others where
-they are; how often it turns is known only while the program runs. JAX does not differentiate such a loop, so the
-backward pass is written here: a second loop over the same rows. What it needs of the forward pass (what `jax.vjp`
-keeps, or what `jax.checkpoint` leaves of that) lies in arrays with a place for every group, and only those of kept rows
-are written.
+Each device splits its own R sequences into I groups of J. A loop runs the block on the groups that contain a kept
+sequence; its trip count is only known at run time. JAX cannot differentiate such a loop in reverse mode, so a second
+loop over the same groups computes the backward pass. The residuals of `jax.vjp` (all of them, or those that
+`jax.checkpoint` saves) are stored in arrays with one slot per group, and only the slots of executed groups are written.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,129 +19,145 @@ from layerskip_jax.sharding import on_each_device
 
 
 def apply_skipping(
-    f: BlockFunction, weights: Any, rows: Rows, kept_B: jax.Array, scale: jax.Array, *, groups: int
+    f: BlockFunction, weights: Any, rows: Rows, keep_B: jax.Array, scale: jax.Array, *, groups: int
 ) -> jax.Array:
-    """Return what `apply_masked` returns, but run ``f`` only on as many of ``groups`` groups as hold the kept rows.
+    """Return what `apply_masked` returns, but run ``f`` only on the groups of rows that contain a kept row.
 
-    Every device does so with its own rows, which ``groups`` divides, so no row moves to another. Devices wait for each
-    other at the next collective, so draw alike for all of them (`draw_kept`).
+    ``groups`` must divide the rows of a device. No row moves to another device. Devices wait for each other at the
+    next collective, so each should keep the same number of rows (`sample_dropout_mask` with ``shards``).
     """
+    loop = _GroupLoop(f, groups)
 
     @jax.custom_vjp
     def run(weights: Any, *inputs: jax.Array) -> jax.Array:
-        return by_device(partial(_forward, f, groups))(weights, *inputs)
+        return on_devices(loop.forward)(weights, *inputs)
 
     def forward(weights: Any, *inputs: jax.Array) -> tuple[jax.Array, Any]:
-        out_BTD, saved = by_device(partial(_forward_saving, f, groups))(weights, *inputs)
-        return out_BTD, (weights, inputs[1:], saved)
+        out_BTD, residuals = on_devices(loop.forward_with_residuals)(weights, *inputs)
+        return out_BTD, (weights, inputs[1:], residuals)
 
-    def backward(kept: Any, d_out_BTD: jax.Array) -> tuple[Any, ...]:
-        weights, inputs, saved = kept
-        d_weights, d_x_BTD = by_device(partial(_backward, f, groups), saved)(weights, d_out_BTD, *inputs, saved)
-        # Over devices, added up once and not at every turn of the loop.
+    def backward(saved: Any, d_out_BTD: jax.Array) -> tuple[Any, ...]:
+        weights, inputs, residuals = saved
+        d_weights, d_x_BTD = on_devices(loop.backward, residuals)(weights, d_out_BTD, *inputs, residuals)
+        # Sum over the devices once, after the loop, and not in every iteration.
         return jax.tree.map(lambda parts: jnp.sum(parts, axis=0), d_weights), d_x_BTD, None, None, None
 
-    def by_device(loop: Callable[..., Any], *more: Any) -> Callable[..., Any]:
-        whole, rows = (), ("batch",)
-        return on_each_device(loop, [whole, rows, rows, rows, whole, *(rows for _ in more)], rows, along=rows)
+    def on_devices(loop: Callable[..., Any], *residuals: Any) -> Callable[..., Any]:
+        replicated, batch = (), ("batch",)
+        inputs = [replicated, batch, batch, batch, replicated, *(batch for _ in residuals)]
+        return on_each_device(loop, inputs, batch, along=batch)
 
     run.defvjp(forward, backward)
-    return run(weights, *rows, kept_B, jnp.asarray(scale))
+    return run(weights, *rows, keep_B, jnp.asarray(scale))
 
 
-class _Turns(NamedTuple):
-    """Which rows each turn of the loop takes, kept ones first, and how many turns are needed."""
+class _Groups(NamedTuple):
+    """The rows of each group, kept rows first, and the number of groups that contain a kept row."""
 
-    row_NG: jax.Array
+    row_IJ: jax.Array
     needed: jax.Array
 
     @classmethod
-    def of(cls, kept_R: jax.Array, groups: int) -> "_Turns":
-        row_NG = jnp.argsort(~kept_R, stable=True).reshape(groups, -1)
-        return cls(row_NG, -(-jnp.sum(kept_R) // row_NG.shape[1]))
+    def create(cls, keep_R: jax.Array, groups: int) -> "_Groups":
+        row_IJ = jnp.argsort(~keep_R, stable=True).reshape(groups, -1)
+        return cls(row_IJ, -(-jnp.sum(keep_R) // row_IJ.shape[1]))
 
-    def take(self, array: jax.Array, turn: jax.Array) -> jax.Array:
-        """Return this turn's rows. Slices, for XLA:CPU gathers element by element."""
-        return jnp.concatenate([jax.lax.dynamic_slice_in_dim(array, row, 1) for row in self.row_NG[turn]])
+    def read(self, array: jax.Array, i: jax.Array) -> jax.Array:
+        """Return the rows of group ``i``. By slices, because XLA:CPU gathers element by element."""
+        return jnp.concatenate([jax.lax.dynamic_slice_in_dim(array, row, 1) for row in self.row_IJ[i]])
 
-    def put(self, array: jax.Array, turn: jax.Array, rows: jax.Array) -> jax.Array:
-        for place, row in enumerate(self.row_NG[turn]):
-            array = jax.lax.dynamic_update_slice_in_dim(array, rows[place : place + 1], row, 0)
+    def write(self, array: jax.Array, i: jax.Array, values: jax.Array) -> jax.Array:
+        """Return ``array`` with the rows of group ``i`` replaced."""
+        for place, row in enumerate(self.row_IJ[i]):
+            array = jax.lax.dynamic_update_slice_in_dim(array, values[place : place + 1], row, 0)
         return array
 
 
-def _forward(f: BlockFunction, groups: int, weights: Any, x_RTD: jax.Array, *others: jax.Array) -> jax.Array:
-    """Return ``out_RTD`` of a device's own rows."""
-    segments_RT, kept_R, scale = others
-    turns = _Turns.of(kept_R, groups)
+@dataclasses.dataclass(frozen=True)
+class _GroupLoop:
+    """The loops over groups on one device; ``scale`` is a scalar and the other arrays are the device's rows."""
 
-    def turn(t: jax.Array, out_RTD: jax.Array) -> jax.Array:
-        x_GTD, segments_GT, kept_G = (turns.take(array, t) for array in (x_RTD, segments_RT, kept_R))
-        return turns.put(out_RTD, t, apply_masked(f, weights, (x_GTD, segments_GT), kept_G, scale))
+    f: BlockFunction
+    groups: int
 
-    return jax.lax.fori_loop(0, turns.needed, turn, x_RTD)
+    def forward(
+        self, weights: Any, x_RTD: jax.Array, segments_RT: jax.Array, keep_R: jax.Array, scale: jax.Array
+    ) -> jax.Array:
+        """Return ``out_RTD``."""
+        groups = _Groups.create(keep_R, self.groups)
 
+        def run_group(i: jax.Array, out_RTD: jax.Array) -> jax.Array:
+            x_JTD, segments_JT, keep_J = (groups.read(array, i) for array in (x_RTD, segments_RT, keep_R))
+            return groups.write(out_RTD, i, apply_masked(self.f, weights, (x_JTD, segments_JT), keep_J, scale))
 
-def _forward_saving(
-    f: BlockFunction, groups: int, weights: Any, x_RTD: jax.Array, *others: jax.Array
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Return ``out_RTD`` and, [groups, ...] each, what the pullbacks of the turns keep of their rows."""
-    segments_RT, kept_R, scale = others
-    turns = _Turns.of(kept_R, groups)
+        return jax.lax.fori_loop(0, groups.needed, run_group, x_RTD)
 
-    def turn(t: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
-        # Rows come from x and not from the output, so a recomputation that needs only `saved` drops the output.
-        out_RTD, saved = carry
-        x_GTD, segments_GT, kept_G = (turns.take(array, t) for array in (x_RTD, segments_RT, kept_R))
-        out_GTD, pullback = _vjp(f, weights, x_GTD, segments_GT, kept_G, scale)
-        leaves = [leaf for leaf, varies in zip(jax.tree.leaves(pullback), of_rows, strict=True) if varies]
-        write = partial(jax.lax.dynamic_update_index_in_dim, index=t, axis=0)
-        return turns.put(out_RTD, t, out_GTD), [write(*pair) for pair in zip(saved, leaves, strict=True)]
+    def forward_with_residuals(
+        self, weights: Any, x_RTD: jax.Array, segments_RT: jax.Array, keep_R: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """Return ``out_RTD``, and the residuals that depend on the rows, each ``[groups, ...]``."""
+        groups = _Groups.create(keep_R, self.groups)
 
-    shapes, of_rows = _kept_by_pullback(f, weights, turns, x_RTD, *others)
-    places = [jnp.zeros((groups, *s.shape), s.dtype) for s, varies in zip(shapes, of_rows, strict=True) if varies]
-    return jax.lax.fori_loop(0, turns.needed, turn, (x_RTD, places))
+        def run_group(i: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+            # Read rows from x and not from the output: if only the residuals are recomputed, XLA drops the output.
+            out_RTD, saved = carry
+            x_JTD, segments_JT, keep_J = (groups.read(array, i) for array in (x_RTD, segments_RT, keep_R))
+            out_JTD, pullback = self._vjp(weights, x_JTD, segments_JT, keep_J, scale)
+            leaves = [leaf for leaf, varies in zip(jax.tree.leaves(pullback), by_row, strict=True) if varies]
+            store = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+            return groups.write(out_RTD, i, out_JTD), [store(*pair) for pair in zip(saved, leaves, strict=True)]
 
+        shapes, by_row = self._residual_shapes(weights, x_RTD, segments_RT, keep_R, scale)
+        stored = [shape for shape, varies in zip(shapes, by_row, strict=True) if varies]
+        slots = [jnp.zeros((self.groups, *shape.shape), shape.dtype) for shape in stored]
+        return jax.lax.fori_loop(0, groups.needed, run_group, (x_RTD, slots))
 
-def _backward(f: BlockFunction, groups: int, weights: Any, d_RTD: jax.Array, *others: Any) -> tuple[Any, jax.Array]:
-    """Return the gradients ``d_weights``, with an axis before it for the devices, and ``d_x_RTD``."""
-    segments_RT, kept_R, scale, saved = others
-    turns = _Turns.of(kept_R, groups)
-    _, of_rows = _kept_by_pullback(f, weights, turns, d_RTD, segments_RT, kept_R, scale)
+    def backward(
+        self,
+        weights: Any,
+        d_RTD: jax.Array,
+        segments_RT: jax.Array,
+        keep_R: jax.Array,
+        scale: jax.Array,
+        residuals: list[jax.Array],
+    ) -> tuple[Any, jax.Array]:
+        """Return ``d_weights``, with a leading axis of size 1 for the devices, and ``d_x_RTD``."""
+        groups = _Groups.create(keep_R, self.groups)
+        _, by_row = self._residual_shapes(weights, d_RTD, segments_RT, keep_R, scale)
 
-    def turn(t: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        d_RTD, d_weights = carry
-        d_GTD, segments_GT, kept_G = (turns.take(array, t) for array in (d_RTD, segments_RT, kept_R))
-        # Made again for what does not come from the rows, the weights in the compute type; the rest is put in from the
-        # forward pass, so the compiler drops its computation.
-        _, pullback = _vjp(f, weights, jnp.zeros_like(d_GTD), segments_GT, kept_G, scale)
-        made, structure = jax.tree.flatten(pullback)
-        stored = iter(saved)
-        leaves = [next(stored)[t] if varies else leaf for leaf, varies in zip(made, of_rows, strict=True)]
-        more, d_GTD = jax.tree.unflatten(structure, leaves)(d_GTD)
-        return turns.put(d_RTD, t, d_GTD), jax.tree.map(jnp.add, d_weights, more)
+        def run_group(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            d_RTD, d_weights = carry
+            d_JTD, segments_JT, keep_J = (groups.read(array, i) for array in (d_RTD, segments_RT, keep_R))
+            # Rebuild the pullback for its residuals that do not depend on the rows, such as weights in the compute
+            # dtype. The others are replaced by the stored ones, so XLA drops their computation.
+            _, pullback = self._vjp(weights, jnp.zeros_like(d_JTD), segments_JT, keep_J, scale)
+            rebuilt, structure = jax.tree.flatten(pullback)
+            stored = iter(residuals)
+            leaves = [next(stored)[i] if varies else leaf for leaf, varies in zip(rebuilt, by_row, strict=True)]
+            group_d_weights, d_JTD = jax.tree.unflatten(structure, leaves)(d_JTD)
+            return groups.write(d_RTD, i, d_JTD), jax.tree.map(jnp.add, d_weights, group_d_weights)
 
-    zeros = jax.tree.map(jnp.zeros_like, weights)
-    d_RTD, d_weights = jax.lax.fori_loop(0, turns.needed, turn, (d_RTD, zeros))
-    return jax.tree.map(lambda total: total[None], d_weights), d_RTD
+        zeros = jax.tree.map(jnp.zeros_like, weights)
+        d_RTD, d_weights = jax.lax.fori_loop(0, groups.needed, run_group, (d_RTD, zeros))
+        return jax.tree.map(lambda total: total[None], d_weights), d_RTD
 
+    def _vjp(
+        self, weights: Any, x_JTD: jax.Array, segments_JT: jax.Array, keep_J: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, Callable[[jax.Array], tuple[Any, jax.Array]]]:
+        return jax.vjp(lambda w, x: apply_masked(self.f, w, (x, segments_JT), keep_J, scale), weights, x_JTD)
 
-def _vjp(
-    f: BlockFunction, weights: Any, x_GTD: jax.Array, segments_GT: jax.Array, kept_G: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, Callable[[jax.Array], tuple[Any, jax.Array]]]:
-    return jax.vjp(lambda weights, x: apply_masked(f, weights, (x, segments_GT), kept_G, scale), weights, x_GTD)
+    def _residual_shapes(
+        self, weights: Any, x_RTD: jax.Array, segments_RT: jax.Array, keep_R: jax.Array, scale: jax.Array
+    ) -> tuple[list[jax.ShapeDtypeStruct], list[bool]]:
+        """Return the shape of each residual of a group's pullback, and whether it depends on the rows.
 
+        It does if its shape changes with the number of rows.
+        """
 
-def _kept_by_pullback(
-    f: BlockFunction, weights: Any, turns: _Turns, *inputs: jax.Array
-) -> tuple[list[jax.ShapeDtypeStruct], list[bool]]:
-    """Return the shapes of what a pullback keeps, and which of it comes from the rows: what grows with their number."""
+        def shapes(rows: int) -> list[jax.ShapeDtypeStruct]:
+            arrays = [jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype) for a in (x_RTD, segments_RT, keep_R)]
+            return jax.eval_shape(lambda *arrays: jax.tree.leaves(self._vjp(*arrays)[1]), weights, *arrays, scale)
 
-    def shapes(rows: int) -> list[jax.ShapeDtypeStruct]:
-        *of_rows, scale = inputs
-        taken = [jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype) for array in of_rows]
-        return jax.eval_shape(lambda *arrays: jax.tree.leaves(_vjp(f, *arrays)[1]), weights, *taken, scale)
-
-    size = turns.row_NG.shape[1]
-    kept, larger = shapes(size), shapes(size + 1)
-    return kept, [a.shape != b.shape for a, b in zip(kept, larger, strict=True)]
+        J = x_RTD.shape[0] // self.groups
+        group, larger = shapes(J), shapes(J + 1)
+        return group, [a.shape != b.shape for a, b in zip(group, larger, strict=True)]

@@ -1,57 +1,62 @@
-"""What is done about an optimizer step that was not applied: its batch is stored, and too many in a row end the run."""
+"""Handle optimizer steps that were not applied: store the batch, and stop the run after too many in a row."""
 
 import io
 import math
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from etils import epath
 
+from layerskip_jax.checkpoint.run_folder import checkpoint_folder
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError
-from layerskip_jax.training.checkpoints import Checkpoints
 from layerskip_jax.training.step import StepMetrics
 
 
 class BadSteps:
-    """Watches the steps of a run. Every process stores its own rows of a bad batch in ``RUN_DIR/bad_batches``."""
+    """Counts steps that were not applied. Every process stores its rows of such a batch in ``RUN_DIR/bad_batches``.
 
-    def __init__(self, config: Config, checkpoints: Checkpoints):
-        self._limit, self._checkpoints = config.train.bad_steps, checkpoints
+    ``latest_checkpoint`` returns the step of the newest complete checkpoint, or None.
+    """
+
+    def __init__(self, config: Config, latest_checkpoint: Callable[[], int | None]):
+        self._limit, self._latest_checkpoint = config.train.bad_steps, latest_checkpoint
+        self._checkpoint_folder = checkpoint_folder(config)
         self._folder = epath.Path(config.train.run_dir).expanduser() / "bad_batches"
         self.in_a_row = 0
 
     def after_step(self, done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:
-        """Look at optimizer step number ``done``, whose metrics are on the host; `UserError` after too many."""
+        """Check step number ``done``, whose metrics are on the host; `UserError` after ``train.bad_steps`` in a row."""
         if metrics.applied:
             self.in_a_row = 0
             return
         self.in_a_row += 1
         loss, norm = float(metrics.objective), float(metrics.gradient_norm)
-        why = "is a spike" if math.isfinite(loss) and math.isfinite(norm) else "is not finite"
-        line = f"step {done} is not applied, since it {why}: loss {loss:.4g}, gradient norm {norm:.4g}; its batch: "
+        reason = "a loss spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
         stored = self._store(done, batch)
         if jax.process_index() == 0:
-            print(line + stored, file=sys.stderr, flush=True)
+            line = (
+                f"step {done} is not applied ({reason}): loss {loss:.4g}, gradient norm {norm:.4g}; its batch: {stored}"
+            )
+            print(line, file=sys.stderr, flush=True)
         if self.in_a_row < self._limit:
             return
-        kept = self._checkpoints.latest()
-        where = (
-            f"the checkpoint of step {kept} in {self._checkpoints.folder} is good: " if kept else "nothing is saved: "
-        )
+        step = self._latest_checkpoint()
+        where = f"the checkpoint of step {step} in {self._checkpoint_folder} is good" if step else "nothing is saved"
         raise UserError(
             f"{self.in_a_row} steps in a row were not applied (train.bad_steps): the loss is {loss} and the gradient "
-            f"norm {norm} at step {done}; {where}lower optimizer.learning_rate or look at the data, and start again"
+            f"norm {norm} at step {done}; {where}: lower optimizer.learning_rate or check the data, and restart"
         )
 
     def _store(self, done: int, batch: dict[str, np.ndarray]) -> str:
-        several = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
-        file, held = self._folder / f"{done}{several}.npz", io.BytesIO()
-        np.savez(held, **batch)  # type: ignore[arg-type]
+        suffix = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
+        file, content = self._folder / f"{done}{suffix}.npz", io.BytesIO()
+        np.savez(content, **batch)  # type: ignore[arg-type]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(held.getvalue())
+            file.write_bytes(content.getvalue())
         except OSError as error:
             return f"cannot be stored in {file}: {error}"
         return str(file)

@@ -1,6 +1,6 @@
-"""The checkpoints of a run: saved in the background, kept, and read again, the newest that is whole.
+"""Checkpoints of a run: asynchronous saves, retention, and restoring the newest intact one.
 
-Model, optimizer, data position and config are saved together through orbax, and appear together or not at all.
+orbax saves model, optimizer, data position and config as one atomic checkpoint.
 """
 
 import contextlib
@@ -12,34 +12,36 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from layerskip_jax.checkpoint.digests import digests
-from layerskip_jax.checkpoint.reading import (
+from layerskip_jax.checkpoint.arrays import (
     DamagedCheckpoint,
-    checkpoint_folder,
-    differences,
-    in_item,
-    in_short,
+    corrupted_array,
     named_arrays,
+    prefix_names,
     read_arrays,
+    summarize,
+    with_arrays,
+)
+from layerskip_jax.checkpoint.digests import digests
+from layerskip_jax.checkpoint.reading import differences
+from layerskip_jax.checkpoint.run_folder import (
+    checkpoint_folder,
+    json_sha256,
     read_checksums,
     read_config,
     read_data_positions,
     sha256,
-    sha256_of,
-    with_arrays,
-    wrong_array,
 )
-from layerskip_jax.config import Config, experiment
-from layerskip_jax.data.load_tokenizer import load_tokenizer, tokenizer_in
-from layerskip_jax.data.position import Position
+from layerskip_jax.config import Config, saved_settings
+from layerskip_jax.data.load_tokenizer import find_tokenizer, load_tokenizer
+from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.distributed import first_said, together
+from layerskip_jax.distributed import agree, first_message
 from layerskip_jax.errors import UserError
 from layerskip_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run, as a context manager that waits for the last save on its way out."""
+    """The checkpoints of one run; leaving the context manager waits for the last save."""
 
     def __init__(self, config: Config):
         self.folder = checkpoint_folder(config)
@@ -52,8 +54,8 @@ class Checkpoints:
             max_to_keep=self._config.train.keep_checkpoints,
             keep_period=self._config.train.keep_every or None,
             create=True,
-            cleanup_tmp_directories=True,  # what a killed process, or a save that failed, had begun
-            lightweight_initialize=True,  # reads nothing of a checkpoint that may be damaged
+            cleanup_tmp_directories=True,  # left by a killed process or a failed save
+            lightweight_initialize=True,  # do not read checkpoints yet: they may be damaged
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -62,60 +64,62 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-            return  # another process is gone, for which orbax would wait
+            return  # another process is lost, and orbax would wait for it
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             if kind is None:
-                self._save_has_failed(error)
+                self._handle_failed_save(error)
             else:
-                _warn(f"the last checkpoint could not be written: {in_short(error)}")
+                _warn(f"the last checkpoint could not be written: {summarize(error)}")
         finally:
-            with contextlib.suppress(Exception):  # what it has raised above, it may raise again
+            with contextlib.suppress(Exception):  # it may raise the same error again
                 self._manager.close()
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raise `UserError` if the run has another tokenizer already: one run has one."""
-        path = tokenizer_in(self.folder)
+        """Raise `UserError` if the run was started with another tokenizer."""
+        path = find_tokenizer(self.folder)
         if path and load_tokenizer(str(path)).files != tokenizer.files:
             raise UserError(
                 f"the run {self._config.train.run_dir} was trained with another tokenizer than "
                 f"{self._config.data.tokenizer}: continue with --data.tokenizer {path}, or start a new --train.run_dir"
             )
 
-    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Put the tokenizer beside the checkpoints, so that they need no other file."""
+    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Copy the tokenizer to the folder of the checkpoints, so that they need no other file."""
         self._tokenizer = tokenizer.files
         for name, content in tokenizer.files.items() if jax.process_index() == 0 else ():
-            begun, file = self.folder / f"{name}.begun", self.folder / name
+            partial, file = self.folder / f"{name}.begun", self.folder / name
             if not file.exists():
-                begun.write_bytes(content)
-                begun.replace(file)  # so that a process that is killed here leaves no half of it
+                partial.write_bytes(content)
+                partial.replace(file)  # atomic: a process killed here leaves no partial file
 
-    def save(self, state: TrainState, data: Position, last: bool = False) -> None:
-        """Save after the step that ``state.step`` counts; returns as soon as the arrays are copied.
+    def save(self, state: TrainState, data: DataPosition, last: bool = False) -> None:
+        """Save ``state`` as the checkpoint of step ``state.step``; returns as soon as the arrays are copied.
 
-        What goes wrong, now or later in the background, is raised as `UserError` or said, as ``train.failed_save`` has
-        it. So are numbers that are not finite, which are never saved. The ``last`` save of a process is waited for, and
-        raises in any case: no later one makes up for it.
+        ``train.failed_save`` decides whether a failure, now or later in the background, raises `UserError` or prints a
+        warning. The ``last`` save of a process blocks, and its failure always raises, since no later save replaces it.
+        Raises `UserError` for parameters that are not finite.
         """
-        model, optimizer = named_arrays(state.model), named_arrays(_rest(state))
-        sums, finite = digests({**in_item("model", model), **in_item("optimizer", optimizer)})
+        model, optimizer = named_arrays(state.model), named_arrays(_optimizer_item(state))
+        sums, finite = digests({**prefix_names("model", model), **prefix_names("optimizer", optimizer)})
         if not finite:
             raise UserError(
-                f"parameters are not finite after step {int(state.step)}, so they are not saved; the checkpoint of "
-                f"step {self.latest()} in {self.folder} is the newest: lower optimizer.learning_rate and start again"
+                f"parameters are not finite after step {int(state.step)}, so they are not saved; the newest "
+                f"checkpoint in {self.folder} is of step {self.latest()}: lower optimizer.learning_rate and restart"
             )
-        config = experiment(self._config)
+        config = saved_settings(self._config)
         tokenizer = {name: sha256(content) for name, content in self._tokenizer.items()}
-        checksums = {"arrays": sums, "config": sha256_of(config), "tokenizer": tokenizer}
+        checksums = {"arrays": sums, "config": json_sha256(config), "tokenizer": tokenizer}
         try:
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(model),
                     optimizer=ocp.args.StandardSave(optimizer),
-                    batches=grain.checkpoint.CheckpointSave(data),  # named to be written first, for it may fail at once
+                    batches=grain.checkpoint.CheckpointSave(
+                        data
+                    ),  # first in alphabetical order, since it may fail at once
                     config=ocp.args.JsonSave(config),
                     checksums=ocp.args.JsonSave(checksums),
                 ),
@@ -123,88 +127,88 @@ class Checkpoints:
             if last:
                 self._manager.wait_until_finished()
         except Exception as error:
-            self._save_has_failed(error, last)
+            self._handle_failed_save(error, last)
 
     def check(self) -> None:
-        """Raise or say, as ``train.failed_save`` has it, what went wrong in the background since the last look."""
+        """Raise or print failures of background saves since the last call, as ``train.failed_save`` says."""
         try:
             self._manager.check_for_errors()
         except Exception as error:
-            self._save_has_failed(error)
+            self._handle_failed_save(error)
 
-    def _save_has_failed(self, error: Exception, last: bool = False) -> None:
+    def _handle_failed_save(self, error: Exception, last: bool = False) -> None:
         newest = self.latest()
-        alone = jax.process_count() == 1  # the others may know of nothing, and would be waited for
+        alone = jax.process_count() == 1  # other processes may not see the failure, and orbax would wait for them
         if alone:
             with contextlib.suppress(Exception):
                 self._manager.close()
-            self._manager = self._open()  # orbax's would raise the same error at every save from here on
-        kept = f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
-        line = f"a checkpoint could not be written to {self.folder}: {in_short(error)}; {kept}"
+            self._manager = self._open()  # the old one would raise the same error at every later save
+        earlier = f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
+        line = f"a checkpoint could not be written to {self.folder}: {summarize(error)}; {earlier}"
         if last:
-            raise UserError(f"{line}; mend that and start again") from error
+            raise UserError(f"{line}; fix this and restart") from error
         if self._config.train.failed_save == "stop" or not alone:
-            raise UserError(f"{line} (a run of one process goes on without, with train.failed_save go_on)") from error
-        _warn(f"{line}; the run goes on, and tries again at the next one (train.failed_save)")
+            raise UserError(f"{line} (train.failed_save go_on lets a run of one process continue)") from error
+        _warn(f"{line}; the run continues and retries at the next checkpoint (train.failed_save)")
 
     def latest(self) -> int | None:
-        """Return the step of the newest complete checkpoint, or None; waits for one that is being written."""
-        with contextlib.suppress(Exception):  # a save that has failed is not complete, and is said elsewhere
+        """Return the step of the newest complete checkpoint, or None; waits for a save in progress."""
+        with contextlib.suppress(Exception):  # `check` reports failures
             self._manager.wait_until_finished()
         return max(self._steps(), default=None)
 
     def _steps(self) -> list[int]:
         return sorted(ocp.utils.checkpoint_steps(self.folder), reverse=True)
 
-    def restore(self, abstract: TrainState, data: Position) -> TrainState | None:
-        """Restore the newest checkpoint into the shapes and shardings of ``abstract``, and set ``data`` to its place.
+    def restore(self, abstract: TrainState, data: DataPosition) -> TrainState | None:
+        """Restore the newest checkpoint into the shapes and shardings of ``abstract``, and its position into ``data``.
 
-        Returns None where there is none. One that is damaged is named, and the one before it taken, or the run stopped,
-        as ``train.damaged_checkpoint`` says; what was passed over is moved to ``RUN_DIR/damaged``. Raises `UserError`
-        when the checkpoint holds another model, or when none is whole.
+        Returns None without a checkpoint. If the newest is damaged, ``train.damaged_checkpoint`` decides whether to
+        raise `DamagedCheckpoint`, or to warn, restore the one before and move the damaged one to ``RUN_DIR/damaged``.
+        Raises `UserError` if the checkpoint holds another model, or if none is intact.
         """
         damaged: list[tuple[int, str]] = []
-        for step in together("checkpoints", self._steps, lambda steps: steps):
+        for step in agree("checkpoints", self._steps, lambda steps: steps):
             state, problem = self._read(step, abstract, data)
             if not problem:
-                self._move_away([step for step, _ in damaged])
+                self._move_damaged([step for step, _ in damaged])
                 return state
             damaged.append((step, problem))
             if self._config.train.damaged_checkpoint == "stop":
-                raise DamagedCheckpoint(
-                    f"{problem} (train.damaged_checkpoint go_back takes the one before, if it is whole)"
-                )
+                raise DamagedCheckpoint(f"{problem} (train.damaged_checkpoint go_back restores the one before)")
             if jax.process_index() == 0:
-                _warn(f"{problem}; the one before is taken, if it is whole (train.damaged_checkpoint)")
+                _warn(f"{problem}; trying the one before (train.damaged_checkpoint)")
         if damaged:
             raise DamagedCheckpoint(
-                f"no checkpoint of {self.folder} is whole: start a new run with another --train.run_dir"
+                f"no checkpoint in {self.folder} is intact: start a new run with another --train.run_dir"
             )
         return None
 
-    def _read(self, step: int, abstract: TrainState, data: Position) -> tuple[TrainState | None, str]:
-        """Return a checkpoint's state, or what is wrong with it: the same on every process."""
+    def _read(self, step: int, abstract: TrainState, data: DataPosition) -> tuple[TrainState | None, str]:
+        """Return a checkpoint's state, or else a description of the damage, on all processes the same."""
         folder, problem = self.folder / str(step), ""
         model, optimizer, sums, positions = {}, {}, {}, {}
         try:
             saved = read_config(folder)
-            self._check_it_fits(folder, saved)
+            self._check_config(folder, saved)
             sums = read_checksums(folder)["arrays"]
             positions = read_data_positions(folder)
             model = read_arrays(folder / "model", named_arrays(abstract.model))
-            optimizer = read_arrays(folder / "optimizer", named_arrays(_rest(abstract)))
+            optimizer = read_arrays(folder / "optimizer", named_arrays(_optimizer_item(abstract)))
         except DamagedCheckpoint as error:
             problem = str(error)
-        problem = first_said(problem)  # before the digests, which all processes compute together
-        problem = problem or wrong_array(folder, sums, {**in_item("model", model), **in_item("optimizer", optimizer)})
+        problem = first_message(problem)  # agree before the digests, which are a collective
+        problem = problem or corrupted_array(
+            folder, sums, {**prefix_names("model", model), **prefix_names("optimizer", optimizer)}
+        )
         if problem:
             return None, problem
         data.set_state(positions, self._config.train.batch_size, same_rows(saved, self._config))
-        rest = with_arrays(_rest(abstract), optimizer)
+        item = with_arrays(_optimizer_item(abstract), optimizer)
         model = with_arrays(abstract.model, model)
-        return TrainState(step=rest["step"], model=model, opt_state=rest["state"], usual=rest["usual"]), ""
+        return TrainState(step=item["step"], model=model, opt_state=item["state"], loss_ema=item["usual"]), ""
 
-    def _check_it_fits(self, folder: epath.Path, saved: Config) -> None:
+    def _check_config(self, folder: epath.Path, saved: Config) -> None:
         for name, old, new in differences(saved.model, self._config.model):
             raise UserError(
                 f"the checkpoint {folder} has model.{name} {old}, but the config says {new}: continue with "
@@ -216,22 +220,22 @@ class Checkpoints:
                 f"the config says {self._config.optimizer.name}: their states differ; keep {saved.optimizer.name}"
             )
 
-    def _move_away(self, steps: list[int]) -> None:
-        """Make room for the checkpoints that the run is going to write again."""
+    def _move_damaged(self, steps: list[int]) -> None:
+        """Move damaged checkpoints away, so that the run can save those steps again."""
 
         def move() -> None:
             for step in steps if jax.process_index() == 0 else []:
-                away = self.folder.parent / "damaged"
-                away.mkdir(exist_ok=True)
-                taken = len(list(away.glob(f"{step}*")))
-                (self.folder / str(step)).rename(away / (f"{step}-{taken}" if taken else str(step)))
+                target = self.folder.parent / "damaged"
+                target.mkdir(exist_ok=True)
+                earlier = len(list(target.glob(f"{step}*")))
+                (self.folder / str(step)).rename(target / (f"{step}-{earlier}" if earlier else str(step)))
 
-        together("damaged checkpoints", move)
+        agree("damaged checkpoints", move)
         self._manager.reload()
 
-    def changes(self, step: int) -> list[str]:
-        """Return what is said of going on from a checkpoint with other settings."""
-        old, new = experiment(read_config(self.folder / str(step))), experiment(self._config)
+    def changed_settings(self, step: int) -> list[str]:
+        """Describe the settings that changed since the checkpoint of ``step``, in at most one line."""
+        old, new = saved_settings(read_config(self.folder / str(step))), saved_settings(self._config)
         changed = [
             f"{group}.{name} {old[group][name]} -> {value}"
             for group, settings in new.items()
@@ -242,7 +246,7 @@ class Checkpoints:
 
 
 def same_rows(one: Config, other: Config) -> bool:
-    """Say whether two configs, of one batch size, make the same rows of the same documents, wherever those lie."""
+    """Return whether two configs with one batch size pack the same documents into the same rows."""
     names = ("source", "name", "train_split", "prompt_key", "sequence_length", "shuffle_window")
     return one.train.seed == other.train.seed and all(
         getattr(one.data, name) == getattr(other.data, name) for name in names
@@ -250,15 +254,16 @@ def same_rows(one: Config, other: Config) -> bool:
 
 
 def make_run_folder(config: Config) -> None:
-    """Make the folder of a run's checkpoints; raises `UserError` where that cannot be."""
+    """Create the folder of a run's checkpoints; raises `UserError` if that fails."""
     try:
         checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the run folder {config.train.run_dir} (train.run_dir) cannot be made: {error}") from error
+        raise UserError(f"the run folder {config.train.run_dir} (train.run_dir) cannot be created: {error}") from error
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "state": state.opt_state, "usual": state.usual}
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    # These names are in every stored checkpoint: "usual" is the former name of `loss_ema`.
+    return {"step": state.step, "state": state.opt_state, "usual": state.loss_ema}
 
 
 def _warn(line: str) -> None:

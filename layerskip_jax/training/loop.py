@@ -4,6 +4,7 @@ import contextlib
 import signal
 import time
 from functools import partial
+from typing import NamedTuple
 
 import grain
 import jax
@@ -11,15 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from layerskip_jax.checkpoint.reading import initial_model
-from layerskip_jax.config import Config, experiment
-from layerskip_jax.data.documents import digest_of
+from layerskip_jax.config import Config, TrainConfig, saved_settings
+from layerskip_jax.data.documents import documents_digest
 from layerskip_jax.data.load_tokenizer import fingerprint, load_tokenizer
 from layerskip_jax.data.pipeline import local_batches, to_devices
-from layerskip_jax.data.position import Position
+from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import TextGenerator
-from layerskip_jax.distributed import StopRequest, own_rows, together
+from layerskip_jax.distributed import StopRequest, agree, local_rows
 from layerskip_jax.errors import Interrupted
 from layerskip_jax.evaluation.exits import evaluate
 from layerskip_jax.model import Transformer
@@ -27,6 +28,7 @@ from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import batch_sharding, make_mesh
 from layerskip_jax.training.bad_steps import BadSteps
 from layerskip_jax.training.checkpoints import Checkpoints, make_run_folder
+from layerskip_jax.training.monitoring.flops import peak_flops
 from layerskip_jax.training.monitoring.goodput import Goodput
 from layerskip_jax.training.monitoring.metrics import read_records
 from layerskip_jax.training.monitoring.progress import Progress, opening_line
@@ -35,110 +37,136 @@ from layerskip_jax.training.step import StepMetrics, Trainer, TrainState
 
 
 def train(config: Config, recipe: Recipe | None = None) -> TrainState:
-    """Train as ``config`` says, from the newest checkpoint in its run folder if there is one; return the last state.
+    """Train until ``config.train.steps``, from the newest checkpoint in the run folder if any; return the last state.
 
-    ``recipe`` replaces the functions that the config names, for research variants. Every process of a run calls it
-    alike. Raises `UserError` for what the user can mend: a corpus, a tokenizer, a mesh or a checkpoint that does not
-    fit, or steps that are not finite; and `Interrupted` after SIGTERM or SIGINT, when the step is done and saved.
+    ``recipe`` replaces the functions that the config names. Every process of a run calls `train`. Raises `UserError`
+    if a corpus, tokenizer, mesh or checkpoint does not fit, or if too many steps in a row are not finite; `Interrupted`
+    after SIGTERM or SIGINT, once the current step is done and saved.
     """
     began = time.time()
     mesh = make_mesh(config)
-    rows = own_rows(batch_sharding(mesh), config.train.batch_size)
-    recipe = recipe or Recipe.from_config(config)
-    recipe.check()
-    trainer = Trainer(config, recipe, mesh)
+    trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
+    trainer.recipe.check()
 
-    with jax.set_mesh(mesh), StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
-        tokenizer, data = together("settings", partial(_open, config, mesh), lambda _: experiment(config))
-        if jax.process_count() > 1:
-            together("tokenizer and corpus", partial(_read, config), lambda said: said)
-        together("run folder", partial(make_run_folder, config))
-        checkpoints = stack.enter_context(Checkpoints(config))
-        together("tokenizer", partial(checkpoints.check_tokenizer, tokenizer))
-        checkpoints.keep_tokenizer(tokenizer)
-        position = Position(data, rows)
-        state, start = checkpoints.restore(trainer.abstract_state(), position), "from scratch"
-        if state is None and config.train.init_from:
-            check = partial(initial_model, config, tokenizer, trainer.abstract_state().model)
-            state, first = trainer.init(together("initial weights", check)()), 0
-            start = f"from {config.train.init_from}"
-        elif state is None:
-            state, first = trainer.init(), 0
-        else:
-            first = int(state.step)
-            start = "; ".join([f"resuming after step {first}", *checkpoints.changes(first)])
+    with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
+        tokenizer, data = _open_data(config, mesh)
+        position = DataPosition(data, local_rows(batch_sharding(mesh), config.train.batch_size))
+        checkpoints = _open_checkpoints(config, tokenizer, stack)
+        state, first, start = _restore_or_init(trainer, checkpoints, position, tokenizer)
         goodput = Goodput(read_records(config.train.run_dir), first, since=began)
-        progress = stack.enter_context(Progress(config, first, goodput))
+        progress = stack.enter_context(Progress(config, trainer.recipe, first, goodput, peak_flops()))
         profiler = stack.enter_context(Profiler(config.train))
-        bad_steps = BadSteps(config, checkpoints)
-        progress.say(opening_line(config, mesh, start))
-        advance = trainer.compile_step() if first < config.train.steps else trainer.step
+        bad_steps = BadSteps(config, checkpoints.latest)
+        progress.log(opening_line(config, mesh, start))
+        step_fn = trainer.compile_step() if first < config.train.steps else trainer.step
 
-        def look_at(done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:
+        def report_step(done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:
             metrics = jax.device_get(metrics)
             progress.after_step(done, metrics)
             bad_steps.after_step(done, metrics, batch)
             checkpoints.check()
 
         pending: tuple[StepMetrics, dict[str, np.ndarray]] | None = None
-        for step in range(first, config.train.steps):
-            profiler.before_step(step + 1, state)
+        for done in range(first + 1, config.train.steps + 1):
+            profiler.before_step(done, state)
             with progress.during("data"):
                 batch = next(data)
-            state, metrics = advance(state, to_devices(batch, mesh))
-            # The device works on this step while the host looks at the one before.
-            if pending is not None:
-                look_at(step, *pending)
-            pending, done = (metrics, batch), step + 1
+            state, metrics = step_fn(state, to_devices(batch, mesh))
+            if pending is not None:  # the device computes this step while the host reports the previous one
+                report_step(done - 1, *pending)
+            pending = metrics, batch
 
             stopped = stop.agreed() if done < config.train.steps else 0
-            evaluates = not stopped and _due(done, config.train.evaluate_every, config.train.steps)
-            saves = stopped or _due(done, config.train.checkpoint_every, config.train.steps)
-            samples = not stopped and config.train.sample_every and done % config.train.sample_every == 0
-            if evaluates or saves or samples:
-                look_at(done, *pending)  # before saving, so that no bad state is saved
+            due = _due(config.train, done, bool(stopped))
+            if any(due):
+                report_step(done, *pending)  # before saving, so that no bad state is saved
                 pending = None
-                # What makes steps bad may lie in the parameters: the good checkpoint is not pushed out by them.
-                saves = saves and (stopped or done == config.train.steps or not bad_steps.in_a_row)
-            if evaluates:
+            if due.evaluate:
                 with progress.during("evaluating"):
                     progress.after_evaluation(done, evaluate(state.model, config, mesh))
-            if saves:
+            last = bool(stopped) or done == config.train.steps
+            # After bad steps the parameters may be bad too: do not push out the good checkpoint.
+            if due.save and (last or not bad_steps.in_a_row):
                 with progress.during("saving"):
-                    checkpoints.save(state, position, last=bool(stopped) or done == config.train.steps)
+                    checkpoints.save(state, position, last)
                 progress.after_save(done)
-            if samples:
+            if due.sample:
                 with progress.during("sampling"):
-                    progress.after_sample(done, _sample(config, state.model, tokenizer))
+                    progress.after_sample(done, _sample(config, state.model, tokenizer, mesh))
             if stopped:
                 name = signal.Signals(stopped).name
-                raise Interrupted(
-                    stopped, f"{name}: ended after step {done}, which is saved; started again, it goes on"
-                )
+                raise Interrupted(stopped, f"{name}: stopped after step {done}, which is saved; restart to resume")
     return state
 
 
-def _read(config: Config) -> dict[str, str]:
-    """Return what tells a tokenizer and the splits of a corpus from others."""
-    splits = (config.data.train_split, config.data.validation_split)
-    return {"tokenizer": fingerprint(config.data.tokenizer)} | {
-        split: digest_of(open_documents(config.data, split)) for split in splits
-    }
+def _open_data(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator]:
+    """Open tokenizer and training data; raise `UserError` unless all processes have the same settings and files."""
+
+    def open_all() -> tuple[Tokenizer, grain.DatasetIterator]:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
+        data = iter(local_batches(config, config.data.train_split, mesh))
+        local_batches(config, config.data.validation_split, mesh, epochs=1)  # raises now if it cannot be read
+        return tokenizer, data
+
+    def fingerprints() -> dict[str, str]:
+        splits = (config.data.train_split, config.data.validation_split)
+        digests = {split: documents_digest(open_documents(config.data, split)) for split in splits}
+        return {"tokenizer": fingerprint(config.data.tokenizer)} | digests
+
+    opened = agree("settings", open_all, lambda _: saved_settings(config))
+    if jax.process_count() > 1:
+        agree("tokenizer and corpus", fingerprints, lambda found: found)
+    return opened
 
 
-def _open(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator]:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
-    data = iter(local_batches(config, config.data.train_split, mesh))
-    local_batches(config, config.data.validation_split, mesh, epochs=1)  # what cannot be read is said now, not later
-    return tokenizer, data
+def _open_checkpoints(config: Config, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> Checkpoints:
+    agree("run folder", partial(make_run_folder, config))
+    checkpoints = stack.enter_context(Checkpoints(config))
+    agree("tokenizer", partial(checkpoints.check_tokenizer, tokenizer))
+    checkpoints.save_tokenizer(tokenizer)
+    return checkpoints
 
 
-def _due(done: int, every: int, last: int) -> bool:
-    return done % every == 0 or done == last
+def _restore_or_init(
+    trainer: Trainer, checkpoints: Checkpoints, position: DataPosition, tokenizer: Tokenizer
+) -> tuple[TrainState, int, str]:
+    """Return the state to start from, its step, and a description of where it comes from.
+
+    In this order: the newest checkpoint of the run, the weights of ``train.init_from``, random initialisation.
+    """
+    config, abstract = trainer.config, trainer.abstract_state()
+    state = checkpoints.restore(abstract, position)
+    if state is not None:
+        step = int(state.step)
+        return state, step, "; ".join([f"resuming after step {step}", *checkpoints.changed_settings(step)])
+    if config.train.init_from:
+        load = agree("initial weights", partial(initial_model, config, tokenizer, abstract.model))
+        return trainer.init(load()), 0, f"from {config.train.init_from}"
+    return trainer.init(), 0, "from scratch"
 
 
-def _sample(config: Config, model: Transformer, tokenizer: Tokenizer) -> str:
-    """Return the sample, which all processes generate together: each from its own part of the model."""
-    generator = TextGenerator(model.unstacked(), tokenizer, config.decode)
-    return generator.generate([config.train.sample_prompt]).completions[0].text
+class _Due(NamedTuple):
+    """What to do after a step."""
+
+    evaluate: bool
+    save: bool
+    sample: bool
+
+
+def _due(train: TrainConfig, done: int, stopped: bool) -> _Due:
+    def every(steps: int) -> bool:
+        return done % steps == 0 or done == train.steps
+
+    return _Due(
+        evaluate=not stopped and every(train.evaluate_every),
+        save=stopped or every(train.checkpoint_every),
+        sample=not stopped and train.sample_every > 0 and done % train.sample_every == 0,
+    )
+
+
+def _sample(config: Config, model: Transformer, tokenizer: Tokenizer, mesh: Mesh) -> str:
+    """Generate a sample from the sharded model; a collective of all processes."""
+    with jax.set_mesh(mesh):
+        generator = TextGenerator(model.unstacked(), tokenizer, config.decode)
+        return generator.generate([config.train.sample_prompt]).completions[0].text

@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation, as pure functions: everything that is compiled for training."""
+"""One optimizer step as a pure function: everything that training compiles."""
 
 import dataclasses
 from functools import partial
@@ -15,27 +15,26 @@ from layerskip_jax.compiler_options import compile_step
 from layerskip_jax.config import Config
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.model import Transformer
-from layerskip_jax.recipe.fused_exit_loss import Apply, Draw, exit_losses
-from layerskip_jax.recipe.layer_dropout import apply_masked, draw_kept
+from layerskip_jax.recipe.fused_exit_loss import FusedSettings, fused_exit_losses
+from layerskip_jax.recipe.layer_dropout import DropoutMask
 from layerskip_jax.recipe.recipe import Recipe
-from layerskip_jax.recipe.skipping import apply_skipping
-from layerskip_jax.sharding import batch_sharding, batch_shards, shardings_of
-from layerskip_jax.training.optimizer import learning_rate, make_optimizer
+from layerskip_jax.sharding import batch_sharding, batch_shards, named_shardings
+from layerskip_jax.training.optimizer import learning_rate, make_optimizer, schedule_count
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that an optimizer step changes. Dropout keys, schedules and curricula follow from ``step`` and the config."""
+    """Everything that an optimizer step changes. Dropout keys, schedules and curricula follow from ``step``."""
 
     step: jax.Array
     model: Transformer
     opt_state: Any
-    usual: jax.Array
-    """Moving mean of the objective over the steps that were applied [nats]; 0 before the first."""
+    loss_ema: jax.Array
+    """Exponential moving average of the objective over the steps that were applied [nats]; 0 before the first."""
 
 
 class StepMetrics(NamedTuple):
-    """What one optimizer step reports; losses are means per counted token [nats]."""
+    """Metrics of one optimizer step; losses are means over counted tokens [nats]."""
 
     objective: jax.Array
     exit_loss_L: jax.Array
@@ -46,19 +45,26 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     tokens: jax.Array
     applied: jax.Array
-    """False where the step has changed nothing but the count of steps."""
+    """False if the update was skipped."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The compiled functions of a run: make a state, step it, evaluate it. Holds no state of its own."""
+    """The compiled functions of a run. Stateless; every public method that runs a program sets the mesh itself.
+
+    Raises `UserError` if the recipe's layer dropout cannot split the rows of a device.
+    """
 
     config: Config
     recipe: Recipe
     mesh: Mesh
 
+    def __post_init__(self) -> None:
+        train = self.config.train
+        self.recipe.check_rows(train.batch_size // train.accumulate // batch_shards(self.mesh))
+
     def init(self, model: Transformer | None = None) -> TrainState:
-        """Return the state before step 0 on the mesh: of ``model``, or of one made from ``config.train.seed``."""
+        """Return the state before step 0 on the mesh, with ``model`` or one initialised from ``config.train.seed``."""
         with jax.set_mesh(self.mesh):
             return self._init_on_mesh(model)
 
@@ -67,7 +73,7 @@ class Trainer:
         return jax.lax.with_sharding_constraint(self._init(model), self.state_shardings())
 
     def abstract_state(self) -> TrainState:
-        """Return the state's shapes and shardings without any array: what a checkpoint is restored into."""
+        """Return the shapes and shardings of the state: the target of a restore."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             jax.eval_shape(self._init),
@@ -75,59 +81,33 @@ class Trainer:
         )
 
     def state_shardings(self) -> TrainState:
+        """Return a `NamedSharding` for every array of the state."""
         state = jax.eval_shape(self._init)
-        return shardings_of(state, state.model, self.mesh)
+        return named_shardings(state, state.model, self.mesh)
 
     def _init(self, model: Transformer | None = None) -> TrainState:
         if model is None:
             model = Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
         opt_state = make_optimizer(self.config).init(model)
-        return TrainState(jnp.zeros((), jnp.int32), model, opt_state, usual=jnp.zeros(()))
+        return TrainState(jnp.zeros((), jnp.int32), model, opt_state, loss_ema=jnp.zeros(()))
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """Run one optimizer step on ``batch``; ``state`` is donated. One program serves all steps of a run.
+
+        Only ``state.step`` changes if the objective or the gradient is not finite, or ``recipe.is_spike`` is True.
+        """
+        with jax.set_mesh(self.mesh):
+            return self._step(state, batch)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """One optimizer step on ``batch``; compiled once for the whole run. ``state`` is donated.
-
-        Where the objective or the gradient is not finite, or ``recipe.is_spike`` says so, parameters and optimizer
-        stay what they were.
-        """
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weight_L, drop_rate_L = self.recipe.exit_weights(state.step), self.recipe.drop_rates(state.step)
         count = jnp.maximum(jnp.sum(batch.mask_BT), 1)
-
-        def objective(model: Transformer, micro: Batch, draw: Draw | None) -> tuple[jax.Array, jax.Array]:
-            guide, fixed = self.recipe.guide, jax.lax.stop_gradient(model)
-            total, loss_L = exit_losses(
-                model,
-                micro,
-                weight_L,
-                chunk=self.config.train.loss_chunk,
-                draw=draw,
-                apply=self._apply_dropout(),
-                remat=self.config.train.remat,
-                loss=self.recipe.exit_loss,
-                guide=guide(fixed, micro.inputs_BT, micro.segments_BT) if guide else None,
-            )
-            # Divided by the tokens of the whole batch, so that microbatches add up to exactly the large batch.
-            return total / count, loss_L / count
-
-        gradient = jax.value_and_grad(objective, has_aux=True)
-        draw = self._draw(state.step, drop_rate_L)
-        if self.config.train.accumulate == 1:
-            (value, exit_loss_L), grads = gradient(state.model, batch, draw)
-        else:
-            parts = self._split(batch), self._split_draw(draw)
-            total = jax.eval_shape(gradient, state.model, *jax.tree.map(lambda part: part[0], parts))
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), total)
-
-            def add(total: Any, part: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, gradient(state.model, *part)), None
-
-            ((value, exit_loss_L), grads), _ = jax.lax.scan(add, zeros, parts)
-
+        (value, exit_loss_L), grads = self._gradients(state, batch, weight_L, count)
         updates, opt_state = make_optimizer(self.config).update(grads, state.opt_state, state.model)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        applied = finite & ~self.recipe.is_spike(value, norm, state.usual)
+        applied = finite & ~self.recipe.is_spike(value, norm, state.loss_ema)
         metrics = StepMetrics(
             objective=value,
             exit_loss_L=exit_loss_L,
@@ -135,65 +115,86 @@ class Trainer:
             drop_rate_L=drop_rate_L,
             gradient_norm=norm,
             gradient_norm_L=_norm_by_layer(grads.blocks),
-            # At the optimizer's own count, which stands still where a step is not applied.
-            learning_rate=jnp.asarray(learning_rate(self.config)(_applied_steps(state.opt_state))),
+            # The schedule counts applied steps only, so `state.step` may be ahead of it.
+            learning_rate=jnp.asarray(learning_rate(self.config)(schedule_count(state.opt_state))),
             tokens=count,
             applied=applied,
         )
-        new = optax.apply_updates(state.model, updates), opt_state, _moving_mean(state.usual, value)
-        old = state.model, state.opt_state, state.usual
-        # Not lax.cond, which would hold old and new side by side: a select fuses into the update.
-        kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), new, old)
-        state = TrainState(state.step + 1, *kept)
-        # Pinned, since a layout that the compiler chose would compile the next step anew.
-        whole = NamedSharding(self.mesh, PartitionSpec())  # so that every process can read them
-        return jax.lax.with_sharding_constraint((state, metrics), (self.state_shardings(), whole))
+        new = optax.apply_updates(state.model, updates), opt_state, _update_ema(state.loss_ema, value)
+        old = state.model, state.opt_state, state.loss_ema
+        # Not lax.cond, which would keep old and new in memory at once: a select fuses into the update.
+        chosen = jax.tree.map(lambda new, old: jnp.where(applied, new, old), new, old)
+        state = TrainState(state.step + 1, *chosen)
+        # Fix the layout: with one chosen by the compiler, the next step would recompile.
+        replicated = NamedSharding(self.mesh, PartitionSpec())  # so that every process can read the metrics
+        return jax.lax.with_sharding_constraint((state, metrics), (self.state_shardings(), replicated))
+
+    def _gradients(
+        self, state: TrainState, batch: Batch, weight_L: jax.Array, count: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], Transformer]:
+        """Return ``((objective, loss_L), gradients)``, means over the ``count`` tokens of the whole batch."""
+        settings = FusedSettings(
+            chunk=self.config.train.loss_chunk,
+            remat=self.config.train.remat,
+            loss=self.recipe.exit_loss,
+            apply_dropout=self.recipe.apply_dropout,
+        )
+
+        def objective(
+            model: Transformer, micro: Batch, dropout_mask: DropoutMask | None
+        ) -> tuple[jax.Array, jax.Array]:
+            teacher, frozen = self.recipe.teacher, jax.lax.stop_gradient(model)
+            teacher_arrays = teacher(frozen, micro.inputs_BT, micro.segments_BT) if teacher else None
+            total, loss_L = fused_exit_losses(model, micro, weight_L, settings, dropout_mask, teacher_arrays)
+            # Divide by the tokens of the whole batch, so that microbatches add up to exactly the large batch.
+            return total / count, loss_L / count
+
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        dropout_mask = self.dropout_mask(state.step)
+        if self.config.train.accumulate == 1:
+            return gradient(state.model, batch, dropout_mask)
+        parts = self._split(batch), self._split_mask(dropout_mask)
+        shapes = jax.eval_shape(gradient, state.model, *jax.tree.map(lambda part: part[0], parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(state.model, *part)), None
+
+        return jax.lax.scan(add, zeros, parts)[0]
 
     def compile_step(self) -> jax.stages.Compiled:
-        """Compile `step` from shapes alone, for the devices of the mesh: the one program of a run.
+        """Compile `step` from shapes alone, with the XLA options of the mesh's devices; called as `step` is.
 
-        It is called as `step` is; its memory and text can be read without a run.
+        The training loop runs this program. Its memory and text can be read without a run.
         """
         shape = (self.config.train.batch_size, self.config.data.sequence_length)
         types = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.float32)
         batch = jax.tree.map(lambda t: jax.ShapeDtypeStruct(shape, t, sharding=batch_sharding(self.mesh)), types)
         with jax.set_mesh(self.mesh):
-            lowered = Trainer.step.lower(self, self.abstract_state(), batch)
+            lowered = Trainer._step.lower(self, self.abstract_state(), batch)
             kind = self.mesh.devices.flat[0].device_kind
             return compile_step(lowered, kind, self.config.train.compiler_options)
 
-    def _draw(self, step: jax.Array, drop_rate_L: jax.Array) -> Draw | None:
-        if self.recipe.p_max == 0:
-            return None
+    def dropout_mask(self, step: jax.Array) -> DropoutMask | None:
+        """Draw the layer dropout of optimizer step ``step``, which depends on the seed and the step alone."""
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), step)
-        kept_LB = draw_kept(key, drop_rate_L, self.config.train.batch_size, batch_shards(self.mesh))
-        scale_L = 1 / (1 - drop_rate_L) if self.config.layer_dropout.rescale else jnp.ones_like(drop_rate_L)
-        return Draw(kept_LB, scale_L)
-
-    def _apply_dropout(self) -> Apply:
-        settings = self.config.layer_dropout
-        if settings.form == "masked":
-            return apply_masked
-        return partial(apply_skipping, groups=settings.row_groups)
+        drop_rate_L = self.recipe.drop_rates(step)
+        return self.recipe.sample_dropout(key, drop_rate_L, self.config.train.batch_size, batch_shards(self.mesh))
 
     def _split(self, batch: Batch) -> Batch:
-        """[B, ...] -> [accumulate, B / accumulate, ...], every microbatch with rows of every shard: none moves."""
+        """[B, ...] -> [accumulate, B / accumulate, ...]; every microbatch takes rows of every shard, so none moves."""
         parts = self.config.train.accumulate
         return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
-    def _split_draw(self, draw: Draw | None) -> Draw | None:
-        if draw is None:
+    def _split_mask(self, dropout_mask: DropoutMask | None) -> DropoutMask | None:
+        if dropout_mask is None:
             return None
         parts = self.config.train.accumulate
-        kept_ALB = jnp.moveaxis(draw.kept_LB.reshape(draw.kept_LB.shape[0], -1, parts), -1, 0)
-        return Draw(kept_ALB, jnp.tile(draw.scale_L, (parts, 1)))
+        keep_ALB = jnp.moveaxis(dropout_mask.keep_LB.reshape(dropout_mask.keep_LB.shape[0], -1, parts), -1, 0)
+        return DropoutMask(keep_ALB, jnp.tile(dropout_mask.scale_L, (parts, 1)))
 
 
-def _applied_steps(opt_state: Any) -> jax.Array:
-    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
-
-
-def _moving_mean(mean: jax.Array, value: jax.Array, decay: float = 0.98) -> jax.Array:
+def _update_ema(mean: jax.Array, value: jax.Array, decay: float = 0.98) -> jax.Array:
     return jnp.where(mean == 0, value, decay * mean + (1 - decay) * value)
 
 

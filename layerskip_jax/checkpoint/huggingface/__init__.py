@@ -1,1 +1,1 @@
-"""Llama checkpoints as Hugging Face lays them out: config.json, safetensors and tokenizer files, read and written."""
+"""Llama checkpoints in the format of Hugging Face: config.json, safetensors and tokenizer files, read and written."""

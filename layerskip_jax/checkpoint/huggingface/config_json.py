@@ -1,4 +1,4 @@
-"""``config.json`` of a Llama model and `ModelConfig`, both ways; what would change the mathematics is refused."""
+"""Conversion between the ``config.json`` of a Llama and `ModelConfig`. Models that compute differently are refused."""
 
 import json
 from typing import Any
@@ -19,9 +19,9 @@ SHAPES = {
     "intermediate_size": "ffn_dim",
     "vocab_size": "vocab_size",
 }
-"""Whole numbers that every ``config.json`` of a Llama has (older ones no ``num_key_value_heads``), and ours."""
+"""Integers in the ``config.json`` of every Llama (older ones lack ``num_key_value_heads``), and their names here."""
 
-ONLY: dict[str, tuple[Any, ...]] = {
+SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
@@ -30,16 +30,16 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
 }
-"""Keys that change the mathematics, and the only values under which it is ours (None: the key is absent or null)."""
+"""Keys that change what a model computes, and the values that this project implements (None: absent or null)."""
 
 
 def is_llama_folder(path: str) -> bool:
-    """Return whether ``path`` is a folder with a ``config.json``, as Hugging Face projects write one."""
+    """Return whether ``path`` is a folder with a ``config.json``."""
     return (locate(path) / CONFIG).is_file()
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
-    """Read a JSON object; raises `UserError` for a file that holds none."""
+    """Read a JSON object from a file; raises `UserError` for anything else."""
     try:
         value = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -50,15 +50,15 @@ def read_json(file: epath.Path) -> dict[str, Any]:
 
 
 def read_model_config(folder: epath.Path) -> ModelConfig:
-    """Return the shape of the Llama in ``folder``; raises `UserError` for a model that is not computed as ours is.
+    """Return the config of the Llama in ``folder``; raises `UserError` for a model that computes differently.
 
-    Rotary scaling is read in both spellings, ``rope_scaling`` and the newer ``rope_parameters``.
+    Rotary scaling is read from ``rope_scaling`` or from the newer ``rope_parameters``.
     """
     file = folder / CONFIG
     values = read_json(file)
-    for key, right in ONLY.items():
-        if values.get(key) not in right:
-            wanted = " or ".join("absent" if value is None else json.dumps(value) for value in right)
+    for key, supported in SUPPORTED.items():
+        if values.get(key) not in supported:
+            wanted = " or ".join("absent" if value is None else json.dumps(value) for value in supported)
             raise UserError(f"{file}: {key} {json.dumps(values.get(key))[:60]} is not supported, it must be {wanted}")
     heads = values.get("num_attention_heads")
     shape: dict[str, Any] = {"num_key_value_heads": heads} | {
@@ -67,12 +67,12 @@ def read_model_config(folder: epath.Path) -> ModelConfig:
     for key in SHAPES:
         if type(shape.get(key)) is not int:
             raise UserError(f"{file}: {key} must be a whole number, not {json.dumps(shape.get(key))}")
-    ours: dict[str, Any] = {name: shape[key] for key, name in SHAPES.items()}
+    settings: dict[str, Any] = {name: shape[key] for key, name in SHAPES.items()}
     head_dim = int(values.get("head_dim") or 0)
     return ModelConfig(
-        **ours,
+        **settings,
         **_rotary(file, values),
-        head_width=0 if head_dim * ours["num_heads"] == ours["dim"] else head_dim,
+        head_width=0 if head_dim * settings["num_heads"] == settings["dim"] else head_dim,
         norm_epsilon=_number(file, values, "rms_norm_eps", 1e-6),
         tied_embedding=bool(values.get("tie_word_embeddings", False)),
         context_length=int(_number(file, values, "max_position_embeddings", 2048)),
@@ -80,7 +80,7 @@ def read_model_config(folder: epath.Path) -> ModelConfig:
 
 
 def _number(file: epath.Path, values: dict[str, Any], key: str, default: float) -> float:
-    """Return a number, or ``default`` where there is none: transformers writes null for what is not set."""
+    """Return a number, or ``default`` if it is absent or null: transformers writes null for unset values."""
     value = default if values.get(key) is None else values[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{file}: {key} must be a number, not {json.dumps(value)[:60]}")
@@ -90,17 +90,17 @@ def _number(file: epath.Path, values: dict[str, Any], key: str, default: float) 
 def _rotary(file: epath.Path, values: dict[str, Any]) -> dict[str, Any]:
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(given, dict):
-        raise UserError(f"{file}: rotary scaling must be settings by name, not {json.dumps(given)[:60]}")
+        raise UserError(f"{file}: rotary scaling must be a JSON object, not {json.dumps(given)[:60]}")
     kind = given.get("rope_type") or given.get("type") or "default"
     base = _number(file, given, "rope_theta", _number(file, values, "rope_theta", 10_000.0))
-    ours: dict[str, Any] = {"rope_base": base}
+    settings: dict[str, Any] = {"rope_base": base}
     if kind == "default":
-        return ours
+        return settings
     keys = {"rope_factor": "factor"}
     if kind == "llama3":
         keys |= {
-            "rope_low_turns": "low_freq_factor",
-            "rope_high_turns": "high_freq_factor",
+            "rope_low_freq_factor": "low_freq_factor",
+            "rope_high_freq_factor": "high_freq_factor",
             "rope_original_length": "original_max_position_embeddings",
         }
     elif kind != "linear":
@@ -108,19 +108,19 @@ def _rotary(file: epath.Path, values: dict[str, Any]) -> dict[str, Any]:
     missing = [key for key in keys.values() if not isinstance(given.get(key), int | float)]
     if missing:
         raise UserError(f"{file}: rotary scaling {kind} needs a number for {', '.join(missing)}")
-    ours |= {name: type(getattr(ModelConfig, name))(given[key]) for name, key in keys.items()}
-    return ours | {"rope_scaling": kind}
+    settings |= {name: type(getattr(ModelConfig, name))(given[key]) for name, key in keys.items()}
+    return settings | {"rope_scaling": kind}
 
 
 def config_json(config: ModelConfig, context_length: int, dtype: str, bos: int, eos: int) -> dict[str, Any]:
-    """Return what ``config.json`` says of an exported model, in the spelling that transformers 4 and 5 both read."""
+    """Return the ``config.json`` of an exported model, with keys that both transformers 4 and 5 read."""
     scaling: dict[str, Any] | None = None
     if config.rope_scaling != "none":
         scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
     if scaling and config.rope_scaling == "llama3":
         scaling |= {
-            "low_freq_factor": config.rope_low_turns,
-            "high_freq_factor": config.rope_high_turns,
+            "low_freq_factor": config.rope_low_freq_factor,
+            "high_freq_factor": config.rope_high_freq_factor,
             "original_max_position_embeddings": config.rope_original_length,
         }
     return {

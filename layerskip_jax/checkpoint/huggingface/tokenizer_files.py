@@ -1,4 +1,4 @@
-"""The tokenizer files of an exported model, which transformers reads: a SentencePiece model as a ``tokenizer.json``."""
+"""Tokenizer files of an exported model; a SentencePiece model is converted to a ``tokenizer.json``."""
 
 import json
 from typing import Any
@@ -12,10 +12,10 @@ from layerskip_jax.errors import UserError
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Return names and contents of the files; raises `UserError` for a SentencePiece model that is no plain BPE.
+    """Return names and contents of the files; raises `UserError` for a SentencePiece model that is not plain BPE.
 
-    A ``tokenizer.json`` goes as it came. A SentencePiece model goes as it is and, since transformers would read it with
-    the settings of Llama's own, as a ``tokenizer.json`` that encodes as it does.
+    A SentencePiece model is exported together with a ``tokenizer.json`` that encodes in the same way, because
+    transformers would read the model itself with the settings of Llama's tokenizer.
     """
     if not isinstance(tokenizer, SentencePiece):
         return tokenizer.files
@@ -28,14 +28,14 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "unk_token": unk,
         "clean_up_tokenization_spaces": False,
     }
-    as_json = json.dumps(_as_json(tokenizer), ensure_ascii=False)
-    return tokenizer.files | {"tokenizer.json": as_json.encode(), SETTINGS: json.dumps(settings, indent=1).encode()}
+    text = json.dumps(_tokenizer_json(tokenizer), ensure_ascii=False)
+    return tokenizer.files | {"tokenizer.json": text.encode(), SETTINGS: json.dumps(settings, indent=1).encode()}
 
 
-def _as_json(tokenizer: SentencePiece) -> dict[str, Any]:
+def _tokenizer_json(tokenizer: SentencePiece) -> dict[str, Any]:
     from sentencepiece import sentencepiece_model_pb2
 
-    proto: Any = sentencepiece_model_pb2  # its classes are made when it is imported, where mypy cannot see them
+    proto: Any = sentencepiece_model_pb2  # its classes are created at import, so mypy does not know them
     model = proto.ModelProto.FromString(tokenizer.model)
     kind, trained, text = proto.ModelProto.SentencePiece, model.trainer_spec, model.normalizer_spec
     control = [token for token, piece in enumerate(model.pieces) if piece.type in (kind.CONTROL, kind.UNKNOWN)]
@@ -44,7 +44,7 @@ def _as_json(tokenizer: SentencePiece) -> dict[str, Any]:
     plain = trained.model_type == trained.BPE and not text.precompiled_charsmap and not text.remove_extra_whitespaces
     if not plain or len(control) + len(normal) + len(byte_pieces) != len(model.pieces):
         raise UserError(
-            "this SentencePiece model cannot be written as a tokenizer.json: it must be BPE without normalisation and "
+            "this SentencePiece model cannot be written as a tokenizer.json: it must be BPE without normalization and "
             "without user-defined pieces, as python -m layerskip_jax data tokenizer trains it"
         )
     spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -91,7 +91,7 @@ def _as_json(tokenizer: SentencePiece) -> dict[str, Any]:
 
 
 def _merges(normal: dict[str, int], scores: list[float]) -> list[list[str]]:
-    """Return the pairs that make a piece, in the order in which SentencePiece prefers the pieces: by score."""
+    """Return all pairs of pieces that merge into a piece, by the score of that piece, as SentencePiece merges them."""
     merges: list[list[str]] = []
     for piece in sorted(normal, key=lambda piece: -scores[normal[piece]]):
         halves = [[piece[:cut], piece[cut:]] for cut in range(1, len(piece))]

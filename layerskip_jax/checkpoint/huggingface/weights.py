@@ -1,7 +1,7 @@
-"""Safetensors of a Llama, read slice by slice and written file by file, so that no second copy of a model is held.
+"""Safetensors of a Llama, read slice by slice and written file by file, without a second copy of the model in memory.
 
-Theirs are matrices ``[outputs, inputs]``, one a layer; ours have their inputs in front, heads as an axis of their own,
-and all layers in one array.
+Hugging Face stores a matrix ``[outputs, inputs]`` for each layer. Here the inputs come first, heads are a separate
+axis, and the layers are stacked in one array.
 """
 
 import json
@@ -20,20 +20,17 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NO_LIBRARY = "safetensors files need safetensors: pip install layerskip_jax[huggingface]"
 FILE_BYTES = 1 << 30
-"""Exported files are closed before they grow larger: an export holds one of them beside the model."""
+"""Maximum size of an exported file. An export holds one file in memory in addition to the model."""
 
 
 class Layout(NamedTuple):
-    """Where a parameter lies in a checkpoint: its tensor's name, and how many of our axes are the inputs.
-
-    0: the tensor lies as it does here.
-    """
+    """The name of a parameter's tensor, and how many leading axes here are inputs (0: the tensor is stored as here)."""
 
     tensor: str
     inputs: int
 
 
-OF_BLOCK = {
+BLOCK_LAYOUTS = {
     "attention_norm_D": Layout("input_layernorm", 0),
     "query_DNH": Layout("self_attn.q_proj", 1),
     "key_DKH": Layout("self_attn.k_proj", 1),
@@ -44,7 +41,7 @@ OF_BLOCK = {
     "up_DF": Layout("mlp.up_proj", 1),
     "down_FD": Layout("mlp.down_proj", 1),
 }
-OF_MODEL = {
+MODEL_LAYOUTS = {
     "embedding_VD": Layout("model.embed_tokens", 0),
     "final_norm_D": Layout("model.norm", 0),
     "head_DV": Layout("lm_head", 1),
@@ -52,20 +49,20 @@ OF_MODEL = {
 
 
 def layout(name: str, layer: int | None = None) -> Layout:
-    """Return where the parameter ``name`` ("head_DV", or with a layer "query_DNH") lies.
+    """Return the tensor of the parameter ``name`` ("head_DV", or with a layer "query_DNH").
 
     >>> layout("query_DNH", 3).tensor
     'model.layers.3.self_attn.q_proj.weight'
     """
     if layer is None:
-        tensor, inputs = OF_MODEL[name]
+        tensor, inputs = MODEL_LAYOUTS[name]
         return Layout(f"{tensor}.weight", inputs)
-    tensor, inputs = OF_BLOCK[name]
+    tensor, inputs = BLOCK_LAYOUTS[name]
     return Layout(f"model.layers.{layer}.{tensor}.weight", inputs)
 
 
 def safe_open(file: epath.Path) -> Any:
-    """Open one safetensors file; raises `UserError` without the library, or for what is no such file."""
+    """Open a safetensors file; raises `UserError` without the library, or if the file cannot be read."""
     try:
         import safetensors
     except ImportError:
@@ -77,25 +74,29 @@ def safe_open(file: epath.Path) -> Any:
 
 
 class WeightFiles:
-    """The tensors of a checkpoint folder, each read when it is asked for. Raises `UserError` unless all are there."""
+    """The tensors of a Llama folder, read on demand. Raises `UserError` unless they are the tensors of ``config``."""
 
     def __init__(self, folder: epath.Path, config: ModelConfig):
         self._config = config
-        self._file_of = {tensor: folder / name for tensor, name in _file_names(folder).items()}
-        needed = {layout(name).tensor for name in OF_MODEL if not (name == "head_DV" and config.tied_embedding)}
-        needed |= {layout(name, layer).tensor for name in OF_BLOCK for layer in range(config.num_layers)}
+        self._files = {tensor: folder / name for tensor, name in _file_names(folder).items()}
+        needed = {layout(name).tensor for name in MODEL_LAYOUTS if not (name == "head_DV" and config.tied_embedding)}
+        needed |= {layout(name, layer).tensor for name in BLOCK_LAYOUTS for layer in range(config.num_layers)}
         ignored = {layout("head_DV").tensor} if config.tied_embedding else set()
-        unknown = [t for t in self._file_of if t not in needed | ignored and not t.endswith("rotary_emb.inv_freq")]
+        unknown = [t for t in self._files if t not in needed | ignored and not t.endswith("rotary_emb.inv_freq")]
         if unknown:
-            raise UserError(f"{folder} has tensors that a Llama of its config.json has not, such as {min(unknown)}")
-        if missing := needed - self._file_of.keys():
-            raise UserError(f"{folder} lacks {len(missing)} tensors of its config.json's Llama, such as {min(missing)}")
+            raise UserError(
+                f"{folder} has tensors that do not belong to the Llama of its config.json, such as {min(unknown)}"
+            )
+        if missing := needed - self._files.keys():
+            raise UserError(
+                f"{folder} lacks {len(missing)} tensors of the Llama of its config.json, such as {min(missing)}"
+            )
 
     def array(self, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         """Read the parameter ``name`` into the shape, type and sharding of ``target``.
 
-        ``blocks.query_DNH`` is that of all layers, stacked; ``blocks.3.query_DNH`` of one. Only the slices that this
-        process's devices hold are read.
+        ``blocks.query_DNH`` stands for all layers, stacked, and ``blocks.3.query_DNH`` for one. Only the shards of this
+        process's devices are read.
         """
         assert target.sharding is not None
 
@@ -117,22 +118,22 @@ class WeightFiles:
         return out
 
     def _slice(self, at: Layout, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        """Return ``ours[index]`` of one tensor, where ours has ``shape``."""
+        """Return ``parameter[index]`` of a parameter of ``shape``, from its tensor."""
         n = at.inputs
-        theirs = (prod(shape[n:]), prod(shape[:n])) if n else shape
-        # The file is opened for each tensor: a mapping that stays would keep all that was read in memory.
-        with safe_open(self._file_of[at.tensor]) as file:
+        stored = (prod(shape[n:]), prod(shape[:n])) if n else shape
+        # Open the file for each tensor: a mapping that stays open keeps every page that was read in memory.
+        with safe_open(self._files[at.tensor]) as file:
             tensor = file.get_slice(at.tensor)
-            if tuple(tensor.get_shape()) != theirs:
+            if tuple(tensor.get_shape()) != stored:
                 raise UserError(
-                    f"{at.tensor} in {self._file_of[at.tensor]} has shape {list(tensor.get_shape())}, but by its "
-                    f"config.json it must have {list(theirs)}"
+                    f"{at.tensor} in {self._files[at.tensor]} has shape {list(tensor.get_shape())}, but its "
+                    f"config.json implies {list(stored)}"
                 )
             if tensor.get_dtype() not in ("F32", "BF16", "F16"):
                 raise UserError(f"{at.tensor} is of type {tensor.get_dtype()}: only F32, BF16 and F16 can be read")
             if n == 0:
                 return tensor[index]
-            # An axis behind the first of its group is read whole, and cut here.
+            # Files are sliced only along the first axis of outputs and of inputs; the other axes are cut here.
             rows, columns = _along(shape[n:], index[n]), _along(shape[:n], index[0])
             part = tensor[rows, columns].T.reshape(-1, *shape[1:n], rows.stop - rows.start)
             part = part.reshape(*part.shape[:-1], -1, *shape[n + 1 :])
@@ -140,12 +141,12 @@ class WeightFiles:
 
 
 def _file_names(folder: epath.Path) -> dict[str, str]:
-    """Return the name of the file that holds each tensor, as the index or the only file says."""
+    """Return the name of the file that holds each tensor, from the index or from the only file."""
     if (folder / INDEX).is_file():
         names = read_json(folder / INDEX).get("weight_map", {})
         for name in sorted(set(names.values())):
             if not (folder / name).is_file():
-                raise UserError(f"{folder} lacks the file {name}, which its {INDEX} names: fetch it too")
+                raise UserError(f"{folder} lacks the file {name}, which its {INDEX} names: download it too")
         return names
     if (folder / SINGLE).is_file():
         with safe_open(folder / SINGLE) as file:
@@ -154,13 +155,13 @@ def _file_names(folder: epath.Path) -> dict[str, str]:
 
 
 def _along(group: tuple[int, ...], first: slice) -> slice:
-    """Return the range of a flattened group of axes that a range of its first axis covers."""
+    """Return the range of a flattened group of axes that corresponds to a range of its first axis."""
     start, stop, _ = first.indices(group[0])
     return slice(start * prod(group[1:]), stop * prod(group[1:]))
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return an uninitialised array at a multiple of 64 bytes: JAX's CPU takes such a one over and does not copy it."""
+    """Return an uninitialized array at a multiple of 64 bytes, which JAX uses on CPU without a copy."""
     size = prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -168,13 +169,13 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 class _Part(NamedTuple):
-    """One tensor to write: where it lies, and from which named array, or which layer of it, it comes."""
+    """One tensor to write: its layout, and the named array, or the layer of it, that holds its values."""
 
     at: Layout
     name: str
     layer: int | None
 
-    def of(self, arrays: dict[str, Any]) -> Any:
+    def values(self, arrays: dict[str, Any]) -> Any:
         return arrays[self.name] if self.layer is None else arrays[self.name][self.layer]
 
     def size(self, arrays: dict[str, Any]) -> int:
@@ -187,9 +188,9 @@ def write_weights(folder: epath.Path, config: ModelConfig, arrays: dict[str, Any
         from safetensors.numpy import save_file
     except ImportError:
         raise UserError(NO_LIBRARY) from None
-    parts = [_Part(layout(name), name, None) for name in OF_MODEL if name in arrays]
+    parts = [_Part(layout(name), name, None) for name in MODEL_LAYOUTS if name in arrays]
     layers = range(config.num_layers)
-    parts += [_Part(layout(name, layer), f"blocks.{name}", layer) for layer in layers for name in OF_BLOCK]
+    parts += [_Part(layout(name, layer), f"blocks.{name}", layer) for layer in layers for name in BLOCK_LAYOUTS]
     files: list[list[_Part]] = [[]]
     for part in parts:
         sizes = [other.size(arrays) for other in (*files[-1], part)]
@@ -198,16 +199,19 @@ def write_weights(folder: epath.Path, config: ModelConfig, arrays: dict[str, Any
         files[-1].append(part)
     numbers = range(1, len(files) + 1)
     names = [f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in numbers] if len(files) > 1 else [SINGLE]
-    for name, of_file in zip(names, files, strict=True):
-        tensors = {part.at.tensor: _theirs(part, arrays, dtype) for part in of_file}
+    for name, file_parts in zip(names, files, strict=True):
+        tensors = {part.at.tensor: _tensor(part, arrays, dtype) for part in file_parts}
         save_file(tensors, str(folder / name), metadata={"format": "pt"})
     if len(files) > 1:
-        weight_map = {part.at.tensor: name for name, of_file in zip(names, files, strict=True) for part in of_file}
+        weight_map = {
+            part.at.tensor: name for name, file_parts in zip(names, files, strict=True) for part in file_parts
+        }
         total = sum(part.size(arrays) for part in parts) * np.dtype(dtype).itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def _theirs(part: _Part, arrays: dict[str, Any], dtype: Any) -> np.ndarray:
-    ours, inputs = np.asarray(part.of(arrays)), part.at.inputs
-    return np.ascontiguousarray(ours.reshape(prod(ours.shape[:inputs]), -1).T if inputs else ours, dtype)
+def _tensor(part: _Part, arrays: dict[str, Any], dtype: Any) -> np.ndarray:
+    """Return a tensor in the layout of Hugging Face."""
+    array, inputs = np.asarray(part.values(arrays)), part.at.inputs
+    return np.ascontiguousarray(array.reshape(prod(array.shape[:inputs]), -1).T if inputs else array, dtype)

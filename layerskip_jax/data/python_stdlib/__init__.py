@@ -1,1 +1,1 @@
-"""The default corpus: the Python standard library on this machine, as a TFDS builder."""
+"""The default corpus: a TFDS builder for the local Python standard library."""

@@ -1,4 +1,4 @@
-"""TFDS builder of the source code of the Python standard library, read from the machine it runs on."""
+"""TFDS builder for the source code of the local Python standard library."""
 
 import hashlib
 import sys
@@ -14,19 +14,19 @@ VALIDATION_PERCENT = 5
 
 
 def is_held_out(relative_path: str) -> bool:
-    """Return whether a file belongs to the validation split: decided by its path alone, so it never changes."""
+    """Return whether a file belongs to the validation split. It depends only on the path, so it never changes."""
     return int(hashlib.sha256(relative_path.encode()).hexdigest(), 16) % 100 < VALIDATION_PERCENT
 
 
 def source_files() -> dict[str, Path]:
-    """Return the library's Python files by relative path, in order, without its tests and what others installed."""
+    """Return the library's Python files by relative path, sorted, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = {path.relative_to(root): path for path in sorted(root.rglob("*.py"))}
     return {str(name): path for name, path in files.items() if not SKIPPED & set(name.parts[:-1])}
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """One example a file. The config names the Python version, whose library is what the corpus is."""
+    """One example for each file. The config names the Python version, because each has another library."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012  (TFDS reads this list from the class)
@@ -53,6 +53,6 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             try:
                 text = path.read_text(encoding="utf-8")
             except (UnicodeDecodeError, OSError):
-                continue  # a few files are in another encoding on purpose
+                continue  # a few files have another encoding on purpose
             if text.strip():
                 yield name, {"text": text, "path": name}

@@ -1,1 +1,1 @@
-"""Progress, metrics, goodput, FLOPs, profiles and the hang watchdog of a run."""
+"""Progress bar, metrics, goodput, FLOP counts, profiler and hang watchdog of a run."""

@@ -1,8 +1,8 @@
-"""Floating-point operations of a training step, counted by formula: what MFU and HFU are made of.
+"""FLOPs of a training step by formula, for MFU and HFU.
 
-A product of [m, k] and [k, n] matrices counts 2mkn. Counted are the matrix products and attention over all T x T
-positions, as PaLM counts (arXiv 2204.02311, appendix B): no norm, softmax, rotation or optimizer, and no saving from
-the causal mask. Every position of a batch counts, padding too.
+As in PaLM (arXiv 2204.02311, appendix B), a matmul of [m, k] and [k, n] counts 2mkn, and attention counts all T x T
+positions, whatever the causal mask. Norms, softmax, rotary positions and the optimizer are left out. Every position of
+a batch counts, padding included.
 """
 
 import math
@@ -17,13 +17,13 @@ from layerskip_jax.config import Config
 from layerskip_jax.model import parameter_count
 
 PEAK_FLOPS = {
-    # bfloat16 FLOP/s of a chip, from its maker's data sheet
+    # bfloat16 FLOP/s of a chip, from the vendor's data sheet
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5p": 459e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
-    "TPU7x": 1153.5e12,  # of a device: half a chip
+    "TPU7x": 1153.5e12,  # per device, which is half a chip
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
@@ -31,32 +31,34 @@ PEAK_FLOPS = {
 
 
 class StepFlops(NamedTuple):
-    """An optimizer step's parts, over all devices [FLOP]; the recipe's own are ``plain + exits - skipped``."""
+    """FLOPs of an optimizer step over all devices, by part; the recipe needs ``plain + exits - skipped``."""
 
     plain: float
-    """Forward and backward pass of the plain model: one loss, at the last layer, and every block."""
+    """Forward and backward pass of the plain model: every block, and one loss at the last layer."""
     exits: float
-    """Heads of further exits: ``6 D V`` a position for each exit with a loss beyond one."""
+    """Heads of the other exits with a loss: ``6 D V`` per position and exit."""
     skipped: float
-    """Blocks that dropout spares: drop rate x the block. 0 in the masked form, which computes them all; the skipping
-    form saves less than this, by its rounding up to row groups."""
+    """Blocks that dropout skips: drop rate times the block's FLOPs. 0 in the masked form, which computes all blocks.
+    The skipping form saves less, since it rounds up to row groups."""
     recomputed: float
-    """Forward FLOPs that the backward pass repeats, with ``train.remat`` full or offload: ``2 D V`` a position for each
-    inner exit with a loss, and the forward pass of every block that is not skipped, without its down projection
-    (``2 D F``), whose output no gradient needs. What dots recomputes has no matmul."""
+    """Forward FLOPs that the backward pass recomputes with ``train.remat`` full or offload: ``2 D V`` per position for
+    each inner exit with a loss, and every block that is not skipped, without its down projection (``2 D F``), whose
+    output no gradient needs. With dots it recomputes no matmul."""
 
     @property
     def hardware(self) -> float:
-        """What the devices compute: the numerator of HFU."""
+        """FLOPs that the devices execute: the numerator of HFU."""
         return self.plain + self.exits - self.skipped + self.recomputed
 
 
-def step_flops(config: Config, weight_L: np.ndarray, drop_rate_L: np.ndarray) -> StepFlops:
-    """Count a step: exits weigh ``weight_L`` (eq. 6; 0 is off) and blocks drop at ``drop_rate_L`` (eq. 2)."""
+def step_flops(config: Config, weight_L: np.ndarray, drop_rate_L: np.ndarray, *, skips: bool) -> StepFlops:
+    """Count a step with exit weights ``weight_L`` (eq. 6; 0 is off) and drop rates ``drop_rate_L`` (eq. 2).
+
+    ``skips`` tells whether dropped blocks are skipped, not masked.
+    """
     positions = config.train.batch_size * config.data.sequence_length
     head = 2 * config.model.dim * config.model.vocab_size
     losses, inner = int(np.count_nonzero(weight_L)), int(np.count_nonzero(weight_L[:-1]))
-    skips = config.layer_dropout.form == "skipping"
     dropped = float(np.sum(drop_rate_L)) if skips else 0.0
     recomputes = config.train.remat in ("full", "offload")
     needed = block_flops(config) / 3 - 2 * config.model.dim * config.model.ffn_dim
@@ -70,10 +72,10 @@ def step_flops(config: Config, weight_L: np.ndarray, drop_rate_L: np.ndarray) ->
 
 
 def flops_per_token(config: Config) -> float:
-    """``6 N + 12 L D T`` [FLOP a trained token]: the standard rule (PaLM, arXiv 2204.02311, appendix B).
+    """``6 N + 12 L D T`` [FLOPs per trained token] (PaLM, arXiv 2204.02311, appendix B).
 
-    N leaves the embedding table out, which is looked up and not multiplied. Exits and dropout do not enter, so MFU
-    compares with the same model trained plainly.
+    N excludes the embedding table, whose lookup is no matmul. Exits and dropout do not count, so the MFU compares with
+    plain training of the same model.
     """
     model = config.model
     lookup = 0 if model.tied_embedding else model.vocab_size * model.dim
@@ -82,23 +84,23 @@ def flops_per_token(config: Config) -> float:
 
 
 def attention_flops(config: Config) -> float:
-    """``12 L D T``: scores and their products with the values, forward and backward [FLOP a token]; D = N H here."""
+    """``12 L D T``: scores and weighted values, forward and backward [FLOPs per token]; here D = N H."""
     width = config.model.num_heads * config.model.head_dim
     return 12 * config.model.num_layers * width * config.data.sequence_length
 
 
 def block_flops(config: Config) -> float:
-    """One block's part of `flops_per_token`, forward and backward [FLOP a position]."""
+    """One block's part of `flops_per_token`, forward and backward [FLOPs per position]."""
     model = config.model
-    head = 6 * (model.vocab_size * model.dim + model.dim)  # with the norm before it
+    head = 6 * (model.vocab_size * model.dim + model.dim)  # with the final norm
     return (flops_per_token(config) - head) / model.num_layers
 
 
 def peak_flops(seconds: float = 0.3) -> float:
-    """Return the peak of all devices together [FLOP/s]: the data sheet's, or where there is none a measured product's.
+    """Return the peak of all devices together [FLOP/s], from the data sheet or, for other devices, measured.
 
-    A CPU has no useful data sheet, so the best of repeated float32 products of 1024 x 1024 matrices stands in for it,
-    for all its simulated devices, which share its cores. For each accelerator without one, bfloat16's of 8192 x 8192.
+    The measurement takes ``seconds`` and is the best of repeated matmuls: float32 of 1024 x 1024 on a CPU, whose
+    simulated devices share its cores, and bfloat16 of 8192 x 8192 on an accelerator.
     """
     kind = jax.devices()[0].device_kind
     if kind in PEAK_FLOPS:

@@ -1,4 +1,4 @@
-"""Goodput: which part of a run's time, from its very beginning and across its resumes, went into steps that count."""
+"""Goodput: the share of a run's wall-clock time, over all its restarts, that went into steps that were kept."""
 
 import contextlib
 import time
@@ -10,11 +10,11 @@ PHASES: tuple[Phase, ...] = ("training", "starting", "data", "evaluating", "savi
 
 
 class Goodput:
-    """The ledger of one run: every second of the training thread is booked to one phase.
+    """Books every second of the training thread to one phase.
 
-    *training* is time in steps that were kept: what a resume does again is struck off. *starting* is all up to the end
-    of the first step after a start: reading the checkpoint, compiling. *data* is waiting for a batch. Whatever is in
-    no phase is *lost*: the time between two starts, and steps that were done again.
+    *training* is the time of steps that were kept, without those that a resume repeats. *starting* lasts from a start
+    to the end of its first step: reading the checkpoint, compiling. *data* is waiting for a batch. All other time is
+    *lost*: between two starts, and in steps that were repeated.
     """
 
     def __init__(
@@ -24,28 +24,30 @@ class Goodput:
         now: Callable[[], float] = time.time,
         since: float | None = None,
     ):
-        """Go on from the records that the run has written so far, at the step ``first`` that it resumes after.
+        """Continue from the ``earlier`` records of the run, which resumes after step ``first``.
 
-        What has passed ``since`` a time of that clock is booked too.
+        ``now`` is the clock, and ``since`` the time of the start, if it was before this call.
         """
         ledgers = [record for record in earlier if "run/goodput" in record]
         self._now, self._since = now, now() if since is None else since
         self._began = float(ledgers[0]["run/began"]) if ledgers else self._since
         self._seconds = {phase: float(ledgers[-1][_name(phase)]) if ledgers else 0.0 for phase in PHASES}
-        kept = [record[_name("training")] for record in ledgers if record["step"] <= first]
-        self._seconds["training"] = float(kept[-1]) if kept else 0.0
+        before = [record[_name("training")] for record in ledgers if record["step"] <= first]
+        self._seconds["training"] = float(before[-1]) if before else 0.0
         self._phase: Phase = "starting"
 
     def _book(self) -> None:
         since, self._since = self._since, self._now()
         self._seconds[self._phase] += self._since - since
 
-    def first_step_is_done(self) -> None:
+    def end_start(self) -> None:
+        """Book the time from here on to training; call it after the first step."""
         self._book()
         self._phase = "training"
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
+        """Book the time of the body to ``phase``."""
         self._book()
         outer, self._phase = self._phase, phase
         try:
@@ -55,7 +57,7 @@ class Goodput:
             self._phase = outer
 
     def values(self) -> dict[str, float]:
-        """Return ``run/goodput``, a fraction, and the seconds that it follows from, for a `MetricsWriter`."""
+        """Return ``run/goodput``, a fraction, and the seconds of each phase, for a `MetricsWriter`."""
         self._book()
         total = max(self._since - self._began, 1e-9)
         lost = max(total - sum(self._seconds.values()), 0.0)

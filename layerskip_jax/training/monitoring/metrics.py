@@ -1,4 +1,4 @@
-"""What a run reports: as JSON lines, to TensorBoard, and to Weights & Biases if asked."""
+"""Metrics of a run: JSON lines, TensorBoard, and optionally Weights & Biases."""
 
 import contextlib
 import hashlib
@@ -16,18 +16,17 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from layerskip_jax.config import Config, experiment
+from layerskip_jax.config import Config, saved_settings
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import is_remote, locate
-from layerskip_jax.training.step import StepMetrics
 
 METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 30
-"""How far TensorBoard may be behind metrics.jsonl, which has every line at once."""
+"""How far TensorBoard may lag behind metrics.jsonl, which is written line by line."""
 
 
 class Sink(Protocol):
-    """Where numbers and texts go."""
+    """A destination of numbers and texts."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None: ...
 
@@ -37,10 +36,10 @@ class Sink(Protocol):
 
 
 class MetricsWriter:
-    """Append metrics to ``RUN_DIR/metrics.jsonl``, TensorBoard and W&B (if asked); only the first process writes.
+    """Append metrics to ``RUN_DIR/metrics.jsonl``, TensorBoard and, if configured, W&B; only process 0 writes.
 
-    Each on its own: the first failure of one is said, and the run goes on without it. To a file in a bucket nothing can
-    be appended: there files are written on this machine, in a temporary folder, and `publish` copies them whole.
+    If a sink fails, the run prints one warning and continues without that sink. A file in a bucket cannot be appended
+    to, so files for a bucket are written to a local temporary folder, and `publish` copies them.
     """
 
     def __init__(self, config: Config):
@@ -52,9 +51,9 @@ class MetricsWriter:
                 self._spool = tempfile.TemporaryDirectory(prefix="metrics-")
             folder = Path(self._spool.name if self._spool else str(self._folder))
             if config.train.wandb_project:
-                self._try("Weights & Biases", lambda: self._open("Weights & Biases", WeightsAndBiases(config)))
-            self._try(METRICS, lambda: self._open(METRICS, Lines(folder, self._folder)))
-            self._try("TensorBoard", lambda: self._open("TensorBoard", Board(folder)))
+                self._try("Weights & Biases", lambda: self._open("Weights & Biases", WandbSink(config)))
+            self._try(METRICS, lambda: self._open(METRICS, JsonLinesSink(folder, self._folder)))
+            self._try("TensorBoard", lambda: self._open("TensorBoard", TensorBoardSink(folder)))
 
     def _open(self, name: str, sink: Sink) -> None:
         self._sinks[name] = sink
@@ -62,13 +61,13 @@ class MetricsWriter:
     def _try(self, name: str, act: Callable[[], object]) -> None:
         try:
             act()
-        except UserError:  # a mistake in asking for it
+        except UserError:  # a wrong setting
             raise
         except Exception as error:
             if broken := self._sinks.pop(name, None):
                 with contextlib.suppress(Exception):
                     broken.close()
-            print(f"WARNING: no more is written to {name}: {error}", file=sys.stderr, flush=True)
+            print(f"WARNING: no more metrics are written to {name}: {error}", file=sys.stderr, flush=True)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write numbers and texts for ``step`` (the number of optimizer steps done)."""
@@ -76,7 +75,7 @@ class MetricsWriter:
             self._try(name, partial(sink.write, step, values))
 
     def publish(self) -> None:
-        """Copy what was written so far to a run folder in a bucket; a local one has it already."""
+        """Copy the files to a run folder in a bucket; does nothing for a local run folder."""
         if self._spool:
             for name, sink in list(self._sinks.items()):
                 self._try(name, sink.flush)
@@ -99,13 +98,13 @@ class MetricsWriter:
             self._spool.cleanup()
 
 
-class Lines:
-    """One JSON line a step, in ``folder``; what ``before`` holds already is kept in front."""
+class JsonLinesSink:
+    """Appends one JSON line per step to the metrics file in ``folder``, which starts as a copy of ``earlier``'s."""
 
-    def __init__(self, folder: Path, before: Any):
+    def __init__(self, folder: Path, earlier: Any):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / METRICS).exists() and (before / METRICS).exists():
-            (folder / METRICS).write_bytes((before / METRICS).read_bytes())
+        if not (folder / METRICS).exists() and (earlier / METRICS).exists():
+            (folder / METRICS).write_bytes((earlier / METRICS).read_bytes())
         self._file = (folder / METRICS).open("a", buffering=1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -118,14 +117,14 @@ class Lines:
         self._file.close()
 
 
-class Board:
-    """TensorBoard's event file, in ``folder/tensorboard``."""
+class TensorBoardSink:
+    """Writes a TensorBoard event file in ``folder/tensorboard``."""
 
     def __init__(self, folder: Path):
-        from tensorboardX.proto.event_pb2 import Event  # here, since it takes a second to import
+        from tensorboardX.proto.event_pb2 import Event  # importing takes a second
         from tensorboardX.record_writer import RecordWriter
 
-        # Not SummaryWriter: its thread dies of a full disk, and then whoever gives it more waits for ever.
+        # Not SummaryWriter: after an error such as a full disk its thread is dead, and the next write blocks forever.
         (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
         self._writer, self._flushed = RecordWriter(str(folder / "tensorboard" / name)), time.monotonic()
@@ -141,10 +140,10 @@ class Board:
 
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
-                continue  # of which it warns, a line each
+                continue  # tensorboardX prints a warning for each
             summary = text(name, value) if isinstance(value, str) else scalar(name, value)
             self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:  # not every time: it waits for the disk
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:  # not every step: flushing waits for the disk
             self.flush()
 
     def flush(self) -> None:
@@ -155,8 +154,8 @@ class Board:
         self._writer.close()
 
 
-class WeightsAndBiases:
-    """The run's namesake in Weights & Biases; the environment says how (WANDB_MODE=offline)."""
+class WandbSink:
+    """Logs to a Weights & Biases run named after the run folder; reads W&B's environment (WANDB_MODE=offline)."""
 
     def __init__(self, config: Config):
         try:
@@ -167,25 +166,25 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=config.train.wandb_project,
             name=folder.name,
-            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],  # a resumed run goes on in the same one
+            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],  # a resumed run continues the same W&B run
             resume="allow",
-            config=experiment(config),
+            config=saved_settings(config),
         )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log(dict(values), step=step)
 
     def flush(self) -> None:
-        """Nothing: it sends by itself."""
+        """Do nothing: W&B uploads in the background."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 def read_records(run_dir: str) -> list[dict[str, Any]]:
-    """Return the lines of ``RUN_DIR/metrics.jsonl``, in order; none where there is no file yet.
+    """Return the records of ``RUN_DIR/metrics.jsonl`` in order; none without the file.
 
-    A line that a killed process left half written is passed over.
+    Skips a line that a killed process left half written.
     """
     path = locate(run_dir) / METRICS
     records = []
@@ -196,24 +195,9 @@ def read_records(run_dir: str) -> list[dict[str, Any]]:
 
 
 def per_exit(prefix: str, loss_L: np.ndarray) -> dict[str, float]:
-    """Name the losses by exit, 1..L; exits without a loss (NaN) are left out.
+    """Name the losses by exit, 1..L, without exits that have no loss (NaN).
 
     >>> per_exit("train/exit_loss", np.array([float("nan"), 2.5]))
     {'train/exit_loss/2': 2.5}
     """
     return {f"{prefix}/{exit + 1}": float(loss) for exit, loss in enumerate(loss_L) if not math.isnan(loss)}
-
-
-def training_values(metrics: StepMetrics) -> dict[str, float]:
-    """Flatten a step's metrics, already on the host, for a `MetricsWriter`."""
-    on_L = metrics.exit_weight_L > 0
-    return {
-        "train/objective": float(metrics.objective),
-        **per_exit("train/exit_loss", np.where(on_L, metrics.exit_loss_L, np.nan)),
-        "train/gradient_norm": float(metrics.gradient_norm),
-        **{f"train/gradient_norm_of_block/{i}": float(norm) for i, norm in enumerate(metrics.gradient_norm_L)},
-        "train/learning_rate": float(metrics.learning_rate),
-        "train/mean_drop_rate": float(np.mean(metrics.drop_rate_L)),
-        "train/tokens": float(metrics.tokens),
-        "train/applied": float(metrics.applied),
-    }

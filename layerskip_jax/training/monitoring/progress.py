@@ -1,4 +1,4 @@
-"""What a person sees and what is written while a run goes on; knows nothing of how training works."""
+"""Progress of a run: lines or a bar for people, and metrics."""
 
 import contextlib
 import sys
@@ -12,24 +12,29 @@ from tqdm import tqdm
 
 from layerskip_jax.config import Config
 from layerskip_jax.model import parameter_count
-from layerskip_jax.training.monitoring.flops import flops_per_token, peak_flops, step_flops
+from layerskip_jax.recipe.recipe import Recipe, Skipping
+from layerskip_jax.training.monitoring.flops import flops_per_token, step_flops
 from layerskip_jax.training.monitoring.goodput import Goodput, Phase
-from layerskip_jax.training.monitoring.metrics import MetricsWriter, per_exit, training_values
+from layerskip_jax.training.monitoring.metrics import MetricsWriter, per_exit
 from layerskip_jax.training.monitoring.watch import Watchdog
 from layerskip_jax.training.step import StepMetrics
 
 
 class Progress:
-    """Lines and a bar, metrics and goodput of a run that goes on after step ``first``; the first process's only."""
+    """Reports a run that starts after step ``first``, on process 0 only.
 
-    def __init__(self, config: Config, first: int, goodput: Goodput):
+    ``peak`` is the denominator of MFU and HFU [FLOP/s over all devices].
+    """
+
+    def __init__(self, config: Config, recipe: Recipe, first: int, goodput: Goodput, peak: float):
         self._config = config
+        self._skips = isinstance(recipe.apply_dropout, Skipping)
         self._writer = MetricsWriter(config)
         self._goodput, self._watchdog = goodput, Watchdog(config.train.hang_seconds)
-        self._flops, self._peak = flops_per_token(config), peak_flops()
+        self._flops, self._peak = flops_per_token(config), peak
         self._on = jax.process_index() == 0
         self._done_here = 0
-        # A bar on a terminal, lines elsewhere.
+        # A bar on a terminal, lines otherwise.
         self._bar = tqdm(
             initial=first,
             total=config.train.steps,
@@ -39,18 +44,19 @@ class Progress:
         )
         self._restart_clock()
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
+        """Print a line above the bar."""
         if self._on:
             self._bar.write(line, file=sys.stdout)
             sys.stdout.flush()
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Book the time of the body to ``phase``, and leave what is not training out of the rate."""
+        """Book the time of the body to ``phase``; the tokens/s include only training and data."""
         with self._goodput.during(phase):
             yield
         if phase != "data":
-            self._watchdog.hear()
+            self._watchdog.tick()
             self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -58,12 +64,11 @@ class Progress:
 
     def after_step(self, done: int, metrics: StepMetrics) -> None:
         """Report optimizer step number ``done``, whose metrics are on the host."""
-        self._watchdog.hear()
+        self._watchdog.tick()
         self._done_here += 1
         self._tokens, self._steps = self._tokens + float(metrics.tokens), self._steps + 1
-        self._computed += step_flops(
-            self._config, np.asarray(metrics.exit_weight_L), np.asarray(metrics.drop_rate_L)
-        ).hardware
+        weight_L, drop_rate_L = np.asarray(metrics.exit_weight_L), np.asarray(metrics.drop_rate_L)
+        self._computed += step_flops(self._config, weight_L, drop_rate_L, skips=self._skips).hardware
         seconds = time.perf_counter() - self._clock
         rate = self._tokens / seconds
         mfu, hfu = rate * self._flops / self._peak, self._computed / seconds / self._peak
@@ -75,24 +80,24 @@ class Progress:
             self._writer.write(done, training_values(metrics) | speed)
             if self._bar.disable:
                 left = (self._config.train.steps - done) * seconds / self._steps
-                self.say(
+                self.log(
                     f"step {done}/{self._config.train.steps}  loss {loss:.3f}  {rate:,.0f} tok/s  MFU {mfu:.0%}  "
                     f"{left / 60:.0f} min left"
                 )
         if self._done_here == 1:
-            self._goodput.first_step_is_done()
-            self._restart_clock()  # the first step compiled
+            self._goodput.end_start()
+            self._restart_clock()  # leave compilation out of the tokens/s
 
     def after_evaluation(self, done: int, loss_L: np.ndarray) -> None:
         self._writer.write(done, per_exit("validation/exit_loss", loss_L))
-        self.say(f"step {done}  held-out loss by exit: " + "  ".join(f"{x + 1}: {v:.3f}" for x, v in enumerate(loss_L)))
+        self.log(f"step {done}  held-out loss by exit: " + "  ".join(f"{x + 1}: {v:.3f}" for x, v in enumerate(loss_L)))
 
     def after_sample(self, done: int, text: str) -> None:
         self._writer.write(done, {"sample": text})
-        self.say(f"step {done}  sample: {self._config.train.sample_prompt + text!r}")
+        self.log(f"step {done}  sample: {self._config.train.sample_prompt + text!r}")
 
     def after_save(self, done: int) -> None:
-        """Write the ledger: a resume reads it back from the step that was saved."""
+        """Write the goodput, which a resume from this step reads back."""
         self._writer.write(done, self._goodput.values())
         self._writer.publish()
 
@@ -107,7 +112,7 @@ class Progress:
 
 
 def opening_line(config: Config, mesh: Mesh, start: str) -> str:
-    """Say what is trained on what; ``start`` says from where."""
+    """Describe the model, the devices and the length of a run; ``start`` describes its initial state."""
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     size = parameter_count(config.model) / 1e6
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -115,3 +120,18 @@ def opening_line(config: Config, mesh: Mesh, start: str) -> str:
         f"{size:.1f}M parameters, {config.model.num_layers} layers, on {mesh.size} {jax.devices()[0].device_kind} "
         f"device(s){processes} ({shape}); {config.train.steps} steps, {start}"
     )
+
+
+def training_values(metrics: StepMetrics) -> dict[str, float]:
+    """Flatten a step's metrics, already on the host, for a `MetricsWriter`."""
+    on_L = metrics.exit_weight_L > 0
+    return {
+        "train/objective": float(metrics.objective),
+        **per_exit("train/exit_loss", np.where(on_L, metrics.exit_loss_L, np.nan)),
+        "train/gradient_norm": float(metrics.gradient_norm),
+        **{f"train/gradient_norm_of_block/{i}": float(norm) for i, norm in enumerate(metrics.gradient_norm_L)},
+        "train/learning_rate": float(metrics.learning_rate),
+        "train/mean_drop_rate": float(np.mean(metrics.drop_rate_L)),
+        "train/tokens": float(metrics.tokens),
+        "train/applied": float(metrics.applied),
+    }

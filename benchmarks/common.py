@@ -1,0 +1,154 @@
+"""What the benchmarks share: a header that identifies a measurement, timing in turn, and ``--json FILE``."""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).parent.parent
+CODE = ("layerskip_jax", "benchmarks", "configs")
+LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+
+
+def git(*arguments: str) -> str:
+    """Return the output of git in this checkout, or "" without git or a checkout."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    return git("rev-parse", "HEAD") or "no checkout"
+
+
+def uncommitted_changes() -> str:
+    """Return a digest of the uncommitted changes of the code, or "" if there are none."""
+    status = git("status", "--porcelain", "--untracked-files=all", "--", *CODE)
+    if not status:
+        return ""
+    untracked = [line[3:] for line in status.splitlines() if line.startswith("??")]
+    contents = [(ROOT / name).read_bytes() for name in untracked if (ROOT / name).is_file()]
+    parts = [status.encode(), git("diff", "HEAD", "--", *CODE).encode(), *contents]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+
+
+def machine() -> str:
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores, {names[0] if names else platform.machine()}"
+
+
+def command() -> str:
+    """Return the command line of this process, as ``python -m benchmarks.NAME ...``."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {spec.name}" if spec else sys.argv[0]
+    return f"python {program} {shlex.join(sys.argv[1:])}".rstrip()
+
+
+def installed(libraries: Sequence[str]) -> dict[str, str]:
+    """Return the versions of those ``libraries`` that are installed."""
+    versions = {}
+    for name in libraries:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def header(*libraries: str) -> dict[str, Any]:
+    """Print and return what identifies a measurement: command, versions, machine and commit.
+
+    ``libraries`` are packages to name in addition to JAX's.
+    """
+    about = {
+        "command": command(),
+        "versions": {"Python": platform.python_version(), **installed([*LIBRARIES, *libraries])},
+        "machine": machine(),
+        "commit": commit(),
+        "changes": uncommitted_changes(),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+    print(about["command"])
+    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
+    changed = " with uncommitted changes" if about["changes"] else ""
+    print(f"{about['machine']}; commit {about['commit'][:12]}{changed}; {about['date']}", flush=True)
+    return about
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds of each alternative, in the order of the turns."""
+
+    seconds: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, baseline: str) -> float:
+        """Return the median over turns of the time of ``name`` over that of ``baseline``.
+
+        Both times of a pair come from one turn, so that a slow phase of the machine affects both.
+        """
+        pairs = zip(self.seconds[name], self.seconds[baseline], strict=True)
+        return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
+def in_turn(
+    functions: Mapping[str, Callable[[], Any]],
+    turns: int,
+    warm_up: int = 1,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> Timings:
+    """Time every function once per turn, in the order given, after ``warm_up`` turns that are not timed.
+
+    A call ends when its result is ready on the device. ``out_of_time`` is asked after every turn from the second timed
+    one on; if it returns True, no further turn starts.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(-warm_up, turns):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            jax.block_until_ready(function())
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - began)
+        if turn >= 1 and out_of_time():
+            break
+    return Timings(seconds)
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the header and all results to FILE")
+
+
+def write_json(file: Path | None, about: Mapping[str, Any], results: Any) -> None:
+    """Write the `header` and the results to the file of ``--json``; NaN, which JSON lacks, becomes null."""
+    if file is not None:
+        strict = json.loads(json.dumps({"about": about, "results": results}), parse_constant=lambda _: None)
+        replace_text(file, json.dumps(strict, indent=1, allow_nan=False) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file at once: a reader, or a crash, never sees half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

@@ -1,0 +1,114 @@
+"""Arrays of a model by name, and how they are read from one orbax item of a checkpoint."""
+
+import json
+import urllib.parse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+from flax import nnx
+
+from layerskip_jax.checkpoint.digests import digests
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.errors import UserError
+from layerskip_jax.locations import is_remote
+from layerskip_jax.model import Transformer
+
+
+class DamagedCheckpoint(UserError):  # noqa: N818  (as the user reads it)
+    """The files of a checkpoint were changed after the save, or some are missing."""
+
+
+def named_arrays(tree: Any) -> dict[str, Any]:
+    """Flatten a tree of Params and arrays to ``{"blocks.query_DNH": array}``, in the order of its leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    named = {}
+    for path, leaf in leaves:
+        (array,) = jax.tree.leaves(leaf)
+        named[jax.tree_util.keystr(path, simple=True, separator=".")] = array
+    return named
+
+
+def with_arrays(tree: Any, arrays: dict[str, Any]) -> Any:
+    """Return ``tree`` with its leaves replaced by name: the inverse of `named_arrays`."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in named_arrays(tree)])
+
+
+def stacked_model(
+    config: ModelConfig, read: Callable[[dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
+) -> Transformer:
+    """Build a stacked model on the first device from the arrays that ``read`` returns for their shapes and types."""
+    abstract = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return with_arrays(abstract, read({name: on_first_device(leaf) for name, leaf in named_arrays(abstract).items()}))
+
+
+def on_first_device(leaf: Any, dtype: jnp.dtype | None = None) -> jax.ShapeDtypeStruct:
+    """Return the shape and type of ``leaf`` (or ``dtype``), placed on the first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=device)
+
+
+def prefix_names(item: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return ``{"ITEM: NAME": array}``, the names under which digests are stored."""
+    return {f"{item}: {name}": array for name, array in arrays.items()}
+
+
+def read_arrays(folder: epath.Path, target: dict[str, Any]) -> dict[str, jax.Array]:
+    """Read the orbax item in ``folder`` into the shapes, types and shardings of ``target``.
+
+    Raises `DamagedCheckpoint` for files that cannot be read.
+    """
+    # Not through a Checkpointer: it waits for all processes at barriers, and hangs if one of them fails.
+    try:
+        return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(target))
+    except Exception as error:  # orbax, tensorstore and its drivers share no base class
+        raise DamagedCheckpoint(
+            f"the checkpoint {folder.parent} is damaged: {folder.name}: {summarize(error)}"
+        ) from error
+
+
+def corrupted_array(folder: epath.Path, expected: dict[str, int], arrays: dict[str, jax.Array]) -> str:
+    """Return an error that names the first array whose digest is not the ``expected`` one, or ""."""
+    found, _ = digests(arrays) if arrays else ({}, True)
+    corrupted = [name for name, value in found.items() if expected.get(name) != value]
+    return f"the checkpoint {folder} is damaged: {corrupted[0]} is not what was saved" if corrupted else ""
+
+
+def check_shapes(folder: epath.Path, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raise `UserError` unless the model in a checkpoint has exactly the arrays that its config implies."""
+    try:
+        shapes = _stored_shapes(folder / "model")
+    except Exception as error:  # any error here comes from damaged files
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {summarize(error)}") from error
+    for name in sorted(wanted.keys() | shapes.keys()):
+        stored, follows = shapes.get(name, "missing"), wanted.get(name, "no such array")
+        if stored != follows:
+            raise UserError(
+                f"the weights of the checkpoint {folder} do not match its config: {name} is {stored}, but the config "
+                f"implies {follows}"
+            )
+
+
+def _stored_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the arrays in an orbax item, from the index (OCDBT) and the headers of the arrays (zarr).
+
+    Orbax 0.12.8 can read them too, but where the index is damaged each of its threads prints a traceback. We found no
+    upstream issue about it.
+    """
+    base = str(folder) if is_remote(folder) else f"file://{urllib.parse.quote(str(folder))}"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{base}/"}).result()
+    keys = [key for key in store.list().result() if key.endswith(b"/.zarray")]
+    headers = {key.decode().removesuffix("/.zarray"): json.loads(store.read(key).result().value) for key in keys}
+    return {name: tuple(header["shape"]) for name, header in headers.items()}
+
+
+def summarize(error: BaseException) -> str:
+    """Return one line about the root cause of an error of orbax or tensorstore, shortened in the middle."""
+    while isinstance(error.__cause__, Exception) and str(error.__cause__):
+        error = error.__cause__
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:120]} ... {line[-180:]}"

@@ -1,0 +1,154 @@
+"""Run folders: ``RUN/checkpoints/STEP`` with the orbax items of a checkpoint, and the tokenizer in ``RUN/checkpoints``.
+
+A checkpoint stores model, optimizer, data positions and config apart, so decoding reads only model and config. The
+item ``checksums`` holds the digests of all of them (`layerskip_jax.checkpoint.digests` for arrays, SHA-256 for the
+rest), which are compared at every read. Files are parsed as data: nothing is unpickled or executed.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from layerskip_jax.checkpoint.arrays import (
+    DamagedCheckpoint,
+    check_shapes,
+    corrupted_array,
+    prefix_names,
+    read_arrays,
+    stacked_model,
+)
+from layerskip_jax.config import Config, from_dict
+from layerskip_jax.data.load_tokenizer import find_tokenizer
+from layerskip_jax.data.position import read_positions
+from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
+from layerskip_jax.errors import UserError, nearest
+from layerskip_jax.locations import locate
+from layerskip_jax.model import Transformer
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The model of one checkpoint of a run; `LlamaFolder` has the same interface."""
+
+    checkpoint: epath.Path
+    """``RUN/checkpoints/STEP``."""
+
+    @property
+    def model_folder(self) -> epath.Path:
+        """The folder of the tokenizer and of the swept settings: ``RUN/checkpoints``."""
+        return self.checkpoint.parent
+
+    @property
+    def root(self) -> epath.Path:
+        """The folder that plots go to: ``RUN``."""
+        return self.model_folder.parent
+
+    @cached_property
+    def config(self) -> Config:
+        """The config of the run, as stored in the checkpoint."""
+        return read_config(self.checkpoint)
+
+    @property
+    def tokenizer(self) -> epath.Path:
+        """The tokenizer's file. A path in the config is never followed, for the checkpoint may be a stranger's."""
+        return find_tokenizer(self.model_folder) or self.model_folder / TOKENIZER
+
+    def weights(self, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Read the named arrays of the stacked model into the shapes, types and shardings of ``target``.
+
+        Each process reads only the shards of its devices. Raises `UserError` for weights that do not match their config
+        and `DamagedCheckpoint` for weights or a tokenizer that were changed after the save.
+        """
+        folder = self.checkpoint
+        checksums = read_checksums(folder)
+        check_shapes(folder, {name: leaf.shape for name, leaf in target.items()})
+        arrays = read_arrays(folder / "model", target)
+        problem = corrupted_array(folder, checksums["arrays"], prefix_names("model", arrays))
+        for name, digest in checksums["tokenizer"].items():
+            file = self.model_folder / epath.Path(name).name
+            if not problem and file.exists() and sha256(file.read_bytes()) != digest:
+                problem = f"{file} is damaged: it is not the tokenizer that the model was trained with"
+        if problem:
+            raise DamagedCheckpoint(problem)
+        return arrays
+
+    def model(self, unstacked: bool = False) -> Transformer:
+        """Read the model onto the first device, for training or (``unstacked``) for decoding."""
+        model = stacked_model(self.config.model, self.weights)
+        return model.unstacked() if unstacked else model
+
+
+def checkpoint_folder(config: Config) -> epath.Path:
+    """Return the folder of a run's checkpoints: ``RUN_DIR/checkpoints``."""
+    return locate(config.train.run_dir) / "checkpoints"
+
+
+def find_checkpoint(path: str) -> epath.Path:
+    """Return the folder of one checkpoint: ``path`` itself, or the newest complete checkpoint of the run at ``path``.
+
+    Raises `UserError` if there is none.
+    """
+    root = locate(path)
+    if not root.exists():
+        parent = root.parent
+        others = [str(epath.Path(path).parent / other.name) for other in parent.iterdir()] if parent.is_dir() else []
+        raise UserError(f"no checkpoint at {path}: the folder does not exist{nearest(path, others)}")
+    if (root / "model").exists() and (root / "config").exists():
+        return root
+    folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    complete = [step for step in steps if (folder / str(step) / "model").exists()]
+    if not complete:
+        raise UserError(f"no checkpoint at {path}: expected a run folder with checkpoints/STEP, as train.py writes it")
+    return folder / str(max(complete))
+
+
+def read_config(checkpoint: epath.Path) -> Config:
+    """Read the config that is stored in a checkpoint; raises `DamagedCheckpoint` if it was changed after the save."""
+    values = _read_json(checkpoint, "config")
+    if json_sha256(values) != read_checksums(checkpoint)["config"]:
+        raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: its config is not what was saved")
+    try:
+        return from_dict(values, Config)
+    except UserError as error:
+        raise UserError(f"the checkpoint {checkpoint} has no readable config: {error}") from error
+
+
+def read_checksums(checkpoint: epath.Path) -> dict[str, Any]:
+    """Read the digests of a checkpoint: ``{"arrays": {NAME: int}, "config": str, "tokenizer": {FILE: str}}``."""
+    checksums = _read_json(checkpoint, "checksums")
+    kinds = {"arrays": dict, "config": str, "tokenizer": dict}
+    if not isinstance(checksums, dict) or any(not isinstance(checksums.get(key), kind) for key, kind in kinds.items()):
+        raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: its checksums are not what was saved")
+    return checksums
+
+
+def read_data_positions(checkpoint: epath.Path) -> dict[int, Any]:
+    """Read the data position of every row of the batch (`layerskip_jax.data.position`)."""
+    try:
+        return read_positions(checkpoint / "batches")
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: no data position: {error}") from error
+
+
+def _read_json(checkpoint: epath.Path, item: str) -> Any:
+    try:
+        return json.loads((checkpoint / item / "metadata").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: no readable {item}: {error}") from error
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of bytes in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def json_sha256(values: Any) -> str:
+    """Return the SHA-256 of JSON values, whatever the order of their keys."""
+    return sha256(json.dumps(values, sort_keys=True).encode())

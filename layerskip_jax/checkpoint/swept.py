@@ -1,0 +1,41 @@
+"""Decoding settings that ``layerskip sweep`` found fastest, stored next to a model's tokenizer."""
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+from etils import epath
+
+from layerskip_jax.checkpoint.reading import open_model_folder
+from layerskip_jax.config import DecodeConfig, from_dict
+from layerskip_jax.errors import UserError
+
+SWEPT = "decode.json"
+
+DEPENDENT = {"mode", "policy", "exit_layer", "draft_length", "exits"}
+"""Settings that the sweep chose together, so they are used together or not at all."""
+
+
+def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:
+    """Store `DecodeConfig` fields for the model at ``path``, with their measurements; return the file."""
+    file = open_model_folder(path).model_folder / SWEPT
+    file.write_text(json.dumps({"decode": settings, "measured": measured}, indent=1) + "\n")
+    return file
+
+
+def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
+    """Return the stored settings, without those that the user has ``given``.
+
+    If one of `DEPENDENT` is given, all of them are left out. Raises `UserError` for a file that `store_swept` did not
+    write.
+    """
+    file = open_model_folder(path).model_folder / SWEPT
+    if not file.exists():
+        return {}
+    try:
+        settings = json.loads(file.read_text())["decode"]
+        from_dict(settings, DecodeConfig)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
+        raise UserError(f"{file} is not what python -m layerskip_jax sweep writes ({error}): remove it") from error
+    left_out = set(given) | (DEPENDENT if DEPENDENT & set(given) else set())
+    return {name: value for name, value in settings.items() if name not in left_out}

@@ -1,0 +1,53 @@
+"""The exit loss in its plain form, which defines what `fused_exit_loss` computes.
+
+`jax.value_and_grad` differentiates it. It holds logits of shape [B, T, V] for every exit at once.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layerskip_jax.data.batch import Batch
+from layerskip_jax.model import Block, Transformer, run_layers
+from layerskip_jax.recipe.early_exit import ExitLoss, cross_entropy
+from layerskip_jax.recipe.layer_dropout import DropoutMask, apply_masked
+
+
+class ExitLosses(NamedTuple):
+    """The objective J and the loss of each exit, both summed over the counted positions of a batch [nats]."""
+
+    objective: jax.Array
+    loss_L: jax.Array
+
+
+def exit_losses(
+    model: Transformer,
+    batch: Batch,
+    weight_L: jax.Array,
+    dropout_mask: DropoutMask | None = None,
+    *,
+    loss: ExitLoss = cross_entropy,
+    teacher: Any = None,
+) -> ExitLosses:
+    """Return ``J = sum_l w_l CE(g(x_{l+1}), Y)`` (LayerSkip eq. 5), and the loss of each exit with a weight above 0.
+
+    ``x_{l+1} = x_l + M_l f_l(x_l)`` (eq. 1) with M from ``dropout_mask``; None keeps every block. ``weight_L`` is
+    w(t, l) of eq. 6. ``loss`` takes the place of CE; it receives ``teacher``, a tree of ``[B, T, ...]`` arrays.
+    """
+    B, T = batch.inputs_BT.shape
+    L = model.config.num_layers
+    rotary = model.rotary_tables(jnp.arange(T)[None])
+    mask = dropout_mask or DropoutMask(jnp.ones((L, B), bool), jnp.ones(L))
+
+    def f(block: Block, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        return block(x_BTD, rotary, segments_BT)[0]
+
+    def block_fn(block: Block, x_BTD: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        weight, keep_B, scale = inputs
+        x_BTD = apply_masked(f, block, (x_BTD, batch.segments_BT), keep_B, scale)
+        value = loss(model.unembed, x_BTD, batch.targets_BT, batch.mask_BT, teacher)
+        return x_BTD, jnp.where(weight > 0, value, 0)
+
+    _, loss_L = run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, (weight_L, *mask))
+    return ExitLosses(jnp.sum(weight_L * loss_L), loss_L)
