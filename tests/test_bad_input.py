@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
 
-from layerskip_jax.config import DecodeConfig, from_dict
+from layerskip_jax.config import DecodeConfig
+from layerskip_jax.config_dict import from_dict
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.confident_exit import ConfidentExit

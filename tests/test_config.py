@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip_jax.command_line import add_settings, load_config_file, make_parser, parse_config
-from layerskip_jax.config import Config, from_dict, to_dict
+from layerskip_jax.config import Config
+from layerskip_jax.config_dict import from_dict, to_dict
 from layerskip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,8 @@ from layerskip_jax.checkpoint.arrays import (
     read_arrays,
     stacked_model,
 )
-from layerskip_jax.config import Config, from_dict
+from layerskip_jax.config import Config
+from layerskip_jax.config_dict import from_dict
 from layerskip_jax.data.load_tokenizer import find_tokenizer
 from layerskip_jax.data.position import read_positions
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER

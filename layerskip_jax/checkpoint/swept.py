@@ -7,7 +7,8 @@ from typing import Any
 from etils import epath
 
 from layerskip_jax.checkpoint.reading import open_model_folder
-from layerskip_jax.config import DecodeConfig, from_dict
+from layerskip_jax.config import DecodeConfig
+from layerskip_jax.config_dict import from_dict
 from layerskip_jax.errors import UserError
 
 SWEPT = "decode.json"

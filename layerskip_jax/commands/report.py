@@ -13,7 +13,8 @@ from layerskip_jax.checkpoint.swept import SWEPT
 from layerskip_jax.command_line import add_prompt_options, add_run, make_parser, positive
 from layerskip_jax.commands.plots import plot_run
 from layerskip_jax.commands.prompts import read_prompts
-from layerskip_jax.config import Config, saved_settings
+from layerskip_jax.config import Config
+from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError

@@ -31,7 +31,8 @@ from layerskip_jax.checkpoint.run_folder import (
     read_data_positions,
     sha256,
 )
-from layerskip_jax.config import Config, saved_settings
+from layerskip_jax.config import Config
+from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.data.load_tokenizer import find_tokenizer, load_tokenizer
 from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from layerskip_jax.checkpoint.reading import initial_model
-from layerskip_jax.config import Config, TrainConfig, saved_settings
+from layerskip_jax.config import Config, TrainConfig
+from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.data.documents import documents_digest
 from layerskip_jax.data.load_tokenizer import fingerprint, load_tokenizer
 from layerskip_jax.data.pipeline import local_batches, to_devices

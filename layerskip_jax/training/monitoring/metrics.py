@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from layerskip_jax.config import Config, saved_settings
+from layerskip_jax.config import Config
+from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import is_remote, locate
 

@@ -1,0 +1,49 @@
+"""Configs as nested dictionaries, which checkpoints store as JSON."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from layerskip_jax.checks import parse_value, require
+from layerskip_jax.config import Config
+from layerskip_jax.errors import UserError, nearest
+
+T = TypeVar("T")
+
+RENAMED = {
+    "model.rope_low_turns": "rope_low_freq_factor",
+    "model.rope_high_turns": "rope_high_freq_factor",
+}
+"""Former names of settings in stored configs."""
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the config as nested dictionaries that JSON can store."""
+    return dataclasses.asdict(config)
+
+
+def saved_settings(config: Config) -> dict[str, Any]:
+    """Return what a checkpoint stores: `to_dict` without `Config.distributed`, which describes machines, not the run."""
+    return {group: settings for group, settings in to_dict(config).items() if group != "distributed"}
+
+
+def from_dict(values: Mapping[str, Any], kind: type[T], where: str = "") -> T:
+    """Rebuild a config from the output of `to_dict`; raises `UserError` for an unknown name or a wrong type.
+
+    Settings that were renamed since a checkpoint was written keep their values.
+    """
+    require(isinstance(values, Mapping), f"{where.removesuffix('.') or 'a config'} must be settings by name")
+    hints = typing.get_type_hints(kind)
+    known = {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
+    arguments: dict[str, Any] = {}
+    for stored, value in values.items():
+        key = RENAMED.get(f"{where}{stored}", stored)
+        if key not in known:
+            raise UserError(f"unknown setting {where}{key}{nearest(key, known)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            arguments[key] = from_dict(value, typing.cast(type, hint), f"{where}{key}.")
+        else:
+            arguments[key] = parse_value(hint, value, f"{where}{key}")
+    return kind(**arguments)
