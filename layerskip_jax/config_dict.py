@@ -24,7 +24,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def saved_settings(config: Config) -> dict[str, Any]:
-    """Return what a checkpoint stores: `to_dict` without `Config.distributed`, which describes machines, not the run."""
+    """Return what a checkpoint stores: `to_dict` without `Config.distributed`, which describes machines."""
     return {group: settings for group, settings in to_dict(config).items() if group != "distributed"}
 
 

@@ -26,7 +26,6 @@ Rows = tuple[jax.Array, jax.Array]
 BlockFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]
 """``(weights, x_BTD, segments_BT) -> f(x)`` for any number of rows, each independent of the others."""
 
-
 ApplyDropout = Callable[[BlockFunction, Any, Rows, jax.Array, jax.Array], jax.Array]
 """``(f, weights, (x_BTD, segments_BT), keep_B, scale) -> x_BTD``: eq. 1 at one block, masked or skipping."""
 
@@ -65,7 +64,7 @@ def constant_time_scale(step: ArrayLike, total_steps: int) -> jax.Array:
 
 
 def decaying_time_scale(step: ArrayLike, total_steps: int) -> jax.Array:
-    """``S(t) = 1 - t/(T-1)``: from full dropout to none; meant for a linear layer scale with rescaling.
+    """``S(t) = 1 - t/(T-1)``: decays from full dropout to none; meant for a linear layer scale with rescaling.
 
     Source: a later study by LayerSkip's first author ("Don't Drop Dropout", 2026), which we know only second-hand.
     """
