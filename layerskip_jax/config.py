@@ -370,10 +370,3 @@ class Config:
                 max(exits, default=1) <= self.model.num_layers,
                 f"decode.{name} {' '.join(map(str, exits))} must be in 1..{self.model.num_layers} (model.num_layers)",
             )
-        microbatch = self.train.batch_size // self.train.accumulate
-        skips = self.layer_dropout.p_max > 0 and self.layer_dropout.form == "skipping"
-        require(
-            not skips or microbatch % self.layer_dropout.row_groups == 0,
-            f"layer_dropout.row_groups {self.layer_dropout.row_groups} must divide the microbatch of {microbatch} "
-            "sequences (train.batch_size / train.accumulate)",
-        )
