@@ -88,7 +88,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Return ``f_l(x)``, and the cache with the keys and values of these positions written.
 
-        RotaryTables are consecutive in each row. Without a cache, a position attends to earlier ones of its document
+        Positions are consecutive in each row. Without a cache, a position attends to earlier ones of its document
         (``segments_BT``). With a cache, it attends to the slots up to itself. ``filled`` is for a prefill from position
         0: the static number of slots to read, as in `attend_cache`.
         """

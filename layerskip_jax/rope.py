@@ -30,7 +30,7 @@ def rotary_frequencies(config: ModelConfig) -> jax.Array:
 
 
 class RotaryTables(NamedTuple):
-    """RotaryTables, and the sines and cosines by which `rotate` turns the H dimensions of a head there."""
+    """Positions, and the sines and cosines by which `rotate` turns the H dimensions of a head there."""
 
     index_BT: jax.Array
     sin_BT1H: jax.Array

@@ -93,14 +93,17 @@ def plain_and_fused(model, batch, weight_L, dropout_mask, settings):
 )
 @settings(max_examples=8)
 def test_the_fused_form_equals_the_plain_one(chunk, remat, tied, masked, seed, weights, drop_rate):
-    """In the objective, in the loss of every exit, and in every gradient, relative to the largest of its array."""
+    """In the objective, in the loss of every exit, and in every gradient, relative to the largest of its array.
+
+    Both sum in float32, but in another order: differences of 2e-6 were seen.
+    """
     keys, model, batch = jax.random.split(jax.random.key(seed)), tiny_model(seed, tied_embedding=tied), make_batch(seed)
     keep_LB = sample_dropout_mask(keys[0], jnp.full(L, drop_rate), B)
     mask = DropoutMask(keep_LB, jax.random.uniform(keys[1], (L,), minval=1, maxval=2)) if masked else None
     plain, fused = plain_and_fused(model, batch, jnp.array(weights, float), mask, FusedSettings(chunk, remat))
 
     def assert_equal(ours, reference):
-        np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-6 * np.abs(reference).max())
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
 
     jax.tree.map(assert_equal, fused, plain)
 
