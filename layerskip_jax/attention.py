@@ -32,7 +32,7 @@ class LayerCache(NamedTuple):
     @classmethod
     def empty(cls, batch: int, heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> "LayerCache":
         """Return zeroed pieces that end at `read_sizes`."""
-        # To choose a number of pieces, a GPU waits for the host about as long as it takes to read 2,000 positions.
+        # On a GPU, choosing the pieces waits for the host, as long as reading about 2,000 positions: start with 4,096.
         ends = read_sizes(capacity, first=4096 if on_gpu() else 128)
         shapes = [(batch, heads, end - start, head_dim) for start, end in zip([0, *ends], ends, strict=False)]
         return cls(tuple(jnp.zeros(s, dtype) for s in shapes), tuple(jnp.zeros(s, dtype) for s in shapes))
@@ -80,8 +80,8 @@ def attend_documents(
         case "splash":
             return attend_splash(q_BTNH, k_BTKH, v_BTKH, segments_BT)
         case "cudnn":
-            # cuDNN gets the documents as a [B, 1, T, T] bias in the compute dtype. On an H100 the bias doubles its time
-            # (docs/results/h100.md). cuDNN's packed layout needs none, but JAX offers it in private functions only.
+            # cuDNN gets the documents as a [B, 1, T, T] bias in the compute dtype. On an H100 the bias doubles the kernel's
+            # time (docs/results/h100.md). cuDNN's packed layout needs none, but JAX offers it in private functions only.
             same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
             return jax.nn.dot_product_attention(
                 q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, implementation="cudnn"
@@ -123,7 +123,7 @@ def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype:
 def attend_splash(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Attend with the splash kernel for TPU, which keeps no scores in memory; each device has its sequences and heads.
+    """Attend with the splash kernel for TPU, which keeps no scores in memory, on each device's sequences and heads.
 
     The kernel skips tiles above the diagonal, but not tiles between two documents. ``interpret`` runs it, slowly, on
     other platforms.
@@ -165,7 +165,7 @@ def same_document(segments_BT: jax.Array) -> jax.Array:
 def write_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array | None) -> LayerCache:
     """Write T positions of each row at that row's ``start_B`` (None: at 0); the caller keeps them within capacity.
 
-    With ``start_B``, T is at most the length of the shortest piece.
+    With ``start_B``, T must be at most the length of the shortest piece.
     """
 
     def write(pieces: tuple[jax.Array, ...], new_BTKH: jax.Array) -> tuple[jax.Array, ...]:
@@ -192,7 +192,7 @@ def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array)
     source_BT = (slot_B - start_B)[:, None] + jnp.arange(T)[None]
     is_new_BT = (source_BT >= 0) & (source_BT < T)
 
-    if on_gpu():  # XLA:GPU scatters in place, and would run each iteration of a loop as kernels of its own
+    if on_gpu():  # XLA:GPU scatters in place, and would run each iteration of a loop as separate kernels
         read_rows = jax.vmap(lambda piece_KSH, slot: jax.lax.dynamic_slice_in_dim(piece_KSH, slot, T, axis=1))
         write_rows = jax.vmap(
             lambda piece_KSH, rows_KTH, slot: jax.lax.dynamic_update_slice(piece_KSH, rows_KTH, (0, slot, 0))
@@ -218,7 +218,7 @@ def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array)
 
 
 def read_sizes(capacity: int, first: int = 128) -> list[int]:
-    """Return where the pieces of a cache end, which are the prefixes that attention can read: powers of two, and all.
+    """Return where the pieces of a cache end, which are the prefixes that attention can read: powers of two, and S.
 
     >>> read_sizes(1000)
     [128, 256, 512, 1000]
@@ -238,7 +238,7 @@ def attend_cache(q_BTNH: jax.Array, cache: LayerCache, position_BT: jax.Array, f
     """Return ``out_BTNH``: each query attends to the cache slots up to its own position.
 
     The program chooses at run time how many pieces to read, the fewest that hold every position. So the bytes read grow
-    with the text and not with the capacity. ``filled`` is a static bound on all positions, for a prefill. Masks hide
+    with the text and not with the capacity. ``filled``, for a prefill, is static and above all positions. Masks hide
     the slots after a query's position, where a rejected draft may have left keys and values.
     """
     ends = list(itertools.accumulate(piece.shape[2] for piece in cache.k_BKSH))

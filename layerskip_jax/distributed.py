@@ -41,7 +41,7 @@ def distributed_session(config: DistributedConfig) -> Iterator[None]:
     try:
         yield
     except Interrupted:
-        raise  # on all processes
+        raise  # all processes raise it, so jax's shutdown barrier completes
     except BaseException as error:
         if jax.process_count() == 1:
             raise
@@ -58,7 +58,7 @@ def distributed_session(config: DistributedConfig) -> Iterator[None]:
 
 
 def _translate(error: BaseException) -> BaseException:
-    """Return `LostProcess` for an error by which jax reports that another process stopped responding."""
+    """Return `LostProcess` for an error with which jax reports that another process stopped responding."""
     lost = re.search(r"Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|heartbeat", str(error))
     if not isinstance(error, jax.errors.JaxRuntimeError) or not lost:
         return error
@@ -170,8 +170,8 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
 class StopRequest:
     """Handle SIGTERM and SIGINT, sent to any process, as a request to save and stop all processes after the same step.
 
-    A second signal ends its process at once. The context manager restores the former handlers. Outside the main
-    thread, where Python allows no handlers, it does nothing.
+    A second signal ends the process that receives it at once. The context manager restores the former handlers. Outside
+    the main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self, mesh: Mesh):

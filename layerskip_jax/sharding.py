@@ -1,7 +1,8 @@
 """The device mesh, and `RULES`, the one table that maps logical axes to mesh axes.
 
-To try another layout, edit `RULES`; nothing else names a mesh axis. ``"embed": None`` replicates the parameters, and
-``"ffn": ("tensor", "sequence")`` shards the feed-forward width over both axes.
+To try another layout, edit `RULES`, and `_check_divides`, which checks that dimensions divide. ``"embed": None``
+replicates parameters over fsdp and sequence. With it, ``"ffn": ("tensor", "sequence")`` shards the feed-forward width
+over both axes.
 """
 
 import math
@@ -149,9 +150,9 @@ def _is_param(leaf: Any) -> bool:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrain the sharding of an activation along the mesh axes that the compiler partitions.
+    """Constrain the sharding of an activation along the mesh axes that are left to the compiler.
 
-    A dimension that does not divide, such as the single row of a sample generation, is replicated. Does nothing
+    A dimension that does not divide, such as the single row when generating a sample, is replicated. Does nothing
     outside `jax.set_mesh`.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -163,7 +164,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def mesh_size(logical: str) -> int:
-    """Return over how many devices of the current mesh a logical axis is sharded; 1 outside `jax.set_mesh`."""
+    """Return how many devices of the current mesh a logical axis is sharded over; 1 outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical) if axis in mesh.shape)
 
@@ -180,7 +181,7 @@ def target_platform() -> str:
 def row_major(x: jax.Array) -> jax.Array:
     """Keep the last axis contiguous in a TPU's memory; does nothing on other devices.
 
-    XLA:TPU may choose different layouts for two branches of a condition, and then copies the array between them.
+    XLA:TPU may choose different layouts for two branches of a conditional, and then copies the array between them.
     """
     if target_platform() != "tpu":
         return x
@@ -195,9 +196,9 @@ def on_each_device(
 ) -> Callable[..., Any]:
     """Return ``f`` under `jax.shard_map`: every device runs it on its own shard of the arguments.
 
-    ``inputs`` holds the logical axes of each argument, and ``output`` those of the output, or a list of those of each
-    output. They apply to all arrays of an argument; () is replicated. ``f`` is mapped over the mesh axes of the logical
-    axes ``along`` (None: all mesh axes); the compiler partitions the others. Returns ``f`` itself outside
+    ``inputs`` holds the logical axes of each argument, for all arrays in it; () is replicated. ``output`` holds those
+    of the single output, or is a list with those of each output. ``f`` is mapped over the mesh axes of ``along``
+    (logical axes; None: all mesh axes); the compiler partitions the others. Returns ``f`` itself outside
     `jax.set_mesh`, or inside a `shard_map` over the same axes.
     """
     mesh = jax.sharding.get_abstract_mesh()

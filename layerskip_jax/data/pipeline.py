@@ -1,8 +1,8 @@
 """The grain pipeline: shuffle documents, deal them out to the rows of a batch, tokenize, pack, batch.
 
-A batch has B rows of T predicted tokens. The documents of row r of batch b depend only on the seed and on B. So any
-number of processes yields the same batches, and each process reads only the documents of its rows. Prompts with their
-responses (``data.prompt_key``) are never split between rows, and only responses have a loss.
+A batch has B rows of T predicted tokens. In training, the documents of row r of batch b depend only on the seed and on
+B. So any number of processes yields the same batches, and each process reads only the documents of its rows. Prompts
+with their responses (``data.prompt_key``) are never split between rows, and only responses have a loss.
 """
 
 import dataclasses
@@ -105,8 +105,8 @@ def _in_worker(dataset: grain.IterDataset) -> grain.IterDataset:
 def _initialize_worker(worker: int, workers: int) -> None:
     """Ignore SIGINT and SIGTERM, and exit when the training process exits, even if it is killed.
 
-    Ctrl-C, Slurm and systemd send these signals to all processes, but after one the training process still needs
-    batches to finish its step.
+    Ctrl-C, Slurm and systemd send these signals to all processes, but the training process still needs batches
+    to finish its step.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -127,7 +127,7 @@ def _shuffle(window: dict[str, np.ndarray], generator: np.random.Generator) -> d
 
 
 def local_batches(config: Config, split: str, mesh: Mesh, epochs: int | None = None) -> grain.IterDataset:
-    """Return the local rows of the batches: shuffled and without end, or in order for ``epochs`` passes."""
+    """Return the local rows of the batches: shuffled and endless, or in order for ``epochs`` passes."""
     size = config.train.batch_size
     return make_batches(
         config,

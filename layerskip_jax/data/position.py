@@ -35,8 +35,8 @@ class DataPosition:
         """Resume from the positions that `read_positions` returned.
 
         If the batch size has changed, or other settings that decide which documents make a row (``same_rows`` is
-        false), then every row resumes after the last document that any row was reading. Only the documents that were
-        being read can come twice.
+        false), then every row resumes after the furthest saved position of any row. Documents that slower rows had not
+        reached are skipped, and those already in a row's packing or shuffle buffer can come twice.
         """
         same_rows = same_rows and len(states) == batch_size
         first = max(row + len(states) * (_documents_read(state) + 1) for row, state in states.items())

@@ -47,7 +47,7 @@ class AdaptiveSpeculative(SelfSpeculative):
     def early_blocks(
         self, model: Transformer, plan: Plan, position: RotaryTables, x_B1D: jax.Array, layers: list[LayerCache]
     ) -> tuple[list[jax.Array], list[LayerCache]]:
-        """Run the blocks up to the planned exit. Later exits get its hidden state until `late_blocks` reaches them."""
+        """Run the blocks up to the planned exit. Later exits repeat its hidden state: drafting uses the last one."""
         queries = []
         for index, blocks in enumerate(self.stages()):
             runs = index == 0 or plan.exit_index >= index
@@ -126,7 +126,7 @@ class AdaptiveSpeculative(SelfSpeculative):
 
 
 def checked_widths(policy: DraftPolicy, plan: Plan) -> Sequence[int]:
-    """Return the widths to compile verifications for; raises `UserError` for widths that do not reach d+1.
+    """Return the widths to compile verifications for; raises `UserError` unless they increase up to d+1.
 
     Width 1 is a round that drafts nothing. It is added if the plan can ask for such a round, and left out otherwise.
     """

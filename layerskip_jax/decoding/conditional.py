@@ -1,4 +1,4 @@
-"""Conditions that do not copy the KV cache."""
+"""Conditionals that do not copy the KV cache."""
 
 from collections.abc import Callable
 from typing import TypeVar

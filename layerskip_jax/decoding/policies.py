@@ -2,7 +2,7 @@
 
 A policy must be hashable, because it is static under jit, and it holds no state. What it learns is its *policy state*,
 a pytree that the loop carries. To write a policy, subclass `Fixed` and override what differs. No policy can change the
-text, because every draft is verified.
+text (with `Stochastic`: its distribution), because every draft is verified.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ class Plan(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """How many drafts each of X candidate exits would have had accepted at the positions that a round verified.
+    """How many drafts from each of X candidate exits would be accepted at the positions that a round verified.
 
     Counts are sums over the active rows. A stochastic sampler adds up probabilities of acceptance instead of 0 and 1.
     """
 
     done: jax.Array  # whether this round compared the exits; the counts are 0 otherwise
-    agreed_XQ: jax.Array  # rows in which the exit's drafts 0..q are all accepted
+    agreed_XQ: jax.Array  # rows in which drafts 0..q of the exit are all accepted
     reached_XQ: jax.Array  # rows in which drafts 0..q-1 are all accepted and draft q was compared
 
     @classmethod
@@ -129,7 +129,8 @@ class Fixed:
 def checked_plan(policy: DraftPolicy, policy_state: Any, least: int) -> Plan:
     """Return the policy's plan, clipped to its exits and to ``least``..d drafts.
 
-    Clipping ensures that no policy can change the text. A plan of Python ints that is out of range raises `UserError`.
+    Clipping ensures that a bad plan cannot change the text or its distribution. Raises `UserError` for a plan of Python
+    ints that is out of range.
     """
     plan, exits, d = policy.plan(policy_state), len(policy.exits), policy.draft_length
 
@@ -266,7 +267,7 @@ class Adaptive(Fixed):
         return before._replace(agreed_Xd=agreed_Xd, reached_Xd=reached_Xd, best=best, spent=spent)
 
     def _round_counts(self, outcome: Outcome) -> tuple[jax.Array, jax.Array]:
-        """Return ``agreed_Xd, reached_Xd`` of a round without a probe: 0 but for the exit that it used.
+        """Return ``agreed_Xd, reached_Xd`` of a round without a probe: 0 except for the exit that it used.
 
         The accepted drafts agreed. The draft after them was reached and rejected.
         """

@@ -64,7 +64,7 @@ class Autoregressive:
 class SelfSpeculative:
     """Blocks [0, E) draft up to d tokens, then blocks [E, L) verify them in one pass (LayerSkip section 4.3).
 
-    E is the policy's one exit. A round drafts at least one token; the policy's plan and `DraftPolicy.keep_drafting`
+    E is the policy's only exit. A round drafts at least one token; the policy's plan and `DraftPolicy.keep_drafting`
     limit the number. The verification always has d+1 positions.
     """
 
@@ -104,8 +104,8 @@ class SelfSpeculative:
     def draft(self, model: Transformer, state: DecodeState, plan: Plan, key: jax.Array) -> tuple[KVQCache, Drafts]:
         """Draft one token per pass, and store the exit query of every position.
 
-        The loop ends when each row has all its drafts or an EOS. The last pass runs the early blocks only: the last
-        draft needs an exit query too.
+        The loop ends when each row has all its drafts, an EOS, or a stop from the policy. Every pass runs the early
+        blocks; the last one skips the head, because it only stores the last draft's exit query.
         """
         start_token_B, start_B = state.last_token()
 

@@ -126,7 +126,7 @@ class Stochastic:
         Both cuts keep all tokens that tie at the threshold.
         """
         logits = logits.astype(jnp.float32)
-        # Subtract the maximum, so that a small temperature does not overflow. If it is not finite, all become NaN.
+        # Subtract the maximum, so that a small temperature does not overflow. If it is not finite, the result is NaN.
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
@@ -160,7 +160,7 @@ class Stochastic:
         q_BV = jnp.take_along_axis(q_BQV, accepted_B[:, None, None], axis=1)[:, 0]
         q_BV = jnp.where((accepted_B < drafts.count_B)[:, None], q_BV, 0)
         residual_probs_BV = jnp.maximum(p_BV - q_BV, 0)
-        # If p equals q, rounding can leave no positive residual. Then p is the right distribution.
+        # If p and q differ only by rounding, a rejection can leave no positive residual. Then draw from p.
         has_residual_B1 = jnp.sum(residual_probs_BV, axis=-1, keepdims=True) > 0
         return Verdict(accepted_B, _draw(jnp.where(has_residual_B1, residual_probs_BV, p_BV), draw_key))
 

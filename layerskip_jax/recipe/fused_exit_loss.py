@@ -72,8 +72,8 @@ def fused_exit_losses(
     """Return what `exit_losses` returns, with the gradient of the objective (LayerSkip eq. 5) already computed.
 
     Each exit is inside a conditional on its weight: one compiled program serves every step of a curriculum, and an
-    exit of weight 0 costs no FLOPs. The scan's carry accumulates the gradient of the head. Without remat, the forward
-    pass also computes each exit's gradient with respect to ``x``. With ``remat`` full or offload, the backward pass
+    exit of weight 0 costs no FLOPs. The scan's carry accumulates the gradient of the head. With ``remat`` none or dots,
+    the forward pass also computes each exit's gradient with respect to ``x``. With full or offload, the backward pass
     recomputes the logits of inner exits instead of saving that gradient: 8 D V FLOPs per token.
 
     Only the objective has a gradient; ``loss_L`` has none.
@@ -84,7 +84,7 @@ def fused_exit_losses(
     inner_exit = exit_with_recomputed_logits if recompute else exit_with_saved_gradients
     skips = dropout_mask is not None and settings.apply_dropout is not apply_masked
     f = block_function(model)
-    if settings.remat == "dots" or skips:  # the skipping form copies what it saves, so save less
+    if settings.remat == "dots" or skips:  # `apply_skipping` copies every saved residual, so save less
         f = jax.checkpoint(f, policy=save_matmuls, prevent_cse=False)
 
     def block_fn(
@@ -103,8 +103,8 @@ def fused_exit_losses(
     if recompute:
         policy = OFFLOAD_BLOCK_INPUTS if settings.remat == "offload" else None
         block_fn = jax.checkpoint(block_fn, policy=policy, prevent_cse=False)
-    # Iteration l computes the loss of the exit before block l. With the exit after block l in it, full remat would also
-    # recompute the output of the block, and so its down projection.
+    # Iteration l computes the exit before block l, whose input x is the iteration's saved input. The exit after block l
+    # would need the block's output, so full remat would also recompute the block's down projection.
     weight_before_L = jnp.roll(weight_L, 1).at[0].set(0)  # no exit comes before block 0
     start = model.embed(batch.inputs_BT), jax.tree.map(jnp.zeros_like, exits.head[1])
     (x_BTD, d_matrix), inner = run_layers(model.blocks, start, block_fn, (weight_before_L, dropout_mask))
@@ -133,7 +133,7 @@ def block_function(model: Transformer) -> BlockFunction:
 
     def f(block: Block, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         x_BTD = constrain(x_BTD, "batch", "length", None)
-        # Computed here so that each device computes its own part; JAX moves them out of the scan.
+        # Inside f, each device computes the tables of its own positions. JAX hoists them out of the scan.
         rotary = model.rotary_tables(jnp.arange(x_BTD.shape[1])[None])
         return block(x_BTD, rotary, segments_BT)[0]
 
@@ -194,7 +194,7 @@ class ChunkedLoss:
         return value, d_x_BTD, (d_norm_D, d_matrix)
 
     def _chunk_value(self, labels: Labels, x_BCD: jax.Array, norm_D: nnx.Param, matrix: nnx.Param) -> jax.Array:
-        # Gathered in the loop too, or the partitioner would gather the head again for every chunk.
+        # Repeat the constraint inside the loop, where it moves nothing; else the partitioner may gather in every chunk.
         g = partial(unembed, self.config, (norm_D, gather(matrix)))
         return self.loss(g, x_BCD, *labels)
 

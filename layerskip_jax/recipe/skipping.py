@@ -99,7 +99,7 @@ class _GroupLoop:
         groups = _Groups.create(keep_R, self.groups)
 
         def run_group(i: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
-            # Read rows from x and not from the output: if only the residuals are recomputed, XLA drops the output.
+            # Read rows from x, equal to the output there: when remat needs only the residuals, XLA drops the output.
             out_RTD, saved = carry
             x_JTD, segments_JT, keep_J = (groups.read(array, i) for array in (x_RTD, segments_RT, keep_R))
             out_JTD, pullback = self._vjp(weights, x_JTD, segments_JT, keep_J, scale)
@@ -151,7 +151,7 @@ class _GroupLoop:
     ) -> tuple[list[jax.ShapeDtypeStruct], list[bool]]:
         """Return the shape of each residual of a group's pullback, and whether it depends on the rows.
 
-        It does if its shape changes with the number of rows.
+        Tested by shape: a residual whose value but not shape depends on the rows would be missed.
         """
 
         def shapes(rows: int) -> list[jax.ShapeDtypeStruct]:

@@ -98,8 +98,8 @@ class Checkpoints:
     def save(self, state: TrainState, data: DataPosition, last: bool = False) -> None:
         """Save ``state`` as the checkpoint of step ``state.step``; returns as soon as the arrays are copied.
 
-        ``train.failed_save`` decides whether a failure, now or later in the background, raises `UserError` or prints a
-        warning. The ``last`` save of a process blocks, and its failure always raises, since no later save replaces it.
+        ``train.failed_save`` decides whether a failure, now or later in the background, raises `UserError` or (with one
+        process only) prints a warning. The ``last`` save blocks, and its failure always raises: no save follows.
         Raises `UserError` for parameters that are not finite.
         """
         model, optimizer = named_arrays(state.model), named_arrays(_optimizer_item(state))
@@ -118,9 +118,8 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(model),
                     optimizer=ocp.args.StandardSave(optimizer),
-                    batches=grain.checkpoint.CheckpointSave(
-                        data
-                    ),  # first in alphabetical order, since it may fail at once
+                    # "batches" comes first in orbax's alphabetical order, because this item can fail at once.
+                    batches=grain.checkpoint.CheckpointSave(data),
                     config=ocp.args.JsonSave(config),
                     checksums=ocp.args.JsonSave(checksums),
                 ),
@@ -186,7 +185,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: TrainState, data: DataPosition) -> tuple[TrainState | None, str]:
-        """Return a checkpoint's state, or else a description of the damage, on all processes the same."""
+        """Return a checkpoint's state, or else a description of the damage, the same on all processes."""
         folder, problem = self.folder / str(step), ""
         model, optimizer, sums, positions = {}, {}, {}, {}
         try:
@@ -247,7 +246,7 @@ class Checkpoints:
 
 
 def same_rows(one: Config, other: Config) -> bool:
-    """Return whether two configs with one batch size pack the same documents into the same rows."""
+    """Return whether two configs with the same batch size pack the same documents into the same rows."""
     names = ("source", "name", "train_split", "prompt_key", "sequence_length", "shuffle_window")
     return one.train.seed == other.train.seed and all(
         getattr(one.data, name) == getattr(other.data, name) for name in names
