@@ -80,8 +80,8 @@ def attend_documents(
         case "splash":
             return attend_splash(q_BTNH, k_BTKH, v_BTKH, segments_BT)
         case "cudnn":
-            # cuDNN gets the documents as a [B, 1, T, T] bias in the compute dtype. On an H100 the bias doubles the kernel's
-            # time (docs/results/h100.md). cuDNN's packed layout needs none, but JAX offers it in private functions only.
+            # cuDNN gets the documents as a [B, 1, T, T] bias, which doubles the kernel's time on an H100
+            # (docs/results/h100.md). Its packed layout needs none, but JAX offers that in private functions only.
             same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
             return jax.nn.dot_product_attention(
                 q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, implementation="cudnn"
