@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerskip_jax.checkpoint.reading import load_model
     from layerskip_jax.config import Config
+    from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
     from layerskip_jax.decoding.engine import generate
     from layerskip_jax.decoding.policies import Adaptive, Fixed
     from layerskip_jax.decoding.rounds import SelfSpeculative
@@ -28,11 +29,13 @@ MODULES = {
     "Fixed": "decoding.policies",
     "Adaptive": "decoding.policies",
     "SelfSpeculative": "decoding.rounds",
+    "AdaptiveSpeculative": "decoding.adaptive",
 }
 """The public names, and the module of each. A module is imported when its name is first used."""
 
 __all__ = [
     "Adaptive",
+    "AdaptiveSpeculative",
     "Config",
     "Fixed",
     "Greedy",

@@ -1,8 +1,14 @@
-"""Packaging and forbidden imports."""
+"""Packaging, public names, forbidden imports, and the size of functions."""
 
 import ast
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+
+import pytest
+
+import layerskip_jax
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "layerskip_jax"
@@ -19,3 +25,24 @@ def test_nothing_imports_tensorflow():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 assert not any(alias.name.split(".")[0] == "tensorflow" for alias in node.names)
+
+
+def test_public_names_are_imported_when_used():
+    code = "import sys, layerskip_jax as l; assert 'jax' not in sys.modules; [getattr(l, name) for name in l.__all__]"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=300)
+    assert sorted(layerskip_jax.MODULES) == sorted(layerskip_jax.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        _ = layerskip_jax.Trainer
+
+
+def test_functions_are_short_enough_to_read():
+    """At most 60 lines and 7 parameters; `generate` has 5 options that are keywords only."""
+    long, wide = [], []
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                name = f"{file.relative_to(PACKAGE)}: {node.name}"
+                long += [name] if node.end_lineno - node.lineno >= 60 else []
+                wide += [name] if len([n for n in names if n not in ("self", "cls")]) > 7 else []
+    assert (long, wide) == ([], ["decoding/engine.py: generate"])

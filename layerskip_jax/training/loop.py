@@ -76,7 +76,6 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
             if pending is not None:  # the device computes this step while the host reports the previous one
                 report_step(done - 1, *pending)
             pending = metrics, batch
-
             stopped = stop.agreed() if done < config.train.steps else 0
             due = _due(config.train, done, bool(stopped))
             if any(due):
@@ -95,8 +94,8 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
                 with progress.during("sampling"):
                     progress.after_sample(done, _sample(config, state.model, tokenizer, mesh))
             if stopped:
-                name = signal.Signals(stopped).name
-                raise Interrupted(stopped, f"{name}: stopped after step {done}, which is saved; restart to resume")
+                line = f"{signal.Signals(stopped).name}: stopped after step {done}, which is saved; restart to resume"
+                raise Interrupted(stopped, line)
     return state
 
 
