@@ -8,7 +8,7 @@ Legend of shape suffixes:
     W  positions that are verified     K  key and value heads               Q  d + 1, positions of a round
     A  microbatches                    G  query heads per key head, N / K   R  rows of a loop, or of a matrix
     P  positions of a prompt           H  width of a head                   M  several axes flattened
-    1  an axis of size one, kept for broadcasting
+    1  an axis of size one, kept for broadcasting                           I  groups of J rows (recipe/skipping.py)
 
 Modules hold `nnx.Param`s and nothing else, so they are plain pytrees: `jax.jit`, `jax.grad`, `lax.scan` and
 `lax.while_loop` take them directly. `Transformer.blocks` has two forms. For training it is one `Block` whose parameters
