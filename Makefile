@@ -14,9 +14,12 @@ NEWEST_VENV ?= .venv-newest
 NEWEST_TESTS = $(addprefix tests/test_,tpu_compiler.py numerics.py sharding.py losses.py decoding_lossless.py \
 	decoding_sampling.py training.py)
 
-# Fast tests that cover each package; modules that train a model or start processes are left to `make test`.
-CHECK_TESTS = $(addprefix tests/test_,config.py structure.py reading_cost.py early_exit.py layer_dropout.py model.py \
-	position.py pairs.py decoding_policies.py compiled.py maxtext_tpu.py tpu_files.py)
+# Fast tests of most packages; modules that train a model or start many processes are left to `make test`.
+CHECK_TESTS = $(addprefix tests/test_,config.py structure.py reading_cost.py benchmark_common.py early_exit.py \
+	layer_dropout.py data.py digests.py pairs.py position.py compiled.py maxtext_tpu.py tpu_files.py \
+	decoding_lossless.py::test_autoregressive_equals_a_plain_loop_without_a_cache \
+	decoding_lossless.py::test_drafts_that_are_always_accepted_take_the_fewest_rounds \
+	decoding_lossless.py::test_drafts_that_are_always_rejected_change_no_token)
 
 .PHONY: help quickstart check test test-newest lint format docs bench clean
 
