@@ -1,4 +1,4 @@
-"""The tables and plots of docs/results/evidence.md, from the measurements of `benchmarkers.evidence`."""
+"""The tables and plots of docs/results/evidence.md, from the measurements of `benchmarks.evidence`."""
 
 import json
 from collections.abc import Iterable, Sequence

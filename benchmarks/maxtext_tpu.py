@@ -53,7 +53,7 @@ from hlo import Program, shares_by_scope
 from benchmarks.common import header, replace_text
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.compiler_options import STEP_OPTIONS, WHOLE_MATMULS, Options, vmem_limit
-from layerskip_jax.config import Config
+from layerskip_jax.config import Config, ModelConfig
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.training.monitoring.flops import PEAK_FLOPS
 
@@ -126,6 +126,21 @@ def read_config(row: Row, more: list[str]) -> Config:
     return parse_config(make_parser(""), arguments)[0]
 
 
+def model_settings(model: ModelConfig) -> dict[str, Any]:
+    """Return MaxText's settings for a model of the same shape."""
+    return {
+        "base_num_decoder_layers": model.num_layers,
+        "base_emb_dim": model.dim,
+        "base_mlp_dim": model.ffn_dim,
+        "base_num_query_heads": model.num_heads,
+        "base_num_kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "rope_max_timescale": int(model.rope_base),
+        "logits_via_embedding": str(model.tied_embedding).lower(),
+    }
+
+
 def maxtext_settings(config: Config, topology: str) -> dict[str, Any]:
     """Return MaxText's settings for the same training step.
 
@@ -137,16 +152,7 @@ def maxtext_settings(config: Config, topology: str) -> dict[str, Any]:
         raise UserError(
             "the comparison needs bfloat16, remat full, accumulate 1, and a batch_size in multiples of the chips"
         )
-    return {
-        "base_num_decoder_layers": model.num_layers,
-        "base_emb_dim": model.dim,
-        "base_mlp_dim": model.ffn_dim,
-        "base_num_query_heads": model.num_heads,
-        "base_num_kv_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
-        "vocab_size": model.vocab_size,
-        "rope_max_timescale": int(model.rope_base),
-        "logits_via_embedding": str(model.tied_embedding).lower(),
+    return model_settings(model) | {
         "enable_dropout": "false",
         "dtype": "bfloat16",
         "weight_dtype": "float32",
@@ -175,8 +181,6 @@ def extra_options(form: str, chip: str) -> Options:
 
 def compile_ahead() -> ModuleType:
     """Import tpu/compile_ahead.py; not at the top, because it sets environment variables of the process."""
-    if str(ROOT / "tpu") not in sys.path:
-        sys.path.append(str(ROOT / "tpu"))
     return importlib.import_module("compile_ahead")
 
 

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +42,6 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error}: this benchmark compares with transformers; pip install torch transformers") from None
 
-LIBRARIES = jax, flax, torch, transformers
 MODELS = {
     "small": ModelConfig(12, 256, 4, 4, 688, 4096, compute_dtype="float32"),
     "large": ModelConfig(16, 768, 12, 12, 2048, 32000, compute_dtype="float32"),

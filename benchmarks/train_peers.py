@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from benchmarks.common import add_json_option, header, write_json
+from benchmarks.maxtext_tpu import model_settings
 from benchmarks.step_cost import PLAIN, random_batch
 from layerskip_jax.checkpoint.huggingface.config_json import config_json
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig
@@ -35,7 +36,7 @@ try:
     import torch
     import transformers
 
-    # torchtune 0.6.1 imports a quantised type that later versions of torchao lack. Nothing here uses it.
+    # torchtune 0.6.1 imports a quantized type that later versions of torchao lack. Nothing here uses it.
     stub = types.ModuleType("torchao.dtypes.nf4tensor")
     stub.__dict__.update(
         NF4Tensor=type("NF4Tensor", (torch.Tensor,), {}), to_nf4=None, linear_nf4=None, implements=lambda _: lambda f: f
@@ -135,22 +136,14 @@ def maxtext_plain(python: str, config: Config, steps: int) -> float:
 
     Its ``minimal`` remat recomputes no matmul.
     """
-    model = config.model
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
+        settings = model_settings(config.model) | {
             "run_name": "peer",
             "base_output_directory": folder,
             "hardware": "cpu",
             "skip_jax_distributed_system": "true",
             "dataset_type": "synthetic",
             "steps": steps + 4,
-            "base_num_decoder_layers": model.num_layers,
-            "base_emb_dim": model.dim,
-            "base_mlp_dim": model.ffn_dim,
-            "base_num_query_heads": model.num_heads,
-            "base_num_kv_heads": model.num_kv_heads,
-            "head_dim": model.head_dim,
-            "vocab_size": model.vocab_size,
             "max_target_length": config.data.sequence_length,
             "per_device_batch_size": config.train.batch_size,
             "dtype": "float32",

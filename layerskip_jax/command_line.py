@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -71,11 +71,18 @@ def add_json(parser: OneLineParser, lines: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print JSON lines: {lines}")
 
 
-def add_settings(parser: argparse.ArgumentParser, defaults: Any, prefix: str = "") -> None:
-    """Add one option per field of the dataclass ``defaults``; a nested dataclass becomes a group of dotted options."""
+def add_settings(
+    parser: argparse.ArgumentParser, defaults: Any, prefix: str = "", names: Collection[str] | None = None
+) -> None:
+    """Add one option per field of the dataclass ``defaults``, or for those of ``names``.
+
+    A nested dataclass becomes a group of dotted options.
+    """
     group = parser.add_argument_group(prefix.removesuffix(".") or "settings", (type(defaults).__doc__ or "").strip())
     hints = typing.get_type_hints(type(defaults))
     for field in dataclasses.fields(defaults):
+        if names is not None and field.name not in names:
+            continue
         value, hint, name = getattr(defaults, field.name), hints[field.name], f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             add_settings(parser, value, f"{name}.")
@@ -116,12 +123,19 @@ def typed(hint: Any) -> Callable[[str], Any]:
 integer, number = typed(int), typed(float)
 
 
-def positive(text: str) -> int:
-    """Convert a word to an integer of at least 1."""
-    value = integer(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    """Return the argparse ``type`` of an integer of at least ``least``."""
+
+    def convert(text: str) -> int:
+        value = integer(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return convert
+
+
+positive, not_negative = at_least(1), at_least(0)
 
 
 # Configs

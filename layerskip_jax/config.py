@@ -38,8 +38,12 @@ class ModelConfig:
         "scaling of rotary frequencies for long contexts: linear scales all, llama3 (Llama 3.1) only the low ones",
     )
     rope_factor: float = setting(8.0, "linear and llama3: divisor of the frequencies")
-    rope_low_freq_factor: float = setting(1.0, "llama3: divide frequencies below so many turns in rope_original_length")
-    rope_high_freq_factor: float = setting(4.0, "llama3: keep frequencies above so many turns; interpolate between")
+    rope_low_freq_factor: float = setting(
+        1.0, "llama3: divide frequencies with fewer turns than this in rope_original_length"
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, "llama3: keep frequencies with more turns than this; interpolate in between"
+    )
     rope_original_length: int = setting(8192, "llama3: context length before the scaling [tokens]")
     context_length: int = setting(0, "context length, for evaluations and exports; 0 is data.sequence_length [tokens]")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
@@ -126,7 +130,7 @@ class DataConfig:
     source: Literal["python_stdlib", "tfds", "text", "jsonl", "tokens"] = setting(
         "python_stdlib",
         "python_stdlib: this machine's standard library; tfds: a TFDS dataset; text: a folder of text files; "
-        "jsonl: a folder or file of JSON lines; tokens: what `python -m layerskip_jax data pretokenize` wrote",
+        "jsonl: a folder or file of JSON lines; tokens: what `layerskip data pretokenize` wrote",
     )
     name: str = setting("", "tfds: name of the dataset, such as wikipedia/20230601.en:1.0.0")
     path: str = setting("", "text, jsonl and tokens: the folder or file; local or gs://")
@@ -251,7 +255,7 @@ class TrainConfig:
     evaluate_batches: int = setting(16, "batches in an evaluation")
     checkpoint_every: int = setting(200, "steps between checkpoints; the last step always has one")
     keep_checkpoints: int = setting(2, "newest checkpoints to keep")
-    keep_every: int = setting(0, "keep the checkpoints of steps divisible by this for good; 0 keeps none")
+    keep_every: int = setting(0, "keep the checkpoints of steps divisible by this permanently; 0 keeps none")
     damaged_checkpoint: Literal["go_back", "stop"] = setting(
         "go_back", "if the newest checkpoint is damaged: go_back to the one before, with a warning, or stop"
     )

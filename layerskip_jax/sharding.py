@@ -65,7 +65,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def arrange_devices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
-    """Arrange ``devices`` in the ``shape`` of the mesh, with neighbours on the mesh next to each other on the torus."""
+    """Arrange ``devices`` in the ``shape`` of the mesh, with neighbors on the mesh next to each other on the torus."""
     arrange = partial(mesh_utils.create_device_mesh, shape)
     if slices > 1:
         within_slice = (shape[0] // slices, *shape[1:])

@@ -72,7 +72,7 @@ def test_training_is_deterministic_and_pickles(corpus, tokenizer, tmp_path):
 
 
 def test_tokenizer_errors(corpus, tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer at .*layerskip_jax.data tokenizer"):
+    with pytest.raises(UserError, match=r"no tokenizer at .*layerskip data tokenizer"):
         load_tokenizer(str(tmp_path / "none.model"))
     (tmp_path / "broken.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="is not a SentencePiece model"):

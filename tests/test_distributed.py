@@ -27,8 +27,8 @@ from layerskip_jax.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    to_dict,
 )
+from layerskip_jax.config_dict import to_dict
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.training import loop as training

@@ -193,7 +193,7 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, b"size=64m"):
-        pytest.skip(f"only root can mount a small file system: {os.strerror(ctypes.get_errno())}")
+        pytest.skip(f"this process may not mount a file system (CAP_SYS_ADMIN): {os.strerror(ctypes.get_errno())}")
     yield folder
     libc.umount2(str(folder).encode(), 2)
 

@@ -1,7 +1,7 @@
 """Compile programs for TPUs with libtpu on any machine; skipped if libtpu is not installed.
 
-``pip install -e '.[tpu]'``, then ``python -m pytest tests/test_tpu_compiler.py``. CI runs it under the oldest and the
-newest versions of jax and libtpu (``.ci/run``).
+``pip install -e '.[tpu]'``, then ``python -m pytest tests/test_tpu_compiler.py``. CI runs it with the
+newest versions that the default Python can install, and with those of tpu/requirements.txt.
 """
 
 import dataclasses

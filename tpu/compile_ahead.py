@@ -45,7 +45,7 @@ class Chip(NamedTuple):
 
     hbm: float  # [bytes]
     clock: float  # peak FLOP/s over the FLOPs of the matrix units per cycle [Hz]
-    ici: float  # all links to neighbours together, in one direction [bytes/s]
+    ici: float  # all links to neighbors together, in one direction [bytes/s]
     dcn: float  # a chip's share of the network to other slices [bytes/s]
 
 

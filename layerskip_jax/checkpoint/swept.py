@@ -37,6 +37,6 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
         settings = json.loads(file.read_text())["decode"]
         from_dict(settings, DecodeConfig)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
-        raise UserError(f"{file} is not what python -m layerskip_jax sweep writes ({error}): remove it") from error
+        raise UserError(f"{file} is not what layerskip sweep writes ({error}): remove it") from error
     left_out = set(given) | (DEPENDENT if DEPENDENT & set(given) else set())
     return {name: value for name, value in settings.items() if name not in left_out}

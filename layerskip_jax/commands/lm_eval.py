@@ -3,7 +3,17 @@
 import json
 
 from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder
-from layerskip_jax.command_line import OneLineParser, add_json, add_run, integer, make_parser, positive
+from layerskip_jax.checkpoint.swept import swept_settings
+from layerskip_jax.command_line import (
+    OneLineParser,
+    add_json,
+    add_run,
+    apply_overrides,
+    integer,
+    make_parser,
+    not_negative,
+    positive,
+)
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError
 
@@ -19,7 +29,11 @@ def _parser() -> OneLineParser:
     parser.add_argument("--include_path", metavar="DIR", help="folder with YAML files of more tasks")
     parser.add_argument("--exit_layer", metavar="E", type=integer, default=0, help="exit to measure; 0 is the last")
     parser.add_argument(
-        "--shots", "--num_fewshot", metavar="N", type=integer, help="solved examples in a prompt (default: the task's)"
+        "--shots",
+        "--num_fewshot",
+        metavar="N",
+        type=not_negative,
+        help="solved examples in a prompt (default: the task's)",
     )
     parser.add_argument("--limit", metavar="N", type=positive, help="at most N examples of each task")
     parser.add_argument("--batch_size", metavar="N", type=positive, default=8, help="texts per batch (default: 8)")
@@ -46,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     lm = LayerSkipLM(
         model.unstacked(),
         load_tokenizer(str(tokenizer_path)),
-        config.decode,
+        apply_overrides(config.decode, swept_settings(options.run, {})),
         max_length=options.max_length or context_length(config),
         exit_layer=options.exit_layer,
         batch_size=options.batch_size,

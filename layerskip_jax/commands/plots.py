@@ -22,7 +22,7 @@ def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
     """Read ``metrics.jsonl`` as ``{name: {step: value}}``; the last value counts if a step was repeated."""
     path = locate(run_dir) / METRICS
     if not path.exists():
-        raise UserError(f"no metrics at {path}: expected a run folder that train.py wrote")
+        raise UserError(f"no metrics at {path}: expected a run folder of `layerskip train`")
     values: dict[str, dict[int, float]] = defaultdict(dict)
     for record in read_records(run_dir):
         for name, value in record.items():
@@ -94,6 +94,6 @@ def _shade(exit_layer: int, config: Config) -> tuple[float, float, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("Redraw the plots of a run from its metrics and its config.", "plots")
-    add_run(parser, "run folder that train.py wrote")
+    add_run(parser, "run folder of `layerskip train`")
     for path in plot_run(parser.parse_known_options(argv).run):
         print(path)

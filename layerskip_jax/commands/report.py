@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         "after the prompts (default: train.sample_prompt, or one held-out document).",
         "report",
     )
-    add_run(parser, "run folder that train.py wrote")
+    add_run(parser, "run folder of `layerskip train`")
     add_prompt_options(parser)
     parser.add_argument(
         "--max_new_tokens", "--new_tokens", metavar="N", type=positive, default=24, help="tokens shown (default: 24)"

@@ -41,6 +41,9 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.pictures import write_figure
 from layerskip_jax.model import Transformer
 
+SETTINGS = ("weights", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+"""The settings that all measurements share; `sweep` chooses the others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
@@ -215,7 +218,8 @@ def plot(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[
 
 def _parser() -> OneLineParser:
     parser = make_parser(
-        "Time exits and draft lengths of a checkpoint on prompts, and store the fastest lossless settings with it.",
+        "Time exits and draft lengths of a checkpoint on prompts, and store the fastest lossless settings with it. "
+        "Default prompts: --held_out 8.",
         "sweep",
     )
     add_run(parser)
@@ -229,7 +233,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--repeats", metavar="N", type=positive, default=3, help="timed runs of each (default: 3)")
     parser.add_argument("--no_store", action="store_true", help="do not store the recommendation and the plot")
     add_json(parser, "one per setting, then the recommendation")
-    add_settings(parser, DecodeConfig())
+    add_settings(parser, DecodeConfig(), names=SETTINGS)
     return parser
 
 
@@ -244,7 +248,8 @@ def main(argv: list[str] | None = None) -> None:
     if exits[-1] > layers:
         raise UserError(f"--try_exits must be in 1..{layers}, not {exits[-1]}")
     tokenizer = load_tokenizer(str(tokenizer_path))
-    held_out = options.held_out if options.prompt or options.prompts or options.held_out else 8
+    sources = (options.prompt, options.prompts, options.held_out)
+    held_out = 8 if all(source is None for source in sources) else options.held_out
     texts = read_prompts(options.prompt, options.prompts, held_out, config)
     prompts = [tokenizer.encode_prompt(text) for text in texts]
     eos = -1 if settings.ignore_eos else tokenizer.eos_id

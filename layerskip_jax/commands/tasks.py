@@ -19,8 +19,8 @@ from layerskip_jax.command_line import (
     add_settings,
     apply_overrides,
     given_settings,
-    integer,
     make_parser,
+    not_negative,
     positive,
     run_file,
 )
@@ -33,6 +33,9 @@ from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.evaluation.examples import TaskExamples, read_file, read_tfds, require_fields
 from layerskip_jax.evaluation.tasks import TASKS, Task
 from layerskip_jax.model import Transformer
+
+SETTINGS = {field.name for field in dataclasses.fields(DecodeConfig)} - {"stop", "stream_every"}
+"""The settings of `DecodeConfig` that a task does not set itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ def run_task(
     and the number of new tokens. Raises `UserError` for an example that lacks a field of the task.
     """
     for example in (*examples.shots, *examples.asked):
-        require_fields(example, task.fields, "the task")
+        require_fields(example, task.fields)
     settings = dataclasses.replace(settings, stop=task.stop, max_new_tokens=task.max_new_tokens)
     generator = TextGenerator(model, tokenizer, settings)
 
@@ -162,7 +165,9 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--data_dir", metavar="DIR", default="data", help="folder of prepared TFDS datasets")
     parser.add_argument("--limit", metavar="N", type=positive, help="at most N examples of each task")
-    parser.add_argument("--shots", metavar="N", type=integer, help="solved examples in a prompt (default: the task's)")
+    parser.add_argument(
+        "--shots", metavar="N", type=not_negative, help="solved examples in a prompt (default: the task's)"
+    )
     parser.add_argument("--batch_size", metavar="N", type=positive, default=1, help="prompts per batch (default: 1)")
     parser.add_argument(
         "--prompt_tokens",
@@ -173,7 +178,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--run_code", action="store_true", help="run generated code in a sandbox, for pass@1")
     parser.add_argument("--answers", action="store_true", help="with --json: also print one line per answer")
     add_json(parser, "one per task")
-    add_settings(parser, DecodeConfig())
+    add_settings(parser, DecodeConfig(), names=SETTINGS)
     return parser
 
 

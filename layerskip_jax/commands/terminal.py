@@ -1,4 +1,4 @@
-"""Terminal output of generation: text with coloured drafts, and a summary of the numbers."""
+"""Terminal output of generation: text with colored drafts, and a summary of the numbers."""
 
 import dataclasses
 import math

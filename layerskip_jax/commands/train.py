@@ -34,4 +34,4 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"plot: {path}")
             except Exception as error:  # the run is complete and saved, so a failed plot is only a warning
                 print(f"WARNING: no plots: {error}", file=sys.stderr)
-            print(f"trained: {run}; next: python decode.py --checkpoint {run} --prompt ...")
+            print(f"trained: {run}; next: layerskip decode {run} --prompt ...")

@@ -21,8 +21,7 @@ def load_tokenizer(path: str) -> Tokenizer:
                 f"{TOKENIZER} next to its config.json"
             )
         raise UserError(
-            f"no tokenizer at {path} (data.tokenizer): train one with "
-            "python -m layerskip_jax data tokenizer --config configs/NAME.py"
+            f"no tokenizer at {path} (data.tokenizer): train one with layerskip data tokenizer --config configs/NAME.py"
         )
     if file.suffix == ".json":
         return JsonTokenizer.read(file)

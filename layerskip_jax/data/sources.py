@@ -28,7 +28,7 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
     """
     if config.source == "python_stdlib" and not prepare and not (locate(config.data_dir) / "python_stdlib").exists():
         raise UserError(
-            f"the corpus python_stdlib is not prepared in {config.data_dir}: python -m layerskip_jax data prepare "
+            f"the corpus python_stdlib is not prepared in {config.data_dir}: layerskip data prepare "
             f"--data.data_dir {config.data_dir}"
         )
     openers = {
@@ -293,8 +293,7 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
         return json.loads((folder / METADATA).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no pretokenized corpus at {folder} (data.path): make one with "
-            "python -m layerskip_jax data pretokenize --out FOLDER"
+            f"no pretokenized corpus at {folder} (data.path): make one with layerskip data pretokenize --out FOLDER"
         ) from error
 
 

@@ -79,7 +79,7 @@ def _accepted_prefix(agrees_Bd: jax.Array, count_B: jax.Array) -> jax.Array:
 
 
 def _draw(probs_BV: jax.Array, key: jax.Array) -> jax.Array:
-    """Draw a token from each row of unnormalised probabilities; `NO_TOKEN` where they are NaN."""
+    """Draw a token from each row of unnormalized probabilities; `NO_TOKEN` where they are NaN."""
     return jnp.where(jnp.isnan(probs_BV[:, 0]), NO_TOKEN, jax.random.categorical(key, jnp.log(probs_BV)))
 
 
@@ -146,7 +146,7 @@ class Stochastic:
         return _draw(q_BV, key), q_BV
 
     def verify(self, logits_BQV: jax.Array, drafts: Drafts, key: jax.Array) -> Verdict:
-        """Accept draft x with probability ``min(1, p(x)/q(x))``; else draw from ``max(0, p - q)``, renormalised."""
+        """Accept draft x with probability ``min(1, p(x)/q(x))``; else draw from ``max(0, p - q)``, renormalized."""
         accept_key, draw_key = jax.random.split(key)
         p_BQV, q_BdV = self.probabilities(logits_BQV), drafts.probs
         p_Bd = jnp.take_along_axis(p_BQV[:, :-1], drafts.tokens_Bd[..., None], axis=-1)[..., 0]

@@ -57,11 +57,11 @@ def _strings(row: Mapping[str, Any]) -> Example:
     }
 
 
-def require_fields(example: Example, fields: Iterable[str], where: str) -> None:
+def require_fields(example: Example, fields: Iterable[str]) -> None:
     """Raise `UserError` unless ``example`` has all ``fields``."""
     for field in fields:
         if field not in example:
             known = ", ".join(example)
             raise UserError(
-                f"the examples of {where} have no field {field!r}{nearest(field, example)}: they have {known}"
+                f"the examples of the task have no field {field!r}{nearest(field, example)}: they have {known}"
             )

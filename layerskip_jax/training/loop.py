@@ -133,7 +133,7 @@ def _restore_or_init(
 ) -> tuple[TrainState, int, str]:
     """Return the state to start from, its step, and a description of where it comes from.
 
-    In this order: the newest checkpoint of the run, the weights of ``train.init_from``, random initialisation.
+    In this order: the newest checkpoint of the run, the weights of ``train.init_from``, random initialization.
     """
     config, abstract = trainer.config, trainer.abstract_state()
     state = checkpoints.restore(abstract, position)

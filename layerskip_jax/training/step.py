@@ -64,7 +64,7 @@ class Trainer:
         self.recipe.check_rows(train.batch_size // train.accumulate // batch_shards(self.mesh))
 
     def init(self, model: Transformer | None = None) -> TrainState:
-        """Return the state before step 0 on the mesh, with ``model`` or one initialised from ``config.train.seed``."""
+        """Return the state before step 0 on the mesh, with ``model`` or one initialized from ``config.train.seed``."""
         with jax.set_mesh(self.mesh):
             return self._init_on_mesh(model)
 

@@ -45,7 +45,7 @@ def _tokenizer_json(tokenizer: SentencePiece) -> dict[str, Any]:
     if not plain or len(control) + len(normal) + len(byte_pieces) != len(model.pieces):
         raise UserError(
             "this SentencePiece model cannot be written as a tokenizer.json: it must be BPE without normalization and "
-            "without user-defined pieces, as python -m layerskip_jax data tokenizer trains it"
+            "without user-defined pieces, as layerskip data tokenizer trains it"
         )
     spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back: list[dict[str, Any]] = [
