@@ -161,7 +161,11 @@ def main() -> None:
         )
     tokenizer, model = load_tokenizer(str(tokenizer_path)), model.unstacked()
     base = dataclasses.replace(
-        config.decode, mode="self_speculative", policy="fixed", max_new_tokens=options.new_tokens, ignore_eos=True
+        config.decode_settings,
+        mode="self_speculative",
+        policy="fixed",
+        max_new_tokens=options.new_tokens,
+        ignore_eos=True,
     )
     kinds = prompts_of_kinds(config, options.prompts)
     tokens = {kind: [tokenizer.encode_prompt(text) for text in texts] for kind, texts in kinds.items()}

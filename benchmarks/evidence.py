@@ -113,7 +113,7 @@ def quality(run: str, config: Config) -> Measured:
 
 def decoder(run: str) -> tuple[Transformer, Tokenizer, DecodeConfig]:
     model, config, tokenizer = load_model(run, unstacked=True)
-    base = dataclasses.replace(config.decode, mode="self_speculative", policy="fixed", ignore_eos=True)
+    base = dataclasses.replace(config.decode_settings, mode="self_speculative", policy="fixed", ignore_eos=True)
     return model, load_tokenizer(str(tokenizer)), base
 
 

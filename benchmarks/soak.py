@@ -123,7 +123,7 @@ def loops(config: Config) -> Iteration:
     trainer, tokenizer = Trainer(config, Recipe.from_config(config), mesh), load_tokenizer(config.data.tokenizer)
     state, data = trainer.init(), iter(local_batches(config, config.data.train_split, trainer.mesh))
     model = Transformer(config.model, rngs=nnx.Rngs(0)).unstacked()
-    generator = TextGenerator(model, tokenizer, config.decode)
+    generator = TextGenerator(model, tokenizer, config.decode_settings)
 
     def iterate() -> None:
         nonlocal state

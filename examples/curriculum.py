@@ -31,7 +31,10 @@ class Alternating:
 def main(argv: list[str] | None = None) -> None:
     config, _ = parse_config(make_parser("Train with losses at the exits that decoding drafts from."), argv)
     layers = config.model.num_layers
-    exits = config.decode.exits or (config.decode.exit_layer or max(2, layers // 4), max(2, layers // 2))
+    exits = config.decode_settings.exits or (
+        config.decode_settings.exit_layer or max(2, layers // 4),
+        max(2, layers // 2),
+    )
     train(config, recipe=dataclasses.replace(Recipe.from_config(config), curriculum=Alternating(exits)))
 
 

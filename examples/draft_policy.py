@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_known_options(argv)
     model, config, tokenizer_path = load_model(options.checkpoint)
     tokenizer = load_tokenizer(str(tokenizer_path))
-    policy = Careful(config.decode.exit_layer or max(1, config.model.num_layers // 4), draft_length=4)
+    policy = Careful(config.decode_settings.exit_layer or max(1, config.model.num_layers // 4), draft_length=4)
     prompt = tokenizer.encode_prompt(options.prompt)
     # `AdaptiveSpeculative` verifies no more positions than a round drafted; `SelfSpeculative` would verify d+1.
     strategy, length = AdaptiveSpeculative(Greedy(), policy), config.decode.max_new_tokens

@@ -95,7 +95,7 @@ def add_settings(
         }
         if typing.get_origin(hint) is tuple:
             item = typing.get_args(hint)[0]
-            options |= {"nargs": "*", "type": typed(item), "metavar": {int: "INT", str: "TEXT"}[item]}
+            options |= {"nargs": "*", "type": typed(item), "metavar": {int: "INT", float: "FLOAT", str: "TEXT"}[item]}
         elif typing.get_origin(hint) is Literal:
             options |= {"type": typed(hint), "metavar": "{" + ",".join(typing.get_args(hint)) + "}"}
         elif hint is bool:

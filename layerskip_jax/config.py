@@ -109,18 +109,57 @@ class LayerDropoutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EarlyExitConfig:
-    """LayerSkip eq. 5-6: a weighted cross-entropy at the exits that the curriculum turns on."""
+    """LayerSkip eq. 5-6: a weighted loss at the exits that the curriculum turns on."""
 
-    curriculum: Literal["rotational", "gradual", "all", "none"] = setting(
-        "none", "which exits have a loss at a step; none: only the last layer (an ordinary language model)"
+    curriculum: Literal["rotational", "gradual", "all", "fixed", "none"] = setting(
+        "none",
+        "which exits have a loss at a step. fixed: exits and the last layer, at every step; rotational: every R-th, "
+        "shifted by one each step; gradual: from the last down; all; none: only the last layer (an ordinary model)",
     )
     dilation: int = setting(8, "R of the rotational curriculum: every R-th layer, shifted by one each step")
     e_scale: float = setting(1.0, "e_scale of eq. 6, for all exits; 0 leaves only the loss of the last layer")
     always_last: bool = setting(True, "rotational: the last layer has a loss at every step")
+    exits: tuple[int, ...] = setting((), "fixed: the exits; rotational: the exits that take turns; empty: all")
+    exit_weights: tuple[float, ...] = setting(
+        (),
+        "weight of each of exits relative to the last layer's 1, or one number for all; empty: 0.5 for fixed, e(l) of "
+        "eq. 6 for rotational",
+    )
+    distillation: Literal["none", "kl", "argmax", "acceptance"] = setting(
+        "none",
+        "what early exits learn from the last exit, detached, in the same forward pass. none: nothing; kl: its "
+        "distribution; argmax: its most likely token; acceptance: to maximize the accepted share of drafts",
+    )
+    distillation_weight: float = setting(
+        1.0, "share of distillation in the loss of an early exit; the rest is cross-entropy with the data"
+    )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.e_scale >= 0, f"early_exit.e_scale must not be negative, but is {self.e_scale}")
         require(self.dilation >= 1, f"early_exit.dilation must be at least 1, not {self.dilation}")
+        share = self.distillation_weight
+        require(0 <= share <= 1, f"early_exit.distillation_weight must be in [0, 1], not {share}")
+        exits, weights = self.exits, self.exit_weights
+        shown = " ".join(map(str, exits))
+        rising = list(exits) == sorted(set(exits)) and min(exits, default=1) >= 1
+        require(rising, f"early_exit.exits must be strictly increasing and at least 1, got {shown}")
+        chooses = self.curriculum in ("fixed", "rotational")
+        require(not exits or chooses, f"early_exit.exits {shown} needs early_exit.curriculum fixed or rotational")
+        require(
+            bool(exits) or self.curriculum != "fixed", "early_exit.curriculum fixed needs early_exit.exits, such as 3"
+        )
+        require(
+            self.always_last or not exits, "early_exit.exits needs early_exit.always_last true, to train the last layer"
+        )
+        listed = " ".join(f"{weight:g}" for weight in weights)
+        require(
+            not weights or (bool(exits) and len(weights) in (1, len(exits))),
+            f"early_exit.exit_weights must be one number, or one for each of early_exit.exits ({shown or 'none'}), "
+            f"got {listed}",
+        )
+        valid = all(0 <= weight < math.inf for weight in weights) and (not weights or max(weights) > 0)
+        require(valid, f"early_exit.exit_weights must be finite, not negative, and not all 0, got {listed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,9 +344,13 @@ class DecodeConfig:
         "self_speculative: fixed exit_layer and draft_length; confidence: also stop drafting after a token below "
         "draft_threshold; adaptive: choose the exit (of exits) and the draft length (up to draft_length) every round",
     )
-    exit_layer: int = setting(0, "E: blocks that draft (early_exit: all that run), 1..L; 0 is a quarter of L")
+    exit_layer: int = setting(
+        0, "E: blocks that draft (early_exit: all that run), 1..L; 0: the trained exit nearest to L/4, or L/4"
+    )
     draft_length: int = setting(4, "d: at most this many tokens are drafted in a round")
-    exits: tuple[int, ...] = setting((), "candidate exits; empty: L/8, L/4, L/2 and exit_layer")
+    exits: tuple[int, ...] = setting(
+        (), "candidate exits; empty: early_exit.exits of the run, or L/8, L/4, L/2 and exit_layer"
+    )
     draft_threshold: float = setting(0.5, "policy confidence: probability below which drafting stops")
     exit_threshold: float = setting(0.0, "mode early_exit: probability at which a token exits; 0: always at exit_layer")
     start_cost: float = setting(0.0, "policy adaptive: time that drafting adds to a round [plain passes]")
@@ -369,8 +412,23 @@ class Config:
             f"early_exit.always_last false leaves steps without a loss: early_exit.dilation, {early.dilation}, must be "
             f"less than model.num_layers, {layers}, and early_exit.e_scale, {early.e_scale}, positive",
         )
-        for name, exits in (("exit_layer", (self.decode.exit_layer,)), ("exits", self.decode.exits)):
+        last = {"decode.exit_layer": layers, "decode.exits": layers, "early_exit.exits": layers - 1}
+        chosen = (self.decode.exit_layer,), self.decode.exits, early.exits
+        for (name, most), exits in zip(last.items(), chosen, strict=True):
             require(
-                max(exits, default=1) <= self.model.num_layers,
-                f"decode.{name} {' '.join(map(str, exits))} must be in 1..{self.model.num_layers} (model.num_layers)",
+                max(exits, default=1) <= max(most, 1),
+                f"{name} {' '.join(map(str, exits))} must be in 1..{most} (model.num_layers is {layers})",
             )
+        require(not early.exits or layers > 1, "early_exit.exits needs model.num_layers of at least 2")
+
+    @property
+    def decode_settings(self) -> DecodeConfig:
+        """``decode``, which drafts from a trained exit (``early_exit.exits``) unless it names another.
+
+        The draft exit is the trained one nearest to a quarter of the layers.
+        """
+        trained, decode = self.early_exit.exits, self.decode
+        if not trained:
+            return decode
+        nearest = min(trained, key=lambda exit_layer: (abs(exit_layer - self.model.num_layers / 4), exit_layer))
+        return dataclasses.replace(decode, exit_layer=decode.exit_layer or nearest, exits=decode.exits or trained)

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip_jax.command_line import add_settings, load_config_file, make_parser, parse_config
-from layerskip_jax.config import Config
+from layerskip_jax.config import Config, DecodeConfig, EarlyExitConfig, ModelConfig
 from layerskip_jax.config_dict import from_dict, to_dict
 from layerskip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+FIXED = ["--early_exit.curriculum", "fixed", "--early_exit.exits"]
 
 
 def parsed(*argv):
@@ -65,6 +66,18 @@ def test_overrides_reach_their_fields():
             r"leaves steps without a loss: early_exit.dilation, 12, must be less than model.num_layers, 12",
         ),
         (["--decode.exit_layer", "13"], r"decode.exit_layer 13 must be in 1..12"),
+        (["--early_exit.curriculum", "fixed"], r"curriculum fixed needs early_exit.exits, such as 3"),
+        ([*FIXED, "3", "3"], r"early_exit.exits must be strictly increasing and at least 1, got 3 3"),
+        ([*FIXED, "0"], r"early_exit.exits must be strictly increasing and at least 1, got 0"),
+        ([*FIXED, "3", "12"], r"early_exit.exits 3 12 must be in 1..11 \(model.num_layers is 12\)"),
+        ([*FIXED, "3", "--early_exit.exit_weights", "-1"], r"exit_weights must be finite, not negative, .* got -1"),
+        ([*FIXED, "3", "--early_exit.exit_weights", "0"], r"exit_weights must be .* not all 0, got 0"),
+        ([*FIXED, "3", "6", "--early_exit.exit_weights", "1", "2", "3"], r"one for each of .* \(3 6\), got 1 2 3"),
+        (["--early_exit.exits", "3"], r"early_exit.exits 3 needs early_exit.curriculum fixed or rotational"),
+        (["--early_exit.exit_weights", "1"], r"one for each of early_exit.exits \(none\), got 1"),
+        ([*FIXED, "3", "--early_exit.always_last", "false"], r"early_exit.exits needs early_exit.always_last true"),
+        (["--early_exit.distillation_weight", "2"], r"early_exit.distillation_weight must be in \[0, 1\], not 2.0"),
+        (["--early_exit.distillation", "kd"], r"must be one of none, kl, argmax, acceptance"),
         (["--train.loss_chunk", "100"], r"train.loss_chunk 100 must divide data.sequence_length 256"),
         (["--data.source", "jsonl"], r"data.source 'jsonl' needs data.path"),
         (["--config", "configs/quickstrat.py"], r"no config file .*did you mean 'configs/quickstart.py'"),
@@ -79,18 +92,19 @@ def test_mistakes_are_one_line_that_names_the_right_one(argv, message, monkeypat
 
 
 @given(
-    layers=st.integers(1, 100),
+    layers=st.integers(10, 100),
     rate=st.floats(1e-9, 10),
     stop=st.lists(st.text(min_size=1), max_size=3),
-    curriculum=st.sampled_from(["rotational", "gradual", "all", "none"]),
+    exits=st.sets(st.integers(1, 9), min_size=1),
+    weight=st.floats(0, 10, exclude_min=True),
 )
-def test_a_config_survives_a_json_round_trip(layers, rate, stop, curriculum):
+def test_a_config_survives_a_json_round_trip(layers, rate, stop, exits, weight):
     config = Config()
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_layers=layers),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
-        early_exit=dataclasses.replace(config.early_exit, curriculum=curriculum),
+        early_exit=EarlyExitConfig("fixed", exits=tuple(sorted(exits)), exit_weights=(weight,) * len(exits)),
         decode=dataclasses.replace(config.decode, stop=tuple(stop)),
     )
     assert from_dict(json.loads(json.dumps(to_dict(config))), Config) == config
@@ -109,6 +123,23 @@ def test_a_config_survives_a_json_round_trip(layers, rate, stop, curriculum):
 def test_a_stored_config_is_checked_like_any_other(change, message):
     with pytest.raises(UserError, match=message):
         from_dict(change, Config)
+
+
+@pytest.mark.parametrize(
+    ("exits", "given", "expected"),
+    [
+        ((), {}, (0, ())),
+        ((3,), {}, (3, (3,))),
+        ((2, 4, 8), {}, (2, (2, 4, 8))),  # 12 layers: 2 and 4 are equally near to 3
+        ((5, 9), {}, (5, (5, 9))),
+        ((3,), {"exit_layer": 6, "exits": (6, 9)}, (6, (6, 9))),
+    ],
+)
+def test_decoding_drafts_from_a_trained_exit(exits, given, expected):
+    early = EarlyExitConfig("fixed" if exits else "none", exits=exits)
+    config = Config(ModelConfig(num_layers=12), early_exit=early, decode=DecodeConfig(**given))
+    settings = config.decode_settings
+    assert (settings.exit_layer, settings.exits) == expected
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.py")), ids=lambda file: file.stem)

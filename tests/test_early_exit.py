@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig, ModelConfig, TrainConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.recipe.early_exit import Rotational, all_exits, exit_scale, exit_weights, gradual, last_only
+from layerskip_jax.recipe.distillation import SelfDistillation, kl_divergence
+from layerskip_jax.recipe.early_exit import (
+    FixedExits,
+    Rotational,
+    all_exits,
+    exit_scale,
+    exit_weights,
+    gradual,
+    last_only,
+)
 from layerskip_jax.recipe.recipe import LossSpike, Recipe
 
 
@@ -99,7 +108,7 @@ def make_recipe(**replaced):
 
 
 def test_custom_exit_weights():
-    recipe = make_recipe(curriculum=all_exits, exit_scale=lambda num_layers, e_scale: jnp.ones(num_layers))
+    recipe = make_recipe(curriculum=all_exits, exit_scale=jnp.ones)
     assert recipe.exit_weights(0).tolist() == [0.25] * 4
     recipe.check()
 
@@ -112,10 +121,12 @@ def test_custom_exit_weights():
             r"recipe's curriculum must return 4 numbers, .* \(3,\)",
         ),
         ({"layer_scale": lambda L: jnp.ones(L + 1)}, "recipe's layer_scale must return 4 numbers"),
-        ({"exit_scale": lambda L, e_scale: 1.0}, "recipe's exit_scale must return 4 numbers"),
+        ({"exit_scale": lambda L: 1.0}, "recipe's exit_scale must return 4 numbers"),
         ({"time_scale": lambda step, total: jnp.ones(2)}, "recipe's time_scale must return one number"),
         ({"layer_scale": lambda L: 7.0 * jnp.arange(L)}, r"drop rates must be in \[0, 1\), not .* at step"),
-        ({"exit_scale": lambda L, e_scale: 1 - jnp.arange(L)}, "exit weights must not be negative"),
+        ({"exit_scale": lambda L: 1 - jnp.arange(L)}, "exit weights must not be negative"),
+        ({"curriculum": FixedExits((1, 3)), "exit_scale": jnp.ones, "exits": (3,)}, r"must list every exit .*: \[1\]"),
+        ({"distillation": SelfDistillation(kl_divergence)}, "distillation needs its exits"),
     ],
 )
 def test_an_invalid_recipe_is_an_error(replaced, says):
@@ -138,6 +149,39 @@ def test_a_resumed_run_continues_the_curriculum(curriculum):
     whole_run = [make().exit_weights(t).tolist() for t in range(40)]
     resumed = make()
     assert [resumed.exit_weights(t).tolist() for t in range(17, 40)] == whole_run[17:]
+
+
+def recipe_with(**settings):
+    return Recipe.from_config(Config(ModelConfig(num_layers=6), early_exit=EarlyExitConfig(**settings)))
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [((), (0.5, 0.5)), ((0.2,), (0.2, 0.2)), ((0.25, 1.0), (0.25, 1.0)), ((0.0, 1.0), (0.0, 1.0))],
+)
+def test_fixed_exits_have_a_weight_relative_to_the_last(weights, expected):
+    recipe = recipe_with(curriculum="fixed", exits=(2, 4), exit_weights=weights)
+    weight_L = np.array([0, expected[0], 0, expected[1], 0, 1])
+    for step in (0, 7):
+        np.testing.assert_allclose(recipe.exit_weights(step), weight_L / weight_L.sum(), rtol=1e-6)
+    recipe.check()
+
+
+def test_chosen_exits_take_turns():
+    recipe = recipe_with(curriculum="rotational", dilation=2, exits=(1, 3, 4), exit_weights=(0.5,))
+    on = [np.flatnonzero(recipe.exit_weights(step)).tolist() for step in range(3)]
+    assert on == [[0, 3, 5], [2, 5], [0, 3, 5]]
+    np.testing.assert_allclose(recipe.exit_weights(1)[2], 0.5 / 1.5, rtol=1e-6)
+    # Without weights of their own, they have those of eq. 6, and exit 1 has none.
+    by_depth = recipe_with(curriculum="rotational", dilation=2, exits=(1, 3, 4)).exit_weights(0)
+    np.testing.assert_allclose(by_depth, np.array([0, 0, 0, 6, 0, 15]) / 21, rtol=1e-6)
+
+
+@pytest.mark.parametrize("curriculum", ["rotational", "gradual", "all"])
+def test_distillation_names_all_exits_unless_some_are_chosen(curriculum):
+    assert recipe_with(curriculum=curriculum, distillation="kl").exits == (1, 2, 3, 4, 5)
+    assert recipe_with(curriculum="none", distillation="kl").distillation is None
+    assert recipe_with(curriculum="fixed", exits=(2,), distillation="kl").exits == (2,)
 
 
 def test_weights_of_the_papers_scratch_settings_by_hand():

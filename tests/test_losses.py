@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from models import tiny_model
 
 from layerskip_jax.data.batch import Batch
+from layerskip_jax.recipe.distillation import SelfDistillation, argmax_cross_entropy, kl_divergence, rejection
 from layerskip_jax.recipe.exit_loss import exit_losses
 from layerskip_jax.recipe.fused_exit_loss import (
     INNER_EXIT,
@@ -71,28 +73,39 @@ def value_and_gradient(losses, *arguments):
 
 
 @partial(jax.jit, static_argnames="settings")
-def plain_and_fused(model, batch, weight_L, dropout_mask, settings):
-    plain = value_and_gradient(exit_losses, model, batch, weight_L, dropout_mask)
-    return plain, value_and_gradient(fused_exit_losses, model, batch, weight_L, settings, dropout_mask)
+def plain_and_fused(model, batch, weight_L, dropout_mask, settings, share):
+    reference = partial(exit_losses, distillation=settings.distillation, share=share)
+    plain = value_and_gradient(reference, model, batch, weight_L, dropout_mask)
+    fused = value_and_gradient(fused_exit_losses, model, batch, weight_L, settings, dropout_mask, None, share)
+    return plain, fused
 
 
-@pytest.mark.parametrize(
-    ("chunk", "remat", "tied", "masked"),
-    [
-        (1, "none", False, True),
-        (4, "full", True, True),
-        (6, "dots", True, False),
-        (12, "none", True, True),
-        (100, "full", False, False),
-    ],
-)
+FUSED = {
+    "chunks_of_1": (FusedSettings(1), False, True),
+    "full_remat": (FusedSettings(4, "full"), True, True),
+    "dots_remat": (FusedSettings(6, "dots"), True, False),
+    "whole": (FusedSettings(12), True, True),
+    "whole_full_remat": (FusedSettings(100, "full"), False, False),
+    "chosen_exits": (FusedSettings(4, exits=(1, 3)), True, True),
+    "one_exit_full_remat": (FusedSettings(12, "full", exits=(2,)), False, True),
+    "kl": (FusedSettings(4, exits=(1, 2, 3), distillation=SelfDistillation(kl_divergence)), True, False),
+    "acceptance": (FusedSettings(6, "dots", exits=(2,), distillation=SelfDistillation(rejection)), True, True),
+    "argmax": (
+        FusedSettings(3, "full", exits=(1, 3), distillation=SelfDistillation(argmax_cross_entropy)),
+        False,
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "tied", "masked"), FUSED.values(), ids=FUSED)
 @given(
     seed=st.integers(0, 1000),
     weights=st.lists(st.sampled_from([0, 0, 0.25, 1, 3]), min_size=L, max_size=L),
     drop_rate=st.sampled_from([0.0, 0.5, 1.0]),
 )
-@settings(max_examples=8)
-def test_the_fused_form_equals_the_plain_one(chunk, remat, tied, masked, seed, weights, drop_rate):
+@hypothesis.settings(max_examples=8)
+def test_the_fused_form_equals_the_plain_one(settings, tied, masked, seed, weights, drop_rate):
     """In the objective, in the loss of every exit, and in every gradient, relative to the largest of its array.
 
     Both sum in float32, but in another order: differences of 2e-6 were seen.
@@ -100,7 +113,9 @@ def test_the_fused_form_equals_the_plain_one(chunk, remat, tied, masked, seed, w
     keys, model, batch = jax.random.split(jax.random.key(seed)), tiny_model(seed, tied_embedding=tied), make_batch(seed)
     keep_LB = sample_dropout_mask(keys[0], jnp.full(L, drop_rate), B)
     mask = DropoutMask(keep_LB, jax.random.uniform(keys[1], (L,), minval=1, maxval=2)) if masked else None
-    plain, fused = plain_and_fused(model, batch, jnp.array(weights, float), mask, FusedSettings(chunk, remat))
+    if settings.exits:
+        weights = [w if e in (*settings.exits, L) else 0 for e, w in enumerate(weights, 1)]
+    plain, fused = plain_and_fused(model, batch, jnp.array(weights, float), mask, settings, seed % 5 / 4)
 
     def assert_equal(ours, reference):
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())

@@ -1,6 +1,7 @@
 """Goodput, FLOPs by formula, profiles on request, and stacks of a run that hangs."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip_jax.config import Config, DataConfig, LayerDropoutConfig, ModelConfig, TrainConfig
+from layerskip_jax.recipe.distillation import SelfDistillation, kl_divergence
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.monitoring.flops import flops_per_token, step_flops
 from layerskip_jax.training.monitoring.goodput import PHASES, Goodput
 from layerskip_jax.training.monitoring.watch import Profiler, Watchdog
@@ -62,12 +65,14 @@ def test_goodput_excludes_time_that_was_lost():
 @given(
     layers=st.integers(1, 6),
     exits=st.integers(0, 6),
+    fixed=st.booleans(),
+    taught=st.booleans(),
     rate=st.floats(0, 0.9),
     tied=st.booleans(),
     remat=st.sampled_from(["none", "dots", "full", "offload"]),
     form=st.sampled_from(["masked", "skipping"]),
 )
-def test_step_flops_are_the_sum_of_the_matmuls(layers, exits, rate, tied, remat, form):
+def test_step_flops_are_the_sum_of_the_matmuls(layers, exits, fixed, taught, rate, tied, remat, form):
     """Counted matmul by matmul; the standard rule adds 6 FLOPs per norm weight, which are not matmuls."""
     exits = min(exits, layers)
     D, F, V, T, B, heads = 16, 24, 48, 8, 4, 2
@@ -82,14 +87,19 @@ def test_step_flops_are_the_sum_of_the_matmuls(layers, exits, rate, tied, remat,
     norms = 2 * D
     rates = np.full(layers, rate if form == "skipping" else 0)
     weights = np.where(np.arange(layers) < exits, 1.0, 0.0)
-    flops = step_flops(config, weights, np.full(layers, rate), skips=form == "skipping")
+    recipe = Recipe.from_config(config)
+    if fixed or taught:
+        recipe = dataclasses.replace(recipe, exits=tuple(range(1, layers)))
+    if taught:
+        recipe = dataclasses.replace(recipe, distillation=SelfDistillation(kl_divergence))
+    flops = step_flops(config, recipe, weights, np.full(layers, rate))
     whole = layers * (3 * block + 6 * norms) + 3 * 2 * D * V + 6 * D
     assert flops.plain == pytest.approx(B * T * whole)
     assert flops.plain == B * T * flops_per_token(config)
-    assert flops.exits == B * T * 6 * D * V * (exits - 1)
     assert flops.skipped == pytest.approx(B * T * (3 * block + 6 * norms) * rates.sum())
     inner = exits - (exits == layers)
-    again = 2 * D * V * inner + (block - 2 * D * F + 2 * norms) * (1 - rates).sum()
+    assert flops.exits == B * T * (6 * D * V * (exits - 1) + (2 * D * V * inner if taught else 0))
+    again = 2 * D * V * (0 if recipe.exits else inner) + (block - 2 * D * F + 2 * norms) * (1 - rates).sum()
     again = again if remat in ("full", "offload") else 0
     assert flops.recomputed == pytest.approx(B * T * again)
     assert flops.hardware == flops.plain + flops.exits - flops.skipped + flops.recomputed

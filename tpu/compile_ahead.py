@@ -89,7 +89,8 @@ def topology_devices(topology: str, slices: int) -> Sequence[Any]:
 
 def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
     """Compile ``Trainer.step``. Raises `UserError` with the compiler's figures if it does not fit a chip's memory."""
-    trainer, began = Trainer(config, Recipe.from_config(config), make_mesh(config, devices)), time.perf_counter()
+    recipe, began = Recipe.from_config(config), time.perf_counter()
+    trainer = Trainer(config, recipe, make_mesh(config, devices))
     try:
         step = trainer.compile_step()
     except jax.errors.JaxRuntimeError as error:
@@ -99,11 +100,13 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
         raise UserError(f"does not fit: {line.strip()}") from error
     memory, text = step.memory_analysis(), step.as_text()
     peak = getattr(memory, "peak_memory_in_bytes", 0) or memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    weights_L, rates_L = typical_step(config)
+    weights_L, rates_L = typical_step(config, recipe)
     # The trip count of the skipping form's loop is the number of row groups that are kept, in the mean.
     kept_groups = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
-    # The scan's body has the condition of the inner exits; its first iteration has no exit. The last exit follows it.
-    shares = {INNER_EXIT: np.count_nonzero(weights_L[:-1]) / len(weights_L), LAST_EXIT: float(weights_L[-1] > 0)}
+    # The body of a scan has the condition of the inner exits: the scan over blocks, whose first iteration has no exit,
+    # or the scan over `Recipe.exits`. The last exit follows it.
+    iterations = len(recipe.exits) or len(weights_L)
+    shares = {INNER_EXIT: np.count_nonzero(weights_L[:-1]) / iterations, LAST_EXIT: float(weights_L[-1] > 0)}
     work = Program(text).work(shares_by_scope(shares), kept_groups)
     return Compiled(
         peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes, work, "splash" in text,
@@ -111,9 +114,9 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
     )  # fmt: skip
 
 
-def typical_step(config: Config) -> tuple[np.ndarray, np.ndarray]:
+def typical_step(config: Config, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """Return the exit weights of the step with the median number of exits, and the mean drop rates of the run."""
-    recipe, steps = Recipe.from_config(config), np.linspace(0, config.train.steps - 1, 97).astype(int)
+    steps = np.linspace(0, config.train.steps - 1, 97).astype(int)
     weights_SL = np.array([recipe.exit_weights(step) for step in steps])
     rates_SL = np.array([recipe.drop_rates(step) for step in steps])
     exits_S = np.count_nonzero(weights_SL, axis=1)
@@ -122,7 +125,8 @@ def typical_step(config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 def report(config: Config, chip: Chip, peak: float, chips: int, compiled: Compiled) -> dict[str, Any]:
     """Return the compiler's figures with those of the formulas and the data sheet."""
-    formula = step_flops(config, *typical_step(config), skips=config.layer_dropout.form == "skipping")
+    recipe = Recipe.from_config(config)
+    formula = step_flops(config, recipe, *typical_step(config, recipe))
     positions = config.train.batch_size * config.data.sequence_length
     forward_passes = 4 / 3 if config.train.remat in ("full", "offload") else 1
     kernel_flops = positions * attention_flops(config) * forward_passes if compiled.kernels else 0.0

@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     from layerskip_jax.decoding.text import TextGenerator
 
     model, config, tokenizer_path = load_model(run, unstacked=True)
-    settings = apply_overrides(config.decode, swept_settings(run, given) | given)
+    settings = apply_overrides(config.decode_settings, swept_settings(run, given) | given)
+    terminal.warn_untrained_exit(config, settings)
     tokenizer = load_tokenizer(str(tokenizer_path))
     prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
     model = with_weights(model, settings.weights)

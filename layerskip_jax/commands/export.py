@@ -42,7 +42,7 @@ def export_model(run: str, folder: str, dtype: DType = "float32") -> Config:
         "bos_token_id": bos,
         "eos_token_id": eos,
         # transformers reads the draft length for generate(assistant_early_exit=E) only from this file.
-        "num_assistant_tokens": config.decode.draft_length,
+        "num_assistant_tokens": config.decode_settings.draft_length,
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
@@ -74,6 +74,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     options = parser.parse_known_options(argv)
     config = export_model(options.run, options.folder, options.dtype)
-    exit_layer = resolve_exit_layer(config.decode, config.model.num_layers)
+    exit_layer = resolve_exit_layer(config.decode_settings, config.model.num_layers)
     print(f"{options.folder}: open it with transformers' AutoModelForCausalLM.from_pretrained")
     print(f"and draft with generate(..., assistant_early_exit={exit_layer})")

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     lm = LayerSkipLM(
         model.unstacked(),
         load_tokenizer(str(tokenizer_path)),
-        apply_overrides(config.decode, swept_settings(options.run, {})),
+        apply_overrides(config.decode_settings, swept_settings(options.run, {})),
         max_length=options.max_length or context_length(config),
         exit_layer=options.exit_layer,
         batch_size=options.batch_size,

@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_known_options(argv)
     given = given_settings(options, DecodeConfig)
     model, config, tokenizer_path = load_model(options.run, unstacked=True)
-    settings = apply_overrides(config.decode, given)
+    settings = apply_overrides(config.decode_settings, given)
     layers = config.model.num_layers
     exits = sorted(set(options.try_exits or [max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4)]))
     lengths = sorted(set(options.try_lengths))

@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     open_model_folder(options.run)  # fails early: reading examples may take a while
     tasks = _read_tasks(options)
     model, config, tokenizer_path = load_model(options.run)
-    settings = apply_overrides(config.decode, swept_settings(options.run, given) | given)
+    settings = apply_overrides(config.decode_settings, swept_settings(options.run, given) | given)
     tokenizer = load_tokenizer(str(tokenizer_path))
     model = with_weights(model.unstacked(), settings.weights)
     results = {}

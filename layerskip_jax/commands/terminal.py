@@ -5,7 +5,7 @@ import math
 import sys
 from typing import Any
 
-from layerskip_jax.config import DecodeConfig, ModelConfig
+from layerskip_jax.config import Config, DecodeConfig, ModelConfig
 from layerskip_jax.decoding.cost import head_share, round_cost, weight_bytes, weight_count
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.text import Answer, Completion, Piece, TextGenerator
@@ -20,6 +20,17 @@ def _paint(text: str, colour: str) -> str:
 def shown(completion: Completion) -> str:
     """Return the prompt and the text, with the prompt dimmed on a terminal."""
     return f"{_paint(completion.prompt, DIM)}{completion.text}\n{'-' * 40}"
+
+
+def warn_untrained_exit(config: Config, settings: DecodeConfig) -> None:
+    """Print a line to stderr if ``settings`` drafts from an exit that had no loss in training."""
+    trained, exit_layer = config.early_exit.exits, settings.exit_layer
+    uses_exit = settings.mode in ("self_speculative", "early_exit")
+    if trained and uses_exit and exit_layer not in (*trained, config.model.num_layers):
+        listed = " ".join(map(str, trained))
+        print(
+            f"note: exit {exit_layer} had no loss in training, so it drafts badly; trained: {listed}", file=sys.stderr
+        )
 
 
 def stream(generator: TextGenerator, prompt: str, config: DecodeConfig) -> Answer:

@@ -19,8 +19,8 @@ from jax.typing import ArrayLike
 Curriculum = Callable[[ArrayLike, int, int], jax.Array]
 """``(step t, total_steps T, num_layers L) -> C_L``, 1 where the exit after block l has a loss at step t, else 0."""
 
-ExitScale = Callable[[int, float], jax.Array]
-"""``(num_layers L, e_scale) -> e_L``, the weight of each exit before eq. 6 normalizes them; not negative."""
+ExitScale = Callable[[int], jax.Array]
+"""``num_layers L -> e_L``, the weight of each exit before eq. 6 normalizes them; not negative."""
 
 ExitLoss = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax.Array, Any], jax.Array]
 """``(g, x_BCD, targets_BC, mask_BC, teacher) -> loss``: the loss of an exit, summed over counted positions [nats].
@@ -38,11 +38,15 @@ def cross_entropy(
     teacher: Any = None,
 ) -> jax.Array:
     """``CE(g(x), Y)`` of eq. 5: the sum over counted positions of ``-log softmax(g(x))[target]`` [nats]."""
-    logits_BCV = g(x_BCD)
+    return jnp.sum(negative_log_likelihood(g(x_BCD), targets_BC) * mask_BC)
+
+
+def negative_log_likelihood(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    """Return ``-log softmax(logits)[target]`` of each position [nats]."""
     # Compare instead of gathering: this fuses, and it also works on a vocabulary that is split over devices.
     is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[:, :, None]
     target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
-    return jnp.sum((jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC) * mask_BC)
+    return jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC
 
 
 def exit_scale(num_layers: int, e_scale: float) -> jax.Array:
@@ -59,6 +63,31 @@ def exit_scale(num_layers: int, e_scale: float) -> jax.Array:
     return inner_L.at[last].set(last + e_scale * (last - 1) * last / 2 if last else 1.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class PaperScale:
+    """The paper's `exit_scale` with its factor ``e_scale``."""
+
+    e_scale: float
+
+    def __call__(self, num_layers: int) -> jax.Array:
+        return exit_scale(num_layers, self.e_scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenScale:
+    """``e(l) = weights[k]`` at the output of exit ``exits[k]``, 1 at the last exit, and 0 elsewhere (not in the paper).
+
+    >>> ChosenScale(exits=(2,), weights=(0.5,))(4).tolist()
+    [0.0, 0.5, 0.0, 1.0]
+    """
+
+    exits: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def __call__(self, num_layers: int) -> jax.Array:
+        return jnp.zeros(num_layers).at[_blocks(self.exits)].set(jnp.array(self.weights)).at[num_layers - 1].set(1)
+
+
 def exit_weights(enabled_L: jax.Array, scale_L: jax.Array) -> jax.Array:
     """``w = C e / sum(C e)`` (LayerSkip eq. 6); all 0 if no exit that is on has a scale above 0."""
     weight_L = enabled_L * scale_L
@@ -71,15 +100,30 @@ class Rotational:
     """Every ``dilation``-th exit, shifted by one each step: on iff ``l mod R = t mod R`` (LayerSkip section 4.1.2).
 
     Each exit is on once in R steps, about L/R of them at a time. ``always_last`` keeps the last exit on at every step.
+    With ``exits``, only these rotate: the k-th of them is on iff ``k mod R = t mod R`` (not in the paper).
     """
 
     dilation: int
     always_last: bool = True
+    exits: tuple[int, ...] = ()
 
     def __call__(self, step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
-        layer_L = jnp.arange(num_layers)
-        on_L = layer_L % self.dilation == jnp.asarray(step) % self.dilation
+        layer_L, turn = jnp.arange(num_layers), jnp.asarray(step) % self.dilation
+        on_L = layer_L % self.dilation == turn
+        if self.exits:
+            on_K = jnp.arange(len(self.exits)) % self.dilation == turn
+            on_L = jnp.zeros(num_layers, bool).at[_blocks(self.exits)].set(on_K)
         return (on_L | (self.always_last & (layer_L == num_layers - 1))).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedExits:
+    """``exits`` and the last exit, at every step (not in the paper)."""
+
+    exits: tuple[int, ...]
+
+    def __call__(self, step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
+        return jnp.zeros(num_layers).at[_blocks((*self.exits, num_layers))].set(1)
 
 
 def gradual(step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
@@ -98,3 +142,8 @@ def all_exits(step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
 def last_only(step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
     """The last layer only: an ordinary language model."""
     return jnp.zeros(num_layers).at[num_layers - 1].set(1)
+
+
+def _blocks(exits: tuple[int, ...]) -> jax.Array:
+    """Return the index of the block before each exit: exit l+1 follows block l."""
+    return jnp.array(exits, jnp.int32) - 1

@@ -29,11 +29,14 @@ def exit_losses(
     *,
     loss: ExitLoss = cross_entropy,
     teacher: Any = None,
+    distillation: ExitLoss | None = None,
+    share: float = 1.0,
 ) -> ExitLosses:
     """Return ``J = sum_l w_l CE(g(x_{l+1}), Y)`` (LayerSkip eq. 5), and the loss of each exit with a weight above 0.
 
     ``x_{l+1} = x_l + M_l f_l(x_l)`` (eq. 1) with M from ``dropout_mask``; None keeps every block. ``weight_L`` is
     w(t, l) of eq. 6. ``loss`` takes the place of CE; it receives ``teacher``, a tree of ``[B, T, ...]`` arrays.
+    ``distillation`` takes its place at all exits but the last; it receives ``(x_L, share)``, which get no gradient.
     """
     B, T = batch.inputs_BT.shape
     L = model.config.num_layers
@@ -43,11 +46,17 @@ def exit_losses(
     def f(block: Block, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         return block(x_BTD, rotary, segments_BT)[0]
 
-    def block_fn(block: Block, x_BTD: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        weight, keep_B, scale = inputs
-        x_BTD = apply_masked(f, block, (x_BTD, batch.segments_BT), keep_B, scale)
-        value = loss(model.unembed, x_BTD, batch.targets_BT, batch.mask_BT, teacher)
-        return x_BTD, jnp.where(weight > 0, value, 0)
+    def block_fn(block: Block, x_BTD: jax.Array, mask: DropoutMask) -> tuple[jax.Array, jax.Array]:
+        x_BTD = apply_masked(f, block, (x_BTD, batch.segments_BT), *mask)
+        return x_BTD, x_BTD
 
-    _, loss_L = run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, (weight_L, *mask))
+    last_x_BTD, x_LBTD = run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, mask)
+    inner = loss if distillation is None else distillation
+    inner_teacher = teacher if distillation is None else (jax.lax.stop_gradient(last_x_BTD), jnp.full((B, T), share))
+
+    def value(exit_loss: ExitLoss, x_BTD: jax.Array, teacher: Any) -> jax.Array:
+        return exit_loss(model.unembed, x_BTD, batch.targets_BT, batch.mask_BT, teacher)
+
+    values = [value(inner, x_BTD, inner_teacher) for x_BTD in x_LBTD[:-1]]
+    loss_L = jnp.where(weight_L > 0, jnp.stack([*values, value(loss, last_x_BTD, teacher)]), 0)
     return ExitLosses(jnp.sum(weight_L * loss_L), loss_L)

@@ -6,13 +6,16 @@ and exit. C is the number of positions of each sequence in a chunk.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 
 from layerskip_jax.attention import SAVED_OUTPUT
 from layerskip_jax.config import ModelConfig
@@ -59,6 +62,20 @@ class FusedSettings:
     """What the backward pass recomputes: ``train.remat``."""
     loss: ExitLoss = cross_entropy
     apply_dropout: ApplyDropout = apply_masked
+    exits: tuple[int, ...] = ()
+    """If not empty, no other exits than these and the last may have a weight above 0."""
+    distillation: ExitLoss | None = None
+    """Takes the place of ``loss`` at ``exits``, which must then be given; its teacher is ``(x_L, share)``."""
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the backward pass recomputes a block from its input."""
+        return self.remat in ("full", "offload")
+
+    @property
+    def policy(self) -> Any:
+        """Where the inputs of blocks are saved if `recompute`."""
+        return OFFLOAD_BLOCK_INPUTS if self.remat == "offload" else None
 
 
 def fused_exit_losses(
@@ -68,24 +85,48 @@ def fused_exit_losses(
     settings: FusedSettings,
     dropout_mask: DropoutMask | None = None,
     teacher: Any = None,
+    share: ArrayLike = 1.0,
 ) -> ExitLosses:
     """Return what `exit_losses` returns, with the gradient of the objective (LayerSkip eq. 5) already computed.
 
     Each exit is inside a conditional on its weight: one compiled program serves every step of a curriculum, and an
-    exit of weight 0 costs no FLOPs. The scan's carry accumulates the gradient of the head. With ``remat`` none or dots,
-    the forward pass also computes each exit's gradient with respect to ``x``. With full or offload, the backward pass
-    recomputes the logits of inner exits instead of saving that gradient: 8 D V FLOPs per token.
+    exit of weight 0 costs no FLOPs. The carry of the scan over blocks accumulates the gradient of the head. With
+    ``remat`` none or dots, the forward pass also computes each exit's gradient with respect to ``x``. With full or
+    offload, the backward pass recomputes the logits of inner exits instead of saving that gradient: 8 D V FLOPs per
+    token.
+
+    If ``settings.exits`` names the exits, their losses follow the scan, which only keeps their inputs. Their gradients
+    then take memory for these exits alone, and the last exit can be their teacher.
 
     Only the objective has a gradient; ``loss_L`` has none.
     """
     weight_L = jnp.asarray(weight_L, jnp.float32)  # custom_vjp needs a float
     exits = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
-    recompute = settings.remat in ("full", "offload")
+    if settings.exits:
+        x_BTD, d_matrix, inner = exits_after_scan(model, batch, weight_L, settings, dropout_mask, exits, share)
+    else:
+        x_BTD, d_matrix, inner = exits_within_scan(model, batch, weight_L, settings, dropout_mask, exits)
+    with jax.named_scope(LAST_EXIT):
+        x_BTD, d_matrix, last = exit_with_saved_gradients(exits, weight_L[-1], x_BTD, d_matrix)
+    objective = attach_gradient(jnp.sum(inner.objective) + last.objective, exits.head[1], d_matrix)
+    return ExitLosses(objective, jnp.append(inner.loss_L, last.loss_L))
+
+
+def exits_within_scan(
+    model: Transformer,
+    batch: Batch,
+    weight_L: jax.Array,
+    settings: FusedSettings,
+    dropout_mask: DropoutMask | None,
+    exits: "ExitContext",
+) -> tuple[jax.Array, nnx.Param, ExitLosses]:
+    """Run all blocks, with the loss of every inner exit between them.
+
+    Returns ``x_L``, the gradient of the head's matrix, and the objectives and losses of the exits 1..L-1.
+    """
+    recompute = settings.recompute
     inner_exit = exit_with_recomputed_logits if recompute else exit_with_saved_gradients
-    skips = dropout_mask is not None and settings.apply_dropout is not apply_masked
-    f = block_function(model)
-    if settings.remat == "dots" or skips:  # `apply_skipping` copies every saved residual, so save less
-        f = jax.checkpoint(f, policy=save_matmuls, prevent_cse=False)
+    run_block = block_with_dropout(model, batch, settings, dropout_mask)
 
     def block_fn(
         block: Block, carry: tuple[jax.Array, nnx.Param], inputs: tuple[jax.Array, DropoutMask | None]
@@ -94,24 +135,84 @@ def fused_exit_losses(
         x_BTD = checkpoint_name(row_major(x_BTD), BLOCK_INPUT)
         with jax.named_scope(INNER_EXIT):
             x_BTD, d_matrix, losses = inner_exit(exits, weight, x_BTD, d_matrix)
-        if mask is None:
-            x_BTD = x_BTD + f(block, x_BTD, batch.segments_BT)
-        else:
-            x_BTD = settings.apply_dropout(f, block, (x_BTD, batch.segments_BT), *mask)
-        return (x_BTD, d_matrix), losses
+        return (run_block(block, x_BTD, mask), d_matrix), losses
 
     if recompute:
-        policy = OFFLOAD_BLOCK_INPUTS if settings.remat == "offload" else None
-        block_fn = jax.checkpoint(block_fn, policy=policy, prevent_cse=False)
+        block_fn = jax.checkpoint(block_fn, policy=settings.policy, prevent_cse=False)
     # Iteration l computes the exit before block l, whose input x is the iteration's saved input. The exit after block l
     # would need the block's output, so full remat would also recompute the block's down projection.
     weight_before_L = jnp.roll(weight_L, 1).at[0].set(0)  # no exit comes before block 0
     start = model.embed(batch.inputs_BT), jax.tree.map(jnp.zeros_like, exits.head[1])
     (x_BTD, d_matrix), inner = run_layers(model.blocks, start, block_fn, (weight_before_L, dropout_mask))
-    with jax.named_scope(LAST_EXIT):
-        x_BTD, d_matrix, last = exit_with_saved_gradients(exits, weight_L[-1], x_BTD, d_matrix)
-    objective = attach_gradient(jnp.sum(inner.objective) + last.objective, exits.head[1], d_matrix)
-    return ExitLosses(objective, jnp.append(inner.loss_L[1:], last.loss_L))
+    return x_BTD, d_matrix, jax.tree.map(itemgetter(slice(1, None)), inner)
+
+
+def exits_after_scan(
+    model: Transformer,
+    batch: Batch,
+    weight_L: jax.Array,
+    settings: FusedSettings,
+    dropout_mask: DropoutMask | None,
+    exits: "ExitContext",
+    share: ArrayLike,
+) -> tuple[jax.Array, nnx.Param, ExitLosses]:
+    """Run all blocks, then compute the losses of ``settings.exits``; return what `exits_within_scan` returns."""
+    run_block = block_with_dropout(model, batch, settings, dropout_mask)
+    K, L = len(settings.exits), model.config.num_layers
+
+    def run_named_block(block: Block, x_BTD: jax.Array, mask: DropoutMask | None) -> jax.Array:
+        return run_block(block, checkpoint_name(x_BTD, BLOCK_INPUT), mask)
+
+    if settings.recompute:
+        run_named_block = jax.checkpoint(run_named_block, policy=settings.policy, prevent_cse=False)
+
+    def block_fn(
+        block: Block, carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, DropoutMask | None]
+    ) -> tuple[Any, None]:
+        (x_BTD, kept_KBTD), (slot, mask) = carry, inputs
+        x_BTD = row_major(x_BTD)
+        kept_KBTD = jax.lax.dynamic_update_index_in_dim(kept_KBTD, x_BTD, slot, 0)
+        return (run_named_block(block, x_BTD, mask), kept_KBTD), None
+
+    # The input of block e is the output of exit e. Nothing reads slot K, to which all other blocks write: an update of
+    # one slot happens in place, but a conditional would copy all slots.
+    slot_L = jnp.full(L, K).at[jnp.array(settings.exits)].set(jnp.arange(K))
+    x_BTD = model.embed(batch.inputs_BT)
+    kept_KBTD = constrain(jnp.zeros((K + 1, *x_BTD.shape), x_BTD.dtype), None, "batch", "length", None)
+    (x_BTD, kept_KBTD), _ = run_layers(model.blocks, (x_BTD, kept_KBTD), block_fn, (slot_L, dropout_mask))
+
+    if settings.distillation is not None:
+        loss = dataclasses.replace(exits.loss, loss=settings.distillation)
+        share_BT = jnp.broadcast_to(jnp.asarray(share, jnp.float32), batch.mask_BT.shape)
+        taught = batch.targets_BT, batch.mask_BT, (x_BTD, share_BT)
+        exits = exits._replace(loss=loss, labels=jax.lax.stop_gradient(taught))
+
+    def exit_fn(d_matrix: nnx.Param, inputs: tuple[jax.Array, jax.Array]) -> tuple[nnx.Param, ExitLosses]:
+        with jax.named_scope(INNER_EXIT):
+            _, d_matrix, losses = exit_with_saved_gradients(exits, *inputs, d_matrix)
+        return d_matrix, losses
+
+    place_K = jnp.array(settings.exits) - 1
+    no_gradient = jax.tree.map(jnp.zeros_like, exits.head[1])
+    d_matrix, losses = jax.lax.scan(exit_fn, no_gradient, (weight_L[place_K], kept_KBTD[:K]))
+    return x_BTD, d_matrix, jax.tree.map(lambda values: jnp.zeros(L - 1).at[place_K].set(values), losses)
+
+
+def block_with_dropout(
+    model: Transformer, batch: Batch, settings: FusedSettings, dropout_mask: DropoutMask | None
+) -> Callable[[Block, jax.Array, DropoutMask | None], jax.Array]:
+    """Return ``x + M f(x)`` of LayerSkip eq. 1 as a function of a block, ``x_BTD``, and the block's M."""
+    f = block_function(model)
+    skips = dropout_mask is not None and settings.apply_dropout is not apply_masked
+    if settings.remat == "dots" or skips:  # `apply_skipping` copies every saved residual, so save less
+        f = jax.checkpoint(f, policy=save_matmuls, prevent_cse=False)
+
+    def run_block(block: Block, x_BTD: jax.Array, mask: DropoutMask | None) -> jax.Array:
+        if mask is None:
+            return x_BTD + f(block, x_BTD, batch.segments_BT)
+        return settings.apply_dropout(f, block, (x_BTD, batch.segments_BT), *mask)
+
+    return run_block
 
 
 def chunked_exit_losses(

@@ -15,9 +15,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from layerskip_jax.checks import require
-from layerskip_jax.config import Config
+from layerskip_jax.config import Config, EarlyExitConfig
 from layerskip_jax.model import Block, Transformer
 from layerskip_jax.recipe import early_exit, layer_dropout
+from layerskip_jax.recipe.distillation import ALL, LOSSES, ConstantShare, SelfDistillation, Share
 from layerskip_jax.recipe.layer_dropout import (
     ApplyDropout,
     BlockFunction,
@@ -65,11 +66,15 @@ class Recipe:
     layer_scale: layer_dropout.LayerScale
     time_scale: layer_dropout.TimeScale
     curriculum: early_exit.Curriculum
-    e_scale: float
+    exit_scale: early_exit.ExitScale
     is_spike: IsSpike
-    exit_scale: early_exit.ExitScale = early_exit.exit_scale
+    exits: tuple[int, ...] = ()
+    """The inner exits that the curriculum may turn on; empty: any. Naming them saves memory."""
     exit_loss: early_exit.ExitLoss = early_exit.cross_entropy
     teacher: Teacher | None = None
+    distillation: early_exit.ExitLoss | None = None
+    """The loss of ``exits`` in place of ``exit_loss``, such as `SelfDistillation`; its teacher is the last exit."""
+    distillation_share: Share = ALL
     rescale: bool = False
     """Multiply a kept block's output by ``1 / (1 - p_{l,t})`` (not in the paper)."""
     apply_dropout: ApplyDropout = apply_masked
@@ -77,32 +82,45 @@ class Recipe:
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
-        exits, dropout = config.early_exit, config.layer_dropout
+        early, dropout, layers = config.early_exit, config.layer_dropout, config.model.num_layers
         curricula: dict[str, early_exit.Curriculum] = {
-            "rotational": early_exit.Rotational(exits.dilation, exits.always_last),
+            "rotational": early_exit.Rotational(early.dilation, early.always_last, early.exits),
             "gradual": early_exit.gradual,
             "all": early_exit.all_exits,
+            "fixed": early_exit.FixedExits(early.exits),
             "none": early_exit.last_only,
         }
+        exits, distillation = early.exits, None
+        if early.distillation != "none" and early.curriculum != "none":
+            exits = exits or tuple(range(1, layers))
+            distillation = SelfDistillation(LOSSES[early.distillation]) if exits else None
         return cls(
-            num_layers=config.model.num_layers,
+            num_layers=layers,
             total_steps=config.train.steps,
             p_max=dropout.p_max,
             layer_scale=layer_dropout.LAYER_SCALES[dropout.layer_scale],
             time_scale=layer_dropout.TIME_SCALES[dropout.time_scale],
-            curriculum=curricula[exits.curriculum],
-            e_scale=exits.e_scale,
+            curriculum=curricula[early.curriculum],
+            exit_scale=_exit_scale(early),
             is_spike=LossSpike(config.train.skip_spikes),
+            exits=exits,
+            distillation=distillation,
+            distillation_share=ConstantShare(early.distillation_weight),
             rescale=dropout.rescale,
             apply_dropout=Skipping(dropout.row_groups) if dropout.form == "skipping" else apply_masked,
         )
+
+    @property
+    def skips(self) -> bool:
+        """Whether layer dropout leaves out the compute of dropped blocks."""
+        return isinstance(self.apply_dropout, Skipping)
 
     def check(self) -> None:
         """Raise `UserError` if a function returns a bad shape or value at the first, the middle or the last step."""
         L, T = self.num_layers, self.total_steps
 
         def parts(step: jax.Array) -> dict[str, jax.Array]:
-            constant = {"layer_scale": self.layer_scale(L), "exit_scale": self.exit_scale(L, self.e_scale)}
+            constant = {"layer_scale": self.layer_scale(L), "exit_scale": self.exit_scale(L)}
             scheduled = {"time_scale": self.time_scale(step, T), "curriculum": self.curriculum(step, T, L)}
             return {name: jnp.asarray(value) for name, value in (constant | scheduled).items()}
 
@@ -115,6 +133,10 @@ class Recipe:
             require(bool(allowed), f"the recipe's drop rates must be in [0, 1), not {rates_L.tolist()} at step {step}")
             allowed = np.all((weights_L >= 0) & np.isfinite(weights_L))
             require(bool(allowed), f"the recipe's exit weights must not be negative: {weights_L.tolist()}, step {step}")
+            others = [e for e in range(1, L) if weights_L[e - 1] > 0 and e not in self.exits]
+            listed = f"the recipe's exits {self.exits} must list every exit that its curriculum turns on"
+            require(not self.exits or not others, f"{listed}: {others} at step {step}")
+        require(self.distillation is None or bool(self.exits), "the recipe's distillation needs its exits")
 
     def check_rows(self, rows: int) -> None:
         """Raise `UserError` if dropout cannot split ``rows``, the sequences of a microbatch on one device."""
@@ -145,7 +167,14 @@ class Recipe:
     def exit_weights(self, step: ArrayLike) -> jax.Array:
         """``w_L`` (LayerSkip eq. 6) at optimizer step ``step``."""
         enabled_L = self.curriculum(step, self.total_steps, self.num_layers)
-        return early_exit.exit_weights(enabled_L, self.exit_scale(self.num_layers, self.e_scale))
+        return early_exit.exit_weights(enabled_L, self.exit_scale(self.num_layers))
+
+
+def _exit_scale(early: EarlyExitConfig) -> early_exit.ExitScale:
+    if early.curriculum != "fixed" and not early.exit_weights:
+        return early_exit.PaperScale(early.e_scale)
+    weights = early.exit_weights or (0.5,)
+    return early_exit.ChosenScale(early.exits, weights if len(weights) > 1 else weights * len(early.exits))
 
 
 @partial(jax.jit, static_argnums=0)  # compiles once; op by op, the first calls take a second

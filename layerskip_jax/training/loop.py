@@ -168,5 +168,5 @@ def _due(train: TrainConfig, done: int, stopped: bool) -> _Due:
 def _sample(config: Config, model: Transformer, tokenizer: Tokenizer, mesh: Mesh) -> str:
     """Generate a sample from the sharded model; a collective of all processes."""
     with jax.set_mesh(mesh):
-        generator = TextGenerator(model.unstacked(), tokenizer, config.decode)
+        generator = TextGenerator(model.unstacked(), tokenizer, config.decode_settings)
         return generator.generate([config.train.sample_prompt]).completions[0].text

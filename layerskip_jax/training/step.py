@@ -138,14 +138,17 @@ class Trainer:
             remat=self.config.train.remat,
             loss=self.recipe.exit_loss,
             apply_dropout=self.recipe.apply_dropout,
+            exits=self.recipe.exits,
+            distillation=self.recipe.distillation,
         )
+        share = self.recipe.distillation_share(state.step, self.recipe.total_steps)
 
         def objective(
             model: Transformer, micro: Batch, dropout_mask: DropoutMask | None
         ) -> tuple[jax.Array, jax.Array]:
             teacher, frozen = self.recipe.teacher, jax.lax.stop_gradient(model)
             teacher_arrays = teacher(frozen, micro.inputs_BT, micro.segments_BT) if teacher else None
-            total, loss_L = fused_exit_losses(model, micro, weight_L, settings, dropout_mask, teacher_arrays)
+            total, loss_L = fused_exit_losses(model, micro, weight_L, settings, dropout_mask, teacher_arrays, share)
             # Divide by the tokens of the whole batch, so that microbatches add up to exactly the large batch.
             return total / count, loss_L / count
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from layerskip_jax.config import Config
 from layerskip_jax.model import parameter_count
+from layerskip_jax.recipe.recipe import Recipe
 
 PEAK_FLOPS = {
     # bfloat16 FLOP/s of a chip, from the vendor's data sheet
@@ -36,14 +37,15 @@ class StepFlops(NamedTuple):
     plain: float
     """Forward and backward pass of the plain model: every block, and one loss at the last layer."""
     exits: float
-    """Heads of the other exits with a loss: ``6 D V`` per position and exit."""
+    """Heads of the other exits with a loss: ``6 D V`` per position and exit, and ``2 D V`` for its teacher if the last
+    exit teaches it."""
     skipped: float
     """Blocks that dropout skips: drop rate times the block's FLOPs. 0 in the masked form, which computes all blocks.
     The skipping form saves less, since it rounds up to row groups."""
     recomputed: float
     """Forward FLOPs that the backward pass recomputes with ``train.remat`` full or offload: ``2 D V`` per position for
-    each inner exit with a loss, and every block that is not skipped, without its down projection (``2 D F``), whose
-    output no gradient needs. With dots it recomputes no matmul."""
+    each inner exit with a loss (none if `Recipe.exits` names them), and every block that is not skipped, without its
+    down projection (``2 D F``), whose output no gradient needs. With dots it recomputes no matmul."""
 
     @property
     def hardware(self) -> float:
@@ -51,21 +53,19 @@ class StepFlops(NamedTuple):
         return self.plain + self.exits - self.skipped + self.recomputed
 
 
-def step_flops(config: Config, weight_L: np.ndarray, drop_rate_L: np.ndarray, *, skips: bool) -> StepFlops:
-    """Count a step with exit weights ``weight_L`` (eq. 6; 0 is off) and drop rates ``drop_rate_L`` (eq. 2).
-
-    ``skips`` tells whether dropped blocks are skipped, not masked.
-    """
+def step_flops(config: Config, recipe: Recipe, weight_L: np.ndarray, drop_rate_L: np.ndarray) -> StepFlops:
+    """Count a step with exit weights ``weight_L`` (eq. 6; 0 is off) and drop rates ``drop_rate_L`` (eq. 2)."""
     positions = config.train.batch_size * config.data.sequence_length
     head = 2 * config.model.dim * config.model.vocab_size
     losses, inner = int(np.count_nonzero(weight_L)), int(np.count_nonzero(weight_L[:-1]))
-    dropped = float(np.sum(drop_rate_L)) if skips else 0.0
+    teachers = 0 if recipe.distillation is None else inner
+    dropped = float(np.sum(drop_rate_L)) if recipe.skips else 0.0
     recomputes = config.train.remat in ("full", "offload")
     needed = block_flops(config) / 3 - 2 * config.model.dim * config.model.ffn_dim
-    again = head * inner + needed * (config.model.num_layers - dropped)
+    again = needed * (config.model.num_layers - dropped) + (0 if recipe.exits else head * inner)
     return StepFlops(
         plain=positions * flops_per_token(config),
-        exits=positions * 3 * head * (losses - 1),
+        exits=positions * head * (3 * (losses - 1) + teachers),
         skipped=positions * block_flops(config) * dropped,
         recomputed=positions * again if recomputes else 0.0,
     )

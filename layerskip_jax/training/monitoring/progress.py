@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from layerskip_jax.config import Config
 from layerskip_jax.model import parameter_count
-from layerskip_jax.recipe.recipe import Recipe, Skipping
+from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.monitoring.flops import flops_per_token, step_flops
 from layerskip_jax.training.monitoring.goodput import Goodput, Phase
 from layerskip_jax.training.monitoring.metrics import MetricsWriter, per_exit
@@ -27,8 +27,7 @@ class Progress:
     """
 
     def __init__(self, config: Config, recipe: Recipe, first: int, goodput: Goodput, peak: float):
-        self._config = config
-        self._skips = isinstance(recipe.apply_dropout, Skipping)
+        self._config, self._recipe = config, recipe
         self._writer = MetricsWriter(config)
         self._goodput, self._watchdog = goodput, Watchdog(config.train.hang_seconds)
         self._flops, self._peak = flops_per_token(config), peak
@@ -68,7 +67,7 @@ class Progress:
         self._done_here += 1
         self._tokens, self._steps = self._tokens + float(metrics.tokens), self._steps + 1
         weight_L, drop_rate_L = np.asarray(metrics.exit_weight_L), np.asarray(metrics.drop_rate_L)
-        self._computed += step_flops(self._config, weight_L, drop_rate_L, skips=self._skips).hardware
+        self._computed += step_flops(self._config, self._recipe, weight_L, drop_rate_L).hardware
         seconds = time.perf_counter() - self._clock
         rate = self._tokens / seconds
         mfu, hfu = rate * self._flops / self._peak, self._computed / seconds / self._peak

@@ -1,0 +1,87 @@
+"""Self-distillation: the last exit teaches the early exits in the same forward pass (not in the LayerSkip paper).
+
+    J_e = m D(q_e, p) + (1 - m) CE(q_e, Y)      q_e = softmax(g(x_e)),  p = softmax(g(x_L)), detached
+
+The losses D are pure functions of logits, each with a value for every position. Any function of the same signature can
+take their place in `SelfDistillation`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from layerskip_jax.recipe.early_exit import negative_log_likelihood
+
+DistillationLoss = Callable[[jax.Array, jax.Array], jax.Array]
+"""``(logits_BCV, teacher_logits_BCV) -> loss_BC`` [nats]; the teacher's logits are detached."""
+
+Share = Callable[[ArrayLike, int], jax.Array]
+"""``(step t, total_steps T) -> m``, the share of distillation in the loss of an early exit, in [0, 1]."""
+
+
+def kl_divergence(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array:
+    """``KL(p || q) = sum_v p(v) (log p(v) - log q(v))``, 0 where the exit predicts what the last exit predicts."""
+    log_p, log_q = jax.nn.log_softmax(teacher_logits_BCV), jax.nn.log_softmax(logits_BCV)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def argmax_cross_entropy(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array:
+    """``-log q(argmax p)``: under greedy decoding a draft is accepted where q and p have the same argmax."""
+    return negative_log_likelihood(logits_BCV, jnp.argmax(teacher_logits_BCV, axis=-1))
+
+
+def rejection(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array:
+    """``-log sum_v min(p(v), q(v))``: minus the log of the probability that a sampled draft is accepted.
+
+    Speculative sampling accepts with probability ``sum min(p, q)`` (arXiv 2211.17192, theorem 3.5); LK losses (arXiv
+    2602.23881) train on its logarithm.
+    """
+    log_p, log_q = jax.nn.log_softmax(teacher_logits_BCV), jax.nn.log_softmax(logits_BCV)
+    return -jax.nn.logsumexp(jnp.minimum(log_p, log_q), axis=-1)
+
+
+LOSSES: dict[str, DistillationLoss] = {
+    "kl": kl_divergence,
+    "argmax": argmax_cross_entropy,
+    "acceptance": rejection,
+}
+"""By the names of ``early_exit.distillation``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantShare:
+    """The same share at every step."""
+
+    share: float
+
+    def __call__(self, step: ArrayLike, total_steps: int) -> jax.Array:
+        return jnp.asarray(self.share, jnp.float32)
+
+
+ALL = ConstantShare(1.0)
+"""No cross-entropy with the data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfDistillation:
+    """The loss of an early exit that learns from the last exit: an `ExitLoss` whose teacher is ``(x_L, m)``."""
+
+    loss: DistillationLoss
+
+    def __call__(
+        self,
+        g: Callable[[jax.Array], jax.Array],
+        x_BCD: jax.Array,
+        targets_BC: jax.Array,
+        mask_BC: jax.Array,
+        teacher: tuple[jax.Array, jax.Array],
+    ) -> jax.Array:
+        """Return the loss, summed over counted positions [nats]. ``teacher`` is ``(last_x_BCD, share_BC)``."""
+        last_x_BCD, share_BC = teacher
+        logits_BCV, teacher_logits_BCV = g(x_BCD), jax.lax.stop_gradient(g(last_x_BCD))
+        from_teacher_BC = self.loss(logits_BCV, teacher_logits_BCV)
+        from_data_BC = negative_log_likelihood(logits_BCV, targets_BC)
+        return jnp.sum((share_BC * from_teacher_BC + (1 - share_BC) * from_data_BC) * mask_BC)

@@ -1,0 +1,51 @@
+"""Distillation losses against hand-computed values, and as a teacher of early exits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import tiny_model
+
+from layerskip_jax.data.batch import Batch
+from layerskip_jax.recipe.distillation import LOSSES, SelfDistillation, argmax_cross_entropy, kl_divergence, rejection
+from layerskip_jax.recipe.exit_loss import exit_losses
+
+
+def logits(*probabilities):
+    return jnp.log(jnp.array(probabilities))[None, None]
+
+
+def test_losses_by_hand():
+    """p = (1/2, 1/4, 1/4) teaches q = (1/4, 1/4, 1/2)."""
+    p, q = logits(0.5, 0.25, 0.25), logits(0.25, 0.25, 0.5)
+    np.testing.assert_allclose(kl_divergence(q, p), [[0.25 * np.log(2)]], rtol=1e-6)
+    np.testing.assert_allclose(argmax_cross_entropy(q, p), [[np.log(4)]], rtol=1e-6)
+    np.testing.assert_allclose(rejection(q, p), [[-np.log(0.75)]], rtol=1e-6)
+
+
+@given(seed=st.integers(0, 1000), size=st.sampled_from([0.1, 1.0, 30.0]))
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_lowest_at_the_teacher_and_ignores_a_constant(name, seed, size):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    q, p = (size * jax.random.normal(key, (1, 1, 7)) for key in keys)
+    loss = LOSSES[name]
+    np.testing.assert_allclose(loss(q + 3, p - 2), loss(q, p), atol=1e-4, rtol=1e-5)
+    if name != "argmax":  # whose lowest value puts all probability on one token
+        assert loss(q, p) >= loss(p, p) - 1e-5
+        np.testing.assert_allclose(loss(p, p), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_distillation_gives_the_teacher_no_gradient(name):
+    """Only exit 2 has a weight, so that the blocks behind it can only learn as its teacher."""
+    model, L = tiny_model(1), 4
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 61)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones((2, 8), int), jnp.ones((2, 8)))
+    weight_L = jnp.zeros(L).at[1].set(1)
+    loss = SelfDistillation(LOSSES[name])
+    gradient = jax.jit(jax.grad(lambda model: exit_losses(model, batch, weight_L, distillation=loss).objective))
+    grads = gradient(model)
+    norm_L = jnp.abs(grads.blocks.down_FD[...]).max((1, 2))
+    assert (norm_L > 0).tolist() == [True, True, False, False]
