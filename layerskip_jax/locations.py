@@ -4,9 +4,7 @@ import importlib.util
 import os
 import re
 
-import jax
 from etils import epath
-from jax.experimental.compilation_cache import compilation_cache
 
 from layerskip_jax.errors import UserError
 
@@ -36,6 +34,10 @@ def keep_compiled_programs(run_dir: str) -> None:
     A resumed run, or one for which `tpu/compile_ahead.py --store` has compiled, then starts without compiling. Do not
     call this on CPU, where a program fits one kind of processor and the run may resume on another.
     """
+    # Not above: commands import this module before they parse their options.
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(locate(run_dir) / "compiled"))
         compilation_cache.reset_cache()  # JAX ignores the setting once it has compiled a program
