@@ -82,7 +82,8 @@ def batches_seen(monkeypatch):
         return original(batch, mesh)
 
     monkeypatch.setattr(training, "to_devices", to_devices)
-    monkeypatch.setattr(training, "evaluate", lambda model, config, mesh: np.zeros(4))  # its batches are not training's
+    # The batches of an evaluation are not training's.
+    monkeypatch.setattr(training, "evaluate", lambda model, held_out, config, mesh: np.zeros(4))
     return seen, stop
 
 

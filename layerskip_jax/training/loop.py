@@ -50,7 +50,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     trainer.recipe.check()
 
     with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
-        tokenizer, data = _open_data(config, mesh)
+        tokenizer, data, held_out = _open_data(config, mesh)
         position = DataPosition(data, local_rows(batch_sharding(mesh), config.train.batch_size))
         checkpoints = _open_checkpoints(config, tokenizer, stack)
         state, first, start = _restore_or_init(trainer, checkpoints, position, tokenizer)
@@ -83,7 +83,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
                 pending = None
             if due.evaluate:
                 with progress.during("evaluating"):
-                    progress.after_evaluation(done, evaluate(state.model, config, mesh))
+                    progress.after_evaluation(done, evaluate(state.model, held_out, config, mesh))
             last = bool(stopped) or done == config.train.steps
             # After bad steps the parameters may be bad too: do not push out the good checkpoint.
             if due.save and (last or not bad_steps.in_a_row):
@@ -99,15 +99,18 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     return state
 
 
-def _open_data(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator]:
-    """Open tokenizer and training data; raise `UserError` unless all processes have the same settings and files."""
+def _open_data(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset]:
+    """Open the tokenizer, an iterator of the training data, and the validation data.
 
-    def open_all() -> tuple[Tokenizer, grain.DatasetIterator]:
+    Raises `UserError` unless all processes have the same settings and files.
+    """
+
+    def open_all() -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset]:
         tokenizer = load_tokenizer(config.data.tokenizer)
         tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
         data = iter(local_batches(config, config.data.train_split, mesh))
-        local_batches(config, config.data.validation_split, mesh, epochs=1)  # raises now if it cannot be read
-        return tokenizer, data
+        held_out = local_batches(config, config.data.validation_split, mesh, epochs=1)
+        return tokenizer, data, held_out
 
     def fingerprints() -> dict[str, str]:
         splits = (config.data.train_split, config.data.validation_split)
