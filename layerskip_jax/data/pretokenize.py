@@ -10,7 +10,7 @@ from etils import epath
 from tqdm import tqdm
 
 from layerskip_jax.config import DataConfig
-from layerskip_jax.data.load_tokenizer import fingerprint, load_tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import document_tokens
 from layerskip_jax.data.sources import METADATA, open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def pretokenize(config: DataConfig, out: str) -> dict[str, Any]:
         splits[split] = _write_split(config, split, tokenizer, dtype, partial / split)
     tokens = sum(counts["tokens"] for counts in splits.values())
     metadata = {
-        "tokenizer_sha256": fingerprint(config.tokenizer),
+        "tokenizer_sha256": tokenizer.fingerprint(),
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.name,
         "splits": splits,

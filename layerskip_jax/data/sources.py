@@ -14,7 +14,7 @@ from etils import epath
 
 from layerskip_jax.config import DataConfig
 from layerskip_jax.data.documents import Documents, Pair
-from layerskip_jax.data.load_tokenizer import fingerprint
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.locations import locate
 
@@ -300,7 +300,7 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
 def _open_tokens(config: DataConfig, split: str) -> Documents:
     folder = locate(config.path)
     metadata = read_metadata(folder)
-    if metadata["tokenizer_sha256"] != fingerprint(config.tokenizer):
+    if metadata["tokenizer_sha256"] != load_tokenizer(config.tokenizer).fingerprint():
         raise UserError(
             f"{config.path} was made with another tokenizer than {config.tokenizer}: pretokenize it again, or set "
             "data.tokenizer to the one it was made with"

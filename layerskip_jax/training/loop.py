@@ -15,7 +15,7 @@ from layerskip_jax.checkpoint.reading import initial_model
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.data.documents import documents_digest
-from layerskip_jax.data.load_tokenizer import fingerprint, load_tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.sources import open_documents
@@ -112,15 +112,16 @@ def _open_data(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIter
         held_out = local_batches(config, config.data.validation_split, mesh, epochs=1)
         return tokenizer, data, held_out
 
+    tokenizer, data, held_out = agree("settings", open_all, lambda _: saved_settings(config))
+
     def fingerprints() -> dict[str, str]:
         splits = (config.data.train_split, config.data.validation_split)
         digests = {split: documents_digest(open_documents(config.data, split)) for split in splits}
-        return {"tokenizer": fingerprint(config.data.tokenizer)} | digests
+        return {"tokenizer": tokenizer.fingerprint()} | digests
 
-    opened = agree("settings", open_all, lambda _: saved_settings(config))
     if jax.process_count() > 1:
         agree("tokenizer and corpus", fingerprints, lambda found: found)
-    return opened
+    return tokenizer, data, held_out
 
 
 def _open_checkpoints(config: Config, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> Checkpoints:
