@@ -220,7 +220,7 @@ def test_packing_in_order_equals_a_plain_loop(corpus, tokenizer, processes):
     assert all(not any(mask) for _, _, _, mask in rows[len(expected) :])  # padding
 
 
-IN_ORDER = {"batch_size": 8, "epochs": 1, "shuffle": False}
+IN_ORDER = {"batch_size": 8, "in_order": True}
 
 
 def shares(batch_size, processes):

@@ -129,7 +129,7 @@ def exit_quality(model: Transformer, config: Config) -> ExitQuality:
     devices = jax.devices()[: math.gcd(config.train.batch_size, jax.device_count())]
     mesh = Mesh(np.reshape(devices, (-1, 1, 1, 1)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     model = jax.device_put(model, named_shardings(model, model, mesh))
-    held_out = local_batches(config, config.data.validation_split, mesh, epochs=1)
+    held_out = local_batches(config, config.data.validation_split, mesh, in_order=True)
     batches = held_out_batches(held_out, config.train.evaluate_batches)
     loss_L = evaluate(model, batches, config, mesh)
     agreed_L, tokens = np.zeros(config.model.num_layers), 0.0

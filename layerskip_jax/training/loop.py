@@ -109,7 +109,7 @@ def _open_data(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIter
         tokenizer = load_tokenizer(config.data.tokenizer)
         tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
         data = iter(local_batches(config, config.data.train_split, mesh))
-        held_out = local_batches(config, config.data.validation_split, mesh, epochs=1)
+        held_out = local_batches(config, config.data.validation_split, mesh, in_order=True)
         return tokenizer, data, held_out
 
     tokenizer, data, held_out = agree("settings", open_all, lambda _: saved_settings(config))
