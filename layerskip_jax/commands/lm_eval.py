@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         raise UserError(f"{error}: pip install 'layerskip-jax[lm_eval]'") from None
 
-    model, config, tokenizer_path = load_model(options.run)
+    model, config, tokenizer_path = load_model(options.run, unstacked=True)
     lm = LayerSkipLM(
-        model.unstacked(),
+        model,
         load_tokenizer(str(tokenizer_path)),
         apply_overrides(config.decode, swept_settings(options.run, {})),
         max_length=options.max_length or context_length(config),

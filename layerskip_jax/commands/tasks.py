@@ -201,10 +201,10 @@ def main(argv: list[str] | None = None) -> None:
     given = given_settings(options, DecodeConfig)
     open_model_folder(options.run)  # fails early: reading examples may take a while
     tasks = _read_tasks(options)
-    model, config, tokenizer_path = load_model(options.run)
+    model, config, tokenizer_path = load_model(options.run, unstacked=True)
     settings = apply_overrides(config.decode, swept_settings(options.run, given) | given)
     tokenizer = load_tokenizer(str(tokenizer_path))
-    model = with_weights(model.unstacked(), settings.weights)
+    model = with_weights(model, settings.weights)
     results = {}
     for name, task, examples in tasks:
         results[name], answered = run_task(
