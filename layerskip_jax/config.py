@@ -143,7 +143,7 @@ class DataConfig:
     sequence_length: int = setting(256, "predicted tokens in a training sequence T")
     cross_document_attention: bool = setting(False, "let attention cross document boundaries inside a sequence")
     shuffle_window: int = setting(2048, "packed sequences shuffled together, beyond the shuffle of documents")
-    workers: int = setting(0, "processes that prepare data; 0: a thread of the training process")
+    workers: int = setting(0, "processes that prepare data; 0: the training process, between steps")
 
     def __post_init__(self) -> None:
         require(self.sequence_length >= 2, f"data.sequence_length must be at least 2, not {self.sequence_length}")

@@ -41,8 +41,8 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     """Train until ``config.train.steps``, from the newest checkpoint in the run folder if any; return the last state.
 
     ``recipe`` replaces the functions that the config names. Every process of a run calls `train`. Raises `UserError`
-    if a corpus, tokenizer, mesh or checkpoint does not fit, or if too many steps in a row are not finite; `Interrupted`
-    after SIGTERM or SIGINT, once the current step is done and saved.
+    if a corpus, tokenizer, mesh or checkpoint does not fit, or after too many bad steps in a row
+    (`layerskip_jax.training.bad_steps`); `Interrupted` after SIGTERM or SIGINT, once the current step is saved.
     """
     began = time.time()
     mesh = make_mesh(config)
