@@ -244,11 +244,15 @@ class _JsonLines:
         with epath.Path(path).open("rb") as file:
             file.seek(offset)
             line = file.readline()
-        texts = []
+        texts: list[str] = []
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not a JSON object: {error!r}") from error
         for setting, key in self._keys.items():
             try:
-                value = json.loads(line)[key]
-            except (ValueError, KeyError, TypeError) as error:
+                value = record[key]
+            except (KeyError, TypeError) as error:
                 raise UserError(
                     f"{path} line {number} is not a JSON object with a text in {key!r} ({setting}): {error!r}"
                 ) from error
