@@ -8,12 +8,12 @@ from layerskip_jax.command_line import (
     OneLineParser,
     add_json,
     add_run,
-    apply_overrides,
     integer,
     make_parser,
     not_negative,
     positive,
 )
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError
 

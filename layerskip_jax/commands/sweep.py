@@ -24,13 +24,13 @@ from layerskip_jax.command_line import (
     add_prompt_options,
     add_run,
     add_settings,
-    apply_overrides,
     given_settings,
     make_parser,
     positive,
 )
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import DecodeConfig, ModelConfig
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import configure
 from layerskip_jax.decoding.cost import Overhead, predicted_speedup, round_cost

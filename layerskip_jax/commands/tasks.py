@@ -17,7 +17,6 @@ from layerskip_jax.command_line import (
     add_json,
     add_run,
     add_settings,
-    apply_overrides,
     given_settings,
     make_parser,
     not_negative,
@@ -25,6 +24,7 @@ from layerskip_jax.command_line import (
     run_file,
 )
 from layerskip_jax.config import DecodeConfig
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.quantization import with_weights

@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.checkpoint.reading import load_model
-from layerskip_jax.command_line import apply_overrides
 from layerskip_jax.config import Config
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.sources import open_documents
