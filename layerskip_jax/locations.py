@@ -1,8 +1,10 @@
 """Paths of local files and of files in Cloud Storage buckets."""
 
+import contextlib
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -46,3 +48,14 @@ def keep_compiled_programs(run_dir: str) -> None:
 def is_remote(path: epath.Path) -> bool:
     """Return whether ``path`` is in a bucket, where files cannot be appended to."""
     return str(path).startswith("gs://")
+
+
+@contextlib.contextmanager
+def new_folder(target: epath.Path) -> Iterator[epath.Path]:
+    """Yield ``TARGET.partial``, an empty folder that is renamed to ``target`` once the block ends without an error."""
+    partial = target.parent / f"{target.name}.partial"
+    if partial.exists():
+        partial.rmtree()
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(target)
