@@ -13,12 +13,10 @@ import numpy as np
 from etils import epath
 
 from layerskip_jax.config import DataConfig
-from layerskip_jax.data.documents import Documents, Pair
+from layerskip_jax.data.documents import VALIDATION_PERCENT, Documents, Pair
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.locations import locate
-
-VALIDATION_PERCENT = 5
 
 
 def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Documents:
