@@ -16,7 +16,7 @@ NEWEST_TESTS = $(addprefix tests/test_,tpu_compiler.py numerics.py sharding.py l
 
 # Fast tests of most packages; modules that train a model or start many processes are left to `make test`.
 CHECK_TESTS = $(addprefix tests/test_,config.py structure.py reading_cost.py benchmark_common.py early_exit.py \
-	layer_dropout.py data.py digests.py pairs.py position.py compiled.py maxtext_tpu.py tpu_files.py \
+	layer_dropout.py data.py digests.py pairs.py position.py hlo.py maxtext_tpu.py tpu_files.py \
 	decoding_lossless.py::test_autoregressive_equals_a_plain_loop_without_a_cache \
 	decoding_lossless.py::test_drafts_that_are_always_accepted_take_the_fewest_rounds \
 	decoding_lossless.py::test_drafts_that_are_always_rejected_change_no_token)

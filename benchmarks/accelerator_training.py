@@ -17,8 +17,8 @@ from benchmarks.accelerator_sizes import Bench, ImpossibleHereError, Measured, s
 from benchmarks.common import Timings, in_turn
 from benchmarks.step_cost import random_batch
 from layerskip_jax.attention import attend_documents, choose_backend
-from layerskip_jax.command_line import apply_overrides
 from layerskip_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.errors import UserError
 from layerskip_jax.model import compute_dtype, parameter_count
 from layerskip_jax.recipe.recipe import Recipe

@@ -33,11 +33,12 @@ from benchmarks.evidence_page import fastest_fixed, write_page
 from benchmarks.step_cost import time_steps
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint, json_sha256, read_checksums
-from layerskip_jax.command_line import apply_overrides, make_parser, parse_config
+from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.commands.plots import read_metrics
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.commands.sweep import measure
 from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents

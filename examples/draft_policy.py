@@ -44,13 +44,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", metavar="RUN", required=True, help="run folder")
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="text to continue")
     options = parser.parse_known_options(argv)
-    model, config, tokenizer_path = load_model(options.checkpoint)
+    model, config, tokenizer_path = load_model(options.checkpoint, unstacked=True)
     tokenizer = load_tokenizer(str(tokenizer_path))
     policy = Careful(config.decode_settings.exit_layer or max(1, config.model.num_layers // 4), draft_length=4)
     prompt = tokenizer.encode_prompt(options.prompt)
     # `AdaptiveSpeculative` verifies no more positions than a round drafted; `SelfSpeculative` would verify d+1.
     strategy, length = AdaptiveSpeculative(Greedy(), policy), config.decode.max_new_tokens
-    result = generate(model.unstacked(), [prompt], length, strategy, eos=tokenizer.eos_id)
+    result = generate(model, [prompt], length, strategy, eos=tokenizer.eos_id)
     print(options.prompt + tokenizer.decode(result.tokens[0]))
     print(f"acceptance {result.acceptance:.1%}, {result.tokens_per_round:.2f} tokens per round")
 

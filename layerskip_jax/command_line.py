@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from layerskip_jax.checks import parse_value
 from layerskip_jax.config import Config
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -144,21 +145,6 @@ positive, not_negative = at_least(1), at_least(0)
 def given_settings(options: argparse.Namespace, defaults: Any) -> dict[str, Any]:
     """Return the fields of ``defaults`` that the user set, of those that `add_settings` offered."""
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(defaults) if field.name in options}
-
-
-def apply_overrides(defaults: T, overrides: dict[str, Any]) -> T:
-    """Return ``defaults`` with dotted ``overrides`` applied; the dataclasses check the result."""
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(typing.cast(Any, defaults)):
-        value = getattr(defaults, field.name)
-        if dataclasses.is_dataclass(value):
-            inner = {k.split(".", 1)[1]: v for k, v in overrides.items() if k.startswith(f"{field.name}.")}
-            if inner:
-                changes[field.name] = apply_overrides(value, inner)
-        elif field.name in overrides:
-            new = overrides[field.name]
-            changes[field.name] = tuple(new) if isinstance(new, list) else new
-    return dataclasses.replace(typing.cast(Any, defaults), **changes) if changes else defaults
 
 
 def load_config_file(path: str) -> Config:

@@ -7,10 +7,12 @@ reject it on every chip but v5e, because it may give wrong results.
 
 import re
 import warnings
-
-import jax
+from typing import TYPE_CHECKING
 
 from layerskip_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 Options = dict[str, str]
 
@@ -64,12 +66,14 @@ def parse_options(text: str) -> Options:
     return options
 
 
-def compile_step(lowered: jax.stages.Lowered, device_kind: str, chosen: str = "") -> jax.stages.Compiled:
+def compile_step(lowered: "jax.stages.Lowered", device_kind: str, chosen: str = "") -> "jax.stages.Compiled":
     """Compile a training step with the options for ``device_kind``, and with ``chosen`` on top.
 
     ``chosen`` is ``train.compiler_options``; the value ``off`` removes an option of the table. If the compiler rejects
     an option of the table, it is dropped with a warning; if it rejects a chosen one, `UserError` is raised.
     """
+    import jax  # not above: `layerskip_jax.config` imports this module, and --help of a command must not wait for JAX
+
     more = parse_options(chosen)
     options = {name: value for name, value in (STEP_OPTIONS.get(device_kind, {}) | more).items() if value != "off"}
     while True:

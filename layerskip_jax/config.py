@@ -182,7 +182,7 @@ class DataConfig:
     sequence_length: int = setting(256, "predicted tokens in a training sequence T")
     cross_document_attention: bool = setting(False, "let attention cross document boundaries inside a sequence")
     shuffle_window: int = setting(2048, "packed sequences shuffled together, beyond the shuffle of documents")
-    workers: int = setting(0, "processes that prepare data; 0: a thread of the training process")
+    workers: int = setting(0, "processes that prepare data; 0: the training process, between steps")
 
     def __post_init__(self) -> None:
         require(self.sequence_length >= 2, f"data.sequence_length must be at least 2, not {self.sequence_length}")
@@ -302,7 +302,7 @@ class TrainConfig:
         "stop", "if a checkpoint cannot be written: stop, or (one process only) go_on, and try again at the next one"
     )
     bad_steps: int = setting(
-        5, "steps in a row that are not applied (loss or gradient not finite) before the run stops"
+        5, "steps in a row that are not applied (not finite, or a loss spike) before the run stops"
     )
     skip_spikes: float = setting(0.0, "skip a step whose loss exceeds its moving average by this factor; 0 skips none")
     sample_every: int = setting(0, "steps between sample generations; 0 is never")

@@ -1,4 +1,4 @@
-"""Configs as nested dictionaries, which checkpoints store as JSON."""
+"""Configs as nested dictionaries, which checkpoints store as JSON, and overrides of their settings."""
 
 import dataclasses
 import typing
@@ -47,3 +47,18 @@ def from_dict(values: Mapping[str, Any], kind: type[T], where: str = "") -> T:
         else:
             arguments[key] = parse_value(hint, value, f"{where}{key}")
     return kind(**arguments)
+
+
+def apply_overrides(defaults: T, overrides: dict[str, Any]) -> T:
+    """Return ``defaults`` with dotted ``overrides`` applied; the dataclasses check the result."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, defaults)):
+        value = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(value):
+            inner = {k.split(".", 1)[1]: v for k, v in overrides.items() if k.startswith(f"{field.name}.")}
+            if inner:
+                changes[field.name] = apply_overrides(value, inner)
+        elif field.name in overrides:
+            new = overrides[field.name]
+            changes[field.name] = tuple(new) if isinstance(new, list) else new
+    return dataclasses.replace(typing.cast(Any, defaults), **changes) if changes else defaults

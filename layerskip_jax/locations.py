@@ -1,12 +1,12 @@
 """Paths of local files and of files in Cloud Storage buckets."""
 
+import contextlib
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 
-import jax
 from etils import epath
-from jax.experimental.compilation_cache import compilation_cache
 
 from layerskip_jax.errors import UserError
 
@@ -36,6 +36,10 @@ def keep_compiled_programs(run_dir: str) -> None:
     A resumed run, or one for which `tpu/compile_ahead.py --store` has compiled, then starts without compiling. Do not
     call this on CPU, where a program fits one kind of processor and the run may resume on another.
     """
+    # Not above: commands import this module before they parse their options.
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(locate(run_dir) / "compiled"))
         compilation_cache.reset_cache()  # JAX ignores the setting once it has compiled a program
@@ -44,3 +48,14 @@ def keep_compiled_programs(run_dir: str) -> None:
 def is_remote(path: epath.Path) -> bool:
     """Return whether ``path`` is in a bucket, where files cannot be appended to."""
     return str(path).startswith("gs://")
+
+
+@contextlib.contextmanager
+def new_folder(target: epath.Path) -> Iterator[epath.Path]:
+    """Yield ``TARGET.partial``, an empty folder that is renamed to ``target`` once the block ends without an error."""
+    partial = target.parent / f"{target.name}.partial"
+    if partial.exists():
+        partial.rmtree()
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(target)

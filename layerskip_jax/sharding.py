@@ -109,7 +109,7 @@ def _check_divides(config: Config, data: int) -> None:
 
 def batch_shards(mesh: Mesh) -> int:
     """Return the number of shards that hold different rows of a batch."""
-    return int(np.prod([mesh.shape[axis] for axis in RULES["batch"] or ()]))
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes("batch"))
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:

@@ -4,8 +4,8 @@ import os
 
 if not os.environ.get("ACCELERATOR"):  # as in the Makefile; with it, run single tests that want a chip
     os.environ["JAX_PLATFORMS"] = "cpu"
-# Compilation for CPU dominates the suite, and takes a third of the time without LLVM's optimizations; HLO stays the same.
-# Flags that the user sets come later, and win.
+# Compilation for CPU dominates the suite, and takes a third of the time without LLVM's optimizations. The passes over
+# HLO stay the same. Flags that the user sets come later, and win.
 os.environ["XLA_FLAGS"] = " ".join(
     ["--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", "")]
 )

@@ -131,3 +131,18 @@ def test_the_program_name_of_a_process(program):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: layerskip train ")
+
+
+@pytest.mark.parametrize("command", ["train", "decode", "evaluate"])
+def test_help_does_not_import_jax(command):
+    code = f"""
+import sys
+from layerskip_jax.commands.layerskip import main
+try:
+    main(["{command}", "--help"])
+except SystemExit:
+    print("jax" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith(f"usage: layerskip {command} ")
+    assert done.stdout.endswith("\nFalse\n")

@@ -12,6 +12,8 @@ from corpora import VOCABULARY, write_corpus
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from layerskip_jax.commands.data import main as command
+from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import Config, DataConfig, ModelConfig
 from layerskip_jax.data.documents import documents_digest
 from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -220,7 +222,7 @@ def test_packing_in_order_equals_a_plain_loop(corpus, tokenizer, processes):
     assert all(not any(mask) for _, _, _, mask in rows[len(expected) :])  # padding
 
 
-IN_ORDER = {"batch_size": 8, "epochs": 1, "shuffle": False}
+IN_ORDER = {"batch_size": 8, "in_order": True}
 
 
 def shares(batch_size, processes):
@@ -287,6 +289,23 @@ def test_attention_across_documents_is_a_setting(corpus):
     batch = next(iter(make_batches(make_config(corpus), "train", batch_size=64)))
     assert batch["segments_BT"].max() > 1
     assert not batch["mask_BT"].all()
+
+
+def test_the_sizes_of_a_corpus_are_bytes_or_tokens(corpus, tmp_path, capsys):
+    metadata = pretokenize(corpus, str(tmp_path / "tokens"))
+    for source in ("text", "tokens"):
+        path = corpus.path if source == "text" else str(tmp_path / "tokens")
+        command(["prepare", "--data.source", source, "--data.path", path, "--data.tokenizer", corpus.tokenizer])
+        for line, split in zip(capsys.readouterr().out.splitlines(), ("train", "validation"), strict=True):
+            counts, size = metadata["splits"][split], sum(len(text.encode()) for text in texts(corpus, split))
+            total = f"{size:,} bytes" if source == "text" else f"{counts['tokens']:,} tokens"
+            assert line == f"{split}: {counts['documents']} documents, {total}"
+
+
+def test_held_out_prompts_need_a_corpus_of_text(corpus, tmp_path):
+    pretokenize(corpus, str(tmp_path / "tokens"))
+    with pytest.raises(UserError, match="--held_out needs a corpus of text"):
+        read_prompts(None, None, 1, make_config(corpus, source="tokens", path=str(tmp_path / "tokens")))
 
 
 def test_pretokenized_corpus_gives_the_same_batches(corpus, tmp_path):

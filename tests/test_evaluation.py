@@ -91,7 +91,7 @@ def test_agreement_counts_unmasked_tokens(trained_run):
     from layerskip_jax.data.pipeline import local_batches
     from layerskip_jax.sharding import make_mesh
 
-    (batch, *_) = local_batches(config, "validation", make_mesh(config), epochs=1)
+    (batch, *_) = local_batches(config, "validation", make_mesh(config), in_order=True)
     next_LBT = np.asarray(exit_predictions(model, batch["inputs_BT"], batch["segments_BT"]))
     counted = batch["mask_BT"] > 0
     expected = [(layer[counted] == next_LBT[-1][counted]).mean() for layer in next_LBT]

@@ -51,7 +51,7 @@ def test_exactly_the_responses_have_a_loss(corpus, tmp_path_factory, pairs):
         if len(whole) > len(inputs):
             expected.append((whole[: len(inputs)], whole[len(inputs) :]))
     found = []
-    for batch in make_batches(config, "train", batch_size=2, epochs=1, shuffle=False):
+    for batch in make_batches(config, "train", batch_size=2, in_order=True):
         for inputs, targets, segments, mask in zip(
             *(batch[f"{name}_BT"] for name in ("inputs", "targets", "segments", "mask"))
         ):

@@ -187,7 +187,23 @@ def test_the_file_map_names_every_module_at_the_top_and_every_package():
     assert packages <= words
 
 
-@pytest.mark.parametrize("page", PAGES)
+def anchors(text):
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md", "tpu/README.md"])
 def test_every_local_link_leads_somewhere(page):
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page]):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target in re.findall(r"\]\((?!http)([^)\s]+)\)", (ROOT / page).read_text()):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+def test_anchors_are_those_of_github():
+    assert anchors("# A `name`, and more\n## Self-speculation\n```bash\n# no heading\n```\n") == {
+        "a-name-and-more",
+        "self-speculation",
+    }

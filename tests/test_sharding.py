@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import mesh_utils
 
-from layerskip_jax.sharding import RULES, arrange_devices
+from layerskip_jax import sharding
+from layerskip_jax.sharding import RULES, arrange_devices, batch_shards
 
 TORUSES = [(4, 8, 1), (8, 16, 1), (2, 2, 2), (4, 4, 4), (4, 8, 8)]
 
@@ -58,3 +59,9 @@ def test_a_mesh_axis_may_split_a_torus_axis():
 def test_the_rules_are_constant():
     with pytest.raises(TypeError):
         RULES["embed"] = None
+
+
+@pytest.mark.parametrize(("rule", "shards"), [(("data", "fsdp"), 6), ("data", 2), (None, 1)])
+def test_batch_shards_for_every_kind_of_rule(monkeypatch, rule, shards):
+    monkeypatch.setattr(sharding, "RULES", RULES | {"batch": rule})
+    assert batch_shards(types.SimpleNamespace(shape={"data": 2, "fsdp": 3, "sequence": 5, "tensor": 7})) == shards

@@ -6,7 +6,6 @@ newest versions that the default Python can install, and with those of tpu/requi
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,9 +54,6 @@ CONFIG = Config(
     optimizer=OptimizerConfig(warmup_steps=0),
     train=TrainConfig(batch_size=8),
 )
-
-
-os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 

@@ -82,7 +82,8 @@ def batches_seen(monkeypatch):
         return original(batch, mesh)
 
     monkeypatch.setattr(training, "to_devices", to_devices)
-    monkeypatch.setattr(training, "evaluate", lambda model, config, mesh: np.zeros(4))  # its batches are not training's
+    # The batches of an evaluation are not training's.
+    monkeypatch.setattr(training, "evaluate", lambda model, held_out, config, mesh: np.zeros(4))
     return seen, stop
 
 
@@ -156,8 +157,9 @@ def test_the_stack_of_a_blocked_source_is_printed(config, monkeypatch, capfd):
                 time.sleep(1.5)
             return next(self._batches)
 
-    def local_batches(config, split, mesh, epochs=None):
-        return original(config, split, mesh, epochs) if epochs else Blocked(iter(original(config, split, mesh)))
+    def local_batches(config, split, mesh, in_order=False):
+        batches = original(config, split, mesh, in_order=in_order)
+        return batches if in_order else Blocked(iter(batches))
 
     train(config)  # fills the caches, so that compilation does not count as a hang
     shutil.rmtree(config.train.run_dir)

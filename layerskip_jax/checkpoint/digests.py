@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Layout = tuple[PartitionSpec, ...]
+Specs = tuple[PartitionSpec, ...]
 """The partition of each array over the mesh."""
 
 
@@ -21,8 +21,8 @@ def digests(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, int], bool]:
     leaves = tuple(arrays.values())
     laid_out = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
     if laid_out:  # then all leaves are sharded over one mesh
-        layout = tuple(sharding.spec for sharding in laid_out)
-        sums = np.asarray(_over_mesh(laid_out[0].mesh, layout, leaves))
+        specs = tuple(sharding.spec for sharding in laid_out)
+        sums = np.asarray(_over_mesh(laid_out[0].mesh, specs, leaves))
     else:
         sums = np.asarray(_on_one_device(leaves))
     return {name: int(value) for name, value in zip(arrays, sums[:-1], strict=True)}, int(sums[-1]) == 0
@@ -34,14 +34,14 @@ def _on_one_device(leaves: tuple[jax.Array, ...]) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _over_mesh(mesh: Mesh, layout: Layout, leaves: tuple[jax.Array, ...]) -> jax.Array:
+def _over_mesh(mesh: Mesh, specs: Specs, leaves: tuple[jax.Array, ...]) -> jax.Array:
     # Every device sums its shards, and a single all-reduce adds the sums of all arrays. With one all-reduce for each
     # array, XLA:CPU starts several at once, each blocks a thread, and it can run out of threads.
     sizes = dict(mesh.shape)
     shards = jax.shard_map(
-        lambda *shards: _sums(layout, shards, sizes)[None],
+        lambda *shards: _sums(specs, shards, sizes)[None],
         mesh=mesh,
-        in_specs=layout,
+        in_specs=specs,
         out_specs=PartitionSpec(mesh.axis_names),
     )
     return jax.lax.with_sharding_constraint(
@@ -49,11 +49,11 @@ def _over_mesh(mesh: Mesh, layout: Layout, leaves: tuple[jax.Array, ...]) -> jax
     )
 
 
-def _sums(layout: list[PartitionSpec] | Layout, shards: tuple[jax.Array, ...], sizes: dict[str, int]) -> jax.Array:
+def _sums(specs: list[PartitionSpec] | Specs, shards: tuple[jax.Array, ...], sizes: dict[str, int]) -> jax.Array:
     """Return the digests of this device's shards, and last the number of their elements that are not finite."""
-    digests = [_digest(shard, spec, sizes) for shard, spec in zip(shards, layout, strict=True)]
+    sums = [_digest(shard, spec, sizes) for shard, spec in zip(shards, specs, strict=True)]
     not_finite = [jnp.sum(~jnp.isfinite(shard), dtype=jnp.uint32) for shard in shards]
-    return jnp.stack([*digests, sum(not_finite[1:], not_finite[0])])
+    return jnp.stack([*sums, sum(not_finite[1:], not_finite[0])])
 
 
 def _digest(shard: jax.Array, spec: PartitionSpec, sizes: dict[str, int]) -> jax.Array:

@@ -7,6 +7,7 @@ import numpy as np
 
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
+from layerskip_jax.data.documents import Document
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.pretokenize import pretokenize
@@ -49,8 +50,14 @@ def main(argv: list[str] | None = None) -> None:
 def _prepare(config: Config) -> None:
     for split in (config.data.train_split, config.data.validation_split):
         documents = open_documents(config.data, split)
-        sizes = (len(str(documents[i]).encode("utf-8", "replace")) for i in range(len(documents)))
-        print(f"{split}: {len(documents):,} documents, {sum(sizes):,} bytes")
+        unit = "bytes" if isinstance(documents[0], str) else "tokens"
+        total = sum(_size(documents[i]) for i in range(len(documents)))
+        print(f"{split}: {len(documents):,} documents, {total:,} {unit}")
+
+
+def _size(document: Document) -> int:
+    """Return the bytes of a text, or the number of tokens."""
+    return len(document.encode("utf-8", "replace")) if isinstance(document, str) else len(document)
 
 
 def _tokenizer(config: Config, overwrite: bool) -> None:

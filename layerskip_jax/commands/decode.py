@@ -12,13 +12,13 @@ from layerskip_jax.command_line import (
     add_json,
     add_prompt_options,
     add_settings,
-    apply_overrides,
     given_settings,
     make_parser,
     positive,
 )
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import DecodeConfig
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.errors import UserError
 
 if TYPE_CHECKING:

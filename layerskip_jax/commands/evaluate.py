@@ -1,13 +1,16 @@
 """``layerskip evaluate RUN [RUN ...]`` measures every exit on held-out text."""
 
 import json
+from typing import TYPE_CHECKING
 
 from layerskip_jax.command_line import add_json, add_settings, make_parser, positive
 from layerskip_jax.config import DataConfig
-from layerskip_jax.evaluation.exits import ExitQuality, checkpoint_quality
+
+if TYPE_CHECKING:
+    from layerskip_jax.evaluation.exits import ExitQuality
 
 
-def table(qualities: dict[str, ExitQuality]) -> str:
+def table(qualities: "dict[str, ExitQuality]") -> str:
     """Return losses, perplexities and agreements as text: a row per exit, a column per run, and the middle exits."""
     width = max(26, *(len(name) for name in qualities)) + 2
     lines = ["exit " + "".join(f"{name:>{width}}" for name in qualities)]
@@ -38,6 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     add_json(parser, "one per run")
     add_settings(parser, DataConfig(), "data.")
     options = parser.parse_known_options(argv)
+
+    # Imported after parsing, so that --help and errors are immediate.
+    from layerskip_jax.evaluation.exits import checkpoint_quality
+
     data = {name.removeprefix("data."): value for name, value in vars(options).items() if name.startswith("data.")}
     qualities = {run: checkpoint_quality(run, options.batches, data) for run in options.runs}
     if options.json:

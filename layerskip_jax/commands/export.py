@@ -20,6 +20,7 @@ from layerskip_jax.config import Config
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import new_folder
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -46,18 +47,14 @@ def export_model(run: str, folder: str, dtype: DType = "float32") -> Config:
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
-    partial = target.parent / f"{target.name}.partial"
-    if partial.exists():
-        partial.rmtree()
-    partial.mkdir(parents=True)
-    write_weights(partial, config.model, named_arrays(model), jnp.dtype(dtype))
     files |= {
         CONFIG: json.dumps(settings, indent=1).encode(),
         "generation_config.json": json.dumps(generation).encode(),
     }
-    for name, content in files.items():
-        (partial / name).write_bytes(content)
-    partial.rename(target)
+    with new_folder(target) as partial:
+        write_weights(partial, config.model, named_arrays(model), jnp.dtype(dtype))
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
     return config
 
 

@@ -8,12 +8,12 @@ from layerskip_jax.command_line import (
     OneLineParser,
     add_json,
     add_run,
-    apply_overrides,
     integer,
     make_parser,
     not_negative,
     positive,
 )
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError
 
@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         raise UserError(f"{error}: pip install 'layerskip-jax[lm_eval]'") from None
 
-    model, config, tokenizer_path = load_model(options.run)
+    model, config, tokenizer_path = load_model(options.run, unstacked=True)
     lm = LayerSkipLM(
-        model.unstacked(),
+        model,
         load_tokenizer(str(tokenizer_path)),
         apply_overrides(config.decode_settings, swept_settings(options.run, {})),
         max_length=options.max_length or context_length(config),

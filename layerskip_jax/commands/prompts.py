@@ -58,8 +58,7 @@ def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
     prompts: list[str] = []
     documents = open_documents(config.data, config.data.validation_split, prepare=False)
     for index in range(len(documents)):
-        document = documents[index]
-        text = document.decode("utf-8", "replace") if isinstance(document, bytes) else document
+        text = documents[index]
         if not isinstance(text, str):
             raise UserError("--held_out needs a corpus of text, and that of this checkpoint holds tokens: use --prompt")
         prompts.append(text.prompt if isinstance(text, Pair) else text[: min(characters, len(text) // 2)])

@@ -50,7 +50,7 @@ def write_report(run: str, prompts: list[str] | None, new_tokens: int, batches: 
     missing, the page says so.
     """
     checkpoint = find_checkpoint(run)
-    model, config, tokenizer_path = load_model(run)
+    model, config, tokenizer_path = load_model(run, unstacked=True)
     folder = checkpoint.parent.parent
     plots = {path.stem: path for path in plot_run(str(folder))}
     swept = _swept(run, folder / "plots" / "sweep.png", checkpoint.parent / SWEPT)
@@ -101,9 +101,9 @@ def _token_tables(
         prompts = prompts or read_prompts(None, None, 1, config)
     except UserError as error:
         return f"<p>Not shown: {html.escape(str(error))}; --prompt TEXT names a text</p>"
-    unstacked, tables = model.unstacked(), []
+    tables = []
     for number, prompt in enumerate(prompts):
-        figure = token_exits.token_exits(unstacked, tokenizer, prompt, new_tokens)
+        figure = token_exits.token_exits(model, tokenizer, prompt, new_tokens)
         token_exits.draw(figure, folder / "plots" / f"tokens_{number}.png")
         tables.append(token_exits.as_html(figure))
     return "\n".join(tables)

@@ -24,13 +24,13 @@ from layerskip_jax.command_line import (
     add_prompt_options,
     add_run,
     add_settings,
-    apply_overrides,
     given_settings,
     make_parser,
     positive,
 )
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import DecodeConfig, ModelConfig
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import configure
 from layerskip_jax.decoding.cost import Overhead, predicted_speedup, round_cost
@@ -38,7 +38,7 @@ from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation.pictures import write_figure
+from layerskip_jax.evaluation.pictures import save_picture
 from layerskip_jax.model import Transformer
 
 SETTINGS = ("weights", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
@@ -187,33 +187,30 @@ def table(model: ModelConfig, grid: list[Measurement], finals: list[Measurement]
 
 def plot(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[int], file: epath.Path) -> None:
     """Plot tokens/s and acceptance over exit and draft length."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def draw(axes: np.ndarray) -> None:
+        names = {"tokens_per_second": "tokens/s", "acceptance": "acceptance (accepted / drafted)"}
+        for axis, (name, title) in zip(axes, names.items(), strict=True):
+            value_Ed = np.array([getattr(m, name) for m in grid[1:]]).reshape(len(exits), len(draft_lengths))
+            if min(value_Ed.shape) > 1:
+                filled = axis.contourf(draft_lengths, exits, value_Ed, levels=12, cmap="viridis")
+                axis.figure.colorbar(filled, ax=axis)
+            for row, exit_layer in enumerate(exits):
+                for column, length in enumerate(draft_lengths):
+                    text = f"{value_Ed[row, column]:.2f}" if name == "acceptance" else f"{value_Ed[row, column]:.0f}"
+                    axis.annotate(
+                        text,
+                        (length, exit_layer),
+                        ha="center",
+                        color="white",
+                        fontsize="small",
+                        bbox={"facecolor": "black", "alpha": 0.4, "edgecolor": "none", "pad": 1},
+                    )
+            axis.set(title=title, xlabel="draft length d", ylabel="exit layer E", xticks=draft_lengths, yticks=exits)
+            axis.margins(0.08)
+        axes[0].figure.suptitle(f"plain decoding: {grid[0].tokens_per_second:.0f} tokens/s")
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    names = {"tokens_per_second": "tokens/s", "acceptance": "acceptance (accepted / drafted)"}
-    for axis, (name, title) in zip(axes, names.items(), strict=True):
-        value_Ed = np.array([getattr(m, name) for m in grid[1:]]).reshape(len(exits), len(draft_lengths))
-        if min(value_Ed.shape) > 1:
-            filled = axis.contourf(draft_lengths, exits, value_Ed, levels=12, cmap="viridis")
-            figure.colorbar(filled, ax=axis)
-        for row, exit_layer in enumerate(exits):
-            for column, length in enumerate(draft_lengths):
-                text = f"{value_Ed[row, column]:.2f}" if name == "acceptance" else f"{value_Ed[row, column]:.0f}"
-                axis.annotate(
-                    text,
-                    (length, exit_layer),
-                    ha="center",
-                    color="white",
-                    fontsize="small",
-                    bbox={"facecolor": "black", "alpha": 0.4, "edgecolor": "none", "pad": 1},
-                )
-        axis.set(title=title, xlabel="draft length d", ylabel="exit layer E", xticks=draft_lengths, yticks=exits)
-        axis.margins(0.08)
-    figure.suptitle(f"plain decoding: {grid[0].tokens_per_second:.0f} tokens/s")
-    write_figure(figure, file)
+    save_picture(file, draw)
 
 
 def _parser() -> OneLineParser:

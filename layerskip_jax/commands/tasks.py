@@ -17,7 +17,6 @@ from layerskip_jax.command_line import (
     add_json,
     add_run,
     add_settings,
-    apply_overrides,
     given_settings,
     make_parser,
     not_negative,
@@ -25,6 +24,7 @@ from layerskip_jax.command_line import (
     run_file,
 )
 from layerskip_jax.config import DecodeConfig
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.quantization import with_weights
@@ -201,10 +201,10 @@ def main(argv: list[str] | None = None) -> None:
     given = given_settings(options, DecodeConfig)
     open_model_folder(options.run)  # fails early: reading examples may take a while
     tasks = _read_tasks(options)
-    model, config, tokenizer_path = load_model(options.run)
+    model, config, tokenizer_path = load_model(options.run, unstacked=True)
     settings = apply_overrides(config.decode_settings, swept_settings(options.run, given) | given)
     tokenizer = load_tokenizer(str(tokenizer_path))
-    model = with_weights(model.unstacked(), settings.weights)
+    model = with_weights(model, settings.weights)
     results = {}
     for name, task, examples in tasks:
         results[name], answered = run_task(

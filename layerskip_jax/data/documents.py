@@ -8,6 +8,9 @@ import numpy as np
 Document = str | np.ndarray
 """A text, or (source ``tokens``) its token ids as int32. With ``data.prompt_key`` every text is a `Pair`."""
 
+VALIDATION_PERCENT = 5
+"""The part of a corpus without own splits that is held out. Documents are chosen by the SHA-256 of their names."""
+
 
 class Pair(str):
     """A prompt followed by its response, as one text. Only the response has a loss."""

@@ -1,7 +1,5 @@
 """Load a tokenizer from its file, whatever its kind."""
 
-import hashlib
-
 from etils import epath
 
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER, SentencePiece
@@ -39,8 +37,3 @@ def find_tokenizer(folder: epath.Path) -> epath.Path | None:
     """Return the tokenizer file in a folder: ``tokenizer.json`` (as in transformers), else ``tokenizer.model``."""
     files = [folder / name for name in ("tokenizer.json", TOKENIZER)]
     return next((file for file in files if file.is_file()), None)
-
-
-def fingerprint(path: str) -> str:
-    """Return the SHA-256 of a tokenizer's files; a pretokenized corpus stores it."""
-    return hashlib.sha256(b"".join(load_tokenizer(path).files.values())).hexdigest()

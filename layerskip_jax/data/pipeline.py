@@ -39,18 +39,17 @@ def make_batches(
     *,
     batch_size: int,
     rows: Sequence[int] | None = None,
-    epochs: int | None = None,
-    shuffle: bool = True,
+    in_order: bool = False,
     seed: int = 0,
 ) -> grain.IterDataset:
     """Return an iterable of ``{"inputs_BT", "targets_BT", "segments_BT", "mask_BT"}``, B = ``batch_size`` rows.
 
     It yields only the given ``rows`` of each batch (default: all), which a process of several uses for its local rows.
 
-    With ``shuffle`` (training), the documents are shuffled for every epoch and dealt out to the B rows in turn; every
-    row packs its documents, and packed rows are shuffled again within ``data.shuffle_window``. Without (evaluation),
-    every process packs all documents in order and keeps its rows, so all processes yield equally many batches; the last
-    batch is padded with masked rows. With ``epochs=None`` the iterator never ends.
+    In training, the documents are shuffled for every epoch and dealt out to the B rows in turn; every row packs its
+    documents, and packed rows are shuffled again within ``data.shuffle_window``. The iterator never ends. With
+    ``in_order`` (evaluation), every process packs all documents once, in order, and keeps its rows, so all processes
+    yield equally many batches; the last batch is padded with masked rows.
 
     ``segments_BT`` numbers the documents of a row from 1 (0 is padding). ``mask_BT`` is 1.0 where ``targets_BT``, the
     next token, belongs to the same document as its input (and, with prompts, to a response or its EOS).
@@ -61,11 +60,11 @@ def make_batches(
     length = config.data.sequence_length + 1
     tokenize = _TokenizePair(tokenizer, length) if config.data.prompt_key else _Tokenize(tokenizer)
     documents = grain.MapDataset.source(open_documents(config.data, split))
-    if not shuffle:
-        packed = _pack(config, documents.repeat(epochs).map(tokenize))
+    if in_order:
+        packed = _pack(config, documents.map(tokenize))
         batches = packed.batch(batch_size, drop_remainder=False).map(_SelectRows(rows, batch_size))
         return _in_worker(batches) if config.data.workers else batches
-    tokens = documents.shuffle(seed=seed).repeat(epochs).map(tokenize)
+    tokens = documents.shuffle(seed=seed).repeat().map(tokenize)
     window = config.data.shuffle_window // batch_size
     streams = []
     for row in rows:
@@ -126,16 +125,15 @@ def _shuffle(window: dict[str, np.ndarray], generator: np.random.Generator) -> d
     return {name: array[order] for name, array in window.items()}
 
 
-def local_batches(config: Config, split: str, mesh: Mesh, epochs: int | None = None) -> grain.IterDataset:
-    """Return the local rows of the batches: shuffled and endless, or in order for ``epochs`` passes."""
+def local_batches(config: Config, split: str, mesh: Mesh, *, in_order: bool = False) -> grain.IterDataset:
+    """Return the local rows of the batches: shuffled and endless, or ``in_order`` and once."""
     size = config.train.batch_size
     return make_batches(
         config,
         split,
         batch_size=size,
         rows=local_rows(batch_sharding(mesh), size),
-        epochs=epochs,
-        shuffle=epochs is None,
+        in_order=in_order,
         seed=config.train.seed,
     )
 

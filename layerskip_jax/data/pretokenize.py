@@ -10,12 +10,12 @@ from etils import epath
 from tqdm import tqdm
 
 from layerskip_jax.config import DataConfig
-from layerskip_jax.data.load_tokenizer import fingerprint, load_tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import document_tokens
 from layerskip_jax.data.sources import METADATA, open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import locate
+from layerskip_jax.locations import locate, new_folder
 
 TOKENS_PER_SHARD = 50_000_000
 
@@ -35,21 +35,20 @@ def pretokenize(config: DataConfig, out: str) -> dict[str, Any]:
         raise UserError(f"{out} exists: give --out a new folder, or remove it first")
     tokenizer = load_tokenizer(config.tokenizer)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-    partial = target.parent / f"{target.name}.partial"
-    if partial.exists():
-        partial.rmtree()
-    splits, began = {}, time.perf_counter()
-    for split in (config.train_split, config.validation_split):
-        splits[split] = _write_split(config, split, tokenizer, dtype, partial / split)
+    began = time.perf_counter()
+    with new_folder(target) as partial:
+        splits = {
+            split: _write_split(config, split, tokenizer, dtype, partial / split)
+            for split in (config.train_split, config.validation_split)
+        }
+        metadata = {
+            "tokenizer_sha256": tokenizer.fingerprint(),
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": dtype.name,
+            "splits": splits,
+        }
+        (partial / METADATA).write_text(json.dumps(metadata, indent=1))
     tokens = sum(counts["tokens"] for counts in splits.values())
-    metadata = {
-        "tokenizer_sha256": fingerprint(config.tokenizer),
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype.name,
-        "splits": splits,
-    }
-    (partial / METADATA).write_text(json.dumps(metadata, indent=1))
-    partial.rename(target)
     return metadata | {"tokens_per_second": tokens / (time.perf_counter() - began)}
 
 

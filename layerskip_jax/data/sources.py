@@ -13,12 +13,10 @@ import numpy as np
 from etils import epath
 
 from layerskip_jax.config import DataConfig
-from layerskip_jax.data.documents import Documents, Pair
-from layerskip_jax.data.load_tokenizer import fingerprint
+from layerskip_jax.data.documents import VALIDATION_PERCENT, Documents, Pair
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.locations import locate
-
-VALIDATION_PERCENT = 5
 
 
 def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Documents:
@@ -244,11 +242,15 @@ class _JsonLines:
         with epath.Path(path).open("rb") as file:
             file.seek(offset)
             line = file.readline()
-        texts = []
+        texts: list[str] = []
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not a JSON object: {error!r}") from error
         for setting, key in self._keys.items():
             try:
-                value = json.loads(line)[key]
-            except (ValueError, KeyError, TypeError) as error:
+                value = record[key]
+            except (KeyError, TypeError) as error:
                 raise UserError(
                     f"{path} line {number} is not a JSON object with a text in {key!r} ({setting}): {error!r}"
                 ) from error
@@ -300,7 +302,7 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
 def _open_tokens(config: DataConfig, split: str) -> Documents:
     folder = locate(config.path)
     metadata = read_metadata(folder)
-    if metadata["tokenizer_sha256"] != fingerprint(config.tokenizer):
+    if metadata["tokenizer_sha256"] != load_tokenizer(config.tokenizer).fingerprint():
         raise UserError(
             f"{config.path} was made with another tokenizer than {config.tokenizer}: pretokenize it again, or set "
             "data.tokenizer to the one it was made with"

@@ -2,6 +2,7 @@
 
 import abc
 import codecs
+import hashlib
 from functools import cached_property
 
 from layerskip_jax.errors import UserError
@@ -18,6 +19,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
         """Names and contents of its files, which are stored with checkpoints."""
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of its `files`; a pretokenized corpus stores it."""
+        return hashlib.sha256(b"".join(self.files.values())).hexdigest()
 
     @property
     @abc.abstractmethod

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.checkpoint.reading import load_model
-from layerskip_jax.command_line import apply_overrides
 from layerskip_jax.config import Config
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.sources import open_documents
@@ -53,25 +53,28 @@ def summed_losses(model: Transformer, batch: Batch, mesh: Mesh, chunk: int) -> t
     return jax.lax.with_sharding_constraint((loss_L, jnp.sum(batch.mask_BT)), replicated)
 
 
-def held_out_batches(config: Config, mesh: Mesh) -> list[dict[str, np.ndarray]]:
-    """Return this process's rows of the first ``train.evaluate_batches`` batches of the validation split."""
-    batches = local_batches(config, config.data.validation_split, mesh, epochs=1)
+def held_out_batches(held_out: Iterable[dict[str, np.ndarray]], count: int) -> list[dict[str, np.ndarray]]:
+    """Return the first ``count`` batches of ``held_out``, this process's rows of the validation split.
+
+    All processes of a run call it together.
+    """
 
     def read() -> list[dict[str, np.ndarray]]:
-        return list(itertools.islice(batches, config.train.evaluate_batches))
+        return list(itertools.islice(held_out, count))
 
     # Read all before the first collective: a process with fewer batches would leave the others waiting for its next.
     return agree("number of held-out batches", read, len)
 
 
-def evaluate(model: Transformer, config: Config, mesh: Mesh) -> np.ndarray:
+def evaluate(model: Transformer, held_out: Iterable[dict[str, np.ndarray]], config: Config, mesh: Mesh) -> np.ndarray:
     """Return ``loss_L``: the mean cross-entropy of every exit on `held_out_batches` [nats/token].
 
-    All processes of a run call it together. Raises `UserError` if no token of these batches counts.
+    ``held_out`` is the opened validation split or its batches, of which ``train.evaluate_batches`` are used. All
+    processes of a run call it together. Raises `UserError` if no token of these batches counts.
     """
     total_L, tokens = np.zeros(config.model.num_layers), 0.0
     with jax.set_mesh(mesh):
-        for batch in held_out_batches(config, mesh):
+        for batch in held_out_batches(held_out, config.train.evaluate_batches):
             summed = summed_losses(model, to_devices(batch, mesh), mesh, config.train.loss_chunk)
             loss_L, count = jax.device_get(summed)
             total_L, tokens = total_L + loss_L, tokens + float(count)
@@ -119,14 +122,19 @@ def agreements(model: Transformer, batch: Batch) -> jax.Array:
 
 
 def exit_quality(model: Transformer, config: Config) -> ExitQuality:
-    """Measure every exit on `held_out_batches`, by data parallelism over as many devices as divide the batch size."""
+    """Measure every exit on the first ``train.evaluate_batches`` batches of the validation split.
+
+    Uses data parallelism over as many devices as divide the batch size.
+    """
     devices = jax.devices()[: math.gcd(config.train.batch_size, jax.device_count())]
     mesh = Mesh(np.reshape(devices, (-1, 1, 1, 1)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     model = jax.device_put(model, named_shardings(model, model, mesh))
-    loss_L = evaluate(model, config, mesh)
+    held_out = local_batches(config, config.data.validation_split, mesh, in_order=True)
+    batches = held_out_batches(held_out, config.train.evaluate_batches)
+    loss_L = evaluate(model, batches, config, mesh)
     agreed_L, tokens = np.zeros(config.model.num_layers), 0.0
     with jax.set_mesh(mesh):
-        for batch in held_out_batches(config, mesh):
+        for batch in batches:
             agreed_L += np.asarray(agreements(model, to_devices(batch, mesh)))
             tokens += batch["mask_BT"].sum()
     return ExitQuality(loss_L, agreed_L / tokens)

@@ -5,27 +5,27 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from layerskip_jax.decoding.request import BUCKET
+from layerskip_jax.decoding.request import round_up
 from layerskip_jax.evaluation.exits import token_scores
 from layerskip_jax.model import Transformer
 
-Pair = tuple[Sequence[int], Sequence[int]]
+ContextAndContinuation = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context (at least one) and of its continuation."""
 
 
 def log_likelihoods(
-    model: Transformer, pairs: Sequence[Pair], exit_layer: int, max_length: int, batch_size: int
+    model: Transformer, pairs: Sequence[ContextAndContinuation], exit_layer: int, max_length: int, batch_size: int
 ) -> list[tuple[float, bool]]:
     """Return ``log p(continuation | context)`` [nats] of each pair, and whether greedy decoding would generate it.
 
     Uses the first ``exit_layer`` blocks of an unstacked model. Pairs longer than ``max_length`` + 1 tokens lose their
-    beginning. Lengths are rounded up to a multiple of `BUCKET`, and one program is compiled for each.
+    beginning. Lengths are rounded up (`round_up`), and one program is compiled for each.
     """
     rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in pairs]
     results: dict[int, tuple[float, bool]] = {}
     longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     for batch in _batches(longest_first, batch_size):
-        width = -(-(len(rows[batch[0]]) - 1) // BUCKET) * BUCKET
+        width = round_up(len(rows[batch[0]]) - 1)
         tokens_BT = np.zeros((batch_size, width + 1), np.int32)
         for place, index in enumerate(batch):
             tokens_BT[place, : len(rows[index])] = rows[index]

@@ -2,27 +2,15 @@
 
 import io
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 
-def write_figure(figure: Any, file: epath.Path) -> None:
-    """Write a matplotlib figure as PNG to ``file``, local or in a bucket, and close it."""
-    import matplotlib.pyplot as plt
-
-    png = io.BytesIO()
-    figure.savefig(png, dpi=110, format="png")
-    plt.close(figure)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(png.getvalue())
-
-
 def save_picture(
     path: epath.Path, draw: Callable[[np.ndarray], None], panels: int = 2, size: tuple[float, float] = (12, 4.5)
 ) -> epath.Path:
-    """Call ``draw`` on a row of ``panels`` axes in a figure of ``size`` [inches], and write it as PNG."""
+    """Call ``draw`` on a row of ``panels`` axes in a figure of ``size`` [inches], and write it as PNG to ``path``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,5 +18,9 @@ def save_picture(
 
     figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
     draw(axes[0])
-    write_figure(figure, path)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110, format="png")
+    plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png.getvalue())
     return path

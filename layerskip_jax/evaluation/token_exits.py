@@ -10,7 +10,7 @@ from etils import epath
 
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.engine import generate
-from layerskip_jax.decoding.request import BUCKET
+from layerskip_jax.decoding.request import round_up
 from layerskip_jax.decoding.rounds import Autoregressive
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.evaluation.exits import exit_predictions
@@ -45,7 +45,7 @@ def token_exits(model: Transformer, tokenizer: Tokenizer, prompt: str, new_token
     ids = tokenizer.encode_prompt(prompt)
     result = generate(model, [ids], new_tokens, Autoregressive(Greedy()), eos=tokenizer.eos_id)
     text = [*ids, *result.tokens[0]]
-    width = -(-len(text) // BUCKET) * BUCKET
+    width = round_up(len(text))
     tokens_1T = jnp.zeros((1, width), jnp.int32).at[0, : len(text)].set(jnp.array(text))
     next_LT = jax.device_get(exit_predictions(model, tokens_1T, jnp.ones_like(tokens_1T)))[:, 0]
     next_LT = next_LT[:, len(ids) - 1 : len(text) - 1]

@@ -1,4 +1,8 @@
-"""Handle optimizer steps that were not applied: store the batch, and stop the run after too many in a row."""
+"""Handle bad steps: store their batches, and stop the run after too many in a row.
+
+A step is bad, and is not applied, if its objective or its gradient norm is not finite, or if `Recipe.is_spike` is True.
+By default it is if ``train.skip_spikes`` is set and the objective exceeds that factor times its moving average.
+"""
 
 import io
 import math
@@ -16,7 +20,7 @@ from layerskip_jax.training.step import StepMetrics
 
 
 class BadSteps:
-    """Counts steps that were not applied. Every process stores its rows of such a batch in ``RUN_DIR/bad_batches``.
+    """Counts the bad steps in a row. Every process stores its rows of such a batch in ``RUN_DIR/bad_batches``.
 
     ``latest_checkpoint`` returns the step of the newest complete checkpoint, or None.
     """

@@ -15,7 +15,7 @@ from layerskip_jax.checkpoint.reading import initial_model
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.data.documents import documents_digest
-from layerskip_jax.data.load_tokenizer import fingerprint, load_tokenizer
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.sources import open_documents
@@ -41,8 +41,8 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     """Train until ``config.train.steps``, from the newest checkpoint in the run folder if any; return the last state.
 
     ``recipe`` replaces the functions that the config names. Every process of a run calls `train`. Raises `UserError`
-    if a corpus, tokenizer, mesh or checkpoint does not fit, or if too many steps in a row are not finite; `Interrupted`
-    after SIGTERM or SIGINT, once the current step is done and saved.
+    if a corpus, tokenizer, mesh or checkpoint does not fit, or after too many bad steps in a row
+    (`layerskip_jax.training.bad_steps`); `Interrupted` after SIGTERM or SIGINT, once the current step is saved.
     """
     began = time.time()
     mesh = make_mesh(config)
@@ -50,7 +50,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     trainer.recipe.check()
 
     with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
-        tokenizer, data = _open_data(config, mesh)
+        tokenizer, data, held_out = _open_data(config, mesh)
         position = DataPosition(data, local_rows(batch_sharding(mesh), config.train.batch_size))
         checkpoints = _open_checkpoints(config, tokenizer, stack)
         state, first, start = _restore_or_init(trainer, checkpoints, position, tokenizer)
@@ -83,7 +83,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
                 pending = None
             if due.evaluate:
                 with progress.during("evaluating"):
-                    progress.after_evaluation(done, evaluate(state.model, config, mesh))
+                    progress.after_evaluation(done, evaluate(state.model, held_out, config, mesh))
             last = bool(stopped) or done == config.train.steps
             # After bad steps the parameters may be bad too: do not push out the good checkpoint.
             if due.save and (last or not bad_steps.in_a_row):
@@ -99,25 +99,29 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     return state
 
 
-def _open_data(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator]:
-    """Open tokenizer and training data; raise `UserError` unless all processes have the same settings and files."""
+def _open_data(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset]:
+    """Open the tokenizer, an iterator of the training data, and the validation data.
 
-    def open_all() -> tuple[Tokenizer, grain.DatasetIterator]:
+    Raises `UserError` unless all processes have the same settings and files.
+    """
+
+    def open_all() -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset]:
         tokenizer = load_tokenizer(config.data.tokenizer)
         tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
         data = iter(local_batches(config, config.data.train_split, mesh))
-        local_batches(config, config.data.validation_split, mesh, epochs=1)  # raises now if it cannot be read
-        return tokenizer, data
+        held_out = local_batches(config, config.data.validation_split, mesh, in_order=True)
+        return tokenizer, data, held_out
+
+    tokenizer, data, held_out = agree("settings", open_all, lambda _: saved_settings(config))
 
     def fingerprints() -> dict[str, str]:
         splits = (config.data.train_split, config.data.validation_split)
         digests = {split: documents_digest(open_documents(config.data, split)) for split in splits}
-        return {"tokenizer": fingerprint(config.data.tokenizer)} | digests
+        return {"tokenizer": tokenizer.fingerprint()} | digests
 
-    opened = agree("settings", open_all, lambda _: saved_settings(config))
     if jax.process_count() > 1:
         agree("tokenizer and corpus", fingerprints, lambda found: found)
-    return opened
+    return tokenizer, data, held_out
 
 
 def _open_checkpoints(config: Config, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> Checkpoints:

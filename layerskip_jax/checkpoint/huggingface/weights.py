@@ -23,42 +23,42 @@ FILE_BYTES = 1 << 30
 """Maximum size of an exported file. An export holds one file in memory in addition to the model."""
 
 
-class Layout(NamedTuple):
+class StoredTensor(NamedTuple):
     """The name of a parameter's tensor, and how many leading axes here are inputs (0: the tensor is stored as here)."""
 
     tensor: str
     inputs: int
 
 
-BLOCK_LAYOUTS = {
-    "attention_norm_D": Layout("input_layernorm", 0),
-    "query_DNH": Layout("self_attn.q_proj", 1),
-    "key_DKH": Layout("self_attn.k_proj", 1),
-    "value_DKH": Layout("self_attn.v_proj", 1),
-    "output_NHD": Layout("self_attn.o_proj", 2),
-    "ffn_norm_D": Layout("post_attention_layernorm", 0),
-    "gate_DF": Layout("mlp.gate_proj", 1),
-    "up_DF": Layout("mlp.up_proj", 1),
-    "down_FD": Layout("mlp.down_proj", 1),
+BLOCK_TENSORS = {
+    "attention_norm_D": StoredTensor("input_layernorm", 0),
+    "query_DNH": StoredTensor("self_attn.q_proj", 1),
+    "key_DKH": StoredTensor("self_attn.k_proj", 1),
+    "value_DKH": StoredTensor("self_attn.v_proj", 1),
+    "output_NHD": StoredTensor("self_attn.o_proj", 2),
+    "ffn_norm_D": StoredTensor("post_attention_layernorm", 0),
+    "gate_DF": StoredTensor("mlp.gate_proj", 1),
+    "up_DF": StoredTensor("mlp.up_proj", 1),
+    "down_FD": StoredTensor("mlp.down_proj", 1),
 }
-MODEL_LAYOUTS = {
-    "embedding_VD": Layout("model.embed_tokens", 0),
-    "final_norm_D": Layout("model.norm", 0),
-    "head_DV": Layout("lm_head", 1),
+MODEL_TENSORS = {
+    "embedding_VD": StoredTensor("model.embed_tokens", 0),
+    "final_norm_D": StoredTensor("model.norm", 0),
+    "head_DV": StoredTensor("lm_head", 1),
 }
 
 
-def layout(name: str, layer: int | None = None) -> Layout:
+def stored_tensor(name: str, layer: int | None = None) -> StoredTensor:
     """Return the tensor of the parameter ``name`` ("head_DV", or with a layer "query_DNH").
 
-    >>> layout("query_DNH", 3).tensor
+    >>> stored_tensor("query_DNH", 3).tensor
     'model.layers.3.self_attn.q_proj.weight'
     """
     if layer is None:
-        tensor, inputs = MODEL_LAYOUTS[name]
-        return Layout(f"{tensor}.weight", inputs)
-    tensor, inputs = BLOCK_LAYOUTS[name]
-    return Layout(f"model.layers.{layer}.{tensor}.weight", inputs)
+        tensor, inputs = MODEL_TENSORS[name]
+        return StoredTensor(f"{tensor}.weight", inputs)
+    tensor, inputs = BLOCK_TENSORS[name]
+    return StoredTensor(f"model.layers.{layer}.{tensor}.weight", inputs)
 
 
 def safe_open(file: epath.Path) -> Any:
@@ -79,9 +79,11 @@ class WeightFiles:
     def __init__(self, folder: epath.Path, config: ModelConfig):
         self._config = config
         self._files = {tensor: folder / name for tensor, name in _file_names(folder).items()}
-        needed = {layout(name).tensor for name in MODEL_LAYOUTS if not (name == "head_DV" and config.tied_embedding)}
-        needed |= {layout(name, layer).tensor for name in BLOCK_LAYOUTS for layer in range(config.num_layers)}
-        ignored = {layout("head_DV").tensor} if config.tied_embedding else set()
+        needed = {
+            stored_tensor(name).tensor for name in MODEL_TENSORS if not (name == "head_DV" and config.tied_embedding)
+        }
+        needed |= {stored_tensor(name, layer).tensor for name in BLOCK_TENSORS for layer in range(config.num_layers)}
+        ignored = {stored_tensor("head_DV").tensor} if config.tied_embedding else set()
         unknown = [t for t in self._files if t not in needed | ignored and not t.endswith("rotary_emb.inv_freq")]
         if unknown:
             raise UserError(
@@ -112,12 +114,12 @@ class WeightFiles:
         out = _aligned(shape, target.dtype)
         if blocks == ["blocks"]:
             for row, layer in enumerate(range(*index[0].indices(target.shape[0]))):
-                out[row] = self._slice(layout(leaf, layer), target.shape[1:], index[1:])
+                out[row] = self._slice(stored_tensor(leaf, layer), target.shape[1:], index[1:])
         else:
-            out[...] = self._slice(layout(leaf, int(blocks[1]) if blocks else None), target.shape, index)
+            out[...] = self._slice(stored_tensor(leaf, int(blocks[1]) if blocks else None), target.shape, index)
         return out
 
-    def _slice(self, at: Layout, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    def _slice(self, at: StoredTensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """Return ``parameter[index]`` of a parameter of ``shape``, from its tensor."""
         n = at.inputs
         stored = (prod(shape[n:]), prod(shape[:n])) if n else shape
@@ -169,9 +171,9 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 class _Part(NamedTuple):
-    """One tensor to write: its layout, and the named array, or the layer of it, that holds its values."""
+    """One tensor to write: its name, and the named array, or the layer of it, that holds its values."""
 
-    at: Layout
+    at: StoredTensor
     name: str
     layer: int | None
 
@@ -188,9 +190,9 @@ def write_weights(folder: epath.Path, config: ModelConfig, arrays: dict[str, Any
         from safetensors.numpy import save_file
     except ImportError:
         raise UserError(NO_LIBRARY) from None
-    parts = [_Part(layout(name), name, None) for name in MODEL_LAYOUTS if name in arrays]
+    parts = [_Part(stored_tensor(name), name, None) for name in MODEL_TENSORS if name in arrays]
     layers = range(config.num_layers)
-    parts += [_Part(layout(name, layer), f"blocks.{name}", layer) for layer in layers for name in BLOCK_LAYOUTS]
+    parts += [_Part(stored_tensor(name, layer), f"blocks.{name}", layer) for layer in layers for name in BLOCK_TENSORS]
     files: list[list[_Part]] = [[]]
     for part in parts:
         sizes = [other.size(arrays) for other in (*files[-1], part)]

@@ -9,8 +9,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from layerskip_jax.data.documents import VALIDATION_PERCENT
+
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "ensurepip"}
-VALIDATION_PERCENT = 5
 
 
 def is_held_out(relative_path: str) -> bool:
