@@ -175,7 +175,9 @@ def damage(trials: int = 300, seed: int = 0) -> Counter[str]:
                 shutil.rmtree(checkpoints / "4")
             states[step] = restored(config)
             shutil.rmtree(checkpoints)
-        files = sorted(path.relative_to(good) for path in (good / "4").rglob("*") if path.is_file())
+        # In the order of their sizes, because orbax chooses some names at random and the sample should not change.
+        sized = sorted((path.stat().st_size, path) for path in (good / "4").rglob("*") if path.is_file())
+        files = [path.relative_to(good) for _, path in sized]
         folders = sorted({parent for file in files for parent in file.parents if parent.parts})
         # Damage every file and folder once before any of them twice.
         kinds = [(damaged, path) for damaged in DAMAGES for path in (folders if damaged is halve else files)]
