@@ -1,6 +1,6 @@
-"""A custom curriculum: losses only at the exits that decoding drafts from, and at the last one.
+"""A custom curriculum: the last exit alone in the first third of the run, then the curriculum of the config.
 
-``python examples/curriculum.py --config configs/quickstart.py --train.run_dir runs/drafting_exits``
+``python examples/curriculum.py --config configs/quickstart.py --train.run_dir runs/trunk_first``
 """
 
 import dataclasses
@@ -11,31 +11,27 @@ from jax.typing import ArrayLike
 
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.errors import run_command
+from layerskip_jax.recipe.early_exit import Curriculum, last_only
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.loop import train
 
 
 @dataclasses.dataclass(frozen=True)
-class Alternating:
-    """``C(t, l)``: the last layer at every step, and one of ``exits`` per step, in rotation."""
+class TrunkFirst:
+    """``C(t, l)``: the last exit alone while ``t < start T``, then those of ``later``."""
 
-    exits: tuple[int, ...]  # counted from 1, as in decoding: exit E follows block E - 1
+    later: Curriculum
+    start: float
 
     def __call__(self, step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
-        layer_L = jnp.arange(num_layers)
-        rotating = jnp.array(self.exits)[jnp.asarray(step) % len(self.exits)] - 1
-        on_L = (layer_L == rotating) | (layer_L == num_layers - 1)
-        return on_L.astype(jnp.float32)
+        arguments = step, total_steps, num_layers
+        return jnp.where(jnp.asarray(step) < self.start * total_steps, last_only(*arguments), self.later(*arguments))
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = parse_config(make_parser("Train with losses at the exits that decoding drafts from."), argv)
-    layers = config.model.num_layers
-    exits = config.decode_settings.exits or (
-        config.decode_settings.exit_layer or max(2, layers // 4),
-        max(2, layers // 2),
-    )
-    train(config, recipe=dataclasses.replace(Recipe.from_config(config), curriculum=Alternating(exits)))
+    config, _ = parse_config(make_parser("Train the last exit first, then the early exits too."), argv)
+    recipe = Recipe.from_config(config)
+    train(config, recipe=dataclasses.replace(recipe, curriculum=TrunkFirst(recipe.curriculum, start=1 / 3)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""A distillation term: each exit also learns the last exit's probabilities, computed without layer dropout.
+"""A teacher of your own: each exit also learns the last exit's probabilities, computed without layer dropout.
+
+The setting ``early_exit.distillation kl`` needs no second forward pass, but layer dropout changes its teacher.
 
 ``python examples/distillation.py --config configs/quickstart.py --train.run_dir runs/distilled``
 """
