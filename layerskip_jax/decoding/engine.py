@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerskip_jax.decoding.request import Generation, Request, check_request, round_up
+from layerskip_jax.decoding.request import Generation, HostText, Request, check_request, fetch_text, round_up
 from layerskip_jax.decoding.rounds import Strategy
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics
 from layerskip_jax.model import Transformer, compute_dtype, empty_cache
 from layerskip_jax.sharding import constrain
 
-OnRounds = Callable[[DecodeState], Sequence[bool]]
-"""Reads the state between rounds, and returns which rows to end now."""
+OnRounds = Callable[[HostText], Sequence[bool]]
+"""Reads the text so far, and returns which rows to end now."""
 
 
 @partial(jax.jit, static_argnames=("strategy", "width"))
@@ -133,8 +133,9 @@ def generate(
     else:
         for calls in itertools.count(1):
             state = run_rounds(strategy, model, state, jnp.int32(calls * rounds_per_call))
+            text = fetch_text(state)
             # In numpy, since a jnp operation would compile here, in the timed part.
-            done_B = np.asarray(jax.device_get(state.done_B)) | np.asarray(on_rounds(state))
+            done_B = text.done_B | np.asarray(on_rounds(text))
             sharding = state.done_B.sharding if state.done_B.committed else None  # keep it, or run_rounds recompiles
             state = dataclasses.replace(state, done_B=jax.device_put(done_B, sharding))
             if done_B.all():

@@ -137,10 +137,23 @@ def _check_memory(config: ModelConfig, rows: int, max_length: int) -> None:
     )
 
 
-def known_tokens(state: DecodeState) -> list[list[int]]:
+class HostText(NamedTuple):
+    """The text of a `DecodeState` in host memory. The fields mean what they mean there."""
+
+    tokens_BS: np.ndarray
+    drafted_BS: np.ndarray
+    length_B: np.ndarray
+    done_B: np.ndarray
+
+
+def fetch_text(state: DecodeState) -> HostText:
+    """Copy the text of ``state`` to the host, in one transfer."""
+    return HostText(*jax.device_get((state.tokens_BS, state.drafted_BS, state.length_B, state.done_B)))
+
+
+def known_tokens(text: HostText) -> list[list[int]]:
     """Return every row's tokens, prompt included; raises `UserError` if the logits of a row are not finite."""
-    tokens_BS, length_B = jax.device_get((state.tokens_BS, state.length_B))
-    rows = [row[:length].tolist() for row, length in zip(tokens_BS, length_B, strict=True)]
+    rows = [row[:length].tolist() for row, length in zip(text.tokens_BS, text.length_B, strict=True)]
     for row, tokens in enumerate(rows):
         if tokens[-1] == NO_TOKEN:
             raise UserError(
@@ -173,10 +186,10 @@ class Generation:
         cls, state: DecodeState, prompts: Sequence[Sequence[int]], exits: Sequence[int], **seconds: float
     ) -> Self:
         """Read the result of ``prompts`` from the state after the last round. ``exits`` are the strategy's exits."""
-        statistics = jax.device_get(state.statistics)
+        statistics, known = jax.device_get(state.statistics), known_tokens(fetch_text(state))
         histogram = statistics.accepted_histogram_Q.tolist()
         return cls(
-            tokens=[row[len(prompt) :] for row, prompt in zip(known_tokens(state), prompts, strict=True)],
+            tokens=[row[len(prompt) :] for row, prompt in zip(known, prompts, strict=True)],
             rounds=int(statistics.rounds),
             drafted=sum(statistics.drafted_X.tolist()),
             accepted=sum(count * rounds for count, rounds in enumerate(histogram)),
