@@ -41,7 +41,7 @@ FULL = 64 - DRAFTS - 1
 NAN, INF = float("nan"), float("inf")
 
 GREEDY_STEPS = [
-    Autoregressive(Greedy(), draft_length=0),
+    Autoregressive(Greedy()),
     SelfSpeculative(Greedy(), Fixed(1, DRAFTS)),
     AdaptiveSpeculative(Greedy(), Adaptive(1, DRAFTS, (1, 2), probe_share=0.5)),
     PromptLookup(Greedy(), DRAFTS),

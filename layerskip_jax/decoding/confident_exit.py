@@ -45,7 +45,7 @@ class ConfidentExit:
     sampler: Sampler
     exits: Sequence[int]
     threshold: float
-    draft_length: int = 0
+    draft_length: int = dataclasses.field(init=False, default=0)
 
     def __post_init__(self) -> None:
         require(self.threshold >= 0, f"threshold must be at least 0, not {self.threshold}")

@@ -44,8 +44,8 @@ class Autoregressive:
     """Plain decoding: run all blocks for one token. On `Transformer.first_layers` of a model it is lossy early exit."""
 
     sampler: Sampler
-    draft_length: int = 0
-    exits: Sequence[int] = ()
+    draft_length: int = dataclasses.field(init=False, default=0)
+    exits: Sequence[int] = dataclasses.field(init=False, default=())
 
     def init_policy_state(self, model: ModelConfig) -> Any:
         return ()
