@@ -32,7 +32,7 @@ class Request(NamedTuple):
 
 
 def round_up(value: int) -> int:
-    """Return the next multiple of `BUCKET`."""
+    """Return the smallest multiple of `BUCKET` that is at least ``value``."""
     return -(-value // BUCKET) * BUCKET
 
 
@@ -45,10 +45,11 @@ def check_request(
     eos: int,
     seed: int,
 ) -> int:
-    """Check a request and return its ``max_length``, by default that of the longest prompt plus its new tokens.
+    """Check a request and return its ``max_length``, by default the length of the longest prompt + ``max_new_tokens``.
 
-    Raises `UserError` for a prompt that is empty, too long or outside the vocabulary, for numbers out of range, for an
-    exit that the model does not have, and for a cache that does not fit into the device's memory.
+    Raises `UserError` for a stacked model, for a prompt that is empty, longer than ``max_length`` - 1 or outside the
+    vocabulary, for numbers out of range, for a strategy that `check_strategy` refuses, and for a cache that is larger
+    than the device's memory.
     """
     config = model.config
     require(
@@ -167,16 +168,17 @@ def known_tokens(text: HostText) -> list[list[int]]:
 class Generation:
     """The result of one `engine.generate` call: the new tokens of each prompt, times and counts.
 
-    Counts add up all rows of the batch, as long as a row was not done. ``rounds`` and ``exit_rounds`` count rounds of
-    the loop instead, which all rows share.
+    Counts add up the rows of the batch; a row that is done no longer counts. ``rounds`` and, except for
+    `ConfidentExit`, ``exit_rounds`` count rounds of the loop instead, which all rows share. A strategy without exits
+    counts its rounds and drafts under layer L.
     """
 
     tokens: list[list[int]]  # per prompt, without the prompt; ends with the EOS if the row reached it
-    seconds: float  # in rounds, without prefill and compilation
+    seconds: float  # in rounds and in `on_rounds`, without prefill and compilation
     prefill_seconds: float  # in prefill and, for the first request of a shape, compilation
     rounds: int
-    drafted: int  # tokens that were drafted, and those of them that were accepted
-    accepted: int
+    drafted: int  # tokens that were drafted
+    accepted: int  # drafts that were accepted, even if an EOS or the row's limit cut them off
     accepted_histogram: list[int]  # entry n: how often a row accepted exactly n drafts in a round, for n = 0..d
     exit_rounds: dict[int, int]  # exit layer -> rounds that drafted there (`ConfidentExit`: tokens that exited there)
     exit_drafts: dict[int, int]  # exit layer -> tokens drafted there; the sum is ``drafted``
@@ -185,7 +187,10 @@ class Generation:
     def from_state(
         cls, state: DecodeState, prompts: Sequence[Sequence[int]], exits: Sequence[int], **seconds: float
     ) -> Self:
-        """Read the result of ``prompts`` from the state after the last round. ``exits`` are the strategy's exits."""
+        """Read the result of ``prompts`` from the state after the last round.
+
+        ``exits`` are the strategy's exits, or L alone if it has none. ``seconds`` are the two times.
+        """
         statistics, known = jax.device_get(state.statistics), known_tokens(fetch_text(state))
         histogram = statistics.accepted_histogram_Q.tolist()
         return cls(
@@ -216,6 +221,6 @@ class Generation:
 
     @property
     def tokens_per_round(self) -> float:
-        """New tokens per round and row: 1 for plain decoding, at most d+1 for self-speculation."""
+        """New tokens per round and row: 1 for plain decoding, at most d+1 with drafts; NaN without a round."""
         row_rounds = sum(self.accepted_histogram)
         return self.new_tokens / row_rounds if row_rounds else float("nan")
