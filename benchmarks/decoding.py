@@ -34,7 +34,6 @@ from layerskip_jax.decoding.cost import (
     predicted_speedup,
     round_cost,
     weight_bytes,
-    weight_count,
 )
 from layerskip_jax.decoding.engine import begin, generate, run_rounds
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
@@ -44,7 +43,7 @@ from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.state import KVQCache
-from layerskip_jax.model import Transformer
+from layerskip_jax.model import Transformer, weight_count
 
 MODELS = {
     "small": ModelConfig(12, 256, 4, 4, 688, 4096, compute_dtype="float32"),

@@ -303,3 +303,8 @@ def parameter_count(config: ModelConfig) -> int:
     block = attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
     tables = config.vocab_size * config.dim * (1 if config.tied_embedding else 2)
     return config.num_layers * block + tables + config.dim
+
+
+def weight_count(config: ModelConfig) -> int:
+    """Return the number of weights that the pass of a token uses: all but the embedding, of which it reads one row."""
+    return parameter_count(config) - (0 if config.tied_embedding else config.vocab_size * config.dim)

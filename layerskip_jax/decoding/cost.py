@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.model import compute_dtype, parameter_count
+from layerskip_jax.model import compute_dtype, weight_count
 from layerskip_jax.sharding import target_platform
 
 
@@ -32,11 +32,6 @@ class Overhead(NamedTuple):
 
 
 NO_OVERHEAD = Overhead()
-
-
-def weight_count(config: ModelConfig) -> int:
-    """Return the number of weights that one token's pass reads: all but the embedding, of which it reads one row."""
-    return parameter_count(config) - (0 if config.tied_embedding else config.vocab_size * config.dim)
 
 
 def weight_bytes(config: ModelConfig, kind: str = "full") -> int:
