@@ -167,7 +167,7 @@ def memory(name: str, repeats: int) -> list[Row]:
         "plain": PLAIN,
         "fixed": speculative(4, 6),
         "confidence": AdaptiveSpeculative(Greedy(), ConfidenceStop(4, 6)),
-        "adaptive": AdaptiveSpeculative(Greedy(), Adaptive(4, 6, (2, 4, 6))),
+        "adaptive": AdaptiveSpeculative(Greedy(), Adaptive((2, 4, 6), 6)),
         "prompt_lookup": PromptLookup(Greedy(), 6),
     }
     for way, strategy in strategies.items():

@@ -43,7 +43,7 @@ NAN, INF = float("nan"), float("inf")
 GREEDY_STEPS = [
     Autoregressive(Greedy()),
     SelfSpeculative(Greedy(), Fixed(1, DRAFTS)),
-    AdaptiveSpeculative(Greedy(), Adaptive(1, DRAFTS, (1, 2), probe_share=0.5)),
+    AdaptiveSpeculative(Greedy(), Adaptive((1, 2), DRAFTS, probe_share=0.5)),
     PromptLookup(Greedy(), DRAFTS),
 ]
 # Steps that cannot be constructed, or cannot run on a model of two layers, each with a word of its error.
@@ -57,12 +57,12 @@ BAD_STEPS = [
     (lambda: SelfSpeculative(Greedy(), Fixed(1, 1 << 40)), "draft length"),
     (lambda: SelfSpeculative(Greedy(), ConfidenceStop(1, 2, NAN)), "threshold"),
     (lambda: SelfSpeculative(Greedy(), ConfidenceStop(1, 2, -0.1)), "threshold"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (2, 1))), "exits must be strictly increasing"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 9))), "exit layer 9"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (0, 1))), "exits must be strictly increasing"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 2), probe_share=0.0)), "probe_share"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 2), horizon=NAN)), "horizon"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 2), overhead=Overhead(per_draft=INF))), "overhead"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((2, 1), 2)), "exits must be strictly increasing"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 9), 2)), "exit layer 9"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((0, 1), 2)), "exits must be strictly increasing"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, probe_share=0.0)), "probe_share"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, horizon=NAN)), "horizon"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, overhead=Overhead(per_draft=INF))), "overhead"),
     (lambda: PromptLookup(Greedy(), 0), "draft_length"),
     (lambda: PromptLookup(Greedy(), 64), "draft length 64"),
     (lambda: PromptLookup(Greedy(), 2, max_ngram=0), "max_ngram"),
