@@ -95,6 +95,17 @@ def test_one_exit_is_all_that_self_speculative_drafts_from():
         SelfSpeculative(Greedy(), Adaptive((1, 2), 2))
 
 
+def test_a_strategy_that_jit_cannot_hash_is_refused():
+    @dataclasses.dataclass
+    class Mutable:
+        exit_layer: int
+        exits = (2,)
+        draft_length = 3
+
+    with pytest.raises(UserError, match=r"unhashable type: 'Mutable'\): .* @dataclasses\.dataclass\(frozen=True\)"):
+        generate(tiny_model(1).unstacked(), PROMPTS, 5, SelfSpeculative(Greedy(), Mutable(2)))
+
+
 def test_attributes_that_are_not_fields_are_refused():
     class Loose(Fixed):
         def __init__(self, threshold):

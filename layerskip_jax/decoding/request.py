@@ -82,7 +82,14 @@ def check_request(
 
 
 def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
-    """Raise `UserError` if the strategy does not fit the model or the cache, or has attributes that jit cannot see."""
+    """Raise `UserError` if the strategy does not fit the model or the cache, or cannot be static under jit."""
+    try:
+        hash(strategy)
+    except TypeError as error:
+        raise UserError(
+            f"{type(strategy).__name__} must be hashable, because it is static under jit ({error}): give its class and "
+            "those of its parts @dataclasses.dataclass(frozen=True), and tuples in place of lists"
+        ) from None
     d, exits = strategy.draft_length, list(strategy.exits)
     # `attention.write_cache` writes at most as many positions at once as the smallest piece of the cache has: a bucket.
     require(0 <= d < BUCKET, f"draft length {d} must be in 0..{BUCKET - 1}")
