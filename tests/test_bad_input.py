@@ -40,14 +40,14 @@ FULL = 64 - DRAFTS - 1
 """The longest text in a cache of 64 slots; all good requests stay below it, so that they share programs."""
 NAN, INF = float("nan"), float("inf")
 
-GREEDY_STEPS = [
+GREEDY_STRATEGIES = [
     Autoregressive(Greedy()),
     SelfSpeculative(Greedy(), Fixed(1, DRAFTS)),
     AdaptiveSpeculative(Greedy(), Adaptive((1, 2), DRAFTS, probe_share=0.5)),
     PromptLookup(Greedy(), DRAFTS),
 ]
-# Steps that cannot be constructed, or cannot run on a model of two layers, each with a word of its error.
-BAD_STEPS = [
+# Strategies that cannot be constructed, or cannot run on a model of two layers, each with a word of its error.
+BAD_STRATEGIES = [
     (lambda: SelfSpeculative(Greedy(), Fixed(L + 1, 2)), "exit layer 3"),
     (lambda: SelfSpeculative(Greedy(), Fixed(0, 2)), "exit_layer"),
     (lambda: SelfSpeculative(Greedy(), Fixed(1.5, 2)), "exit_layer"),
@@ -167,7 +167,7 @@ def requests(draw):
     """Draw a request of two rows, and the words of which one must be in the error; a good request has none."""
     words, bad = (
         [],
-        set(draw(st.lists(st.sampled_from(["prompts", "new", "length", "eos", "seed", "step"]), max_size=2))),
+        set(draw(st.lists(st.sampled_from(["prompts", "new", "length", "eos", "seed", "strategy"]), max_size=2))),
     )
 
     def pick(name, good, wrong):
@@ -198,7 +198,7 @@ def requests(draw):
         "length": length,
         "eos": pick("eos", st.integers(-1, V - 1), BAD_EOS),
         "seed": pick("seed", st.sampled_from([0, 7, -1, 2**32 - 1]), BAD_SEEDS),
-        "step": pick("step", st.sampled_from(GREEDY_STEPS), BAD_STEPS),
+        "strategy": pick("strategy", st.sampled_from(GREEDY_STRATEGIES), BAD_STRATEGIES),
         "weights": draw(st.sampled_from([None] * 6 + KINDS)),
         "words": words,
     }
@@ -216,16 +216,12 @@ def test_generate_is_right_or_names_the_error(request):
     stacked, model = model_with(request["weights"])
     prompts, words = request["prompts"], request["words"]
     try:
-        step = (
-            request["step"]()
-            if callable(request["step"]) and not hasattr(request["step"], "sampler")
-            else request["step"]
-        )
+        strategy = request["strategy"] if hasattr(request["strategy"], "sampler") else request["strategy"]()
         result = generate(
             model,
             prompts,
             request["new"],
-            step,
+            strategy,
             eos=request["eos"],
             seed=request["seed"],
             max_length=request["length"],
@@ -248,15 +244,15 @@ def test_generate_is_right_or_names_the_error(request):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("-inf head", "nan embedding", "large")])
-@pytest.mark.parametrize("step", [*GREEDY_STEPS[:2], Autoregressive(Stochastic(0.8, 3, 0.9))], ids=repr)
-def test_non_finite_weights_never_become_tokens(kind, step):
+@pytest.mark.parametrize("strategy", [*GREEDY_STRATEGIES[:2], Autoregressive(Stochastic(0.8, 3, 0.9))], ids=repr)
+def test_non_finite_weights_never_become_tokens(kind, strategy):
     with pytest.raises(UserError, match=r"the logits after \d tokens of prompt 0 are not finite: the weights hold NaN"):
-        generate(model_with(kind)[1], [[1, 2, 3], [4]], 5, step)
+        generate(model_with(kind)[1], [[1, 2, 3], [4]], 5, strategy)
 
 
 def test_a_stacked_model_is_refused():
     with pytest.raises(UserError, match=r"pass model\.unstacked\(\)"):
-        generate(model_with(None)[0], [[1]], 1, GREEDY_STEPS[0])
+        generate(model_with(None)[0], [[1]], 1, GREEDY_STRATEGIES[0])
 
 
 logits = st.one_of(
