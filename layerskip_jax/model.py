@@ -183,8 +183,7 @@ def run_layers(
 
     This is the one forward pass. Training calls it on stacked blocks. Then ``inputs`` and the returned outputs have a
     leading layer axis: dropout masks and exit weights go in, exit losses come out. Decoding calls it on a list of
-    blocks. Then both are lists with one cache for each block. The draft runs [0, E), the verification [E, L). With
-    ``inputs`` None, every block gets None.
+    blocks, and both are lists of caches. The draft runs [0, E), the verification [E, L). ``inputs`` may be None.
     """
     if isinstance(blocks, Block):
         if (first, last) != (0, None):

@@ -22,9 +22,9 @@ class Overhead(NamedTuple):
     """
 
     per_round: float = 0.0
-    """c: of each round that drafts, because verifying several positions uses other kernels than one position."""
+    """c: added to each round that drafts, because verifying several positions uses other kernels than one position."""
     per_draft: float = 0.0
-    """w: of each drafted token, because it adds a position to verify."""
+    """w: added for each drafted token, because it is one more position to verify."""
 
     def as_settings(self) -> dict[str, Any]:
         """Return the overhead as settings of `DecodeConfig`."""

@@ -82,7 +82,7 @@ def begin(
     `UserError` as `check_request` does.
     """
     max_length = check_request(model, prompts, max_new_tokens, max_length, strategy, eos, seed)
-    # d+1 extra slots: a round writes that many tokens from any length, and must not reach the end of the cache.
+    # d+1 extra slots: a round writes d+1 tokens after the known ones, even where the row's limit cuts most of them off.
     capacity = round_up(max_length + strategy.draft_length + 1)
     width = min(round_up(max(map(len, prompts)) - 1), capacity)
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
@@ -124,8 +124,8 @@ def generate(
     """
     began = time.perf_counter()
     state = begin(model, prompts, max_new_tokens, strategy, eos=eos, seed=seed, max_length=max_length)
-    # A call that runs no round compiles `run_rounds`, unless jit has this shape already. So `Generation.seconds` never
-    # includes compilation, and jit's own cache does what an ahead-of-time `lower().compile()` would need a second for.
+    # Compile `run_rounds` by a call that runs no round, so that `Generation.seconds` never includes compilation. Unlike
+    # `lower().compile()`, this costs nothing if jit's cache has a program for these shapes.
     state = jax.block_until_ready(run_rounds(strategy, model, state, jnp.int32(0)))
     prefilled = time.perf_counter()
     if on_rounds is None:

@@ -67,8 +67,8 @@ class DraftPolicy(Protocol):
     def verify_widths(self) -> Sequence[int]:
         """Numbers of positions to compile verifications for, strictly increasing up to d+1.
 
-        Only `adaptive.AdaptiveSpeculative` asks: it runs the narrowest that fits. It adds or drops width 1, a round
-        without a draft, depending on `plan`.
+        Only `adaptive.AdaptiveSpeculative` reads them, and runs the narrowest that fits. It adds width 1, a round
+        without a draft, if `plan` can ask for such a round, and drops it otherwise.
         """
 
     def init_state(self, model: ModelConfig) -> Any:
@@ -78,13 +78,13 @@ class DraftPolicy(Protocol):
         """Return the exit and the draft length of the next round."""
 
     def probes(self, policy_state: Any) -> bool | jax.Array:
-        """Return whether this round probes all candidate exits, for one run of the head each.
+        """Return whether this round probes the candidate exits, which costs a run of the head for each of them.
 
-        Only `adaptive.AdaptiveSpeculative` asks.
+        Only `adaptive.AdaptiveSpeculative` calls this.
         """
 
     def keep_drafting(self, policy_state: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-        """Return which rows draft another token after ``token_B``, given the exit's raw logits that it came from."""
+        """Return which rows draft another token after ``token_B``, which was drawn from the exit's ``logits_BV``."""
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
         """Return the policy state after a round."""
@@ -148,7 +148,7 @@ def checked_plan(policy: DraftPolicy, policy_state: Any, least: int) -> Plan:
 
 
 def doubling_widths(draft_length: int) -> Sequence[int]:
-    """Return 1, 2, 3, 5, 9, ... and d+1: `DraftPolicy.verify_widths` for rounds of different lengths.
+    """Return ``DraftPolicy.verify_widths`` for a policy that varies the draft length: 1, 2, 3, 5, 9, ... and d+1.
 
     >>> doubling_widths(6), doubling_widths(1)
     ((1, 2, 3, 5, 7), (1, 2))
@@ -183,7 +183,7 @@ class Acceptance(NamedTuple):
     reached_Xd: jax.Array
     best: Plan  # the plan that follows from the counts
     spent: jax.Array  # cost of the rounds since the last probe
-    probe_after: jax.Array  # cost between two probes
+    probe_after: jax.Array  # the next probe is due when ``spent`` reaches this
     cost_XQ: jax.Array  # cost of a round from each exit with 0..d drafts
 
 

@@ -91,7 +91,8 @@ def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
             "those of its parts @dataclasses.dataclass(frozen=True), and tuples in place of lists"
         ) from None
     d, exits = strategy.draft_length, list(strategy.exits)
-    # `attention.write_cache` writes at most as many positions at once as the smallest piece of the cache has: a bucket.
+    # `attention.write_cache` needs the d+1 positions of a round to fit into any piece of the cache; the smallest piece
+    # has `BUCKET` slots.
     require(0 <= d < BUCKET, f"draft length {d} must be in 0..{BUCKET - 1}")
     for exit_layer in exits:
         require(
@@ -102,7 +103,8 @@ def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
     require(increasing, f"exit layers must be strictly increasing, got {' '.join(map(str, exits))}")
     for part in (strategy, *getattr(strategy, "__dict__", {}).values()):
         if dataclasses.is_dataclass(part):
-            # jit compares dataclasses by their fields, so the second of two instances would run the first's program.
+            # jit compares dataclasses by their fields. If two instances differ in another attribute only, the second
+            # would run the program that was compiled for the first.
             name, fields = type(part).__name__, {field.name for field in dataclasses.fields(part)}
             require(
                 vars(part).keys() <= fields,

@@ -44,7 +44,7 @@ class Piece:
     """A piece of streamed text."""
 
     text: str
-    drafted: bool  # whether it came from accepted drafts or from the full model's own tokens
+    drafted: bool  # True: it comes from accepted drafts; False: from the full model's own tokens
 
 
 class TextGenerator:
@@ -122,8 +122,8 @@ class TextGenerator:
 class _Stream:
     """Turn the growing text of the first row into pieces.
 
-    A piece is final: text that can still change waits for the next round. This is an unfinished character, and text
-    that may be the beginning of a stop string.
+    A piece is final. Text that can still change waits for a later call: an unfinished character, and text that may be
+    the beginning of a stop string.
     """
 
     def __init__(self, generator: TextGenerator, prompt_length: int):
@@ -148,6 +148,6 @@ class _Stream:
         return pieces
 
     def _held_back(self, text: str) -> int:
-        """Return the length of the longest end of ``text`` that may be the beginning of a stop string."""
+        """Return the length of the longest suffix of ``text`` that is the beginning of a stop string."""
         stops = self._generator.config.stop
         return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
