@@ -22,14 +22,14 @@ from layerskip_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from layerskip_jax.decoding.cost import predicted_speedup, weight_bytes, weight_count
+from layerskip_jax.decoding.cost import predicted_speedup, weight_bytes
 from layerskip_jax.decoding.engine import begin, generate, run_rounds
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.state import DecodeState
-from layerskip_jax.model import Transformer
+from layerskip_jax.model import Transformer, weight_count
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.training.step import Trainer

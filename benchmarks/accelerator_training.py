@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.accelerator_sizes import Bench, ImpossibleHereError, Measured, seconds_of
-from benchmarks.common import Timings, in_turn
+from benchmarks.common import Timings, timed_in_turn
 from benchmarks.step_cost import random_batch
 from layerskip_jax.attention import attend_documents, choose_backend
 from layerskip_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -256,5 +256,5 @@ def time_steps(
         objectives[name] = float(metrics.objective)  # waits for the step
 
     updates = {name: partial(update, name) for name in compiled}
-    timings = in_turn(updates, bench.sizes.turns, WARM_UP, out_of_time=lambda: bench.left() < 0)
+    timings = timed_in_turn(updates, bench.sizes.turns, WARM_UP, out_of_time=lambda: bench.left() < 0)
     return timings, objectives

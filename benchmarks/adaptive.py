@@ -41,8 +41,7 @@ def prompts_of_kinds(config: Config, per_kind: int) -> dict[str, list[str]]:
     documents = open_documents(config.data, config.data.validation_split)
     code, prose = [], []
     for index in range(len(documents)):
-        document = documents[index]
-        text = document.decode("utf-8", "replace") if isinstance(document, bytes) else str(document)
+        text = str(documents[index])
         code.append(text[: min(200, len(text) // 2)])
         try:
             docstring = ast.get_docstring(ast.parse(text)) or ""
@@ -154,12 +153,12 @@ def main() -> None:
     add_json_option(parser)
     parser.add_argument("--no_curve", action="store_true", help="skip early exit by confidence")
     options = parser.parse_args()
-    model, config, tokenizer_path = load_model(options.run)
+    model, config, tokenizer_path = load_model(options.run, unstacked=True)
     if config.data.source != "python_stdlib":
         raise UserError(
             f"{options.run} was trained on {config.data.source}: this benchmark needs a model of Python code"
         )
-    tokenizer, model = load_tokenizer(str(tokenizer_path)), model.unstacked()
+    tokenizer = load_tokenizer(str(tokenizer_path))
     base = dataclasses.replace(
         config.decode_settings,
         mode="self_speculative",

@@ -13,14 +13,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.model import Transformer
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent
 CODE = ("layerskip_jax", "benchmarks", "configs")
 LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+MODELS = {
+    "small": ModelConfig(12, 256, 4, 4, 688, 4096, compute_dtype="float32"),
+    "large": ModelConfig(16, 768, 12, 12, 2048, 32000, compute_dtype="float32"),
+}
+"""The models of the decoding benchmarks on CPU."""
 
 
 def git(*arguments: str) -> str:
@@ -112,27 +125,55 @@ class Timings:
         return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
-def in_turn(
+def called_in_turn(
+    functions: Mapping[str, Callable[[], T]],
+    turns: int,
+    warm_up: int = 1,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> dict[str, list[T]]:
+    """Call every function once per turn, in the order given; return what each returned after ``warm_up`` more turns.
+
+    ``out_of_time`` is asked after every turn from the second one after the warm-up on; if it returns True, no further
+    turn starts.
+    """
+    results: dict[str, list[T]] = {name: [] for name in functions}
+    for turn in range(-warm_up, turns):
+        for name, function in functions.items():
+            result = function()
+            if turn >= 0:
+                results[name].append(result)
+        if turn >= 1 and out_of_time():
+            break
+    return results
+
+
+def timed_in_turn(
     functions: Mapping[str, Callable[[], Any]],
     turns: int,
     warm_up: int = 1,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Timings:
-    """Time every function once per turn, in the order given, after ``warm_up`` turns that are not timed.
+    """Time every function as `called_in_turn` calls it. A call ends when its result is ready on the device."""
 
-    A call ends when its result is ready on the device. ``out_of_time`` is asked after every turn from the second timed
-    one on; if it returns True, no further turn starts.
+    def seconds(function: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        return time.perf_counter() - began
+
+    timed = {name: partial(seconds, function) for name, function in functions.items()}
+    return Timings(called_in_turn(timed, turns, warm_up, out_of_time))
+
+
+def model_with_tail(config: ModelConfig, exit_layer: int, tail: float) -> Transformer:
+    """Return a random model whose blocks after the exit add ``tail`` times as much to the residual stream.
+
+    This sets the acceptance of drafts from that exit: with 0, those blocks are identities.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(-warm_up, turns):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            jax.block_until_ready(function())
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - began)
-        if turn >= 1 and out_of_time():
-            break
-    return Timings(seconds)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    scale_L = jnp.where(jnp.arange(config.num_layers) < exit_layer, 1.0, tail)
+    model.blocks.output_NHD[...] *= scale_L[:, None, None, None]
+    model.blocks.down_FD[...] *= scale_L[:, None, None]
+    return model
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

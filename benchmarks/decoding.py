@@ -23,9 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from benchmarks.common import add_json_option, header, write_json
+from benchmarks.common import MODELS, add_json_option, called_in_turn, header, model_with_tail, write_json
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.cost import (
@@ -34,7 +33,6 @@ from layerskip_jax.decoding.cost import (
     predicted_speedup,
     round_cost,
     weight_bytes,
-    weight_count,
 )
 from layerskip_jax.decoding.engine import begin, generate, run_rounds
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
@@ -44,12 +42,8 @@ from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.state import KVQCache
-from layerskip_jax.model import Transformer
+from layerskip_jax.model import weight_count
 
-MODELS = {
-    "small": ModelConfig(12, 256, 4, 4, 688, 4096, compute_dtype="float32"),
-    "large": ModelConfig(16, 768, 12, 12, 2048, 32000, compute_dtype="float32"),
-}
 PLAIN = Autoregressive(Greedy())
 Row = dict[str, Any]
 
@@ -74,25 +68,8 @@ class WithoutQueries(SelfSpeculative):
         return super().verify(model, state, KVQCache(layers, [x_BQD]), drafts, key)
 
 
-def with_tail(config: ModelConfig, exit_layer: int, tail: float) -> Transformer:
-    model = Transformer(config, rngs=nnx.Rngs(0))
-    scale_L = jnp.where(jnp.arange(config.num_layers) < exit_layer, 1.0, tail)
-    model.blocks.output_NHD[...] *= scale_L[:, None, None, None]
-    model.blocks.down_FD[...] *= scale_L[:, None, None]
-    return model.unstacked()
-
-
 def random_prompts(config: ModelConfig, rows: int = 1, length: int = 64) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, config.vocab_size, (rows, length)).tolist()
-
-
-def in_turn(functions: dict[str, Callable[[], Generation]], repeats: int) -> dict[str, list[Generation]]:
-    """Call each function once per turn, for ``repeats`` turns after one that compiles."""
-    runs: dict[str, list[Generation]] = {name: [] for name in functions}
-    for _ in range(repeats + 1):
-        for name, function in functions.items():
-            runs[name].append(function())
-    return {name: generations[1:] for name, generations in runs.items()}
 
 
 def speed(runs: list[Generation]) -> float:
@@ -106,13 +83,13 @@ def ratio(ours: list[Generation], theirs: list[Generation]) -> float:
 def cost(name: str, repeats: int) -> list[Row]:
     config, bandwidth, rows = MODELS[name], measured_bandwidth(), []
     for exit_layer in (config.num_layers // 4, config.num_layers // 2):
-        model = with_tail(config, exit_layer, 0.02)
+        model = model_with_tail(config, exit_layer, 0.02).unstacked()
         strategies: dict[str, Strategy] = {"plain": PLAIN}
         for d in (4, 8, 12):
             strategies[f"{d}"] = speculative(exit_layer, d)
             strategies[f"{d} without queries"] = WithoutQueries(Greedy(), Fixed(exit_layer, d))
         prompts = random_prompts(config)
-        runs = in_turn({k: partial(generate, model, prompts, 128, s) for k, s in strategies.items()}, repeats)
+        runs = called_in_turn({k: partial(generate, model, prompts, 128, s) for k, s in strategies.items()}, repeats)
         plain_limit = bandwidth / (weight_count(config) * weight_bytes(config))
         for d in (4, 8, 12):
             ours, without = runs[f"{d}"], runs[f"{d} without queries"]
@@ -145,10 +122,10 @@ def one_pass_more(config: ModelConfig, exit_layer: int, drafted: float) -> float
 
 def max_length(name: str, repeats: int) -> list[Row]:
     config, rows = MODELS[name], []
-    model = with_tail(config, 4, 0.02)
+    model = model_with_tail(config, 4, 0.02).unstacked()
     prompts = random_prompts(config)
     for way, strategy in {"plain": PLAIN, "speculative": speculative(4, 6)}.items():
-        runs = in_turn(
+        runs = called_in_turn(
             {n: partial(generate, model, prompts, 256, strategy, max_length=int(n)) for n in ("512", "4096")},
             repeats,
         )
@@ -163,12 +140,12 @@ def max_length(name: str, repeats: int) -> list[Row]:
 
 def memory(name: str, repeats: int) -> list[Row]:
     config, rows = MODELS[name], []
-    model = with_tail(config, 4, 0.02)
+    model = model_with_tail(config, 4, 0.02).unstacked()
     strategies: dict[str, Strategy] = {
         "plain": PLAIN,
         "fixed": speculative(4, 6),
         "confidence": AdaptiveSpeculative(Greedy(), ConfidenceStop(4, 6)),
-        "adaptive": AdaptiveSpeculative(Greedy(), Adaptive(4, 6, (2, 4, 6))),
+        "adaptive": AdaptiveSpeculative(Greedy(), Adaptive((2, 4, 6), 6)),
         "prompt_lookup": PromptLookup(Greedy(), 6),
     }
     for way, strategy in strategies.items():
@@ -185,7 +162,7 @@ def memory(name: str, repeats: int) -> list[Row]:
 
 def batch(name: str, repeats: int) -> list[Row]:
     config, rows = MODELS[name], []
-    model = with_tail(config, 4, 0.02)
+    model = model_with_tail(config, 4, 0.02).unstacked()
     sizes = (1, 2, 4, 8, 16)
     prompts = random_prompts(config, max(sizes))
     alone = [generate(model, [prompt], 64, PLAIN, max_length=128).tokens[0] for prompt in prompts]
@@ -195,7 +172,7 @@ def batch(name: str, repeats: int) -> list[Row]:
         for way, strategy in strategies.items()
         for n in sizes
     }
-    runs = in_turn(ways, repeats)
+    runs = called_in_turn(ways, repeats)
     for way in strategies:
         for n in sizes:
             mine = runs[f"{way} {n}"]
@@ -210,7 +187,7 @@ def batch(name: str, repeats: int) -> list[Row]:
 def length(name: str, repeats: int, new_tokens: int = 10_000) -> list[Row]:
     """Time the last tenth of the positions after 9,000 rounds, and the same positions in a new loop."""
     config = MODELS[name]
-    model = with_tail(config, 4, 0.02)
+    model = model_with_tail(config, 4, 0.02).unstacked()
     tenth, prompt = new_tokens // 10, random_prompts(config)[0]
     total = len(prompt) + new_tokens
 
@@ -240,11 +217,11 @@ def length(name: str, repeats: int, new_tokens: int = 10_000) -> list[Row]:
 
 def int8(name: str, repeats: int) -> list[Row]:
     config, rows = MODELS[name], []
-    full = with_tail(config, 4, 0.02)
+    full = model_with_tail(config, 4, 0.02).unstacked()
     small = quantized(full)
     models = {"full": full, "int8": small}
     for way, strategy in {"plain": PLAIN, "speculative": speculative(4, 6)}.items():
-        runs = in_turn(
+        runs = called_in_turn(
             {k: partial(generate, m, random_prompts(config), 128, strategy) for k, m in models.items()}, repeats
         )
         sizes = {k: sum(leaf.nbytes for leaf in jax.tree.leaves(m)) for k, m in models.items()}

@@ -11,11 +11,10 @@ import statistics
 import time
 
 import jax
-import numpy as np
 
 from benchmarks.common import header
+from benchmarks.step_cost import random_batch
 from layerskip_jax.config import Config, DataConfig, LayerDropoutConfig, ModelConfig, OptimizerConfig, TrainConfig
-from layerskip_jax.data.batch import Batch
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.training.monitoring.flops import flops_per_token
@@ -43,14 +42,12 @@ def main() -> None:
     header()
     print(f"{LAYERS} layers x 256, {ROWS} x {LENGTH} tokens, float32")
 
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, LENGTH + 1)).astype(np.int32)
-    ones = np.ones((ROWS, LENGTH), np.int32)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones, ones.astype(np.float32))
     configs = {}
     for remat in options.remat:
         configs[f"{remat}: without"] = config(0.0, "masked", remat)
         for p_max in options.p_max:
             configs |= {f"{remat}: {form} {p_max}": config(p_max, form, remat) for form in ("masked", "skipping")}
+    batch = random_batch(next(iter(configs.values())))
     trainers = {name: Trainer(it, Recipe.from_config(it), make_mesh(it)) for name, it in configs.items()}
     states, memory = {}, {}
     for name, trainer in trainers.items():

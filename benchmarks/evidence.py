@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.adaptive import candidates, compare, prompts_of_kinds
-from benchmarks.decoding import WithoutQueries, in_turn, one_pass_more, ratio, speed
+from benchmarks.decoding import WithoutQueries, one_pass_more, ratio, speed
 from benchmarks.evidence_page import fastest_fixed, write_page
 from benchmarks.step_cost import time_steps
 from layerskip_jax.checkpoint.reading import load_model
@@ -146,13 +146,13 @@ def reuse_and_temperature(run: str, config: Config, exit_layer: int, length: int
     """Time one setting with and without reusing the exit queries, and at several temperatures."""
     model, tokenizer, base = decoder(run)
     prompts = [tokenizer.encode_prompt(text) for text in read_prompts(None, None, 8, config)]
-    steps = {
+    strategies = {
         "plain": Autoregressive(Greedy()),
         "with": SelfSpeculative(Greedy(), Fixed(exit_layer, length)),
         "without": WithoutQueries(Greedy(), Fixed(exit_layer, length)),
     }
-    runs = in_turn(
-        {name: partial(generate, model, prompts[:1], base.max_new_tokens, step) for name, step in steps.items()},
+    runs = common.called_in_turn(
+        {name: partial(generate, model, prompts[:1], base.max_new_tokens, s) for name, s in strategies.items()},
         repeats,
     )
     reused = ratio(runs["with"], runs["without"]) / one_pass_more(config.model, exit_layer, length)

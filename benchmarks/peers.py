@@ -22,13 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 
-from benchmarks.common import add_json_option, header, write_json
+from benchmarks.common import MODELS, add_json_option, header, model_with_tail, write_json
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
-from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.request import Generation
@@ -42,10 +40,6 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error}: this benchmark compares with transformers; pip install torch transformers") from None
 
-MODELS = {
-    "small": ModelConfig(12, 256, 4, 4, 688, 4096, compute_dtype="float32"),
-    "large": ModelConfig(16, 768, 12, 12, 2048, 32000, compute_dtype="float32"),
-}
 EXIT_LAYER, DRAFT_LENGTH = 4, 6
 PROMPT, NEW_TOKENS = 64, 256
 CONTEXT = 2048  # maximum length in the exported config [tokens]
@@ -55,14 +49,6 @@ STRATEGIES: dict[str, Strategy] = {
 }
 BARS = {"small": {"plain": 3.0, "speculative": 4.0}, "large": {"plain": 1.6, "speculative": 2.5}}
 BAR_TAIL = 0.02  # the tail for which speculation has a bar; at 0 every draft is accepted, as in no trained model
-
-
-def with_tail(model: Transformer, scale: float) -> Transformer:
-    """Scale what the blocks after the exit add to the residual stream; 0 makes them identities."""
-    scale_L = jnp.where(jnp.arange(model.config.num_layers) < EXIT_LAYER, 1.0, scale)
-    model.blocks.output_NHD[...] *= scale_L[:, None, None, None]
-    model.blocks.down_FD[...] *= scale_L[:, None, None]
-    return model
 
 
 def as_llama(model: Transformer, bos: int | None = None, eos: int | None = None) -> transformers.LlamaForCausalLM:
@@ -94,7 +80,7 @@ def equal_tokens(a: list[int], b: list[int]) -> int:
 @torch.no_grad()
 def compare(name: str, tail: float, repeats: int) -> list[dict[str, Any]]:
     """Time both libraries and both kinds of decoding in turn, ``repeats`` times after a warm-up."""
-    model = with_tail(Transformer(MODELS[name], rngs=nnx.Rngs(0)), tail)
+    model = model_with_tail(MODELS[name], EXIT_LAYER, tail)
     llama, model = as_llama(model), model.unstacked()
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, PROMPT).tolist()
     tokens_BT = torch.tensor([prompt])

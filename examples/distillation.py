@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.errors import run_command
-from layerskip_jax.model import Block, Transformer, run_layers
+from layerskip_jax.model import Transformer
 from layerskip_jax.recipe.early_exit import cross_entropy
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.loop import train
@@ -25,12 +25,7 @@ WEIGHT = 0.5
 
 def last_hidden(model: Transformer, inputs_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Return ``x_BTD`` after the last block: one more forward pass per step, but no [batch, length, vocab] array."""
-    tables = model.rotary_tables(jnp.arange(inputs_BT.shape[1])[None])
-
-    def block_fn(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return x_BTD + block(x_BTD, tables, segments_BT)[0], None
-
-    return run_layers(model.blocks, model.embed(inputs_BT), block_fn, None)[0]
+    return model.run_uncached(inputs_BT, segments_BT)[0]
 
 
 def distilled(

@@ -13,7 +13,7 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.sharding import on_each_device, target_platform
 
 SPLASH_TILE = 128
-"""Lanes of a TPU vector: splash attention needs tiles of a multiple of this many positions."""
+"""The length of splash attention's tiles must be a multiple of this, the lanes of a TPU vector [positions]."""
 
 SAVED_OUTPUT = "attention output"
 """Checkpoint name of splash attention's output and log-sum-exp, for remat policies that save them."""
@@ -22,8 +22,8 @@ SAVED_OUTPUT = "attention output"
 class LayerCache(NamedTuple):
     """Keys and values of one block for S positions, the capacity of the cache.
 
-    They are stored in pieces along S, so that attention can read a prefix: a slice of one array would be copied. Heads
-    come before positions, the layout that the batched matmuls of attention read.
+    The S axis is split into several arrays, the pieces. Attention reads as many of the first pieces as it needs, in
+    place, while XLA would copy a slice of a single array. Heads come before positions, as attention's matmuls want.
     """
 
     k_BKSH: tuple[jax.Array, ...]
@@ -32,7 +32,8 @@ class LayerCache(NamedTuple):
     @classmethod
     def empty(cls, batch: int, heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> "LayerCache":
         """Return zeroed pieces that end at `read_sizes`."""
-        # On a GPU, choosing the pieces waits for the host, as long as reading about 2,000 positions: start with 4,096.
+        # A GPU waits for the host at the switch in `attend_cache`, as long as it takes to read about 2,000 positions.
+        # A cache of up to 4,096 is therefore one piece, which needs no switch.
         ends = read_sizes(capacity, first=4096 if on_gpu() else 128)
         shapes = [(batch, heads, end - start, head_dim) for start, end in zip([0, *ends], ends, strict=False)]
         return cls(tuple(jnp.zeros(s, dtype) for s in shapes), tuple(jnp.zeros(s, dtype) for s in shapes))
@@ -58,7 +59,7 @@ def attend(
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
     weights_BKMS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(dtype).reshape(B, K, G * T, ends[-1])
     out_BKMH = sum(
-        # An einsum would make v the left operand, and transpose it.
+        # `jnp.einsum` would make v the left operand, and transpose it.
         jax.lax.dot_general(
             weights_BKMS[..., end - v.shape[2] : end], v.astype(dtype), (((3,), (2,)), ((0, 1), (0, 1)))
         )
@@ -91,7 +92,7 @@ def attend_documents(
 
 
 def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype: jnp.dtype) -> str:
-    """Return splash, cudnn or xla: ``asked``, or for auto the platform's kernel if it supports these shapes.
+    """Return splash, cudnn or xla: ``asked``, or for auto the platform's kernel, and xla where that does not fit.
 
     >>> choose_backend("auto", "tpu", 4096, 128, jnp.bfloat16), choose_backend("auto", "tpu", 100, 128, jnp.bfloat16)
     ('splash', 'xla')
@@ -123,10 +124,10 @@ def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype:
 def attend_splash(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Attend with the splash kernel for TPU, which keeps no scores in memory, on each device's sequences and heads.
+    """Attend as `attend_documents` with the splash kernel for TPU, which never writes the scores to memory.
 
-    The kernel skips tiles above the diagonal, but not tiles between two documents. ``interpret`` runs it, slowly, on
-    other platforms.
+    Each device attends for its own sequences and heads. The kernel skips tiles above the diagonal, but not tiles
+    between two documents. ``interpret`` runs it, slowly, on other platforms.
     """
 
     def on_device(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array) -> jax.Array:
@@ -141,7 +142,7 @@ def attend_splash(
             residual_checkpoint_name=SAVED_OUTPUT,
             interpret=interpret,
         )
-        # The kernel does not divide by sqrt(H). Divide in float32, so that bfloat16 is rounded once.
+        # The kernel does not divide by sqrt(H). Divide in float32, so that bfloat16 queries are rounded once.
         scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
         out_BNTH = jax.vmap(kernel)(
             *(array.swapaxes(1, 2) for array in (scaled_BTNH, k_BTKH, v_BTKH)),
@@ -163,9 +164,9 @@ def same_document(segments_BT: jax.Array) -> jax.Array:
 
 
 def write_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array | None) -> LayerCache:
-    """Write T positions of each row at that row's ``start_B`` (None: at 0); the caller keeps them within capacity.
+    """Write the keys and values of T positions into each row, from the slot ``start_B`` of that row on (None: slot 0).
 
-    With ``start_B``, T must be at most the length of the shortest piece.
+    The caller keeps them within the capacity. With ``start_B``, T must be at most the length of the shortest piece.
     """
 
     def write(pieces: tuple[jax.Array, ...], new_BTKH: jax.Array) -> tuple[jax.Array, ...]:
@@ -186,13 +187,13 @@ def write_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B
 def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
     """Write the positions of ``new_BKTH`` that fall into a piece; ``start_B`` counts from the piece's first slot."""
     S, T = piece_BKSH.shape[2], new_BKTH.shape[2]
-    # A window of T slots inside the piece, as near to the row's positions as it can be. Slots of the window that belong
-    # to other positions keep their values.
+    # Each row writes T slots of the piece, starting at slot_B: its new positions, or the slots nearest to them if some
+    # lie outside the piece. Slot t of this window gets new position source_BT[t], or keeps its value if there is none.
     slot_B = jnp.clip(start_B, 0, S - T)
     source_BT = (slot_B - start_B)[:, None] + jnp.arange(T)[None]
     is_new_BT = (source_BT >= 0) & (source_BT < T)
 
-    if on_gpu():  # XLA:GPU scatters in place, and would run each iteration of a loop as separate kernels
+    if on_gpu():  # XLA:GPU scatters in place; a loop would launch kernels for every row
         read_rows = jax.vmap(lambda piece_KSH, slot: jax.lax.dynamic_slice_in_dim(piece_KSH, slot, T, axis=1))
         write_rows = jax.vmap(
             lambda piece_KSH, rows_KTH, slot: jax.lax.dynamic_update_slice(piece_KSH, rows_KTH, (0, slot, 0))
@@ -218,15 +219,13 @@ def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array)
 
 
 def read_sizes(capacity: int, first: int = 128) -> list[int]:
-    """Return where the pieces of a cache end, which are the prefixes that attention can read: powers of two, and S.
+    """Return the lengths of the prefixes that attention can read, where the pieces end: doublings of ``first``, and S.
 
     >>> read_sizes(1000)
     [128, 256, 512, 1000]
     """
-    return [
-        *(first << doublings for doublings in range(capacity.bit_length()) if first << doublings < capacity),
-        capacity,
-    ]
+    ends = (first << doublings for doublings in range(capacity.bit_length()))
+    return [*(end for end in ends if end < capacity), capacity]
 
 
 def on_gpu() -> bool:
@@ -238,8 +237,8 @@ def attend_cache(q_BTNH: jax.Array, cache: LayerCache, position_BT: jax.Array, f
     """Return ``out_BTNH``: each query attends to the cache slots up to its own position.
 
     The program chooses at run time how many pieces to read, the fewest that hold every position. So the bytes read grow
-    with the text and not with the capacity. ``filled``, for a prefill, is static and above all positions. Masks hide
-    the slots after a query's position, where a rejected draft may have left keys and values.
+    with the text and not with the capacity. A prefill knows its number of positions, ``filled``, at trace time, and
+    then needs no choice. Masks hide the slots after a query's position, where a rejected draft may have left keys.
     """
     ends = list(itertools.accumulate(piece.shape[2] for piece in cache.k_BKSH))
 

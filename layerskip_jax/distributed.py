@@ -27,6 +27,9 @@ T = TypeVar("T")
 EXIT_DELAY_SECONDS = 3
 """Process 0 hosts the coordinator: when it exits, jax ends the others, so after an error it exits last."""
 
+GATHERED_BYTES = 8192
+"""Bytes of text that each process sends to the others when they compare results: all must send equally many."""
+
 
 @contextlib.contextmanager
 def distributed_session(config: DistributedConfig) -> Iterator[None]:
@@ -144,9 +147,9 @@ def first_message(text: str) -> str:
     return next(filter(None, _gather(text)), "") if jax.process_count() > 1 else text
 
 
-def _gather(text: str, size: int = 8192) -> list[str]:
-    """Return every process's ``text``, cut to ``size`` bytes."""
-    data = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
+def _gather(text: str) -> list[str]:
+    """Return every process's ``text``, cut to `GATHERED_BYTES`."""
+    data = np.frombuffer(text.encode()[:GATHERED_BYTES].ljust(GATHERED_BYTES, b"\0"), np.uint8)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(data)]
 
 

@@ -183,14 +183,14 @@ def run_layers(
 
     This is the one forward pass. Training calls it on stacked blocks. Then ``inputs`` and the returned outputs have a
     leading layer axis: dropout masks and exit weights go in, exit losses come out. Decoding calls it on a list of
-    blocks. Then both are lists with one cache for each block. The draft runs [0, E), the verification [E, L).
+    blocks, and both are lists of caches. The draft runs [0, E), the verification [E, L). ``inputs`` may be None.
     """
     if isinstance(blocks, Block):
         if (first, last) != (0, None):
             raise ValueError("running a part of stacked blocks would copy their weights; use Transformer.unstacked()")
         return jax.lax.scan(lambda x, layer: block_fn(layer[0], x, layer[1]), x, (blocks, inputs))
-    outputs = []
-    for block, layer_inputs in zip(blocks[first:last], inputs, strict=True):
+    outputs, part = [], blocks[first:last]
+    for block, layer_inputs in zip(part, [None] * len(part) if inputs is None else inputs, strict=True):
         x, output = block_fn(block, x, layer_inputs)
         outputs.append(output)
     return x, outputs
@@ -240,13 +240,7 @@ class Transformer(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
         """Return ``logits_BTV`` of the full model, computed without a cache."""
         segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
-        position = self.rotary_tables(jnp.arange(tokens_BT.shape[1])[None])
-
-        def block_fn(block: Block, x_BTD: jax.Array, inputs: None) -> tuple[jax.Array, None]:
-            return x_BTD + block(x_BTD, position, segments_BT)[0], None
-
-        inputs = None if isinstance(self.blocks, Block) else [None] * self.config.num_layers
-        return self.unembed(run_layers(self.blocks, self.embed(tokens_BT), block_fn, inputs)[0])
+        return self.unembed(self.run_uncached(tokens_BT, segments_BT)[0])
 
     def first_layers(self, exit_layer: int) -> "Transformer":
         """Return the model that exits at ``exit_layer``: blocks [0, E) of an `unstacked` model, with shared weights."""
@@ -257,6 +251,18 @@ class Transformer(nnx.Module):
         early.blocks = nnx.List(list(self.blocks)[:exit_layer])
         early.config = dataclasses.replace(self.config, num_layers=exit_layer)
         return early
+
+    def run_uncached(
+        self, tokens_BT: jax.Array, segments_BT: jax.Array, read: Callable[[jax.Array], Any] = lambda x_BTD: None
+    ) -> tuple[jax.Array, Any]:
+        """Run all blocks without a cache; return ``x_BTD`` after the last one, and ``read(x_BTD)`` after each one."""
+        position = self.rotary_tables(jnp.arange(tokens_BT.shape[1])[None])
+
+        def block_fn(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, Any]:
+            x_BTD = x_BTD + block(x_BTD, position, segments_BT)[0]
+            return x_BTD, read(x_BTD)
+
+        return run_layers(self.blocks, self.embed(tokens_BT), block_fn, None)
 
     def run_cached(
         self,
@@ -303,3 +309,8 @@ def parameter_count(config: ModelConfig) -> int:
     block = attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
     tables = config.vocab_size * config.dim * (1 if config.tied_embedding else 2)
     return config.num_layers * block + tables + config.dim
+
+
+def weight_count(config: ModelConfig) -> int:
+    """Return the number of weights that the pass of a token uses: all but the embedding, of which it reads one row."""
+    return parameter_count(config) - (0 if config.tied_embedding else config.vocab_size * config.dim)

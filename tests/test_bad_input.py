@@ -40,14 +40,14 @@ FULL = 64 - DRAFTS - 1
 """The longest text in a cache of 64 slots; all good requests stay below it, so that they share programs."""
 NAN, INF = float("nan"), float("inf")
 
-GREEDY_STEPS = [
-    Autoregressive(Greedy(), draft_length=0),
+GREEDY_STRATEGIES = [
+    Autoregressive(Greedy()),
     SelfSpeculative(Greedy(), Fixed(1, DRAFTS)),
-    AdaptiveSpeculative(Greedy(), Adaptive(1, DRAFTS, (1, 2), probe_share=0.5)),
+    AdaptiveSpeculative(Greedy(), Adaptive((1, 2), DRAFTS, probe_share=0.5)),
     PromptLookup(Greedy(), DRAFTS),
 ]
-# Steps that cannot be constructed, or cannot run on a model of two layers, each with a word of its error.
-BAD_STEPS = [
+# Strategies that cannot be constructed, or cannot run on a model of two layers, each with a word of its error.
+BAD_STRATEGIES = [
     (lambda: SelfSpeculative(Greedy(), Fixed(L + 1, 2)), "exit layer 3"),
     (lambda: SelfSpeculative(Greedy(), Fixed(0, 2)), "exit_layer"),
     (lambda: SelfSpeculative(Greedy(), Fixed(1.5, 2)), "exit_layer"),
@@ -57,17 +57,18 @@ BAD_STEPS = [
     (lambda: SelfSpeculative(Greedy(), Fixed(1, 1 << 40)), "draft length"),
     (lambda: SelfSpeculative(Greedy(), ConfidenceStop(1, 2, NAN)), "threshold"),
     (lambda: SelfSpeculative(Greedy(), ConfidenceStop(1, 2, -0.1)), "threshold"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (2, 1))), "exits must be strictly increasing"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 9))), "exit layer 9"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (0, 1))), "exits must be strictly increasing"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 2), probe_share=0.0)), "probe_share"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 2), horizon=NAN)), "horizon"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 2), overhead=Overhead(per_draft=INF))), "overhead"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((2, 1), 2)), "exits must be strictly increasing"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 9), 2)), "exit layer 9"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((0, 1), 2)), "exits must be strictly increasing"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, probe_share=0.0)), "probe_share"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, horizon=NAN)), "horizon"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, overhead=Overhead(per_draft=INF))), "overhead"),
     (lambda: PromptLookup(Greedy(), 0), "draft_length"),
     (lambda: PromptLookup(Greedy(), 64), "draft length 64"),
     (lambda: PromptLookup(Greedy(), 2, max_ngram=0), "max_ngram"),
     (lambda: ConfidentExit(Greedy(), (1,), 0.5), "last exit must be 2"),
-    (lambda: ConfidentExit(Greedy(), (2, 1), 0.5), "must rise"),
+    (lambda: ConfidentExit(Greedy(), (2, 1), 0.5), "exit layers must be strictly increasing"),
+    (lambda: ConfidentExit(Greedy(), [1, 2], 0.5), "unhashable type: 'list'"),
     (lambda: ConfidentExit(Greedy(), (1, 2), NAN), "threshold"),
     (lambda: Autoregressive(Stochastic(0.0)), "temperature"),
     (lambda: Autoregressive(Stochastic(NAN)), "temperature"),
@@ -166,7 +167,7 @@ def requests(draw):
     """Draw a request of two rows, and the words of which one must be in the error; a good request has none."""
     words, bad = (
         [],
-        set(draw(st.lists(st.sampled_from(["prompts", "new", "length", "eos", "seed", "step"]), max_size=2))),
+        set(draw(st.lists(st.sampled_from(["prompts", "new", "length", "eos", "seed", "strategy"]), max_size=2))),
     )
 
     def pick(name, good, wrong):
@@ -197,7 +198,7 @@ def requests(draw):
         "length": length,
         "eos": pick("eos", st.integers(-1, V - 1), BAD_EOS),
         "seed": pick("seed", st.sampled_from([0, 7, -1, 2**32 - 1]), BAD_SEEDS),
-        "step": pick("step", st.sampled_from(GREEDY_STEPS), BAD_STEPS),
+        "strategy": pick("strategy", st.sampled_from(GREEDY_STRATEGIES), BAD_STRATEGIES),
         "weights": draw(st.sampled_from([None] * 6 + KINDS)),
         "words": words,
     }
@@ -215,16 +216,12 @@ def test_generate_is_right_or_names_the_error(request):
     stacked, model = model_with(request["weights"])
     prompts, words = request["prompts"], request["words"]
     try:
-        step = (
-            request["step"]()
-            if callable(request["step"]) and not hasattr(request["step"], "sampler")
-            else request["step"]
-        )
+        strategy = request["strategy"] if hasattr(request["strategy"], "sampler") else request["strategy"]()
         result = generate(
             model,
             prompts,
             request["new"],
-            step,
+            strategy,
             eos=request["eos"],
             seed=request["seed"],
             max_length=request["length"],
@@ -247,15 +244,15 @@ def test_generate_is_right_or_names_the_error(request):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("-inf head", "nan embedding", "large")])
-@pytest.mark.parametrize("step", [*GREEDY_STEPS[:2], Autoregressive(Stochastic(0.8, 3, 0.9))], ids=repr)
-def test_non_finite_weights_never_become_tokens(kind, step):
+@pytest.mark.parametrize("strategy", [*GREEDY_STRATEGIES[:2], Autoregressive(Stochastic(0.8, 3, 0.9))], ids=repr)
+def test_non_finite_weights_never_become_tokens(kind, strategy):
     with pytest.raises(UserError, match=r"the logits after \d tokens of prompt 0 are not finite: the weights hold NaN"):
-        generate(model_with(kind)[1], [[1, 2, 3], [4]], 5, step)
+        generate(model_with(kind)[1], [[1, 2, 3], [4]], 5, strategy)
 
 
 def test_a_stacked_model_is_refused():
     with pytest.raises(UserError, match=r"pass model\.unstacked\(\)"):
-        generate(model_with(None)[0], [[1]], 1, GREEDY_STEPS[0])
+        generate(model_with(None)[0], [[1]], 1, GREEDY_STRATEGIES[0])
 
 
 logits = st.one_of(

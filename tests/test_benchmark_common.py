@@ -21,10 +21,10 @@ def test_the_header_identifies_the_measurement(capsys):
 def test_functions_are_timed_in_turn_after_a_warm_up():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
-    timings = common.in_turn(functions, turns=3)
+    timings = common.timed_in_turn(functions, turns=3)
     assert calls == ["a", "b"] * 4
     assert {name: len(seconds) for name, seconds in timings.seconds.items()} == {"a": 3, "b": 3}
-    common.in_turn(functions, turns=9, warm_up=0, out_of_time=lambda: True)
+    common.timed_in_turn(functions, turns=9, warm_up=0, out_of_time=lambda: True)
     assert calls[8:] == ["a", "b"] * 2  # stops after the second timed turn
 
 

@@ -73,8 +73,8 @@ def speculative_strategies(combination, random):
     policies = [
         Fixed(exit_layer, draft_length),
         ConfidenceStop(exit_layer, draft_length, threshold),
-        Adaptive(exit_layer, draft_length, exits, probe_share=0.5, horizon=10.0),
-        Erratic(exit_layer, draft_length, exits),
+        Adaptive(exits, draft_length, probe_share=0.5, horizon=10.0),
+        Erratic(exits, draft_length),
     ]
     adaptive = [AdaptiveSpeculative(Greedy(), policy) for policy in policies[1:]]
     return [SelfSpeculative(Greedy(), policies[0]), *adaptive, PromptLookup(Greedy(), draft_length)]
@@ -114,7 +114,7 @@ def test_speculation_equals_autoregressive_decoding(combination, monkeypatch):
     jax.clear_caches()  # these programs use thousands of memory maps, see `release_programs`
 
 
-@pytest.mark.parametrize("policy", [ConfidenceStop(2, 5, 0.04), Erratic(2, 5)], ids=["confidence", "erratic"])
+@pytest.mark.parametrize("policy", [ConfidenceStop(2, 5, 0.04), Erratic((2,), 5)], ids=["confidence", "erratic"])
 @pytest.mark.parametrize("prompts", [[[1, 2]], [[1, 2, 3], [4]]], ids=["row", "rows"])
 def test_one_exit_and_one_width_are_lossless_for_every_draft_length(policy, prompts):
     """`SelfSpeculative` always verifies d+1 positions. It takes a plan of no draft as a plan of one."""

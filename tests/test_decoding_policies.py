@@ -92,7 +92,18 @@ def test_wrong_widths_and_plans_are_named(policy, says):
 
 def test_one_exit_is_all_that_self_speculative_drafts_from():
     with pytest.raises(UserError, match="Adaptive has the candidate exits 1 2, but SelfSpeculative drafts from one"):
-        SelfSpeculative(Greedy(), Adaptive(1, 2, (1, 2)))
+        SelfSpeculative(Greedy(), Adaptive((1, 2), 2))
+
+
+def test_a_strategy_that_jit_cannot_hash_is_refused():
+    @dataclasses.dataclass
+    class Mutable:
+        exit_layer: int
+        exits = (2,)
+        draft_length = 3
+
+    with pytest.raises(UserError, match=r"unhashable type: 'Mutable'\): .* @dataclasses\.dataclass\(frozen=True\)"):
+        generate(tiny_model(1).unstacked(), PROMPTS, 5, SelfSpeculative(Greedy(), Mutable(2)))
 
 
 def test_attributes_that_are_not_fields_are_refused():
@@ -130,7 +141,7 @@ def test_a_policy_may_stop_by_the_exits_logits():
 
 
 def test_adaptive_plans_by_the_formula():
-    policy = Adaptive(2, 3, candidates=(1, 2))
+    policy = Adaptive((1, 2), 3)
     agreed = jnp.array([[9.0, 4.0, 2.0], [18.0, 17.0, 16.0]])
     reached = jnp.array([[18.0, 9.0, 4.0], [19.0, 18.0, 17.0]])
     cost = np.array([[1.0, 1.2, 1.4, 1.6], [1.0, 1.4, 1.8, 2.2]])
@@ -150,7 +161,7 @@ def test_adaptive_plans_by_the_formula():
 
 
 def test_adaptive_updates_its_counts():
-    policy, config = Adaptive(2, 3, candidates=(1, 2), probe_share=0.02, horizon=1e9), tiny_config()
+    policy, config = Adaptive((1, 2), 3, probe_share=0.02, horizon=1e9), tiny_config()
     none, first = jnp.zeros((2, 4)), policy.init_state(config)
     assert policy.probes(first)
     # Rows: 2 of 3 drafts accepted; all 3 accepted; already done.
@@ -177,7 +188,7 @@ def test_adaptive_updates_its_counts():
 def test_adaptive_probes_for_its_share_of_the_time():
     """A probe of X exits costs X heads, so one is due when X h / share has been spent since the last."""
     config = tiny_config()
-    policy = Adaptive(1, 4, candidates=(1, 2), probe_share=0.02)
+    policy = Adaptive((1, 2), 4, probe_share=0.02)
     model = with_tail(tiny_model(2), 1, 1.0)
     strategy = AdaptiveSpeculative(NeverAgrees(), policy)
     state = begin(model, [[1, 2]], 200, strategy)
@@ -194,14 +205,14 @@ def test_adaptive_probes_for_its_share_of_the_time():
 def test_adaptive_finds_the_exit_that_is_always_right(good_exit):
     """Blocks after ``good_exit`` are identities, so it and all later exits are right, and it is the cheapest."""
     model = with_tail(tiny_model(2), good_exit, 0.0)
-    strategy = AdaptiveSpeculative(Greedy(), Adaptive(2, 4, candidates=(1, 2, 3), probe_share=0.5))
+    strategy = AdaptiveSpeculative(Greedy(), Adaptive((1, 2, 3), 4, probe_share=0.5))
     result = generate(model, [[1, 2]], 120, strategy)
     assert max(result.exit_rounds, key=result.exit_rounds.get) == good_exit
     assert result.rounds < 60
 
 
 def test_adaptive_falls_back_to_plain_decoding_if_no_draft_is_right():
-    result = generate(tiny_model(2).unstacked(), [[1, 2]], 60, AdaptiveSpeculative(NeverAgrees(), Adaptive(1, 6)))
+    result = generate(tiny_model(2).unstacked(), [[1, 2]], 60, AdaptiveSpeculative(NeverAgrees(), Adaptive((1,), 6)))
     assert result.drafted < 12
     assert result.accepted == 0
 
@@ -229,7 +240,7 @@ def test_probes_count_what_each_exit_would_have_drafted(used):
             return Plan(jnp.int32(used), jnp.int32(d))
 
     model = with_tail(tiny_model(7), 2, 0.15)
-    strategy = AdaptiveSpeculative(Greedy(), FromExit(1, d, exits))
+    strategy = AdaptiveSpeculative(Greedy(), FromExit(exits, d))
     state = begin(model, [[1, 2]], 60, strategy)
     state = run_rounds(strategy, model, state, jnp.int32(0))
     lengths = [int(state.length_B[0])]
@@ -251,18 +262,21 @@ def test_probes_count_what_each_exit_would_have_drafted(used):
 
 
 def test_candidates_must_be_increasing_and_in_the_model():
-    for candidates in [(2, 1), (1, 1), (0, 1)]:
+    for exits in [(2, 1), (1, 1), (0, 1), ()]:
         with pytest.raises(UserError, match="must be strictly increasing and at least 1"):
-            Adaptive(1, 2, candidates)
+            Adaptive(exits, 2)
+    with pytest.raises(UserError, match="exits must be a list, not 1"):
+        Adaptive(1, 2)
+    assert Adaptive([1, 2], 2) == Adaptive((1, 2), 2)
     with pytest.raises(UserError, match=r"exit layer 9 must be in 1\.\.4"):
-        generate(tiny_model().unstacked(), [[1]], 2, AdaptiveSpeculative(Greedy(), Adaptive(1, 2, (1, 9))))
+        generate(tiny_model().unstacked(), [[1]], 2, AdaptiveSpeculative(Greedy(), Adaptive((1, 9), 2)))
 
 
 STRATEGIES = {
     "autoregressive": Autoregressive(Greedy()),
     "fixed": SelfSpeculative(Greedy(), Fixed(2, 4)),
     "confidence": AdaptiveSpeculative(Greedy(), ConfidenceStop(2, 4, 0.1)),
-    "adaptive": AdaptiveSpeculative(Greedy(), Adaptive(2, 4, (1, 2, 3))),
+    "adaptive": AdaptiveSpeculative(Greedy(), Adaptive((1, 2, 3), 4)),
     "prompt_lookup": PromptLookup(Greedy(), 4),
     "confident_exit": ConfidentExit(Greedy(), (1, 2, 4), 0.1),
 }

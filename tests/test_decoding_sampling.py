@@ -100,7 +100,7 @@ def p_value(model, strategy, exact, samples=SAMPLES):
 
 STRATEGIES = [
     AdaptiveSpeculative(Stochastic(), ConfidenceStop(1, 3, 0.3)),
-    AdaptiveSpeculative(Stochastic(temperature=0.8), Adaptive(1, 3, (1, 2), probe_share=0.5)),
+    AdaptiveSpeculative(Stochastic(temperature=0.8), Adaptive((1, 2), 3, probe_share=0.5)),
     PromptLookup(Stochastic(temperature=1.2, top_k=5), draft_length=2),
 ]
 

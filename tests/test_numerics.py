@@ -141,10 +141,12 @@ def test_no_array_has_seven_axes():
 
     assert 4 <= largest_rank(jax.jit(jax.grad(objective)).lower(model).compile().as_text()) <= 6
 
-    model, step = jax.eval_shape(lambda model: model.unstacked(), model), SelfSpeculative(Greedy(), Fixed(1, 2))
+    model, strategy = jax.eval_shape(lambda model: model.unstacked(), model), SelfSpeculative(Greedy(), Fixed(1, 2))
     text_and_limits = jnp.ones((2, 16), jnp.int32), jnp.array([3, 1]), jnp.array([9, 9]), jnp.int32(-1)
-    state = jax.eval_shape(lambda model: prefill(step, model, Request(*text_and_limits, jax.random.key(0)), 8), model)
-    assert 4 <= largest_rank(run_rounds.lower(step, model, state, jnp.int32(1)).compile().as_text()) <= 6
+    state = jax.eval_shape(
+        lambda model: prefill(strategy, model, Request(*text_and_limits, jax.random.key(0)), 8), model
+    )
+    assert 4 <= largest_rank(run_rounds.lower(strategy, model, state, jnp.int32(1)).compile().as_text()) <= 6
 
 
 def write_often(cache, new_BTKH, start_B, times):

@@ -52,7 +52,7 @@ def test_the_loop_reads_a_quarter_of_the_bytes():
 
 @pytest.mark.parametrize(
     "strategy",
-    [SelfSpeculative(Greedy(), Fixed(2, 3)), AdaptiveSpeculative(Greedy(), Adaptive(2, 4, (1, 2, 3)))],
+    [SelfSpeculative(Greedy(), Fixed(2, 3)), AdaptiveSpeculative(Greedy(), Adaptive((1, 2, 3), 4))],
     ids=["fixed", "adaptive"],
 )
 def test_speculation_is_lossless_on_int8_weights(strategy):

@@ -6,9 +6,10 @@ import sys
 from typing import Any
 
 from layerskip_jax.config import Config, DecodeConfig, ModelConfig
-from layerskip_jax.decoding.cost import head_share, round_cost, weight_bytes, weight_count
+from layerskip_jax.decoding.cost import head_share, round_cost, weight_bytes
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.text import Answer, Completion, Piece, TextGenerator
+from layerskip_jax.model import weight_count
 
 GREEN, YELLOW, DIM, END = "\033[32m", "\033[33m", "\033[2m", "\033[0m"
 

@@ -28,7 +28,7 @@ class AdaptiveSpeculative(SelfSpeculative):
     """Self-speculation from the exit that the policy plans, with as many drafts as it plans, or none."""
 
     def __post_init__(self) -> None:
-        """Accept a policy with any number of candidate exits."""
+        """Do not require a single exit, as `SelfSpeculative` does."""
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         key, draft_key, verify_key = jax.random.split(state.key, 3)
@@ -47,7 +47,10 @@ class AdaptiveSpeculative(SelfSpeculative):
     def early_blocks(
         self, model: Transformer, plan: Plan, position: RotaryTables, x_B1D: jax.Array, layers: list[LayerCache]
     ) -> tuple[list[jax.Array], list[LayerCache]]:
-        """Run the blocks up to the planned exit. Later exits repeat its hidden state: drafting uses the last one."""
+        """Run the blocks up to the planned exit; return the hidden state at each candidate exit, and the caches.
+
+        Exits after the planned one repeat its hidden state, so the last entry is always the one to draft from.
+        """
         queries = []
         for index, blocks in enumerate(self.stages()):
             runs = index == 0 or plan.exit_index >= index

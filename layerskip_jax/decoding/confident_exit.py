@@ -1,7 +1,7 @@
 """Early exit by confidence (lossy): each token exits at the first exit that is confident of it.
 
-This is not in the LayerSkip paper; it follows CALM (arXiv 2207.07061): softmax confidence, and in the blocks that a
-token skips, keys and values computed from the hidden state with which it exited.
+This is not in the LayerSkip paper; it follows CALM (arXiv 2207.07061). The confidence is the largest probability. The
+blocks that a token skips compute its keys and values from the hidden state with which it exited.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class ConfidentExit:
     sampler: Sampler
     exits: Sequence[int]
     threshold: float
-    draft_length: int = 0
+    draft_length: int = dataclasses.field(init=False, default=0)
 
     def __post_init__(self) -> None:
         require(self.threshold >= 0, f"threshold must be at least 0, not {self.threshold}")
@@ -59,7 +59,7 @@ class ConfidentExit:
         token_B, position_B = state.last_token()
         position = model.rotary_tables(position_B[:, None])
         key, draw_key = jax.random.split(state.key)
-        # Rows that are done count as exited, at an exit index that is out of range and so counts nowhere.
+        # Rows that are done count as exited. Their exit index is out of range, so `finish_round` does not count them.
         no_exit_B = jnp.full_like(token_B, len(self.exits))
         tokens = _Tokens(model.embed(token_B[:, None]), state.cache.layers, state.done_B, token_B, no_exit_B)
         for index, blocks in enumerate(itertools.pairwise((0, *self.exits))):

@@ -42,7 +42,7 @@ def make_policy(config: DecodeConfig, num_layers: int) -> DraftPolicy:
         return ConfidenceStop(exit_layer, length, config.draft_threshold)
     if config.policy == "adaptive":
         overhead = Overhead(per_round=config.start_cost, per_draft=config.width_cost)
-        return Adaptive(exit_layer, length, resolve_exits(config, num_layers), overhead=overhead)
+        return Adaptive(resolve_exits(config, num_layers), length, overhead=overhead)
     return Fixed(exit_layer, length)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.model import compute_dtype, parameter_count
+from layerskip_jax.model import compute_dtype, weight_count
 from layerskip_jax.sharding import target_platform
 
 
@@ -22,9 +22,9 @@ class Overhead(NamedTuple):
     """
 
     per_round: float = 0.0
-    """c: of each round that drafts, because verifying several positions uses other kernels than one position."""
+    """c: added to each round that drafts, because verifying several positions uses other kernels than one position."""
     per_draft: float = 0.0
-    """w: of each drafted token, because it adds a position to verify."""
+    """w: added for each drafted token, because it is one more position to verify."""
 
     def as_settings(self) -> dict[str, Any]:
         """Return the overhead as settings of `DecodeConfig`."""
@@ -32,11 +32,6 @@ class Overhead(NamedTuple):
 
 
 NO_OVERHEAD = Overhead()
-
-
-def weight_count(config: ModelConfig) -> int:
-    """Return the number of weights that one token's pass reads: all but the embedding, of which it reads one row."""
-    return parameter_count(config) - (0 if config.tied_embedding else config.vocab_size * config.dim)
 
 
 def weight_bytes(config: ModelConfig, kind: str = "full") -> int:
@@ -77,17 +72,16 @@ def predicted_speedup(
     return tokens_per_round / round_cost(config, exit_layer, drafted_per_round)
 
 
-def measured_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
+def measured_bandwidth() -> float:
     """Return the memory bandwidth of the default device [bytes/s]: the best rate of a float32 matrix-vector product.
 
-    The matrix has ``megabytes`` MiB, which must be larger than the device's caches.
+    The matrix has 256 MiB, more than the device's caches.
     """
-    rows = megabytes * 2**20 // (4 * 4096)
-    matrix, vector = jnp.ones((rows, 4096)), jnp.ones(4096)
+    matrix, vector = jnp.ones((16384, 4096)), jnp.ones(4096)
     product = jax.jit(jnp.matmul)
     product(matrix, vector).block_until_ready()
     seconds = []
-    for _ in range(repeats):
+    for _ in range(5):
         began = time.perf_counter()
         product(matrix, vector).block_until_ready()
         seconds.append(time.perf_counter() - began)

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerskip_jax.decoding.request import Generation, Request, check_request, round_up
+from layerskip_jax.decoding.request import Generation, HostText, Request, check_request, fetch_text, round_up
 from layerskip_jax.decoding.rounds import Strategy
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics
 from layerskip_jax.model import Transformer, compute_dtype, empty_cache
 from layerskip_jax.sharding import constrain
 
-OnRounds = Callable[[DecodeState], Sequence[bool]]
-"""Reads the state between rounds, and returns which rows to end now."""
+OnRounds = Callable[[HostText], Sequence[bool]]
+"""Reads the text so far, and returns which rows to end now."""
 
 
 @partial(jax.jit, static_argnames=("strategy", "width"))
@@ -82,7 +82,7 @@ def begin(
     `UserError` as `check_request` does.
     """
     max_length = check_request(model, prompts, max_new_tokens, max_length, strategy, eos, seed)
-    # d+1 extra slots: a round writes that many tokens from any length, and must not reach the end of the cache.
+    # d+1 extra slots: a round writes d+1 tokens after the known ones, even where the row's limit cuts most of them off.
     capacity = round_up(max_length + strategy.draft_length + 1)
     width = min(round_up(max(map(len, prompts)) - 1), capacity)
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
@@ -124,8 +124,8 @@ def generate(
     """
     began = time.perf_counter()
     state = begin(model, prompts, max_new_tokens, strategy, eos=eos, seed=seed, max_length=max_length)
-    # A call that runs no round compiles `run_rounds`, unless jit has this shape already. So `Generation.seconds` never
-    # includes compilation, and jit's own cache does what an ahead-of-time `lower().compile()` would need a second for.
+    # Compile `run_rounds` by a call that runs no round, so that `Generation.seconds` never includes compilation. Unlike
+    # `lower().compile()`, this costs nothing if jit's cache has a program for these shapes.
     state = jax.block_until_ready(run_rounds(strategy, model, state, jnp.int32(0)))
     prefilled = time.perf_counter()
     if on_rounds is None:
@@ -133,8 +133,9 @@ def generate(
     else:
         for calls in itertools.count(1):
             state = run_rounds(strategy, model, state, jnp.int32(calls * rounds_per_call))
+            text = fetch_text(state)
             # In numpy, since a jnp operation would compile here, in the timed part.
-            done_B = np.asarray(jax.device_get(state.done_B)) | np.asarray(on_rounds(state))
+            done_B = text.done_B | np.asarray(on_rounds(text))
             sharding = state.done_B.sharding if state.done_B.committed else None  # keep it, or run_rounds recompiles
             state = dataclasses.replace(state, done_B=jax.device_put(done_B, sharding))
             if done_B.all():

@@ -67,8 +67,8 @@ class DraftPolicy(Protocol):
     def verify_widths(self) -> Sequence[int]:
         """Numbers of positions to compile verifications for, strictly increasing up to d+1.
 
-        Only `adaptive.AdaptiveSpeculative` asks: it runs the narrowest that fits. It adds or drops width 1, a round
-        without a draft, depending on `plan`.
+        Only `adaptive.AdaptiveSpeculative` reads them, and runs the narrowest that fits. It adds width 1, a round
+        without a draft, if `plan` can ask for such a round, and drops it otherwise.
         """
 
     def init_state(self, model: ModelConfig) -> Any:
@@ -78,13 +78,13 @@ class DraftPolicy(Protocol):
         """Return the exit and the draft length of the next round."""
 
     def probes(self, policy_state: Any) -> bool | jax.Array:
-        """Return whether this round probes all candidate exits, for one run of the head each.
+        """Return whether this round probes the candidate exits, which costs a run of the head for each of them.
 
-        Only `adaptive.AdaptiveSpeculative` asks.
+        Only `adaptive.AdaptiveSpeculative` calls this.
         """
 
     def keep_drafting(self, policy_state: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-        """Return which rows draft another token after ``token_B``, given the exit's raw logits that it came from."""
+        """Return which rows draft another token after ``token_B``, which was drawn from the exit's ``logits_BV``."""
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
         """Return the policy state after a round."""
@@ -98,9 +98,8 @@ class Fixed:
     draft_length: int
 
     def __post_init__(self) -> None:
-        for name, value in (("exit_layer", self.exit_layer), ("draft_length", self.draft_length)):
-            parse_value(int, value, name)
-            require(value >= 1, f"{name} must be at least 1, not {value}")
+        _check_positive("exit_layer", self.exit_layer)
+        _check_positive("draft_length", self.draft_length)
 
     @property
     def exits(self) -> Sequence[int]:
@@ -126,6 +125,11 @@ class Fixed:
         return policy_state
 
 
+def _check_positive(name: str, value: int) -> None:
+    parse_value(int, value, name)
+    require(value >= 1, f"{name} must be at least 1, not {value}")
+
+
 def checked_plan(policy: DraftPolicy, policy_state: Any, least: int) -> Plan:
     """Return the policy's plan, clipped to its exits and to ``least``..d drafts.
 
@@ -144,7 +148,7 @@ def checked_plan(policy: DraftPolicy, policy_state: Any, least: int) -> Plan:
 
 
 def doubling_widths(draft_length: int) -> Sequence[int]:
-    """Return 1, 2, 3, 5, 9, ... and d+1: `DraftPolicy.verify_widths` for rounds of different lengths.
+    """Return ``DraftPolicy.verify_widths`` for a policy that varies the draft length: 1, 2, 3, 5, 9, ... and d+1.
 
     >>> doubling_widths(6), doubling_widths(1)
     ((1, 2, 3, 5, 7), (1, 2))
@@ -179,12 +183,12 @@ class Acceptance(NamedTuple):
     reached_Xd: jax.Array
     best: Plan  # the plan that follows from the counts
     spent: jax.Array  # cost of the rounds since the last probe
-    probe_after: jax.Array  # cost between two probes
+    probe_after: jax.Array  # the next probe is due when ``spent`` reaches this
     cost_XQ: jax.Array  # cost of a round from each exit with 0..d drafts
 
 
 @dataclasses.dataclass(frozen=True)
-class Adaptive(Fixed):
+class Adaptive:
     """Before each round, choose the exit E and the draft length n with the most expected tokens for their cost.
 
     Similar to DEL (arXiv 2504.05598), but inside the compiled loop:
@@ -193,28 +197,25 @@ class Adaptive(Fixed):
 
     a_E(i) estimates the probability that draft i is accepted if drafts 1..i-1 were, from about the last ``horizon``
     positions. n = 0 is plain decoding. `cost.round_cost` gives the costs. Every round measures the exit that it uses.
-    To measure the others, a probe runs the head at all candidate exits; ``probe_share`` is the share of the decoding
-    time to spend on probes. ``candidates`` are the exits, by default ``exit_layer`` alone. Needs
-    `adaptive.AdaptiveSpeculative`.
+    To measure the others, a probe runs the head at all of ``exits``; ``probe_share`` is the share of the decoding time
+    to spend on probes. Needs `adaptive.AdaptiveSpeculative`.
     """
 
-    candidates: tuple[int, ...] = ()
+    exits: Sequence[int]
+    draft_length: int
     probe_share: float = 0.05
     horizon: float = 100.0
     overhead: Overhead = NO_OVERHEAD
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        increasing = list(self.exits) == sorted(set(self.exits)) and self.exits[0] >= 1
-        require(increasing, f"candidate exits must be strictly increasing and at least 1, got {self.candidates}")
+        object.__setattr__(self, "exits", parse_value(tuple[int, ...], self.exits, "exits"))  # a list is not hashable
+        increasing = list(self.exits) == sorted(set(self.exits)) and min(self.exits, default=0) >= 1
+        require(increasing, f"exits must be strictly increasing and at least 1, got {self.exits}")
+        _check_positive("draft_length", self.draft_length)
         require(0 < self.probe_share <= 1, f"probe_share must be in (0, 1], not {self.probe_share}")
         require(0 < self.horizon < math.inf, f"horizon must be positive and finite, not {self.horizon}")
         bounded = all(0 <= cost < math.inf for cost in self.overhead)
         require(bounded, f"overhead must be finite and at least 0, got {self.overhead}")
-
-    @property
-    def exits(self) -> Sequence[int]:
-        return self.candidates or (self.exit_layer,)
 
     @property
     def verify_widths(self) -> Sequence[int]:
@@ -247,6 +248,9 @@ class Adaptive(Fixed):
 
     def probes(self, policy_state: Any) -> bool | jax.Array:
         return policy_state.spent >= policy_state.probe_after
+
+    def keep_drafting(self, policy_state: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+        return jnp.ones_like(token_B, bool)
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
         plan, probe, before = outcome.plan, outcome.probe, policy_state

@@ -50,7 +50,7 @@ class PromptLookup:
     sampler: Sampler
     draft_length: int
     max_ngram: int = 3
-    exits: Sequence[int] = ()
+    exits: Sequence[int] = dataclasses.field(init=False, default=())
 
     def __post_init__(self) -> None:
         for name, value in (("draft_length", self.draft_length), ("max_ngram", self.max_ngram)):

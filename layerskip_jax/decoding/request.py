@@ -32,7 +32,7 @@ class Request(NamedTuple):
 
 
 def round_up(value: int) -> int:
-    """Return the next multiple of `BUCKET`."""
+    """Return the smallest multiple of `BUCKET` that is at least ``value``."""
     return -(-value // BUCKET) * BUCKET
 
 
@@ -45,10 +45,11 @@ def check_request(
     eos: int,
     seed: int,
 ) -> int:
-    """Check a request and return its ``max_length``, by default that of the longest prompt plus its new tokens.
+    """Check a request and return its ``max_length``, by default the length of the longest prompt + ``max_new_tokens``.
 
-    Raises `UserError` for a prompt that is empty, too long or outside the vocabulary, for numbers out of range, for an
-    exit that the model does not have, and for a cache that does not fit into the device's memory.
+    Raises `UserError` for a stacked model, for a prompt that is empty, longer than ``max_length`` - 1 or outside the
+    vocabulary, for numbers out of range, for a strategy that `check_strategy` refuses, and for a cache that is larger
+    than the device's memory.
     """
     config = model.config
     require(
@@ -81,9 +82,17 @@ def check_request(
 
 
 def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
-    """Raise `UserError` if the strategy does not fit the model or the cache, or has attributes that jit cannot see."""
+    """Raise `UserError` if the strategy does not fit the model or the cache, or cannot be static under jit."""
+    try:
+        hash(strategy)
+    except TypeError as error:
+        raise UserError(
+            f"{type(strategy).__name__} must be hashable, because it is static under jit ({error}): give its class and "
+            "those of its parts @dataclasses.dataclass(frozen=True), and tuples in place of lists"
+        ) from None
     d, exits = strategy.draft_length, list(strategy.exits)
-    # `attention.write_cache` writes at most as many positions at once as the smallest piece of the cache has: a bucket.
+    # `attention.write_cache` needs the d+1 positions of a round to fit into any piece of the cache; the smallest piece
+    # has `BUCKET` slots.
     require(0 <= d < BUCKET, f"draft length {d} must be in 0..{BUCKET - 1}")
     for exit_layer in exits:
         require(
@@ -94,7 +103,8 @@ def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
     require(increasing, f"exit layers must be strictly increasing, got {' '.join(map(str, exits))}")
     for part in (strategy, *getattr(strategy, "__dict__", {}).values()):
         if dataclasses.is_dataclass(part):
-            # jit compares dataclasses by their fields, so the second of two instances would run the first's program.
+            # jit compares dataclasses by their fields. If two instances differ in another attribute only, the second
+            # would run the program that was compiled for the first.
             name, fields = type(part).__name__, {field.name for field in dataclasses.fields(part)}
             require(
                 vars(part).keys() <= fields,
@@ -137,10 +147,23 @@ def _check_memory(config: ModelConfig, rows: int, max_length: int) -> None:
     )
 
 
-def known_tokens(state: DecodeState) -> list[list[int]]:
+class HostText(NamedTuple):
+    """The text of a `DecodeState` in host memory. The fields mean what they mean there."""
+
+    tokens_BS: np.ndarray
+    drafted_BS: np.ndarray
+    length_B: np.ndarray
+    done_B: np.ndarray
+
+
+def fetch_text(state: DecodeState) -> HostText:
+    """Copy the text of ``state`` to the host, in one transfer."""
+    return HostText(*jax.device_get((state.tokens_BS, state.drafted_BS, state.length_B, state.done_B)))
+
+
+def known_tokens(text: HostText) -> list[list[int]]:
     """Return every row's tokens, prompt included; raises `UserError` if the logits of a row are not finite."""
-    tokens_BS, length_B = jax.device_get((state.tokens_BS, state.length_B))
-    rows = [row[:length].tolist() for row, length in zip(tokens_BS, length_B, strict=True)]
+    rows = [row[:length].tolist() for row, length in zip(text.tokens_BS, text.length_B, strict=True)]
     for row, tokens in enumerate(rows):
         if tokens[-1] == NO_TOKEN:
             raise UserError(
@@ -154,16 +177,17 @@ def known_tokens(state: DecodeState) -> list[list[int]]:
 class Generation:
     """The result of one `engine.generate` call: the new tokens of each prompt, times and counts.
 
-    Counts add up all rows of the batch, as long as a row was not done. ``rounds`` and ``exit_rounds`` count rounds of
-    the loop instead, which all rows share.
+    Counts add up the rows of the batch; a row that is done no longer counts. ``rounds`` and, except for
+    `ConfidentExit`, ``exit_rounds`` count rounds of the loop instead, which all rows share. A strategy without exits
+    counts its rounds and drafts under layer L.
     """
 
     tokens: list[list[int]]  # per prompt, without the prompt; ends with the EOS if the row reached it
-    seconds: float  # in rounds, without prefill and compilation
+    seconds: float  # in rounds and in `on_rounds`, without prefill and compilation
     prefill_seconds: float  # in prefill and, for the first request of a shape, compilation
     rounds: int
-    drafted: int  # tokens that were drafted, and those of them that were accepted
-    accepted: int
+    drafted: int  # tokens that were drafted
+    accepted: int  # drafts that were accepted, even if an EOS or the row's limit cut them off
     accepted_histogram: list[int]  # entry n: how often a row accepted exactly n drafts in a round, for n = 0..d
     exit_rounds: dict[int, int]  # exit layer -> rounds that drafted there (`ConfidentExit`: tokens that exited there)
     exit_drafts: dict[int, int]  # exit layer -> tokens drafted there; the sum is ``drafted``
@@ -172,11 +196,14 @@ class Generation:
     def from_state(
         cls, state: DecodeState, prompts: Sequence[Sequence[int]], exits: Sequence[int], **seconds: float
     ) -> Self:
-        """Read the result of ``prompts`` from the state after the last round. ``exits`` are the strategy's exits."""
-        statistics = jax.device_get(state.statistics)
+        """Read the result of ``prompts`` from the state after the last round.
+
+        ``exits`` are the strategy's exits, or L alone if it has none. ``seconds`` are the two times.
+        """
+        statistics, known = jax.device_get(state.statistics), known_tokens(fetch_text(state))
         histogram = statistics.accepted_histogram_Q.tolist()
         return cls(
-            tokens=[row[len(prompt) :] for row, prompt in zip(known_tokens(state), prompts, strict=True)],
+            tokens=[row[len(prompt) :] for row, prompt in zip(known, prompts, strict=True)],
             rounds=int(statistics.rounds),
             drafted=sum(statistics.drafted_X.tolist()),
             accepted=sum(count * rounds for count, rounds in enumerate(histogram)),
@@ -203,6 +230,6 @@ class Generation:
 
     @property
     def tokens_per_round(self) -> float:
-        """New tokens per round and row: 1 for plain decoding, at most d+1 for self-speculation."""
+        """New tokens per round and row: 1 for plain decoding, at most d+1 with drafts; NaN without a round."""
         row_rounds = sum(self.accepted_histogram)
         return self.new_tokens / row_rounds if row_rounds else float("nan")

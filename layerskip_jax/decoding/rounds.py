@@ -30,7 +30,7 @@ class Strategy(Protocol):
 
     @property
     def exits(self) -> Sequence[int]:
-        """The exits whose hidden states the KVQ cache keeps."""
+        """The exits that the statistics tell apart; the KVQ cache has an exit query for each."""
 
     def init_policy_state(self, model: ModelConfig) -> Any:
         """Return `DecodeState.policy_state` before the first round."""
@@ -44,8 +44,8 @@ class Autoregressive:
     """Plain decoding: run all blocks for one token. On `Transformer.first_layers` of a model it is lossy early exit."""
 
     sampler: Sampler
-    draft_length: int = 0
-    exits: Sequence[int] = ()
+    draft_length: int = dataclasses.field(init=False, default=0)
+    exits: Sequence[int] = dataclasses.field(init=False, default=())
 
     def init_policy_state(self, model: ModelConfig) -> Any:
         return ()
@@ -174,7 +174,9 @@ def finish_round(
 ) -> DecodeState:
     """Emit each row's accepted drafts and its next token, and update the statistics.
 
-    The round counts for exit ``exit_index`` if ``used_exit``: a round that drafts nothing uses none.
+    ``exit_index`` is the entry of `Strategy.exits` for which the round counts, 0 if there are no exits. If
+    ``used_exit`` is false, the round counts for none. A round without drafts may pass an index per row instead: each
+    row then counts for its own exit, and a row whose index is out of range for none.
     """
     active_B, old = ~state.done_B, state.statistics
     counted_BQ = jax.nn.one_hot(verdict.accepted_B, drafts.tokens_Bd.shape[1] + 1, dtype=jnp.int32) * active_B[:, None]

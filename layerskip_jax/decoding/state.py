@@ -22,8 +22,9 @@ from layerskip_jax.decoding.sampling import NO_TOKEN
 class KVQCache:
     """One cache for drafting and verification (LayerSkip section 4.3.3): keys and values, and the exit queries.
 
-    ``exit_query_BQD`` holds, for each exit E that may draft, the hidden states x_E of the Q = d+1 positions of the
-    current round. The verification starts from them.
+    ``exit_query_BQD`` has an array per exit of the strategy. It holds the hidden states at that exit of the Q = d+1
+    positions of the current round, from which the verification goes on. Exits above the one that drafted repeat its
+    hidden states. Strategies that do not draft by early exit leave it at zero.
     """
 
     layers: list[LayerCache]
@@ -32,10 +33,13 @@ class KVQCache:
 
 @flax.struct.dataclass
 class Statistics:
-    """Counts over a generation. Rows that are done no longer count."""
+    """Counts over a generation. Rows that are done no longer count.
 
-    rounds: jax.Array  # of the loop
-    drafted_X: jax.Array  # tokens drafted at each exit
+    X is the number of the strategy's exits, or 1 if it has none: then the only entry counts every round and draft.
+    """
+
+    rounds: jax.Array  # of the loop, which all rows share
+    drafted_X: jax.Array  # tokens drafted at each exit, added up over rows
     accepted_histogram_Q: jax.Array  # how often a row accepted exactly 0..d drafts in a round
     exit_rounds_X: jax.Array  # rounds of the loop that drafted at each exit (`ConfidentExit`: tokens that exited there)
 
@@ -64,8 +68,8 @@ class DecodeState:
 def emit(state: DecodeState, draft_Bd: jax.Array, accepted_B: jax.Array, next_B: jax.Array) -> DecodeState:
     """Append each row's accepted drafts and the token after them; end a row after EOS, `NO_TOKEN` or at its limit.
 
-    Rows that were done do not change. All Q = d+1 slots are written, for which the capacity leaves room, and
-    ``length_B`` says how many of them are known.
+    Q = d+1 slots of every row are overwritten, for which the capacity leaves room. ``length_B`` says how many of them
+    are known: none in a row that was done before.
     """
     slot_BQ = jnp.arange(draft_Bd.shape[1] + 1)[None]
     is_draft_BQ = slot_BQ < accepted_B[:, None]

@@ -5,19 +5,17 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import jax
 import numpy as np
 
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.configure import configure
 from layerskip_jax.decoding.engine import generate
-from layerskip_jax.decoding.request import Generation, known_tokens
-from layerskip_jax.decoding.state import DecodeState
+from layerskip_jax.decoding.request import Generation, HostText, known_tokens
 from layerskip_jax.model import Transformer
 
 ROUNDS_BETWEEN_STOP_CHECKS = 8
-"""Rounds between two searches for stop strings, which run on the host and need a small transfer each."""
+"""Rounds between two searches for stop strings, which run on the host and need one transfer each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Piece:
     """A piece of streamed text."""
 
     text: str
-    drafted: bool  # whether it came from accepted drafts or from the full model's own tokens
+    drafted: bool  # True: it comes from accepted drafts; False: from the full model's own tokens
 
 
 class TextGenerator:
@@ -71,13 +69,13 @@ class TextGenerator:
         ids = [self.encode(prompt) for prompt in prompts]
         stream = _Stream(self, len(ids[0])) if show and ids else None
 
-        def on_rounds(state: DecodeState) -> list[bool]:
+        def on_rounds(text: HostText) -> list[bool]:
             if stream and show:
-                for piece in stream.pieces(state):
+                for piece in stream.pieces(text):
                     show(piece)
             if not self.config.stop:
                 return [False] * len(ids)
-            new = [row[len(prompt) :] for row, prompt in zip(known_tokens(state), ids, strict=True)]
+            new = [row[len(prompt) :] for row, prompt in zip(known_tokens(text), ids, strict=True)]
             return [self.stop_at(self.partial_text(row)) >= 0 for row in new]
 
         generation = generate(
@@ -122,21 +120,20 @@ class TextGenerator:
 
 
 class _Stream:
-    """Turn the successive states of the first row into pieces of text.
+    """Turn the growing text of the first row into pieces.
 
-    A piece is final: text that can still change waits for the next round. This is an unfinished character, and text
-    that may be the beginning of a stop string.
+    A piece is final. Text that can still change waits for a later call: an unfinished character, and text that may be
+    the beginning of a stop string.
     """
 
     def __init__(self, generator: TextGenerator, prompt_length: int):
         self._generator, self._prompt_length = generator, prompt_length
         self._tokens = self._shown = 0  # tokens and characters that earlier pieces cover
 
-    def pieces(self, state: DecodeState) -> list[Piece]:
-        """Return the text that is new in ``state``, split where drafted tokens meet the full model's."""
-        new = known_tokens(state)[0][self._prompt_length :]
-        drafted_BS, done_B = jax.device_get((state.drafted_BS, state.done_B))
-        is_draft, done = drafted_BS[0, self._prompt_length :], bool(done_B[0])
+    def pieces(self, host: HostText) -> list[Piece]:
+        """Return the text that is new in ``host``, split where drafted tokens meet the full model's."""
+        new = known_tokens(host)[0][self._prompt_length :]
+        is_draft, done = host.drafted_BS[0, self._prompt_length :], bool(host.done_B[0])
         text = self._generator.text(new) if done else self._generator.partial_text(new)
         stopped = self._generator.cut(new)
         end = len(stopped[0]) if stopped else len(text) - (0 if done else self._held_back(text))
@@ -151,6 +148,6 @@ class _Stream:
         return pieces
 
     def _held_back(self, text: str) -> int:
-        """Return the length of the longest end of ``text`` that may be the beginning of a stop string."""
+        """Return the length of the longest suffix of ``text`` that is the beginning of a stop string."""
         stops = self._generator.config.stop
         return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

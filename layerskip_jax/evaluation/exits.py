@@ -20,7 +20,7 @@ from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.distributed import agree
 from layerskip_jax.errors import UserError
-from layerskip_jax.model import Block, Transformer, run_layers
+from layerskip_jax.model import Transformer
 from layerskip_jax.recipe.fused_exit_loss import chunked_exit_losses
 from layerskip_jax.sharding import AXES, named_shardings
 
@@ -96,17 +96,11 @@ def over_positions(read: Callable[..., Any], x_BTD: jax.Array, *labels_BT: jax.A
 @jax.jit
 def exit_predictions(model: Transformer, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Return ``next_LBT``: the argmax of the logits ``g(x_{l+1})`` of every exit at every position."""
-    rotary = model.rotary_tables(jnp.arange(tokens_BT.shape[1])[None])
 
     def argmax(x_BD: jax.Array) -> jax.Array:
         return jnp.argmax(model.unembed(x_BD[:, None])[:, 0], axis=-1)
 
-    def block_fn(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        x_BTD = x_BTD + block(x_BTD, rotary, segments_BT)[0]
-        return x_BTD, over_positions(argmax, x_BTD)
-
-    inputs = None if isinstance(model.blocks, Block) else [None] * model.config.num_layers
-    _, next_LBT = run_layers(model.blocks, model.embed(tokens_BT), block_fn, inputs)
+    _, next_LBT = model.run_uncached(tokens_BT, segments_BT, partial(over_positions, argmax))
     return jnp.asarray(next_LBT)
 
 
@@ -163,15 +157,11 @@ def token_scores(
     Both are ``[B, T]``. Every row is the beginning of one document.
     """
     early = model.first_layers(exit_layer)
-    rotary, segments_BT = early.rotary_tables(jnp.arange(tokens_BT.shape[1])[None]), jnp.ones_like(tokens_BT)
-
-    def block_fn(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return x_BTD + block(x_BTD, rotary, segments_BT)[0], None
 
     def score(x_BD: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         log_p_BV = jax.nn.log_softmax(early.unembed(x_BD[:, None])[:, 0], axis=-1)
         picked_B = jnp.take_along_axis(log_p_BV, target_B[:, None], axis=-1)[:, 0]
         return picked_B, jnp.argmax(log_p_BV, axis=-1) == target_B
 
-    x_BTD, _ = run_layers(early.blocks, early.embed(tokens_BT), block_fn, [None] * exit_layer)
+    x_BTD, _ = early.run_uncached(tokens_BT, jnp.ones_like(tokens_BT))
     return over_positions(score, x_BTD, targets_BT)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerskip_jax.config import Config
-from layerskip_jax.model import parameter_count
+from layerskip_jax.model import weight_count
 from layerskip_jax.recipe.recipe import Recipe
 
 PEAK_FLOPS = {
@@ -77,10 +77,7 @@ def flops_per_token(config: Config) -> float:
     N excludes the embedding table, whose lookup is no matmul. Exits and dropout do not count, so the MFU compares with
     plain training of the same model.
     """
-    model = config.model
-    lookup = 0 if model.tied_embedding else model.vocab_size * model.dim
-    multiplied = parameter_count(model) - lookup
-    return 6 * multiplied + attention_flops(config)
+    return 6 * weight_count(config.model) + attention_flops(config)
 
 
 def attention_flops(config: Config) -> float:
