@@ -1,11 +1,15 @@
-"""Validation of values that users give: conditions, and values of declared types."""
+"""Declaration of settings, and validation of values that users give: conditions, and values of declared types."""
 
 import contextlib
+import dataclasses
 import math
 import typing
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
 
 from layerskip_jax.errors import UserError, nearest
+
+T = TypeVar("T")
 
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 """What error messages call the plain types."""
@@ -15,6 +19,17 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_rising(name: str, exits: Sequence[int]) -> None:
+    """Raise `UserError` unless ``exits`` are strictly increasing and at least 1."""
+    rising = list(exits) == sorted(set(exits)) and min(exits, default=1) >= 1
+    require(rising, f"{name} must be strictly increasing and at least 1, got {' '.join(map(str, exits))}")
+
+
+def setting(default: T, doc: str) -> T:
+    """Declare a dataclass field with its default and its ``--help`` line, which gives the unit in brackets."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
 
 
 def check_fields(config: Any) -> None:

@@ -45,7 +45,7 @@ def test_distillation_gives_the_teacher_no_gradient(name):
     batch = Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones((2, 8), int), jnp.ones((2, 8)))
     weight_L = jnp.zeros(L).at[1].set(1)
     loss = SelfDistillation(LOSSES[name])
-    gradient = jax.jit(jax.grad(lambda model: exit_losses(model, batch, weight_L, distillation=loss).objective))
+    gradient = jax.jit(jax.grad(lambda model: exit_losses(model, batch, weight_L, distillation=(loss, 1.0)).objective))
     grads = gradient(model)
     norm_L = jnp.abs(grads.blocks.down_FD[...]).max((1, 2))
     assert (norm_L > 0).tolist() == [True, True, False, False]

@@ -13,15 +13,10 @@ from hypothesis import strategies as st
 from models import tiny_model
 
 from layerskip_jax.data.batch import Batch
+from layerskip_jax.recipe.chunked_loss import INNER_EXIT, LAST_EXIT
 from layerskip_jax.recipe.distillation import SelfDistillation, argmax_cross_entropy, kl_divergence, rejection
 from layerskip_jax.recipe.exit_loss import exit_losses
-from layerskip_jax.recipe.fused_exit_loss import (
-    INNER_EXIT,
-    LAST_EXIT,
-    FusedSettings,
-    chunked_exit_losses,
-    fused_exit_losses,
-)
+from layerskip_jax.recipe.fused_exit_loss import FusedSettings, chunked_exit_losses, fused_exit_losses
 from layerskip_jax.recipe.layer_dropout import DropoutMask, apply_masked, sample_dropout_mask
 from layerskip_jax.recipe.skipping import apply_skipping
 
@@ -74,7 +69,8 @@ def value_and_gradient(losses, *arguments):
 
 @partial(jax.jit, static_argnames="settings")
 def plain_and_fused(model, batch, weight_L, dropout_mask, settings, share):
-    reference = partial(exit_losses, distillation=settings.distillation, share=share)
+    distillation = settings.distillation and (settings.distillation, share)
+    reference = partial(exit_losses, distillation=distillation)
     plain = value_and_gradient(reference, model, batch, weight_L, dropout_mask)
     fused = value_and_gradient(fused_exit_losses, model, batch, weight_L, settings, dropout_mask, None, share)
     return plain, fused

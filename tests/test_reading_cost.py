@@ -14,7 +14,7 @@ TRAINING = ["config.py", *MODEL, "recipe/*.py", "training/loop.py", "training/st
 DECODING = [*MODEL, *(f"decoding/{name}.py" for name in ("state", "rounds", "sampling", "engine"))]
 
 
-@pytest.mark.parametrize(("patterns", "limit"), [(TRAINING, 1900), (DECODING, 1000)], ids=["training", "decoding"])
+@pytest.mark.parametrize(("patterns", "limit"), [(TRAINING, 2200), (DECODING, 1000)], ids=["training", "decoding"])
 def test_reading_cost(patterns, limit):
     """The limit is the total at the time of writing, rounded up to the next hundred."""
     files = [file for pattern in patterns for file in sorted(PACKAGE.glob(pattern))]

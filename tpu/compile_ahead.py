@@ -29,7 +29,7 @@ from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.locations import keep_compiled_programs
-from layerskip_jax.recipe.fused_exit_loss import INNER_EXIT, LAST_EXIT
+from layerskip_jax.recipe.chunked_loss import INNER_EXIT, LAST_EXIT
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.training.monitoring.flops import PEAK_FLOPS, attention_flops, flops_per_token, step_flops

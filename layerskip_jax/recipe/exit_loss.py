@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.model import Block, Transformer, run_layers
@@ -29,14 +30,13 @@ def exit_losses(
     *,
     loss: ExitLoss = cross_entropy,
     teacher: Any = None,
-    distillation: ExitLoss | None = None,
-    share: float = 1.0,
+    distillation: tuple[ExitLoss, ArrayLike] | None = None,
 ) -> ExitLosses:
     """Return ``J = sum_l w_l CE(g(x_{l+1}), Y)`` (LayerSkip eq. 5), and the loss of each exit with a weight above 0.
 
     ``x_{l+1} = x_l + M_l f_l(x_l)`` (eq. 1) with M from ``dropout_mask``; None keeps every block. ``weight_L`` is
     w(t, l) of eq. 6. ``loss`` takes the place of CE; it receives ``teacher``, a tree of ``[B, T, ...]`` arrays.
-    ``distillation`` takes its place at all exits but the last; it receives ``(x_L, share)``, which get no gradient.
+    ``distillation`` is a loss for all exits but the last, with the share m. It receives ``(x_L, m)``, without gradient.
     """
     B, T = batch.inputs_BT.shape
     L = model.config.num_layers
@@ -51,8 +51,10 @@ def exit_losses(
         return x_BTD, x_BTD
 
     last_x_BTD, x_LBTD = run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, mask)
-    inner = loss if distillation is None else distillation
-    inner_teacher = teacher if distillation is None else (jax.lax.stop_gradient(last_x_BTD), jnp.full((B, T), share))
+    inner, inner_teacher = loss, teacher
+    if distillation is not None:
+        inner, share = distillation
+        inner_teacher = jax.lax.stop_gradient(last_x_BTD), jnp.full((B, T), share)
 
     def value(exit_loss: ExitLoss, x_BTD: jax.Array, teacher: Any) -> jax.Array:
         return exit_loss(model.unembed, x_BTD, batch.targets_BT, batch.mask_BT, teacher)
