@@ -1,8 +1,8 @@
 """The device mesh, and `RULES`, the one table that maps logical axes to mesh axes.
 
-To try another layout, edit `RULES`, and `_check_divides`, which checks that dimensions divide. ``"embed": None``
-replicates parameters over fsdp and sequence. With it, ``"ffn": ("tensor", "sequence")`` shards the feed-forward width
-over both axes.
+To try another layout, edit `RULES`, and `_check_divides`, which checks that dimensions divide. For example,
+``"embed": None`` replicates parameters over fsdp and sequence. The axis sequence is then free for another dimension:
+``"ffn": ("tensor", "sequence")`` shards the feed-forward width over tensor and sequence.
 """
 
 import math
@@ -129,9 +129,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def named_shardings(tree: Any, model: nnx.Module, mesh: Mesh) -> Any:
     """Return a `NamedSharding` for every array of ``tree``.
 
-    A Param that has the axes and the shape of one of ``model`` is sharded by `RULES`: the model's own, and the
-    optimizer's moments. Other arrays, such as factored moments, are replicated. A Param with one more dimension than
-    names is a stack of "layers".
+    A Param with the axis names and the shape of a parameter of ``model`` is sharded by `RULES`: the parameters
+    themselves, and the optimizer's moments. Other arrays, such as factored moments, are replicated. A Param with one
+    more dimension than axis names has "layers" as its first.
     """
     known = {(param.get_metadata()["axes"], param.shape) for param in jax.tree.leaves(model, is_leaf=_is_param)}
 
@@ -197,9 +197,10 @@ def on_each_device(
     """Return ``f`` under `jax.shard_map`: every device runs it on its own shard of the arguments.
 
     ``inputs`` holds the logical axes of each argument, for all arrays in it; () is replicated. ``output`` holds those
-    of the single output, or is a list with those of each output. ``f`` is mapped over the mesh axes of ``along``
-    (logical axes; None: all mesh axes); the compiler partitions the others. Returns ``f`` itself outside
-    `jax.set_mesh`, or inside a `shard_map` over the same axes.
+    of the single output, or is a list with those of each output. ``along`` names logical axes: their mesh axes become
+    manual axes of the `shard_map`, and the compiler partitions the other mesh axes as before. None makes all axes
+    manual. Where no axis is left to map, outside `jax.set_mesh` or in a `shard_map` over these axes, the result is
+    ``f`` itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = _free_axes(mesh)

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from models import tiny_model
 
 from layerskip_jax.data.batch import Batch
-from layerskip_jax.recipe.distillation import LOSSES, SelfDistillation, argmax_cross_entropy, kl_divergence, rejection
+from layerskip_jax.recipe.distillation import (
+    LOSSES,
+    SelfDistillation,
+    argmax_cross_entropy,
+    kl_divergence,
+    negative_log_acceptance,
+)
 from layerskip_jax.recipe.exit_loss import exit_losses
 
 
@@ -22,7 +28,7 @@ def test_losses_by_hand():
     p, q = logits(0.5, 0.25, 0.25), logits(0.25, 0.25, 0.5)
     np.testing.assert_allclose(kl_divergence(q, p), [[0.25 * np.log(2)]], rtol=1e-6)
     np.testing.assert_allclose(argmax_cross_entropy(q, p), [[np.log(4)]], rtol=1e-6)
-    np.testing.assert_allclose(rejection(q, p), [[-np.log(0.75)]], rtol=1e-6)
+    np.testing.assert_allclose(negative_log_acceptance(q, p), [[-np.log(0.75)]], rtol=1e-6)
 
 
 @given(seed=st.integers(0, 1000), size=st.sampled_from([0.1, 1.0, 30.0]))

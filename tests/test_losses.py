@@ -14,7 +14,12 @@ from models import tiny_model
 
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.recipe.chunked_loss import INNER_EXIT, LAST_EXIT
-from layerskip_jax.recipe.distillation import SelfDistillation, argmax_cross_entropy, kl_divergence, rejection
+from layerskip_jax.recipe.distillation import (
+    SelfDistillation,
+    argmax_cross_entropy,
+    kl_divergence,
+    negative_log_acceptance,
+)
 from layerskip_jax.recipe.exit_loss import exit_losses
 from layerskip_jax.recipe.fused_exit_loss import FusedSettings, chunked_exit_losses, fused_exit_losses
 from layerskip_jax.recipe.layer_dropout import DropoutMask, apply_masked, sample_dropout_mask
@@ -85,7 +90,11 @@ FUSED = {
     "chosen_exits": (FusedSettings(4, exits=(1, 3)), True, True),
     "one_exit_full_remat": (FusedSettings(12, "full", exits=(2,)), False, True),
     "kl": (FusedSettings(4, exits=(1, 2, 3), distillation=SelfDistillation(kl_divergence)), True, False),
-    "acceptance": (FusedSettings(6, "dots", exits=(2,), distillation=SelfDistillation(rejection)), True, True),
+    "acceptance": (
+        FusedSettings(6, "dots", exits=(2,), distillation=SelfDistillation(negative_log_acceptance)),
+        True,
+        True,
+    ),
     "argmax": (
         FusedSettings(3, "full", exits=(1, 3), distillation=SelfDistillation(argmax_cross_entropy)),
         False,

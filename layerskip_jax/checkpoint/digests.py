@@ -15,8 +15,9 @@ Specs = tuple[PartitionSpec, ...]
 def digests(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, int], bool]:
     """Return ``{name: sum_i (2 i + 1) bits_i mod 2^32}`` over the elements i of each array, and whether all are finite.
 
-    The factors are odd, so a change of one element always changes the sum, and distinct, so swapping two elements
-    does too. All processes must call it, and all get the same result.
+    The factors are odd, so a change of one element always changes the sum. They are distinct, so swapping elements i
+    and j changes it too, unless ``2 (i - j) (bits_i - bits_j)`` is a multiple of 2^32. All processes must call it, and
+    all get the same result.
     """
     leaves = tuple(arrays.values())
     laid_out = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
@@ -35,8 +36,9 @@ def _on_one_device(leaves: tuple[jax.Array, ...]) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _over_mesh(mesh: Mesh, specs: Specs, leaves: tuple[jax.Array, ...]) -> jax.Array:
-    # Every device sums its shards, and a single all-reduce adds the sums of all arrays. With one all-reduce for each
-    # array, XLA:CPU starts several at once, each blocks a thread, and it can run out of threads.
+    # Every device computes a vector with the sum of each array's shard, and a single all-reduce adds these vectors.
+    # With one all-reduce for each array, XLA:CPU starts several at once. Each blocks a thread, and it can run out of
+    # threads.
     sizes = dict(mesh.shape)
     shards = jax.shard_map(
         lambda *shards: _sums(specs, shards, sizes)[None],

@@ -34,15 +34,17 @@ class DataPosition:
     def set_state(self, states: dict[int, Any], batch_size: int, same_rows: bool = True) -> None:
         """Resume from the positions that `read_positions` returned.
 
-        If the batch size has changed, or other settings that decide which documents make a row (``same_rows`` is
+        If the batch size or another setting that decides which documents make a row has changed (``same_rows`` is
         false), then every row resumes after the furthest saved position of any row. Documents that slower rows had not
-        reached are skipped, and those already in a row's packing or shuffle buffer can come twice.
+        reached are skipped. A saved position is the start of a row's packing or shuffle buffer, so documents in that
+        buffer can come twice.
         """
         same_rows = same_rows and len(states) == batch_size
         first = max(row + len(states) * (_documents_read(state) + 1) for row, state in states.items())
         iterator_state = self._iterator.get_state()
         for row, row_state in zip(self._rows, _row_states(iterator_state), strict=True):
-            # Row r reads documents r, r + B, r + 2 B, ...; -((row - first) // B) of them come before `first`.
+            # Row r reads documents r, r + B, r + 2 B, ..., with the new batch size B. The number of them before `first`
+            # is (first - r) / B, rounded up.
             new = states[row] if same_rows else _skip_documents(row_state, -((row - first) // batch_size))
             row_state.clear()
             row_state.update(_restore_tuples(new))

@@ -28,7 +28,7 @@ class AdaptiveSpeculative(SelfSpeculative):
     """Self-speculation from the exit that the policy plans, with as many drafts as it plans, or none."""
 
     def __post_init__(self) -> None:
-        """Do not require a single exit, as `SelfSpeculative` does."""
+        """Override the check of `SelfSpeculative` that the policy has a single exit."""
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         key, draft_key, verify_key = jax.random.split(state.key, 3)
@@ -124,7 +124,8 @@ class AdaptiveSpeculative(SelfSpeculative):
             return Probe(jnp.bool(True), fill(agreed), fill(reached))
 
         probes = self.policy.probes(state.policy_state)
-        # Not `run_if`: XLA would move the heads out of a loop of one iteration or none, and run them in every round.
+        # Not `run_if`, which is a loop of at most one iteration: the logits of the exits do not depend on its carry, so
+        # XLA would move their matmuls in front of the loop and run them in every round.
         return none if probes is False else jax.lax.cond(probes, compare, lambda none: none, none)
 
 

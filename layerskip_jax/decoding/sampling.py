@@ -55,7 +55,7 @@ class Sampler(Protocol):
         """Accept a prefix of each row's drafts, given the full model's logits at the Q positions."""
 
     def deterministic_draft_probs(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
-        """Return the draft distribution of deterministic drafts (one-hot), in the form of `Drafts.probs`."""
+        """Return `Drafts.probs` of drafts that are copied and not sampled, as in prompt lookup: one-hot."""
 
     def agreement(self, exit_logits_BQV: jax.Array, logits_BQV: jax.Array) -> jax.Array:
         """Return, per position, the probability that a draft from the exit's logits is accepted."""
@@ -126,7 +126,8 @@ class Stochastic:
         Both cuts keep all tokens that tie at the threshold.
         """
         logits = logits.astype(jnp.float32)
-        # Subtract the maximum, so that a small temperature does not overflow. If it is not finite, the result is NaN.
+        # Subtract the maximum, so that a small temperature does not overflow. A maximum that is not finite gives NaN,
+        # which `_draw` reports as `NO_TOKEN`.
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]

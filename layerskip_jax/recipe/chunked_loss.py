@@ -80,7 +80,8 @@ class ChunkedLoss:
         return value, d_x_BTD, (d_norm_D, d_matrix)
 
     def _chunk_value(self, labels: Labels, x_BCD: jax.Array, norm_D: nnx.Param, matrix: nnx.Param) -> jax.Array:
-        # Repeat the constraint inside the loop, where it moves nothing; else the partitioner may gather in every chunk.
+        # The matrix is gathered before the loop over chunks. Without this constraint, which then moves no data, the
+        # partitioner may shard it again and gather it in every chunk.
         g = partial(unembed, self.config, (norm_D, gather(matrix)))
         return self.loss(g, x_BCD, *labels)
 

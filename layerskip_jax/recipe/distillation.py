@@ -2,6 +2,9 @@
 
     J_e = m D(q_e, p) + (1 - m) CE(q_e, Y)      q_e = softmax(g(x_e)),  p = softmax(g(x_L)), detached
 
+x_e is the hidden state at exit e, x_L at the last exit, g the shared head, and Y the next tokens of the text. m is the
+share of distillation.
+
 The losses D are pure functions of logits, each with a value for every position. Any function of the same signature can
 take their place in `SelfDistillation`.
 """
@@ -23,7 +26,7 @@ Share = Callable[[ArrayLike, int], jax.Array]
 
 
 def kl_divergence(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array:
-    """``KL(p || q) = sum_v p(v) (log p(v) - log q(v))``, 0 where the exit predicts what the last exit predicts."""
+    """``KL(p || q) = sum_v p(v) (log p(v) - log q(v))``, 0 where both distributions are equal."""
     log_p, log_q = jax.nn.log_softmax(teacher_logits_BCV), jax.nn.log_softmax(logits_BCV)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
@@ -33,11 +36,11 @@ def argmax_cross_entropy(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -
     return negative_log_likelihood(logits_BCV, jnp.argmax(teacher_logits_BCV, axis=-1))
 
 
-def rejection(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array:
+def negative_log_acceptance(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array:
     """``-log sum_v min(p(v), q(v))``: minus the log of the probability that a sampled draft is accepted.
 
-    Speculative sampling accepts with probability ``sum min(p, q)`` (arXiv 2211.17192, theorem 3.5); LK losses (arXiv
-    2602.23881) train on its logarithm.
+    Speculative sampling accepts a draft from q with probability ``sum_v min(p(v), q(v))`` (arXiv 2211.17192, theorem
+    3.5). Its logarithm as a loss is from arXiv 2602.23881.
     """
     log_p, log_q = jax.nn.log_softmax(teacher_logits_BCV), jax.nn.log_softmax(logits_BCV)
     return -jax.nn.logsumexp(jnp.minimum(log_p, log_q), axis=-1)
@@ -46,7 +49,7 @@ def rejection(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array
 LOSSES: dict[str, DistillationLoss] = {
     "kl": kl_divergence,
     "argmax": argmax_cross_entropy,
-    "acceptance": rejection,
+    "acceptance": negative_log_acceptance,
 }
 """By the names of ``early_exit.distillation``."""
 

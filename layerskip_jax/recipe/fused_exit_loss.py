@@ -204,7 +204,8 @@ def block_with_dropout(
     """Return ``x + M f(x)`` of LayerSkip eq. 1 as a function of a block, ``x_BTD``, and the block's M."""
     f = block_function(model)
     skips = dropout_mask is not None and settings.apply_dropout is not apply_masked
-    if settings.remat == "dots" or skips:  # `apply_skipping` copies every saved residual, so save less
+    # Skipping writes each saved residual into an array with a slot per row group, so it saves less, as with dots.
+    if settings.remat == "dots" or skips:
         f = jax.checkpoint(f, policy=save_matmuls, prevent_cse=False)
 
     def run_block(block: Block, x_BTD: jax.Array, mask: DropoutMask | None) -> jax.Array:

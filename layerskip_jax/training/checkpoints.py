@@ -118,7 +118,8 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(model),
                     optimizer=ocp.args.StandardSave(optimizer),
-                    # "batches" comes first in orbax's alphabetical order, because this item can fail at once.
+                    # Orbax saves the items in alphabetical order. This one can raise an error immediately. Its name
+                    # puts it first, so that no other item is then half written.
                     batches=grain.checkpoint.CheckpointSave(data),
                     config=ocp.args.JsonSave(config),
                     checksums=ocp.args.JsonSave(checksums),
@@ -197,7 +198,8 @@ class Checkpoints:
             optimizer = read_arrays(folder / "optimizer", named_arrays(_optimizer_item(abstract)))
         except DamagedCheckpoint as error:
             problem = str(error)
-        problem = first_message(problem)  # agree before the digests, which are a collective
+        # If a process has a problem, all must know it before the digests: the others would wait in their all-reduce.
+        problem = first_message(problem)
         problem = problem or corrupted_array(
             folder, sums, {**prefix_names("model", model), **prefix_names("optimizer", optimizer)}
         )

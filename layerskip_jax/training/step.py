@@ -125,7 +125,7 @@ class Trainer:
         # Not lax.cond, which would keep old and new in memory at once: a select fuses into the update.
         chosen = jax.tree.map(lambda new, old: jnp.where(applied, new, old), new, old)
         state = TrainState(state.step + 1, *chosen)
-        # Fix the layout: with one chosen by the compiler, the next step would recompile.
+        # Return the state in the shardings of the input. If the compiler chose others, the next step would recompile.
         replicated = NamedSharding(self.mesh, PartitionSpec())  # so that every process can read the metrics
         return jax.lax.with_sharding_constraint((state, metrics), (self.state_shardings(), replicated))
 
@@ -185,7 +185,10 @@ class Trainer:
         return self.recipe.sample_dropout(key, drop_rate_L, self.config.train.batch_size, batch_shards(self.mesh))
 
     def _split(self, batch: Batch) -> Batch:
-        """[B, ...] -> [accumulate, B / accumulate, ...]; every microbatch takes rows of every shard, so none moves."""
+        """[B, ...] -> [accumulate, B / accumulate, ...]; microbatch p takes the rows p, p + accumulate, ...
+
+        So every microbatch has rows of every shard, and no row moves to another device.
+        """
         parts = self.config.train.accumulate
         return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
