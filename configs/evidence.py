@@ -27,5 +27,5 @@ def get_config() -> Config:
             evaluate_every=steps // 10,
             checkpoint_every=steps // 10,
         ),
-        decode=DecodeConfig(exit_layer=3, draft_length=4, max_new_tokens=256),
+        decode=DecodeConfig(draft_length=4, max_new_tokens=256),
     )
