@@ -46,7 +46,9 @@ def test_a_run_is_written_to_and_read_from_its_bucket(corpus):
 
 def test_a_report_is_written_to_the_bucket(corpus, monkeypatch):
     here = trained_run(corpus)
-    monkeypatch.setattr(report, "load_model", lambda run: load_model(here))  # the mock cannot serve arrays
+    monkeypatch.setattr(
+        report, "load_model", lambda run, **options: load_model(here, **options)
+    )  # a mock without arrays
     monkeypatch.setattr(report, "checkpoint_quality", lambda run, batches: checkpoint_quality(here, batches))
     with served(trained(corpus)):
         page = report.write_report(RUN, ["def x"], 3, 1)
