@@ -145,6 +145,29 @@ def test_python_stdlib_is_a_tfds_dataset_with_splits_by_file(tmp_path, monkeypat
         texts(dataclasses.replace(tfds_data, text_key="txt"), "train")
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+def test_two_processes_may_prepare_the_same_dataset(tmp_path, monkeypatch, prepared):
+    """The slower one fails to rename its folder; it then uses the dataset of the other, if there is one."""
+    from layerskip_jax.data.python_stdlib import python_stdlib_dataset_builder as stdlib
+
+    files = dict(itertools.islice(stdlib.source_files().items(), 20))
+    monkeypatch.setattr(stdlib, "source_files", lambda: files)
+    prepare = stdlib.Builder.download_and_prepare
+
+    def prepare_too_late(builder, **options):
+        if prepared:
+            prepare(stdlib.Builder(data_dir=str(tmp_path), file_format="array_record"), **options)
+        raise FileExistsError("cannot rename")
+
+    monkeypatch.setattr(stdlib.Builder, "download_and_prepare", prepare_too_late)
+    data = DataConfig(source="python_stdlib", data_dir=str(tmp_path))
+    if prepared:
+        assert texts(data, "train")
+    else:
+        with pytest.raises(FileExistsError):
+            texts(data, "train")
+
+
 def _version():
     return f"python{sys.version_info.major}_{sys.version_info.minor}"
 

@@ -222,7 +222,11 @@ def _parser() -> OneLineParser:
     add_run(parser)
     add_prompt_options(parser)
     parser.add_argument(
-        "--try_exits", metavar="E", type=positive, nargs="+", help="exits (default: L/8, L/4, 3L/8, L/2)"
+        "--try_exits",
+        metavar="E",
+        type=positive,
+        nargs="+",
+        help="exits (default: L/8, L/4, 3L/8, L/2, and early_exit.exits of the run)",
     )
     parser.add_argument(
         "--try_lengths", metavar="D", type=positive, nargs="+", default=[2, 4, 6, 8], help="draft lengths"
@@ -240,7 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     model, config, tokenizer_path = load_model(options.run, unstacked=True)
     settings = apply_overrides(config.decode_settings, given)
     layers = config.model.num_layers
-    exits = sorted(set(options.try_exits or [max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4)]))
+    default = [*(max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4)), *config.early_exit.exits]
+    exits = sorted(set(options.try_exits or default))
     lengths = sorted(set(options.try_lengths))
     if exits[-1] > layers:
         raise UserError(f"--try_exits must be in 1..{layers}, not {exits[-1]}")

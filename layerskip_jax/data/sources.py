@@ -71,7 +71,12 @@ def _open_stdlib(config: DataConfig, split: str) -> Documents:
 
     builder = Builder(data_dir=config.data_dir, file_format="array_record")
     tfds.disable_progress_bar()
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    try:
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    except FileExistsError:  # another process has prepared the dataset at the same time
+        builder = Builder(data_dir=config.data_dir, file_format="array_record")
+        if not builder.is_prepared():
+            raise
     return _data_source(builder, config, split, {"data.text_key": "text"})
 
 
