@@ -150,7 +150,7 @@ def test_two_processes_may_prepare_the_same_dataset(tmp_path, monkeypatch, prepa
     """The slower one fails to rename its folder; it then uses the dataset of the other, if there is one."""
     from layerskip_jax.data.python_stdlib import python_stdlib_dataset_builder as stdlib
 
-    files = dict(itertools.islice(stdlib.source_files().items(), 20))
+    files = dict(itertools.islice(stdlib.source_files().items(), 60))
     monkeypatch.setattr(stdlib, "source_files", lambda: files)
     prepare = stdlib.Builder.download_and_prepare
 
