@@ -167,19 +167,25 @@ def exits_after_scan(
         run_named_block = jax.checkpoint(run_named_block, policy=settings.policy, prevent_cse=False)
 
     def block_fn(
-        block: Block, carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, DropoutMask | None]
+        block: Block, carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array, DropoutMask | None]
     ) -> tuple[Any, None]:
-        (x_BTD, kept_KBTD), (slot, mask) = carry, inputs
+        (x_BTD, kept_KBTD), (slot, before_exit, mask) = carry, inputs
         x_BTD = row_major(x_BTD)
-        kept_KBTD = jax.lax.dynamic_update_index_in_dim(kept_KBTD, x_BTD, slot, 0)
+        value_BTD = jnp.where(before_exit, x_BTD, kept_KBTD[slot])
+        kept_KBTD = jax.lax.dynamic_update_index_in_dim(kept_KBTD, value_BTD, slot, 0)
         return (run_named_block(block, x_BTD, mask), kept_KBTD), None
 
-    # The input of block e is the output of exit e. Nothing reads slot K, to which all other blocks write: an update of
+    # The input of block e is the output of exit e. Every block writes its input to the slot of the next exit, so the
+    # last to write is the one at the exit; blocks after the last exit write back what the last slot holds. An update of
     # one slot happens in place, but a conditional would copy all slots.
-    slot_L = jnp.full(L, K).at[jnp.array(settings.exits)].set(jnp.arange(K))
+    exit_K, layer_L = jnp.array(settings.exits), jnp.arange(L)
+    slot_L = jnp.minimum(jnp.searchsorted(exit_K, layer_L), K - 1)
+    before_exit_L = layer_L <= exit_K[-1]
     x_BTD = model.embed(batch.inputs_BT)
-    kept_KBTD = constrain(jnp.zeros((K + 1, *x_BTD.shape), x_BTD.dtype), None, "batch", "length", None)
-    (x_BTD, kept_KBTD), _ = run_layers(model.blocks, (x_BTD, kept_KBTD), block_fn, (slot_L, dropout_mask))
+    kept_KBTD = constrain(jnp.zeros((K, *x_BTD.shape), x_BTD.dtype), None, "batch", "length", None)
+    (x_BTD, kept_KBTD), _ = run_layers(
+        model.blocks, (x_BTD, kept_KBTD), block_fn, (slot_L, before_exit_L, dropout_mask)
+    )
 
     if settings.distillation is not None:
         loss = dataclasses.replace(exits.loss, loss=settings.distillation)
@@ -192,9 +198,9 @@ def exits_after_scan(
             _, d_matrix, losses = exit_with_saved_gradients(exits, *inputs, d_matrix)
         return d_matrix, losses
 
-    place_K = jnp.array(settings.exits) - 1
+    place_K = exit_K - 1
     no_gradient = jax.tree.map(jnp.zeros_like, exits.head[1])
-    d_matrix, losses = jax.lax.scan(exit_fn, no_gradient, (weight_L[place_K], kept_KBTD[:K]))
+    d_matrix, losses = jax.lax.scan(exit_fn, no_gradient, (weight_L[place_K], kept_KBTD))
     return x_BTD, d_matrix, jax.tree.map(lambda values: jnp.zeros(L - 1).at[place_K].set(values), losses)
 
 
@@ -235,7 +241,8 @@ def block_function(model: Transformer) -> BlockFunction:
 
     def f(block: Block, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         x_BTD = constrain(x_BTD, "batch", "length", None)
-        # Inside f, each device computes the tables of its own positions. JAX hoists them out of the scan.
+        # The tables are computed here, where they get the sharding of x along the length: each device then computes them
+        # for its own positions only. They do not depend on x, so JAX moves them out of the scan over blocks.
         rotary = model.rotary_tables(jnp.arange(x_BTD.shape[1])[None])
         return block(x_BTD, rotary, segments_BT)[0]
 
