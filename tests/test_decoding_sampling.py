@@ -18,6 +18,7 @@ from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy, Stochastic, Verdict
+from layerskip_jax.decoding.top_p import smallest_kept
 
 SAMPLES, BATCH, VOCABULARY, NEW = 100_000, 10_000, 8, 3
 SETTINGS = [
@@ -171,3 +172,20 @@ def test_the_seed_determines_the_samples(model):
 
     assert sample(0) == sample(0)
     assert sample(0) != sample(1)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.integers(1, 200),
+    spread=st.sampled_from([0.0, 1.0, 20.0, 200.0]),
+    top_p=st.sampled_from([1e-6, 0.3, 0.95, 0.999]),
+)
+def test_top_p_keeps_what_a_sort_keeps(seed, size, spread, top_p):
+    """Also for ties, one certain token, and probabilities that underflow to 0."""
+    logits = np.round(spread * np.random.default_rng(seed).normal(size=(2, size)), 1).astype(np.float32)
+    p = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
+    ours = p >= np.asarray(smallest_kept(jnp.asarray(p), top_p))
+    for row, kept in zip(p.astype(np.float64), ours, strict=True):
+        above = np.array([row[row > value].sum() for value in row])
+        if np.abs(above - top_p).min() > 1e-6:
+            assert kept.tolist() == (above < top_p).tolist()

@@ -34,12 +34,12 @@ class DataPosition:
     def set_state(self, states: dict[int, Any], batch_size: int, same_rows: bool = True) -> None:
         """Resume from the positions that `read_positions` returned.
 
-        If the batch size or another setting that decides which documents make a row has changed (``same_rows`` is
-        false), then every row resumes after the furthest saved position of any row. Documents that slower rows had not
-        reached are skipped. A saved position is the start of a row's packing or shuffle buffer, so documents in that
-        buffer can come twice.
+        If the batch size has changed, or another setting that decides which documents make a row (then ``same_rows`` is
+        false), every row resumes after the furthest document of any row. Documents that slower rows had not reached are
+        skipped. The buffers for packing and shuffling start empty, so their documents may be lost or come twice.
         """
         same_rows = same_rows and len(states) == batch_size
+        # + 1: a row may be within its next document.
         first = max(row + len(states) * (_documents_read(state) + 1) for row, state in states.items())
         iterator_state = self._iterator.get_state()
         for row, row_state in zip(self._rows, _row_states(iterator_state), strict=True):

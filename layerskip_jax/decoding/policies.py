@@ -33,8 +33,8 @@ class Probe(NamedTuple):
     """
 
     done: jax.Array  # whether this round compared the exits; the counts are 0 otherwise
-    agreed_XQ: jax.Array  # rows in which drafts 0..q of the exit are all accepted
-    reached_XQ: jax.Array  # rows in which drafts 0..q-1 are all accepted and draft q was compared
+    agreed_XQ: jax.Array  # rows in which the exit's drafts 0..q would all be accepted
+    reached_XQ: jax.Array  # rows in which its drafts 0..q-1 would be accepted, and position q was verified
 
     @classmethod
     def none(cls, exits: int, width: int) -> "Probe":

@@ -104,7 +104,7 @@ class SelfSpeculative:
     def draft(self, model: Transformer, state: DecodeState, plan: Plan, key: jax.Array) -> tuple[KVQCache, Drafts]:
         """Draft one token per pass, and store the exit query of every position.
 
-        A row stops drafting at its draft length, at an EOS, or when the policy says so. After the last draft, one more
+        A row stops drafting at the planned length, at an EOS, or when the policy says so. After the last draft, one more
         pass runs the early blocks without the head, to store that draft's exit query.
         """
         start_token_B, start_B = state.last_token()
@@ -174,9 +174,9 @@ def finish_round(
 ) -> DecodeState:
     """Emit each row's accepted drafts and its next token, and update the statistics.
 
-    ``exit_index`` is the entry of `Strategy.exits` for which the round counts, 0 if there are no exits. If
-    ``used_exit`` is false, the round counts for none. A round without drafts may pass an index per row instead: each
-    row then counts for its own exit, and a row whose index is out of range for none.
+    ``exit_index`` is the entry of `Strategy.exits` whose statistics grow by this round; ``used_exit`` false leaves them
+    unchanged. `ConfidentExit`, which drafts nothing, passes an index per row: each row then counts for its own exit, or
+    for none if its index is beyond the exits.
     """
     active_B, old = ~state.done_B, state.statistics
     counted_BQ = jax.nn.one_hot(verdict.accepted_B, drafts.tokens_Bd.shape[1] + 1, dtype=jnp.int32) * active_B[:, None]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.checks import require
+from layerskip_jax.decoding.top_p import smallest_kept
 
 NO_TOKEN = -1
 """A sampler returns this if the largest logit is not finite, because weights or activations hold NaN or infinity."""
@@ -133,10 +134,8 @@ class Stochastic:
             least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
             logits = jnp.where(logits >= least, logits, -jnp.inf)
         if self.top_p < 1:
-            ordered = jnp.sort(logits, axis=-1, descending=True)
-            before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-            least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits >= least, logits, -jnp.inf)
+            p = jax.nn.softmax(logits, axis=-1)
+            logits = jnp.where(p >= smallest_kept(p, self.top_p), logits, -jnp.inf)
         return jax.nn.softmax(logits, axis=-1)
 
     def draw(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
