@@ -104,8 +104,8 @@ class SelfSpeculative:
     def draft(self, model: Transformer, state: DecodeState, plan: Plan, key: jax.Array) -> tuple[KVQCache, Drafts]:
         """Draft one token per pass, and store the exit query of every position.
 
-        A row stops drafting at the planned length, at an EOS, or when the policy says so. After the last draft, one more
-        pass runs the early blocks without the head, to store that draft's exit query.
+        A row stops drafting at the planned length, at an EOS, or when the policy says so. After the last draft, one
+        more pass runs the early blocks without the head, to store that draft's exit query.
         """
         start_token_B, start_B = state.last_token()
 

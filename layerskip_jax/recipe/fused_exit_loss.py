@@ -175,9 +175,9 @@ def exits_after_scan(
         kept_KBTD = jax.lax.dynamic_update_index_in_dim(kept_KBTD, value_BTD, slot, 0)
         return (run_named_block(block, x_BTD, mask), kept_KBTD), None
 
-    # Exit e reads the input of block e, counted from 0. Every block writes its input to the slot of the next exit, so the
-    # last block to write a slot is the one at its exit. Blocks after the last of `settings.exits` write back what the
-    # last slot holds: an update of one slot happens in place, but a conditional would copy all slots.
+    # Exit e reads the input of block e, counted from 0. Every block writes its input to the slot of the next exit, so
+    # the last block to write a slot is the one at its exit. Blocks after the last of `settings.exits` write back what
+    # the last slot holds: an update of one slot happens in place, but a conditional would copy all slots.
     exit_K, layer_L = jnp.array(settings.exits), jnp.arange(L)
     slot_L = jnp.minimum(jnp.searchsorted(exit_K, layer_L), K - 1)
     before_exit_L = layer_L <= exit_K[-1]
@@ -210,8 +210,8 @@ def block_with_dropout(
     """Return ``x + M f(x)`` of LayerSkip eq. 1 as a function of a block, ``x_BTD``, and the block's M."""
     f = block_function(model)
     skips = dropout_mask is not None and settings.apply_dropout is not apply_masked
-    # Skipping copies each saved residual into an array with a slot per row group. With the policy of dots, fewer residuals
-    # are saved, and copied.
+    # Skipping copies each saved residual into an array with a slot per row group. With the policy of dots, fewer
+    # residuals are saved and copied.
     if settings.remat == "dots" or skips:
         f = jax.checkpoint(f, policy=save_matmuls, prevent_cse=False)
 
