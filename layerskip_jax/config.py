@@ -194,22 +194,31 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optax optimizer and its schedule: linear warmup, then cosine decay."""
+    """The optax optimizer and the schedule of its learning rate."""
 
-    name: Literal["adamw", "lion", "adafactor", "sgd"] = setting("adamw", "optax optimizer")
+    name: Literal["adamw", "lion", "muon", "adafactor", "sgd"] = setting(
+        "adamw", "optax optimizer. muon: for the matrices of the blocks; adamw for the other parameters"
+    )
     learning_rate: float = setting(3e-4, "peak learning rate")
     warmup_steps: int = setting(100, "linear warmup [optimizer steps]")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
+        "cosine",
+        "learning rate after the warmup: cosine or linear decay to the last step; constant; wsd (warmup, stable, "
+        "decay): constant, then a linear decay over the last decay_fraction of the steps",
+    )
+    decay_fraction: float = setting(0.2, "wsd: part of the steps in which the learning rate decays")
     final_fraction: float = setting(0.1, "learning rate at the end, as a fraction of the peak")
-    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only (adamw and lion)")
-    beta1: float = setting(0.9, "decay of the first moment (adamw and lion); momentum of sgd")
-    beta2: float = setting(0.95, "decay of the second moment (adamw and lion)")
+    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only (adamw, lion and muon)")
+    beta1: float = setting(0.9, "decay of the first moment (adamw, lion and muon); momentum of sgd")
+    beta2: float = setting(0.95, "decay of the second moment (adamw, lion and muon)")
     clip_norm: float = setting(1.0, "clip gradients to this global norm")
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
         require(self.clip_norm > 0, f"optimizer.clip_norm must be positive, not {self.clip_norm}")
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, but is {self.warmup_steps}")
-        require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction must be in [0, 1]: {self.final_fraction}")
+        for name in ("final_fraction", "decay_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"optimizer.{name} must be in [0, 1], not {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,6 +350,11 @@ class Config:
         require(length % min(chunk, length) == 0, f"train.loss_chunk {chunk} must divide data.sequence_length {length}")
         warmup, steps = self.optimizer.warmup_steps, self.train.steps
         require(warmup <= steps, f"optimizer.warmup_steps {warmup} must not exceed train.steps {steps}")
+        decay = self.optimizer.decay_fraction
+        require(
+            self.optimizer.schedule != "wsd" or warmup + decay * steps <= steps,
+            f"optimizer.decay_fraction {decay} of {steps} train.steps must leave the {warmup} steps of the warmup",
+        )
         early, layers = self.early_exit, self.model.num_layers
         alone = early.curriculum == "rotational" and not early.always_last  # exit 1 has weight e(0) = 0
         require(

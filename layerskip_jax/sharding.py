@@ -136,7 +136,8 @@ def named_shardings(tree: Any, model: nnx.Module, mesh: Mesh) -> Any:
     known = {(param.get_metadata()["axes"], param.shape) for param in jax.tree.leaves(model, is_leaf=_is_param)}
 
     def leaf_sharding(leaf: Any) -> Any:
-        if not _is_param(leaf) or (leaf.get_metadata()["axes"], leaf.shape) not in known:
+        empty = not jax.tree.leaves(leaf)  # in the state of an optimizer for other parameters
+        if empty or not _is_param(leaf) or (leaf.get_metadata()["axes"], leaf.shape) not in known:
             return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), leaf)
         axes = leaf.get_metadata()["axes"]
         stacked = ("layers",) * (leaf.ndim - len(axes))

@@ -67,6 +67,11 @@ def test_a_row_is_trained_measured_and_written(corpus, tmp_path, monkeypatch):
     file.with_suffix(".json").write_text(json.dumps([plain | {"step_time": 1.0, "step_memory": 1.0}]))
     for name, value in {"NEW_TOKENS": 12, "DRAFT_LENGTHS": (2,), "PROMPTS": 1, "HELD_OUT_BATCHES": 1}.items():
         monkeypatch.setattr(recipes, name, value)
+    measure_generation = recipes.generation
+    monkeypatch.setattr(
+        recipes, "generation", lambda run, sampled: generated if sampled else measure_generation(run, False)
+    )
+    monkeypatch.setattr(recipes, "step_cost", lambda config: {"step_time": 1.5, "step_memory": 1.25})
     monkeypatch.setattr(sys, "argv", ["recipes", "fixed", "--page", str(file), *words])
     recipes.main()
     monkeypatch.setattr(recipes, "measured_row", None)
@@ -79,4 +84,5 @@ def test_a_row_is_trained_measured_and_written(corpus, tmp_path, monkeypatch):
     assert text == "# Recipes\n\nAn introduction.\n\n" + page(rows)
     by_name = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("|")}
     assert "| 4.000 | +0.00 % | 1 | 50.0 % | 25.0 % | 50 % | 1.50x (E=1 d=2) | 1.25x |" in by_name["| plain"]
+    assert by_name["| fixed"].split(" | ")[-3:-1] == ["1.50x", "1.25x"]
     assert f"| {100 * (rows[1]['loss_by_exit'][-1] / 4 - 1):+.2f} % |" in by_name["| fixed"]

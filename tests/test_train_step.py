@@ -277,9 +277,9 @@ def test_the_step_needs_no_more_memory_than_the_plain_one():
         assert max(ratios.values()) <= 1.05
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor", "sgd"])
 def test_every_optimizer_lowers_the_loss(name):
-    rate = {"adamw": 1e-2, "lion": 1e-3, "adafactor": 1e-2, "sgd": 0.3}[name]
+    rate = {"adamw": 1e-2, "lion": 1e-3, "muon": 1e-2, "adafactor": 1e-2, "sgd": 0.3}[name]
     config = changed(LAYERSKIP, optimizer={"name": name, "learning_rate": rate, "clip_norm": 1.0})
     trainer, batch = make_trainer(config), make_batch(config)
     state = trainer.init()
@@ -308,7 +308,7 @@ def test_weight_decay_refuses_a_parameter_whose_name_does_not_give_its_axes(name
         decay_mask(model)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor", "sgd"])
 def test_the_schedule_count_is_found_in_every_optimizer_or_refused(name):
     config, params = changed(PLAIN, optimizer={"name": name}), tiny_model()
     optimizer = make_optimizer(config)
@@ -322,7 +322,7 @@ def test_the_schedule_count_is_found_in_every_optimizer_or_refused(name):
         schedule_count(optax.sgd(0.1).init(params))
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor", "sgd"])
 def test_a_step_that_is_not_finite_changes_only_the_step_count(name):
     config = changed(LAYERSKIP, optimizer={"name": name, "learning_rate": 1e-2, "clip_norm": 1.0})
     trainer, batch = make_trainer(config), make_batch(config)

@@ -28,8 +28,8 @@ def named_arrays(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     named = {}
     for path, leaf in leaves:
-        (array,) = jax.tree.leaves(leaf)
-        named[jax.tree_util.keystr(path, simple=True, separator=".")] = array
+        for array in jax.tree.leaves(leaf):  # one, or none in the state of an optimizer for other parameters
+            named[jax.tree_util.keystr(path, simple=True, separator=".")] = array
     return named
 
 

@@ -5,21 +5,29 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 from flax import nnx
 
 from layerskip_jax.config import Config
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Linear warmup to the peak, then cosine decay to ``final_fraction`` of it at the last step."""
-    peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
-    return optax.warmup_cosine_decay_schedule(
-        init_value=peak / max(warmup, 1),  # not 0, which would waste the first step
-        peak_value=peak,
-        warmup_steps=warmup,
-        decay_steps=max(config.train.steps, warmup + 1),
-        end_value=peak * config.optimizer.final_fraction,
-    )
+    """Linear warmup to the peak, then ``optimizer.schedule`` to ``final_fraction`` of it at the last step."""
+    settings, peak, warmup = config.optimizer, config.optimizer.learning_rate, config.optimizer.warmup_steps
+    steps, end, start = max(config.train.steps - warmup, 1), peak * settings.final_fraction, peak / max(warmup, 1)
+    decay = max(round(settings.decay_fraction * config.train.steps), 1)
+    parts = [optax.linear_schedule(start, peak, warmup)]  # not from 0, which would waste the first step
+    if settings.schedule == "cosine":
+        parts.append(optax.cosine_decay_schedule(peak, steps, alpha=settings.final_fraction))
+    elif settings.schedule == "linear":
+        parts.append(optax.linear_schedule(peak, end, steps))
+    else:
+        parts.append(optax.constant_schedule(peak))
+    boundaries = [warmup]
+    if settings.schedule == "wsd":
+        parts.append(optax.linear_schedule(peak, end, decay))
+        boundaries.append(max(config.train.steps - decay, warmup))
+    return optax.join_schedules(parts, boundaries)
 
 
 def decay_mask(params: Any) -> Any:
@@ -39,6 +47,43 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def matrix_axes(params: Any) -> Any:
+    """Return which axes of a parameter muon treats as the rows and columns of a matrix; None: adamw updates it.
+
+    The matrices of the blocks map D to other axes (``query_DNH``, ``gate_DF``) or back (``output_NHD``, ``down_FD``).
+    Each layer of the stack is a matrix of its own.
+    """
+
+    def axes(path: tuple[Any, ...], param: nnx.Variable) -> Any:
+        letters = str(path[-1]).rpartition("_")[2]
+        if not any(str(part) == ".blocks" for part in path) or len(letters) < 2:
+            return jax.tree.map(lambda _: None, param)
+        inputs = 1 if letters[0] == "D" else len(letters) - 1
+        places = tuple(range(param.ndim - len(letters), param.ndim))
+        numbers = optax.contrib.MuonDimensionNumbers(places[:inputs], places[inputs:])
+        return jax.tree.map(lambda _: numbers, param)
+
+    return jax.tree_util.tree_map_with_path(axes, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def muon(schedule: optax.Schedule, beta1: float, beta2: float, decay: float) -> optax.GradientTransformation:
+    """Muon for the matrices of the blocks, adamw for the rest, with one learning rate for both.
+
+    Muon's updates are scaled to the size that is usual for AdamW (RMS 0.2, arXiv 2502.16982), so that the learning
+    rates of AdamW fit.
+    """
+    directions = optax.contrib.muon(
+        learning_rate=1.0,
+        beta=beta1,
+        adam_b1=beta1,
+        adam_b2=beta2,
+        muon_weight_dimension_numbers=matrix_axes,
+        consistent_rms=0.2,
+    )
+    # The learning rate and weight decay come after both optimizers, so that the state holds one schedule.
+    return optax.chain(directions, optax.add_decayed_weights(-decay, decay_mask), optax.scale_by_schedule(schedule))
+
+
 def schedule_count(opt_state: Any) -> jax.Array:
     """Return how many updates the learning-rate schedule has seen; `ValueError` unless there is one schedule."""
     schedule = optax.ScaleByScheduleState
@@ -56,6 +101,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     transforms: dict[str, optax.GradientTransformation] = {
         "adamw": optax.adamw(schedule, beta1, beta2, weight_decay=decay, mask=decay_mask),
         "lion": optax.lion(schedule, beta1, beta2, weight_decay=decay, mask=decay_mask),
+        "muon": muon(schedule, beta1, beta2, decay),
         "adafactor": optax.adafactor(schedule),
         "sgd": optax.sgd(schedule, momentum=beta1),
     }
