@@ -142,9 +142,8 @@ class EarlyExitConfig:
         require(
             bool(exits) or self.curriculum != "fixed", "early_exit.curriculum fixed needs early_exit.exits, such as 3"
         )
-        require(
-            self.always_last or not exits, "early_exit.exits needs early_exit.always_last true, to train the last layer"
-        )
+        alone = self.curriculum == "rotational" and not self.always_last
+        require(not (alone and exits), "early_exit.exits needs early_exit.always_last true, to train the last layer")
         listed = " ".join(f"{weight:g}" for weight in weights)
         require(
             not weights or (bool(exits) and len(weights) in (1, len(exits))),

@@ -16,6 +16,7 @@ from layerskip_jax.config_dict import from_dict, to_dict
 from layerskip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+ROTATIONAL = ["--early_exit.curriculum", "rotational", "--early_exit.exits"]
 FIXED = ["--early_exit.curriculum", "fixed", "--early_exit.exits"]
 
 
@@ -75,7 +76,10 @@ def test_overrides_reach_their_fields():
         ([*FIXED, "3", "6", "--early_exit.exit_weights", "1", "2", "3"], r"one for each of .* \(3 6\), got 1 2 3"),
         (["--early_exit.exits", "3"], r"early_exit.exits 3 needs early_exit.curriculum fixed or rotational"),
         (["--early_exit.exit_weights", "1"], r"one for each of early_exit.exits \(none\), got 1"),
-        ([*FIXED, "3", "--early_exit.always_last", "false"], r"early_exit.exits needs early_exit.always_last true"),
+        (
+            [*ROTATIONAL, "3", "--early_exit.always_last", "false"],
+            r"early_exit.exits needs early_exit.always_last true",
+        ),
         (["--early_exit.distillation_weight", "2"], r"early_exit.distillation_weight must be in \[0, 1\], not 2.0"),
         (["--early_exit.distillation", "kd"], r"must be one of none, kl, argmax, acceptance"),
         (["--train.loss_chunk", "100"], r"train.loss_chunk 100 must divide data.sequence_length 256"),

@@ -67,11 +67,7 @@ def matrix_axes(params: Any) -> Any:
 
 
 def muon(schedule: optax.Schedule, beta1: float, beta2: float, decay: float) -> optax.GradientTransformation:
-    """Muon for the matrices of the blocks, adamw for the rest, with one learning rate for both.
-
-    Muon's updates are scaled to the size that is usual for AdamW (RMS 0.2, arXiv 2502.16982), so that the learning
-    rates of AdamW fit.
-    """
+    """Muon for the matrices of the blocks, adamw for the rest, both with updates of RMS 0.2 (arXiv 2502.16982)."""
     directions = optax.contrib.muon(
         learning_rate=1.0,
         beta=beta1,
