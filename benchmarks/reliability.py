@@ -175,7 +175,7 @@ def damage(trials: int = 300, seed: int = 0) -> Counter[str]:
                 shutil.rmtree(checkpoints / "4")
             states[step] = restored(config)
             shutil.rmtree(checkpoints)
-        # In the order of their sizes, because orbax chooses some names at random and the sample should not change.
+        # In the order of their sizes, because orbax chooses some names at random. The sample then changes little.
         sized = sorted((path.stat().st_size, path) for path in (good / "4").rglob("*") if path.is_file())
         files = [path.relative_to(good) for _, path in sized]
         folders = sorted({parent for file in files for parent in file.parents if parent.parts})

@@ -117,7 +117,7 @@ DROPPED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWa
 @DROPPED
 @pytest.mark.usefixtures("dropped_reads")
 def test_a_damaged_checkpoint_is_detected_and_the_one_before_restored(capsys):
-    count = damage(trials=24, seed=1)
+    count = damage(trials=60)
     with capsys.disabled():
         print(dict(count))
     assert count["detected, and the one before restored"] > 5
