@@ -14,6 +14,7 @@ from layerskip_jax.command_line import make_parser
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed, Outcome, Plan, doubling_widths
 from layerskip_jax.decoding.sampling import Greedy
@@ -46,11 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_known_options(argv)
     model, config, tokenizer_path = load_model(options.checkpoint, unstacked=True)
     tokenizer = load_tokenizer(str(tokenizer_path))
-    policy = Careful(config.decode_settings.exit_layer or max(1, config.model.num_layers // 4), draft_length=4)
-    prompt = tokenizer.encode_prompt(options.prompt)
+    policy = Careful(resolve_exit_layer(config.decode_settings, config.model.num_layers), draft_length=4)
     # `AdaptiveSpeculative` verifies no more positions than a round drafted; `SelfSpeculative` would verify d+1.
     strategy, length = AdaptiveSpeculative(Greedy(), policy), config.decode.max_new_tokens
-    result = generate(model, [prompt], length, strategy, eos=tokenizer.eos_id)
+    result = generate(model, [tokenizer.encode_prompt(options.prompt)], length, strategy, eos=tokenizer.eos_id)
     print(options.prompt + tokenizer.decode(result.tokens[0]))
     print(f"acceptance {result.acceptance:.1%}, {result.tokens_per_round:.2f} tokens per round")
 

@@ -65,7 +65,7 @@ def test_a_row_is_trained_measured_and_written(corpus, tmp_path, monkeypatch):
     file = tmp_path / "recipes.md"
     file.write_text("# Recipes\n\nAn introduction.\n\n## old\n\nnumbers\n")
     file.with_suffix(".json").write_text(json.dumps([plain | {"step_time": 1.0, "step_memory": 1.0}]))
-    for name, value in {"NEW_TOKENS": 12, "DRAFT_LENGTHS": (2,), "PROMPTS": 1, "HELD_OUT_BATCHES": 1}.items():
+    for name, value in {"NEW_TOKENS": 12, "DRAFT_LENGTHS": (4,), "PROMPTS": 1, "HELD_OUT_BATCHES": 1}.items():
         monkeypatch.setattr(recipes, name, value)
     measure_generation = recipes.generation
     monkeypatch.setattr(
