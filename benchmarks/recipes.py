@@ -35,15 +35,9 @@ from layerskip_jax.decoding.configure import configure, resolve_exit_layer
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.evaluation.exits import checkpoint_quality
+from layerskip_jax.presets import without_layerskip
 from layerskip_jax.training.loop import train
 
-PLAIN = {
-    "early_exit.curriculum": "none",
-    "early_exit.exits": (),
-    "early_exit.exit_weights": (),
-    "early_exit.distillation": "none",
-    "layer_dropout.p_max": 0.0,
-}
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}
 HELD_OUT_BATCHES, PROMPTS, NEW_TOKENS = 64, 8, 256
 DRAFT_LENGTHS = (2, 4, 8)
@@ -68,7 +62,8 @@ def run_config(config: Config, name: str, seed: int) -> Config:
         "train.run_dir": f"{folder}/{name}-{seed}",
         "data.tokenizer": f"{folder}/tokenizer.model",
     }
-    return apply_overrides(config, settings | (PLAIN if name == "plain" else {}))
+    config = apply_overrides(config, settings)
+    return without_layerskip(config) if name == "plain" else config
 
 
 def repeated_share(tokens: Sequence[int], length: int = 8) -> float:
@@ -121,7 +116,7 @@ def pair_of(measured: Measurement) -> list[int]:
 
 def step_cost(config: Config) -> Row:
     """Return time and temporary memory of a step, relative to the plain step; medians of pairs in turn."""
-    configs = {"plain": apply_overrides(config, PLAIN), "recipe": config}
+    configs = {"plain": without_layerskip(config), "recipe": config}
     steps = time_steps(configs, turns=12, first=config.train.steps // 2)
     memory = steps.temporary_bytes
     return {"step_time": steps.ratio_to_first("recipe"), "step_memory": memory["recipe"] / memory["plain"]}

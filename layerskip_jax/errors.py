@@ -1,6 +1,7 @@
 """Errors the user can fix, reported in one line."""
 
 import difflib
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -19,9 +20,9 @@ class LostProcess(Exception):  # noqa: N818  (this process has no error)
 class Interrupted(Exception):  # noqa: N818  (not an error)
     """A signal stopped a run between two steps, after it saved a checkpoint."""
 
-    def __init__(self, signal: int, message: str):
-        super().__init__(message)
-        self.status = 128 + signal
+    def __init__(self, number: int, message: str):
+        super().__init__(f"{signal.Signals(number).name}: {message}")
+        self.status = 128 + number
         """The exit status that a shell reports for the signal: 130 for SIGINT, 143 for SIGTERM."""
 
 

@@ -89,3 +89,8 @@ def finetuning(model: ModelConfig, *, chips: int, tokenizer: str) -> Config:
 
 def _tokens(tokenizer: str) -> DataConfig:
     return DataConfig(source="tokens", path="gs://your-bucket/tokens", tokenizer=tokenizer, sequence_length=4096)
+
+
+def without_layerskip(config: Config) -> Config:
+    """Return ``config`` for the plain model to compare with: no layer dropout, and a loss at the last layer only."""
+    return dataclasses.replace(config, layer_dropout=LayerDropoutConfig(), early_exit=EarlyExitConfig())

@@ -4,6 +4,7 @@ A pass over a few tokens is bound by memory bandwidth: its time is the time to r
 the full model for one token, so a plain round costs 1.
 """
 
+import itertools
 import time
 from typing import Any, NamedTuple
 
@@ -70,6 +71,19 @@ def predicted_speedup(
     2.0
     """
     return tokens_per_round / round_cost(config, exit_layer, drafted_per_round)
+
+
+def best_speedup(config: ModelConfig, exit_layer: int, acceptance: float, longest: int = 12) -> float:
+    """Return the predicted speedup at the best draft length, if each draft is accepted with the same probability a.
+
+    A round of d drafts emits ``1 + a + ... + a^d`` tokens on average.
+
+    >>> config = ModelConfig(num_layers=8, vocab_size=1)
+    >>> round(best_speedup(config, exit_layer=2, acceptance=0.8), 2)
+    1.68
+    """
+    tokens = list(itertools.accumulate(acceptance**drafted for drafted in range(longest + 1)))
+    return max(predicted_speedup(config, exit_layer, drafted, tokens[drafted]) for drafted in range(longest + 1))
 
 
 def measured_bandwidth() -> float:

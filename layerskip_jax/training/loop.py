@@ -1,10 +1,9 @@
 """The training loop: from a config to a trained, evaluated and saved model. Read it from top to bottom."""
 
 import contextlib
-import signal
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import grain
 import jax
@@ -36,8 +35,11 @@ from layerskip_jax.training.monitoring.progress import Progress, opening_line
 from layerskip_jax.training.monitoring.watch import Profiler
 from layerskip_jax.training.step import StepMetrics, Trainer, TrainState
 
+OnEvaluation = Callable[[int, Transformer], None]
+"""Gets the step and the model after each evaluation; an exception from it ends the run."""
 
-def train(config: Config, recipe: Recipe | None = None) -> TrainState:
+
+def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluation = lambda *_: None) -> TrainState:
     """Train until ``config.train.steps``, from the newest checkpoint in the run folder if any; return the last state.
 
     ``recipe`` replaces the functions that the config names. Every process of a run calls `train`. Raises `UserError`
@@ -77,25 +79,25 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
                 report_step(done - 1, *pending)
             pending = metrics, batch
             stopped = stop.agreed() if done < config.train.steps else 0
-            due = _due(config.train, done, bool(stopped))
-            if any(due):
+            evaluates, saves, samples = _due(config.train, done, bool(stopped))
+            if evaluates or saves or samples:
                 report_step(done, *pending)  # before saving, so that no bad state is saved
                 pending = None
-            if due.evaluate:
+            if evaluates:
                 with progress.during("evaluating"):
                     progress.after_evaluation(done, evaluate(state.model, held_out, config, mesh))
+                    on_evaluation(done, state.model)
             last = bool(stopped) or done == config.train.steps
             # After bad steps the parameters may be bad too: do not push out the good checkpoint.
-            if due.save and (last or not bad_steps.in_a_row):
+            if saves and (last or not bad_steps.in_a_row):
                 with progress.during("saving"):
                     checkpoints.save(state, position, last)
                 progress.after_save(done)
-            if due.sample:
+            if samples:
                 with progress.during("sampling"):
                     progress.after_sample(done, _sample(config, state.model, tokenizer, mesh))
             if stopped:
-                line = f"{signal.Signals(stopped).name}: stopped after step {done}, which is saved; restart to resume"
-                raise Interrupted(stopped, line)
+                raise Interrupted(stopped, f"stopped after step {done}, which is saved; restart to resume")
     return state
 
 
@@ -150,23 +152,14 @@ def _restore_or_init(
     return trainer.init(), 0, "from scratch"
 
 
-class _Due(NamedTuple):
-    """What to do after a step."""
+def _due(train: TrainConfig, done: int, stopped: bool) -> tuple[bool, bool, bool]:
+    """Return whether to evaluate, to save and to sample after step ``done``."""
 
-    evaluate: bool
-    save: bool
-    sample: bool
-
-
-def _due(train: TrainConfig, done: int, stopped: bool) -> _Due:
     def every(steps: int) -> bool:
         return done % steps == 0 or done == train.steps
 
-    return _Due(
-        evaluate=not stopped and every(train.evaluate_every),
-        save=stopped or every(train.checkpoint_every),
-        sample=not stopped and train.sample_every > 0 and done % train.sample_every == 0,
-    )
+    sample = train.sample_every > 0 and done % train.sample_every == 0
+    return not stopped and every(train.evaluate_every), stopped or every(train.checkpoint_every), not stopped and sample
 
 
 def _sample(config: Config, model: Transformer, tokenizer: Tokenizer, mesh: Mesh) -> str:

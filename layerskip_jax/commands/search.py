@@ -1,0 +1,330 @@
+"""``layerskip search`` finds a recipe for a config by successive halving on a small proxy of it.
+
+A trial trains the proxy with one recipe. After a ninth, a third and all of the steps, only about a third of the trials
+continue (`optuna.pruners.SuccessiveHalvingPruner`). The study is one SQLite file; a search that was stopped resumes.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from layerskip_jax.command_line import make_parser, parse_config, positive, run_file
+from layerskip_jax.config import Config, MeshConfig
+from layerskip_jax.config_dict import apply_overrides, saved_settings
+from layerskip_jax.decoding.cost import best_speedup
+from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation.exits import exit_quality
+from layerskip_jax.evaluation.pictures import save_picture
+from layerskip_jax.model import Transformer
+from layerskip_jax.presets import without_layerskip
+from layerskip_jax.training.loop import train
+from layerskip_jax.training.search_space import Found, Overrides, SearchSpace, default_space, frontier
+
+if TYPE_CHECKING:
+    import optuna
+
+RUNGS = 9
+"""Evaluations of a whole trial. The pruner decides after 1, 3 and 9 of them."""
+
+MOST_INVALID = 20
+"""Stop after this many recipes in a row that `Config` refuses: the search space has no valid point."""
+
+
+def proxy_config(config: Config, width: int, steps: int) -> Config:
+    """Return ``config`` with all its blocks at ``width``, trained for ``steps`` on sequences of at most 256 tokens.
+
+    The number of blocks stays, because the exits refer to it. A width of 0 keeps the model and the sequences.
+    """
+    evaluate_every = -(-steps // RUNGS)
+    settings: Overrides = {
+        "train.steps": evaluate_every * RUNGS,
+        "train.evaluate_every": evaluate_every,
+        "train.checkpoint_every": evaluate_every,
+        "train.sample_every": 0,
+        "optimizer.warmup_steps": min(config.optimizer.warmup_steps, steps // 10),
+    }
+    if width:
+        heads = max(1, width // 64)
+        settings |= {
+            "model.dim": width,
+            "model.num_heads": heads,
+            "model.num_kv_heads": heads,
+            "model.head_width": 0,
+            "model.ffn_dim": 8 * -(-width * config.model.ffn_dim // (8 * config.model.dim)),
+            "data.sequence_length": min(config.data.sequence_length, 256),
+            "train.batch_size": min(config.train.batch_size, 8),
+            "train.loss_chunk": min(config.train.loss_chunk, 64),
+            "train.remat": "none",
+        }
+        config = dataclasses.replace(config, mesh=MeshConfig())
+    return apply_overrides(config, settings)
+
+
+class Search:
+    """One study: the proxy, the plain model's losses, and the folder with the database and the runs of the trials."""
+
+    def __init__(self, config: Config, options: argparse.Namespace, space: SearchSpace):
+        self.config, self.options, self.space = config, options, space
+        self.folder = Path(options.folder)
+        self.proxy = proxy_config(config, options.width, options.steps)
+        layers = config.model.num_layers
+        self.exits = sorted(set(options.draft_exits or [max(1, layers // 4)]))
+        if not 1 <= self.exits[0] <= self.exits[-1] < layers:
+            raise UserError(f"--draft_exits must be in 1..{layers - 1}, not {' '.join(map(str, self.exits))}")
+        self.study = self._open_study()
+        self.plain_loss: dict[int, float] = {}  # by step
+
+    def _open_study(self) -> "optuna.Study":
+        """Open or create the database; raise `UserError` if it belongs to another config."""
+        try:
+            import optuna
+        except ImportError as error:
+            raise UserError("layerskip search needs optuna: pip install 'layerskip_jax[search]'") from error
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            study = optuna.create_study(
+                storage=f"sqlite:///{self.folder}/study.db",
+                study_name="layerskip",
+                direction="maximize",
+                sampler=optuna.samplers.TPESampler(seed=self.config.train.seed, n_startup_trials=8),
+                pruner=optuna.pruners.SuccessiveHalvingPruner(
+                    min_resource=self.proxy.train.evaluate_every, reduction_factor=3
+                ),
+                load_if_exists=True,
+            )
+        except Exception as error:  # sqlalchemy has many kinds, and only optuna knows them
+            raise UserError(f"{self.folder}/study.db cannot be opened as a study: {error}") from error
+        # Through JSON, since the database returns lists for tuples.
+        mine = json.loads(json.dumps({"proxy": saved_settings(self.proxy), "exits": self.exits}))
+        mine["proxy"]["train"].pop("run_dir")
+        stored = study.user_attrs.get("config", mine)
+        if stored != mine:
+            raise UserError(f"{self.folder}/study.db belongs to another config or other options; choose another FOLDER")
+        study.set_user_attr("config", mine)
+        for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # stopped: take it up first
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            study.enqueue_trial(trial.params, user_attrs={"folder": trial.user_attrs.get("folder", str(trial.number))})
+        return study
+
+    def train_plain(self) -> None:
+        """Train the proxy without layer dropout and early exits, or read its stored losses."""
+        stored = self.study.user_attrs.get("plain_loss", {})
+        self.plain_loss = {int(step): loss for step, loss in stored.items()}
+        if self.proxy.train.steps in self.plain_loss:
+            return
+
+        def record(step: int, model: Transformer) -> None:
+            self.plain_loss[step] = float(exit_quality(model, config).loss_L[-1])
+            self.study.set_user_attr("plain_loss", self.plain_loss)
+
+        config = without_layerskip(self.run_config({}, "plain"))
+        self.train(config, record)
+        print(f"plain: loss {self.plain_loss[self.proxy.train.steps]:.3f}", flush=True)
+
+    def run_config(self, overrides: Overrides, folder: str) -> Config:
+        return apply_overrides(self.proxy, overrides | {"train.run_dir": str(self.folder / "trials" / folder)})
+
+    def train(self, config: Config, on_evaluation: Callable[[int, Transformer], None]) -> None:
+        """Train a run whose messages go to ``log.txt`` in its folder."""
+        run = Path(config.train.run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+        with (run / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            train(config, on_evaluation=on_evaluation)
+
+    def run_trial(self) -> bool:
+        """Train one recipe of the space until it ends or is pruned; return whether its config was valid."""
+        import optuna
+
+        state = optuna.trial.TrialState
+        trial = self.study.ask()
+        folder = str(trial.user_attrs.get("folder", trial.number))
+        trial.set_user_attr("folder", folder)
+        try:
+            overrides = self.space(trial, self.proxy, self.exits)
+            config = self.run_config(overrides, folder)
+        except UserError as error:
+            trial.set_user_attr("error", str(error))
+            self.study.tell(trial, state=state.FAIL)
+            return False
+        trial.set_user_attr("overrides", overrides)
+        found: list[Found] = []
+
+        def judge(step: int, model: Transformer) -> None:
+            found.append(self.quality(config, model, step))
+            trial.report(found[-1].score(self.options.loss_tolerance), step)
+            trial.set_user_attr("found", found[-1])
+            if step < config.train.steps and trial.should_prune():
+                raise optuna.TrialPruned
+
+        try:
+            self.train(config, judge)
+        except optuna.TrialPruned:
+            self.study.tell(trial, state=state.PRUNED)
+            shutil.rmtree(config.train.run_dir)
+        else:
+            self.study.tell(trial, found[-1].score(self.options.loss_tolerance))
+        print(
+            f"trial {trial.number}: {'' if len(found) == RUNGS else 'pruned, '}{shown(found[-1], overrides)}",
+            flush=True,
+        )
+        return True
+
+    def quality(self, config: Config, model: Transformer, step: int) -> Found:
+        """Measure the last exit and the drafting exit, the first of ``early_exit.exits``."""
+        measured, exit_layer = exit_quality(model, config), min(config.early_exit.exits or self.exits)
+        agreement = float(measured.agreement_L[exit_layer - 1])
+        increase = float(measured.loss_L[-1]) / self.plain_loss[step] - 1
+        return Found(increase, agreement, best_speedup(self.config.model, exit_layer, agreement))
+
+    def results(self) -> list[tuple[Found, Overrides, int]]:
+        """Return the recipes that trained to the end, the best score first."""
+        import optuna
+
+        trials = self.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+        rows = [(Found(*trial.user_attrs["found"]), trial.user_attrs["overrides"], trial.number) for trial in trials]
+        return sorted(rows, key=lambda row: -row[0].score(self.options.loss_tolerance))
+
+
+def shown(found: Found, overrides: Overrides) -> str:
+    settings = " ".join(f"{name} {_word(value)}" for name, value in overrides.items())
+    return (
+        f"loss {100 * found.loss_increase:+.2f} %, agreement {100 * found.agreement:.1f} %, "
+        f"speedup by bytes {found.speedup:.2f}x: {settings}"
+    )
+
+
+def _word(value: Any) -> str:
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join(f"{item:.3g}" if isinstance(item, float) else str(item) for item in values)
+
+
+def config_source(search: Search, found: Found, overrides: Overrides) -> str:
+    """Return a config file: the user's config with the recipe. A proxy's learning rate does not fit another width."""
+    kept = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in overrides.items()
+        if not search.options.width or name != "optimizer.learning_rate"
+    }
+    lines = "\n".join(f"    {name!r}: {value!r}," for name, value in kept.items())
+    model, given = search.proxy.model, search.options.config
+    base = f"load_config_file({given!r})" if given else "Config()"
+    imports = "from layerskip_jax.command_line import load_config_file" if given else "from layerskip_jax import Config"
+    proxy = f"{model.num_layers} blocks x {model.dim}, {search.proxy.train.steps} steps"
+    return f'''"""The recipe that layerskip search found on {proxy}.
+
+Last exit: loss {100 * found.loss_increase:+.2f} % relative to the plain model; agreement {100 * found.agreement:.1f} %.
+"""
+
+{imports}
+from layerskip_jax.config_dict import apply_overrides
+
+RECIPE = {{
+{lines}
+}}
+
+
+def get_config():
+    return apply_overrides({base}, RECIPE)
+'''
+
+
+def plot(results: list[tuple[Found, Overrides, int]], file: Path) -> None:
+    """Plot agreement against loss, with the frontier."""
+
+    def draw(axes: np.ndarray) -> None:
+        found = [one for one, _, _ in results]
+        axis, best = axes[0], frontier(found)
+        axis.scatter([100 * one.loss_increase for one in found], [100 * one.agreement for one in found], color="0.6")
+        front = sorted(one for one, is_best in zip(found, best, strict=True) if is_best)
+        axis.plot([100 * one.loss_increase for one in front], [100 * one.agreement for one in front], "o-", color="C0")
+        for one, _, number in results:
+            axis.annotate(str(number), (100 * one.loss_increase, 100 * one.agreement), fontsize="small")
+        axis.axvline(0, color="0.8", zorder=0)
+        axis.set(
+            title="recipes by number of trial; the frontier in blue",
+            xlabel="loss of the last exit relative to the plain model [%]",
+            ylabel="agreement of the drafting exit [%]",
+        )
+
+    save_picture(epath.Path(file), draw, panels=1, size=(7, 4.5))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(
+        "Search for a recipe: exits, their weights, distillation, layer dropout and learning rate. Trains many small "
+        "proxies of the config with successive halving, and writes the best recipe as a config file.",
+        "search",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="folder of the study; a study in it resumes")
+    parser.add_argument("--trials", metavar="N", type=positive, default=30, help="recipes to try (default: 30)")
+    parser.add_argument("--minutes", metavar="M", type=positive, help="start no trial after this time")
+    parser.add_argument(
+        "--steps", metavar="N", type=positive, default=450, help="steps of a whole trial (default: 450)"
+    )
+    parser.add_argument("--width", metavar="D", type=int, default=64, help="width of the proxy; 0 keeps the config's")
+    parser.add_argument(
+        "--draft_exits", metavar="E", type=positive, nargs="+", help="exits that may draft (default: L/4)"
+    )
+    parser.add_argument(
+        "--loss_tolerance",
+        metavar="X",
+        type=float,
+        default=0.005,
+        help="accepted increase of the last exit's loss over the plain model's (default: 0.005)",
+    )
+    parser.add_argument(
+        "--space", metavar="FILE", help="Python file with get_space() -> function, see docs/training.md"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    config, options = parse_config(parser, argv)
+    if options.width < 0 or options.width % 2:
+        raise UserError(f"--width must be even, or 0 for the config's own, not {options.width}")
+    space = run_file(options.space, "get_space", FunctionType) if options.space else default_space
+    search, began = Search(config, options, space), time.monotonic()
+    search.train_plain()
+    invalid = 0
+    while sum(trial.state.name != "FAIL" for trial in search.study.trials) < options.trials:
+        if options.minutes and time.monotonic() - began > 60 * options.minutes:
+            break
+        invalid = 0 if search.run_trial() else invalid + 1
+        if invalid == MOST_INVALID:
+            error = search.study.trials[-1].user_attrs["error"]
+            raise UserError(f"the search space has no valid point: {invalid} recipes in a row were refused: {error}")
+    report(search)
+
+
+def report(search: Search) -> None:
+    """Print the results, and write ``search.json``, ``frontier.png`` and ``best.py``."""
+    results = search.results()
+    if not results:
+        raise UserError("no trial was trained to the end: allow more --minutes or more --trials")
+    on_frontier = frontier([found for found, _, _ in results])
+    rows = [
+        {"trial": number, **found._asdict(), "frontier": best, "settings": overrides}
+        for (found, overrides, number), best in zip(results, on_frontier, strict=True)
+    ]
+    best, overrides, _ = results[0]
+    (search.folder / "search.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (search.folder / "best.py").write_text(config_source(search, best, overrides))
+    plot(results, search.folder / "frontier.png")
+    if search.options.json:
+        print(json.dumps(rows))
+        return
+    for (found, settings, number), is_best in zip(results, on_frontier, strict=True):
+        print(f"{'frontier' if is_best else '':8} trial {number:3}: {shown(found, settings)}")
+    tolerance = search.options.loss_tolerance
+    if best.loss_increase > tolerance:
+        print(f"note: no recipe is within the loss tolerance of {100 * tolerance:.2f} %")
+    print(f"best: {search.folder}/best.py; picture: {search.folder}/frontier.png")
+    print(f"next: layerskip train --config {search.folder}/best.py")

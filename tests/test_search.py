@@ -1,0 +1,140 @@
+"""`layerskip search`: a study from a cold start to a config file, its resumption, and its errors."""
+
+import dataclasses
+import json
+
+import pytest
+from corpora import VOCABULARY
+
+from layerskip_jax.command_line import load_config_file
+from layerskip_jax.commands import search
+from layerskip_jax.commands.search import proxy_config
+from layerskip_jax.config import Config, ModelConfig
+from layerskip_jax.decoding.cost import best_speedup, predicted_speedup
+from layerskip_jax.errors import UserError
+from layerskip_jax.training.search_space import Found, default_space, frontier
+
+optuna = pytest.importorskip("optuna")
+
+SPACE = """
+def get_space():
+    def space(trial, config, exits):
+        weight = trial.suggest_float("weight", 0.1, 1.0)
+        return {"early_exit.curriculum": "fixed", "early_exit.exits": (exits[0],), "early_exit.exit_weights": (weight,)}
+    return space
+"""
+
+
+@pytest.fixture
+def options(corpus, tmp_path):
+    """The words of a search over a model of four layers, nine steps a trial."""
+    (tmp_path / "space.py").write_text(SPACE)
+    model = {"num_layers": 4, "dim": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 24, "vocab_size": VOCABULARY}
+    settings = {f"model.{name}": value for name, value in model.items()}
+    settings |= {
+        f"data.{name}": getattr(corpus, name)
+        for name in ("source", "path", "tokenizer", "sequence_length", "shuffle_window")
+    }
+    settings |= {"train.batch_size": 8, "train.loss_chunk": 8, "train.evaluate_batches": 1, "optimizer.warmup_steps": 1}
+    words = [
+        str(tmp_path / "study"),
+        "--steps",
+        "9",
+        "--trials",
+        "3",
+        "--width",
+        "8",
+        "--space",
+        str(tmp_path / "space.py"),
+    ]
+    return words + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def test_a_search_writes_the_best_recipe_and_resumes(options, tmp_path, capsys, monkeypatch):
+    """The second trial is interrupted in its training; the next call gives its recipe to the third trial."""
+    trained, train = [], search.train
+
+    def interrupted(config, **more):
+        trained.append(config)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        train(config, **more)
+
+    monkeypatch.setattr(search, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search.main(options)
+    search.main(options)
+    capsys.readouterr()
+    plain, _, stopped, resumed = trained[:4]
+    assert (plain.early_exit.curriculum, plain.layer_dropout.p_max) == ("none", 0)
+    assert resumed == stopped
+    assert all(config.model.dim == 8 and config.model.num_layers == 4 for config in trained)
+
+    rows = json.loads((tmp_path / "study/search.json").read_text())
+    scores = [Found(row["loss_increase"], row["agreement"], row["speedup"]).score(0.005) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert any(row["frontier"] for row in rows)
+    assert (tmp_path / "study/frontier.png").read_bytes().startswith(b"\x89PNG")
+    best = load_config_file(str(tmp_path / "study/best.py"))
+    assert best.early_exit.exits == (1,)
+    assert list(best.early_exit.exit_weights) == rows[0]["settings"]["early_exit.exit_weights"]
+
+    before = len(trained)
+    search.main([*options, "--json"])  # all three trials are there
+    assert len(trained) == before
+    assert json.loads(capsys.readouterr().out) == rows
+
+    with pytest.raises(UserError, match="belongs to another config"):
+        search.main([*options, "--steps", "18"])
+
+
+def test_a_space_without_a_valid_recipe_is_refused(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(search.Search, "train_plain", lambda self: None)
+    (tmp_path / "space.py").write_text(SPACE.replace("(weight,)", "(-weight,)"))
+    with pytest.raises(UserError, match=r"the search space has no valid point: 20 .*exit_weights must be finite"):
+        search.main(options)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--draft_exits", "4"], "--draft_exits must be in 1..3, not 4"),
+        (["--width", "7"], "--width must be even"),
+    ],
+)
+def test_wrong_options_are_refused(options, more, message):
+    with pytest.raises(UserError, match=message):
+        search.main([*options, *more])
+
+
+def test_a_file_that_is_no_database_is_refused(options, tmp_path):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/study.db").write_text("not a database" * 100)
+    with pytest.raises(UserError, match="cannot be opened as a study"):
+        search.main(options)
+
+
+def test_the_default_space_gives_valid_recipes():
+    config, study = Config(model=ModelConfig(num_layers=8)), optuna.create_study()
+    for _ in range(100):
+        overrides = default_space(study.ask(), config, [1, 2])
+        recipe = search.apply_overrides(config, overrides)
+        assert recipe.early_exit.exits[0] in (1, 2)
+        assert set(recipe.early_exit.exits[1:]) <= {4}
+
+
+def test_a_proxy_keeps_the_layers_and_whole_rungs():
+    config = Config(model=dataclasses.replace(ModelConfig(), num_layers=24, dim=2048, ffn_dim=5504))
+    proxy = proxy_config(config, width=64, steps=100)
+    assert (proxy.model.num_layers, proxy.model.dim, proxy.model.ffn_dim) == (24, 64, 176)
+    assert proxy.train.steps == 9 * proxy.train.evaluate_every == 108
+    assert proxy_config(config, width=0, steps=9).model == config.model
+
+
+def test_scores_and_the_best_draft_length():
+    assert Found(0.004, 0.7, 1.5).score(0.005) == 1.5
+    assert Found(0.007, 0.7, 1.5).score(0.005) == pytest.approx(1.3)
+    config = ModelConfig(num_layers=8)
+    assert best_speedup(config, 2, 0.0) == 1  # drafts nothing
+    assert best_speedup(config, 2, 1.0) == pytest.approx(predicted_speedup(config, 2, 12, 13))
+    assert frontier([Found(0, 0.5, 1), Found(0, 0.5, 1)]) == [True, True]
