@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from layerskip_jax.config import Config
-from layerskip_jax.evaluation.pictures import save_picture
+from layerskip_jax.evaluation.pictures import Picture
 
 Parts = dict[str, Any]
 END = "<!-- end -->"
@@ -181,7 +181,7 @@ def draw_training(path: Path, config: Config, parts: Parts) -> None:
             axis.set(title=f"exit {exit_layer} of {layers}", xlabel="million tokens", ylabel="held-out perplexity")
         axes[0].legend(fontsize="small")
 
-    save_picture(epath.Path(path), draw, panels=3, size=(15, 4.5))
+    Picture(draw, panels=3, size=(15, 4.5)).save(epath.Path(path))
 
 
 def draw_exits(path: Path, config: Config, parts: Parts) -> None:
@@ -197,7 +197,7 @@ def draw_exits(path: Path, config: Config, parts: Parts) -> None:
         axes[1].set(title="same next token as the last exit", xlabel="exit layer", ylabel="share", ylim=(0, 1.05))
         axes[0].legend(fontsize="small")
 
-    save_picture(epath.Path(path), draw)
+    Picture(draw).save(epath.Path(path))
 
 
 def draw_speedups(path: Path, parts: Parts) -> None:
@@ -218,7 +218,7 @@ def draw_speedups(path: Path, parts: Parts) -> None:
             axis.set(title=f"{name}, {kind}", xlabel="draft length d", ylabel="speedup (dotted: cost model)")
         axes[0].legend(fontsize="small")
 
-    save_picture(epath.Path(path), draw, panels=len(decoded), size=(3.6 * len(decoded), 4))
+    Picture(draw, panels=len(decoded), size=(3.6 * len(decoded), 4)).save(epath.Path(path))
 
 
 def write_page(page: Path, study: str, config: Config, parts: Parts) -> list[Path]:

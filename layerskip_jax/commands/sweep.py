@@ -38,7 +38,7 @@ from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation.pictures import save_picture
+from layerskip_jax.evaluation.pictures import Picture
 from layerskip_jax.model import Transformer
 
 SETTINGS = ("weights", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
@@ -166,12 +166,11 @@ def sweep(
 def table(model: ModelConfig, grid: list[Measurement], finals: list[Measurement]) -> str:
     """Return the measurements as text."""
     lines = [f"plain decoding {grid[0].tokens_per_second:.0f} tokens/s"]
-    lines.append("  exit  drafts  tokens/s  speedup  predicted  measured/predicted  acceptance  tokens/round")
+    lines.append("  exit  drafts  tokens/s  speedup  cost model  acceptance  tokens/round")
     for m in grid[1:]:
-        predicted = m.predicted_speedup(model)
         lines.append(
             f"  {m.settings['exit_layer']:>4}  {m.settings['draft_length']:>6}  {m.tokens_per_second:8.0f}"
-            f"  {m.speedup:6.2f}x  {predicted:8.2f}x  {m.speedup / predicted:18.2f}  {m.acceptance:10.1%}"
+            f"  {m.speedup:6.2f}x  {m.predicted_speedup(model):9.2f}x  {m.acceptance:10.1%}"
             f"  {m.tokens_per_round:12.2f}" + ("  texts DIFFER" if m.identical is False else "")
         )
     for m in finals[1:]:
@@ -210,7 +209,7 @@ def plot(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[
             axis.margins(0.08)
         axes[0].figure.suptitle(f"plain decoding: {grid[0].tokens_per_second:.0f} tokens/s")
 
-    save_picture(file, draw)
+    Picture(draw).save(file)
 
 
 def _parser() -> OneLineParser:
