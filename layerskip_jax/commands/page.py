@@ -14,25 +14,24 @@ main { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1.2rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: .5rem 0 .3rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--panel); }
 p { max-width: 48rem; margin: .5rem 0; } .lead { font-size: 1.1rem; }
-.note, .legend, caption, dt { color: var(--muted); }
+.note, .legend, dt { color: var(--muted); }
 img { display: block; width: 100%; height: auto; }
 code, pre, .tokens { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .82rem; }
 pre { background: var(--panel); padding: .8rem 1rem; border-radius: .4rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .7rem; margin: 1.2rem 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: .7rem; margin: 1.2rem 0; }
 dl > div { background: var(--panel); border-radius: .4rem; padding: .7rem .9rem; }
 dt { font-size: .82rem; } dd { margin: 0; font-size: .82rem; color: var(--muted); }
 dd strong { display: block; font-size: 1.35rem; color: var(--text); font-weight: 600; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .5rem; font: .95rem/1.5 system-ui, sans-serif; }
 .data th, .data td { padding: .3rem 1.2rem .3rem 0; text-align: right; border-bottom: 1px solid var(--panel); }
 .data th:first-child, .data td:first-child { text-align: left; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 :focus-visible { outline: 2px solid var(--accent); }
-.tokens td { padding: .12rem .45rem; border: 1px solid var(--background); white-space: pre; color: var(--muted); }
-.tokens th { font-weight: 600; padding: .12rem .45rem; }
+.tokens { font-size: .75rem; } .tokens td { padding: .12rem .3rem; border: 1px solid var(--background); white-space: pre; color: var(--muted); }
+.tokens th { font-weight: 600; padding: .12rem .3rem; text-align: left; }
 .legend span { padding: .05rem .4rem; font: .82rem ui-monospace, monospace; }
-.sample { line-height: 1.7; } .sample .prompt { color: var(--muted); }
+.command span { display: inline-block; } .sample { line-height: 1.7; } .sample .prompt { color: var(--muted); }
 .sample .drafted { color: var(--accent); text-decoration: underline; text-underline-offset: .25em; }
 summary { cursor: pointer; padding: .4rem 0; } summary h2 { display: inline; border: 0; }
 """.replace("LIGHT", "".join(f"--{name}: {color}; " for name, color in PAGE["light"].items())).replace(
@@ -54,6 +53,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     columns = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
     lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<table class="data"><thead><tr>{columns}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def command(parts: Iterable[str]) -> str:
+    """Return a command as HTML, which breaks lines only between its ``parts``."""
+    return '<pre class="command">' + " ".join(f"<span>{html.escape(part)}</span>" for part in parts) + "</pre>"
 
 
 def folded(title: str, text: str) -> str:

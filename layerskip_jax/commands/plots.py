@@ -141,16 +141,18 @@ def loss_picture(run: Run, plain: Run | None = None) -> Picture:
     shown = sorted({min(trained, key=lambda e: abs(e - exit_layer)) for exit_layer in wanted} | {layers})
     notes = {layers: ", full model"} | ({run.draft_exit: ", drafts"} if run.draft_exit != layers else {})
 
+    smoothed = len(run.series(f"train/exit_loss/{layers}")[1]) > 20
+
     def plot(axis: Any, run: Run, name: str, **style: Any) -> None:
         steps, values = run.series(name)
-        if name.startswith("train") and len(values) > 20:
+        if name.startswith("train") and smoothed:
             axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.7)
             axis.plot(steps, smooth(values), linewidth=2, **style)
         elif len(values):
             axis.plot(steps, values, marker="o", linewidth=1.6, **style)
 
     def draw(axes: np.ndarray) -> None:
-        titles = {"train": "Training loss, smoothed", "validation": "Held-out loss"}
+        titles = {"train": "Training loss" + ", smoothed" * smoothed, "validation": "Held-out loss"}
         for axis, (kind, title) in zip(axes, titles.items(), strict=True):
             for exit_layer in shown:
                 label, color = f"exit {exit_layer}{notes.get(exit_layer, '')}", exit_color(exit_layer, layers)
@@ -183,7 +185,7 @@ def exits_picture(
             axes[0].plot(exits, line.loss_L, marker="o", **style)
             axes[1].plot(exits, line.agreement_L, marker="o", **style)
         if acceptance_L is not None:
-            label = f"accepted, {run.decode.draft_length} drafts a round"
+            label = f"acceptance, {run.decode.draft_length} drafts a round"
             exits = np.arange(1, run.layers + 1)
             axes[1].plot(exits[:-1], acceptance_L[:-1], color="C0", linestyle=":", marker="s", label=label)
         if np.isnan(quality.agreement_L).all():
@@ -222,7 +224,7 @@ def schedules_picture(run: Run) -> Picture:
         axes[0].legend()
         extent = (0.5, steps[-1] + 1.5, 0.5, layers + 0.5)
         shown = np.where(weight_LN > 0, weight_LN, np.nan)
-        image = axes[1].imshow(shown, aspect="auto", origin="lower", interpolation="nearest", extent=extent)
+        image = axes[1].imshow(shown, aspect="auto", origin="lower", interpolation="nearest", extent=extent, vmin=0)
         axes[1].set(
             title="Early-exit loss" + ("" if whole else ", first steps"), xlabel="optimizer step", ylabel="exit"
         )

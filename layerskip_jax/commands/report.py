@@ -39,17 +39,17 @@ TIMED_PROMPTS = 4
 """Held-out documents that are continued to measure the acceptance and the speed of decoding."""
 
 
-def train_command(config: Config) -> str:
-    """Return a command that trains the same run: it sets every setting that differs from its default."""
+def train_command(config: Config) -> list[str]:
+    """Return a command that trains the same run, in parts: it sets every setting that differs from its default."""
     words, defaults = ["layerskip train"], saved_settings(Config())
     for group, settings in saved_settings(config).items():
         for name, value in settings.items():
             if value != defaults[group][name]:
                 values = (
-                    value if isinstance(value, tuple) else [str(value).lower() if value in (True, False) else value]
+                    value if isinstance(value, tuple) else (str(value).lower() if isinstance(value, bool) else value,)
                 )
-                words.append(f"--{group}.{name} {' '.join(shlex.quote(str(one)) for one in values)}")
-    return " ".join(words)
+                words.append(" ".join([f"--{group}.{name}", *(shlex.quote(str(one)) for one in values)]))
+    return words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def decode_prompts(run: Run, model: Transformer, tokenizer: Tokenizer, prompts: 
 
 
 def write_report(
-    run_dir: str, prompts: list[str] | None, new_tokens: int, batches: int, plain_dir: str | None = None
+    run_dir: str, prompts: list[str] | None, new_tokens: int, batches: int | None = None, plain_dir: str | None = None
 ) -> epath.Path:
     """Write ``RUN/report.html`` and the plots in ``RUN/plots``; return the path of the page.
 
@@ -82,6 +82,7 @@ def write_report(
     run = Run.open(run_dir)
     plain_dir = find_plain(str(run.folder), plain_dir)
     plain = Run.open(plain_dir) if plain_dir else None
+    batches = batches or run.config.train.evaluate_batches  # as in training, so that the numbers agree
     quality, missing = _quality(run, run_dir, batches)
     plain_quality = _quality(plain, plain_dir, batches)[0] if plain else None
     model, _, tokenizer_path = load_model(run_dir, unstacked=True)
@@ -103,8 +104,7 @@ def write_report(
         token_exits.draw(figure, run.folder / "plots" / f"tokens_{number}.png")
 
     sections = {
-        "": page.tiles(summary(run, quality, plain_quality, decoded))
-        + f"<pre>{html.escape(train_command(run.config))}</pre>",
+        "": page.tiles(summary(run, quality, plain_quality, decoded)) + page.command(train_command(run.config)),
         "Loss of a few exits": pictures["loss"].html(),
         "Loss, agreement and acceptance by exit": missing + pictures["exits"].html() + _explained(run, decoded),
         "Speed": _speed(run, decoded) + pictures["speed"].html() + _swept(run, run_dir),
@@ -123,9 +123,7 @@ def opening_sentence(run: Run) -> str:
     """Say in one sentence what was trained, on what, and what for."""
     config, dropout = run.config, run.config.layer_dropout.p_max
     inner = [exit_layer for exit_layer in run.trained_exits if exit_layer < run.layers]
-    listed = (
-        f"exit{'s' * (len(inner) > 1)} {' '.join(map(str, inner))}" if len(inner) < 4 else f"{len(inner)} inner exits"
-    )
+    listed = f"exit{'s' * (len(inner) > 1)} {_ranges(inner)}"
     parts = [f"layer dropout up to {dropout:.0%}"] * (dropout > 0) + [f"a loss at {listed}"] * bool(inner)
     kind = f"with LayerSkip ({' and '.join(parts)})" if parts else "without layer dropout and early-exit losses"
     corpus = config.data.name or config.data.path or config.data.source
@@ -200,6 +198,17 @@ def _short(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.3g}{name}"
     return f"{count:.0f}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return increasing numbers, with runs of them as ranges.
+
+    >>> _ranges([1, 2, 4, 5, 6, 9])
+    '1-2, 4-6, 9'
+    """
+    firsts = [number for number in numbers if number - 1 not in numbers]
+    lasts = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
 
 
 def _quality(run: Run, path: str, batches: int) -> tuple[ExitQuality, str]:
@@ -277,10 +286,9 @@ def _sample(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str) -> 
 
 def _tokens(run: Run, figures: list[token_exits.TokenExits]) -> str:
     untrained = [exit_layer for exit_layer in range(1, run.layers + 1) if exit_layer not in run.trained_exits]
-    exits = f"Exit {untrained[0]}" if len(untrained) == 1 else f"The exits {' '.join(map(str, untrained))}"
     note = (
-        f"<p>{exits} (&dagger;) had no loss in training, so nothing taught the head to read the layers there, and the "
-        "predictions are of no use.</p>"
+        f"<p>Exit{'s' * (len(untrained) > 1)} {_ranges(untrained)} (&dagger;) had no loss in training: the head never "
+        "learned to read these layers, so do not expect good predictions there.</p>"
     )
     tables = "\n".join(token_exits.as_html(figure, untrained) for figure in figures)
     return token_exits.legend(run.layers) + (note if untrained else "") + tables
@@ -298,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--max_new_tokens", "--new_tokens", metavar="N", type=positive, default=24, help="tokens shown (default: 24)"
     )
-    parser.add_argument("--batches", metavar="N", type=positive, default=8, help="held-out batches (default: 8)")
+    parser.add_argument("--batches", metavar="N", type=positive, help="held-out batches (default: those of the run)")
     options = parser.parse_known_options(argv)
     sources, prompts = (options.prompt, options.prompts, options.held_out), None
     if any(source is not None for source in sources):

@@ -70,7 +70,7 @@ def _data(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _style(theme: Theme) -> dict[str, Any]:
+def _style(theme: Theme) -> Any:
     import matplotlib
     from cycler import cycler
     from matplotlib.colors import ListedColormap
@@ -95,7 +95,8 @@ def _style(theme: Theme) -> dict[str, Any]:
         "grid.alpha": 0.25,
         "grid.color": page["muted"],
         "image.cmap": depths.name,
-        "legend.frameon": False,
+        "legend.edgecolor": page["background"],
+        "legend.facecolor": page["background"],
         "lines.markersize": 4.5,
         "savefig.facecolor": page["background"],
     }
@@ -108,7 +109,7 @@ def exit_color(exit_layer: int, layers: int) -> tuple[float, ...]:
     return matplotlib.colormaps[matplotlib.rcParams["image.cmap"]]((exit_layer - 1) / max(layers - 1, 1))
 
 
-def smooth(values: Sequence[float], share: float = 0.05) -> np.ndarray:
+def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     """Return the centered moving average of ``values`` with a triangular window of ``share`` of their number.
 
     At both ends the window is cut off, so the average has no lag.

@@ -165,15 +165,13 @@ def as_html(figure: TokenExits, untrained: Collection[int] = ()) -> str:
         for tokens, settled in zip(figure.predicted, figure.settled, strict=True)
     ]
     prompt, mean = html.escape(visible(figure.prompt, keep=" ")), np.mean(figure.settled)
-    caption = (
-        f"After <code>{prompt}</code>: one row for each token that the full model generates, one column for each exit. "
-        f"On average, a token is settled from exit {mean:.1f} of {layers} on."
+    about = (
+        f"<p>After <code>{prompt}</code>: one row for each token that the full model generates, one column for each exit. "
+        f"On average, a token is settled from exit {mean:.1f} of {layers} on.</p>\n"
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Predictions of each exit">\n'
-        f'<table class="tokens"><caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>'
-        + "\n".join(rows)
-        + "</tbody></table></div>"
+        about + '<div class="scroll" tabindex="0" role="region" aria-label="Predictions of each exit">\n'
+        f'<table class="tokens"><thead><tr>{head}</tr></thead>\n<tbody>' + "\n".join(rows) + "</tbody></table></div>"
     )
 
 
@@ -183,7 +181,9 @@ def legend(layers: int) -> str:
         '<span style="background:{};color:{}">{}</span>'.format(*colors(exit_layer, layers), exit_layer)
         for exit_layer in range(1, layers + 1)
     )
-    signs = ", ".join(f"{sign} {name}" for sign, name in zip(NAMES.values(), ("space", "line end", "tab"), strict=True))
+    signs = ", ".join(
+        f"{sign}&nbsp;{name}" for sign, name in zip(NAMES.values(), ("space", "line&nbsp;end", "tab"), strict=True)
+    )
     return (
         f'<p class="legend">The color is the exit from which on all exits predict the token: {swatches}. Earlier '
         f"predictions have no color. Signs: {signs}.</p>"
