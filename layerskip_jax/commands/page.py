@@ -28,7 +28,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .data th:first-child, .data td:first-child { text-align: left; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 :focus-visible { outline: 2px solid var(--accent); }
-.tokens { font-size: .75rem; } .tokens td { padding: .12rem .3rem; border: 1px solid var(--background); white-space: pre; color: var(--muted); }
+.tokens { font-size: .75rem; }
+.tokens td { padding: .12rem .3rem; border: 1px solid var(--background); white-space: pre; color: var(--muted); }
 .tokens th { font-weight: 600; padding: .12rem .3rem; text-align: left; }
 .legend span { padding: .05rem .4rem; font: .82rem ui-monospace, monospace; }
 .command span { display: inline-block; } .sample { line-height: 1.7; } .sample .prompt { color: var(--muted); }

@@ -20,12 +20,10 @@ from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.exits import ExitQuality, checkpoint_quality
-from layerskip_jax.evaluation.pictures import Picture, exit_color, smooth
+from layerskip_jax.evaluation.pictures import PLAIN, Picture, exit_color, smooth, ticks
 from layerskip_jax.locations import locate
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.monitoring.metrics import METRICS, read_records
-
-PLAIN = {"linestyle": "--", "color": "C2", "label": "plain model"}
 
 
 def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
@@ -158,7 +156,7 @@ def loss_picture(run: Run, plain: Run | None = None) -> Picture:
                 label, color = f"exit {exit_layer}{notes.get(exit_layer, '')}", exit_color(exit_layer, layers)
                 plot(axis, run, f"{kind}/exit_loss/{exit_layer}", color=color, label=label)
             if plain:
-                plot(axis, plain, f"{kind}/exit_loss/{plain.layers}", **PLAIN)
+                plot(axis, plain, f"{kind}/exit_loss/{plain.layers}", label="plain model", **PLAIN)
             axis.set(title=title, xlabel="optimizer step", ylabel="cross-entropy [nats/token]")
             axis.set_xlim(0, 1.03 * int(run.checkpoint.name))
             if axis.lines:
@@ -177,7 +175,9 @@ def exits_picture(
     run: Run, quality: ExitQuality, plain: ExitQuality | None = None, acceptance_L: np.ndarray | None = None
 ) -> Picture:
     """Plot loss and agreement by exit, with the draft exit marked, and the acceptance and a plain model if given."""
-    lines = [(quality, {"color": "C0", "label": "this model"})] + ([(plain, PLAIN)] if plain else [])
+    lines = [(quality, {"color": "C0", "label": "this model"})] + (
+        [(plain, {"label": "plain model"} | PLAIN)] if plain else []
+    )
 
     def draw(axes: np.ndarray) -> None:
         for line, style in lines:
@@ -238,17 +238,6 @@ def schedules_picture(run: Run) -> Picture:
         f"Drop rates by block, up to {float(np.max(rates)):.0%} at the last step, and the weights of the exits over "
         f"steps. Exits with a loss: {' '.join(map(str, run.trained_exits))}.",
     )
-
-
-def ticks(layers: int) -> list[int]:
-    """Return about a dozen of the blocks or exits 1..L, with the first and the last.
-
-    >>> ticks(4), ticks(32)
-    ([1, 2, 3, 4], [1, 4, 8, 12, 16, 20, 24, 28, 32])
-    """
-    step = -(-layers // 16)
-    step = step if step < 3 else 4 * -(-step // 4)
-    return sorted({1, *range(step, layers + 1 - step // 2, step), layers})
 
 
 def add_plain(parser: OneLineParser) -> None:

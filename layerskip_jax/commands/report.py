@@ -170,7 +170,7 @@ def speed_picture(run: Run, decoded: Decoded | None) -> Picture:
         if decoded:
             names = ["plain", f"drafts from exit {run.draft_exit}"]
             values = [decoded.report.plain_tokens_per_second, decoded.report.tokens_per_second]
-            bars = axes[1].barh(names, values, color=["C2", "C0"], height=0.55)
+            bars = axes[1].barh(names, values, color=["C9", "C0"], height=0.55)
             axes[1].bar_label(bars, fmt="{:,.0f}", padding=4)
             axes[1].set(title="Decoding", xlabel="tokens/s")
             axes[1].margins(x=0.15)

@@ -38,7 +38,7 @@ from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation.pictures import Picture, contrast
+from layerskip_jax.evaluation.pictures import Picture, ink_on
 from layerskip_jax.model import Transformer
 
 SETTINGS = ("weights", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
@@ -187,17 +187,14 @@ def table(model: ModelConfig, grid: list[Measurement], finals: list[Measurement]
 def plot(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[int], file: epath.Path) -> None:
     """Plot tokens/s and acceptance over exit and draft length."""
 
-    from matplotlib.colors import to_rgb
-
     def draw(axes: np.ndarray) -> None:
         names = {"tokens_per_second": "tokens/s", "acceptance": "acceptance (accepted / drafted)"}
         for axis, (name, title) in zip(axes, names.items(), strict=True):
             value_Ed = np.array([getattr(m, name) for m in grid[1:]]).reshape(len(exits), len(draft_lengths))
             image = axis.imshow(value_Ed, aspect="auto", origin="lower")
             for (row, column), value in np.ndenumerate(value_Ed):
-                ink = max(("black", "white"), key=lambda ink: contrast(to_rgb(ink), image.to_rgba(value)))
                 text = f"{value:.2f}" if name == "acceptance" else f"{value:,.0f}"
-                axis.text(column, row, text, ha="center", va="center", color=ink)
+                axis.text(column, row, text, ha="center", va="center", color=ink_on(image.to_rgba(value)))
             axis.set(title=title, xlabel="draft length d", ylabel="draft exit E")
             axis.set_xticks(range(len(draft_lengths)), draft_lengths)
             axis.set_yticks(range(len(exits)), exits)

@@ -19,10 +19,13 @@ PAGE: dict[Theme, dict[str, str]] = {
 """Colors of pages and pictures. Every text color has a contrast of 4.5 or more on both backgrounds (WCAG AA)."""
 
 LINES: dict[Theme, str] = {
-    "light": "#1f5fa8 #b84a00 #59616d #2b7a33 #b3261e #7b4fb5 #7a5230 #b0307f #6b6d00 #007a87",
-    "dark": "#7db4f5 #ff9d57 #a3abb6 #7fd18b #ff8a80 #c3a3f2 #d3a987 #f291cb #cfd15a #63d3e0",
+    "light": "#1f5fa8 #b84a00 #2b7a33 #b3261e #7b4fb5 #7a5230 #b0307f #6b6d00 #007a87 #59616d",
+    "dark": "#7db4f5 #ff9d57 #7fd18b #ff8a80 #c3a3f2 #d3a987 #f291cb #cfd15a #63d3e0 #a3abb6",
 }
-"""Colors of lines: C0, C1 and so on. C1 marks the draft exit and C2 a plain model."""
+"""Colors of lines: C0, C1 and so on. C1 marks the draft exit, and C9, which is gray, a plain model."""
+
+PLAIN = {"linestyle": "--", "color": "C9"}
+"""The style of a plain model's lines."""
 
 DEPTHS: dict[Theme, tuple[float, float]] = {"light": (0.58, 0.0), "dark": (0.42, 1.0)}
 """The part of viridis that shows depth, from the first exit to the last, which has most contrast."""
@@ -109,6 +112,17 @@ def exit_color(exit_layer: int, layers: int) -> tuple[float, ...]:
     return matplotlib.colormaps[matplotlib.rcParams["image.cmap"]]((exit_layer - 1) / max(layers - 1, 1))
 
 
+def ticks(layers: int) -> list[int]:
+    """Return about a dozen of the blocks or exits 1..L, with the first and the last.
+
+    >>> ticks(4), ticks(48)
+    ([1, 2, 3, 4], [1, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48])
+    """
+    step = -(-layers // 16)
+    step = step if step < 3 else 4 * -(-step // 4)
+    return sorted({1, *range(step, layers + 1 - step // 2, step), layers})
+
+
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     """Return the centered moving average of ``values`` with a triangular window of ``share`` of their number.
 
@@ -133,3 +147,8 @@ def contrast(one: Sequence[float], other: Sequence[float]) -> float:
 
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def ink_on(color: Sequence[float]) -> str:
+    """Return black or white, whichever has more contrast on ``color``: 4.5 or more."""
+    return "#000000" if contrast(color, (0, 0, 0)) >= contrast(color, (1, 1, 1)) else "#ffffff"

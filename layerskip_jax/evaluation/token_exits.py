@@ -16,7 +16,7 @@ from layerskip_jax.decoding.request import round_up
 from layerskip_jax.decoding.rounds import Autoregressive
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.evaluation.exits import exit_predictions
-from layerskip_jax.evaluation.pictures import Picture, contrast
+from layerskip_jax.evaluation.pictures import PAGE, Picture, ink_on
 from layerskip_jax.model import Transformer
 
 NAMES = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
@@ -118,8 +118,7 @@ def colors(exit_layer: int, layers: int) -> tuple[str, str]:
     from matplotlib.colors import to_hex
 
     color = matplotlib.colormaps["viridis"]((exit_layer - 1) / max(layers - 1, 1))
-    ink = max(("#000000", "#ffffff"), key=lambda ink: contrast(matplotlib.colors.to_rgb(ink), color))
-    return to_hex(color), ink
+    return to_hex(color), ink_on(color)
 
 
 def draw(figure: TokenExits, path: epath.Path) -> epath.Path:
@@ -127,7 +126,7 @@ def draw(figure: TokenExits, path: epath.Path) -> epath.Path:
     import matplotlib.font_manager as fonts
     from matplotlib.patches import Rectangle
 
-    layers, installed = len(figure.predicted[0]), set(fonts.get_font_names())
+    layers, installed, page = len(figure.predicted[0]), set(fonts.get_font_names()), PAGE["light"]
     family = [name for name in FONTS if name in installed]
     known = {code for name in family for code in fonts.get_font(fonts.findfont(name)).get_charmap()}
 
@@ -139,8 +138,10 @@ def draw(figure: TokenExits, path: epath.Path) -> epath.Path:
         axis = axes[0]
         for row, (tokens, settled) in enumerate(zip(figure.predicted, figure.settled, strict=True)):
             for exit_layer, token in enumerate(tokens, start=1):
-                color, ink = colors(settled, layers) if exit_layer >= settled else ("#ffffff", "#59616d")
-                axis.add_patch(Rectangle((exit_layer - 0.5, row - 0.5), 1, 1, facecolor=color, edgecolor="#ffffff"))
+                color, ink = colors(settled, layers) if exit_layer >= settled else (page["background"], page["muted"])
+                axis.add_patch(
+                    Rectangle((exit_layer - 0.5, row - 0.5), 1, 1, facecolor=color, edgecolor=page["background"])
+                )
                 axis.text(exit_layer, row, spell(token), ha="center", va="center", size=7.5, color=ink, family=family)
         axis.set(xlim=(0.5, layers + 0.5), ylim=(len(figure.predicted) - 0.5, -0.5), yticks=[])
         axis.set(title="What each exit predicts", xlabel="exit", ylabel="generated token")
@@ -166,8 +167,8 @@ def as_html(figure: TokenExits, untrained: Collection[int] = ()) -> str:
     ]
     prompt, mean = html.escape(visible(figure.prompt, keep=" ")), np.mean(figure.settled)
     about = (
-        f"<p>After <code>{prompt}</code>: one row for each token that the full model generates, one column for each exit. "
-        f"On average, a token is settled from exit {mean:.1f} of {layers} on.</p>\n"
+        f"<p>After <code>{prompt}</code>: one row for each token that the full model generates, one column for each "
+        f"exit. On average, a token is settled from exit {mean:.1f} of {layers} on.</p>\n"
     )
     return (
         about + '<div class="scroll" tabindex="0" role="region" aria-label="Predictions of each exit">\n'
