@@ -123,14 +123,14 @@ def opening_sentence(run: Run) -> str:
     """Say in one sentence what was trained, on what, and what for."""
     config, dropout = run.config, run.config.layer_dropout.p_max
     inner = [exit_layer for exit_layer in run.trained_exits if exit_layer < run.layers]
-    listed = f"exit{'s' * (len(inner) > 1)} {_ranges(inner)}"
-    parts = [f"layer dropout up to {dropout:.0%}"] * (dropout > 0) + [f"a loss at {listed}"] * bool(inner)
+    parts = [f"layer dropout up to {dropout:.0%}"] * (dropout > 0)
+    parts += [f"a loss at exit{'s' * (len(inner) > 1)} {_ranges(inner)}"] * bool(inner)
     kind = f"with LayerSkip ({' and '.join(parts)})" if parts else "without layer dropout and early-exit losses"
     corpus = config.data.name or config.data.path or config.data.source
+    use = f"; its first {run.draft_exit} layers draft the text that all {run.layers} verify" if inner else ""
     return (
         f"A language model of {_short(parameter_count(config.model))} parameters in {run.layers} layers, trained "
-        f"{kind} on {_short(_tokens_seen(run))} tokens of {corpus}; its first {run.draft_exit} layers draft the "
-        f"text that all {run.layers} verify."
+        f"{kind} on {_short(_tokens_seen(run))} tokens of {corpus}{use}."
     )
 
 
