@@ -127,8 +127,8 @@ def test_a_report_is_one_self_contained_page(trained_run, tmp_path, capsys):
     assert all(len(alt) > 30 and "nan" not in alt for alt in page.alts)
     lead = next(data for path, data in page.texts if path[-1:] == ("p",))
     assert re.fullmatch(
-        r"A language model of 14k parameters in 4 layers, trained with LayerSkip \(.* a loss at exits 2-3\) on \d+ "
-        r"tokens of .*; its first 1 layers draft the text that all 4 verify\.", lead
+        r"A language model of 18\.7k parameters in 4 layers, trained with LayerSkip \(a loss at exits 2-3\) on \d+ "
+        r"tokens of .*; its first layer drafts the text that all 4 verify\.", lead
     ), lead  # fmt: skip
     names = [data for path, data in page.texts if path[-1:] == ("dt",)]
     assert names == ["Parameters", "Tokens", "Held-out loss", "Acceptance", "Decoding", "Training"]

@@ -127,7 +127,8 @@ def opening_sentence(run: Run) -> str:
     parts += [f"a loss at exit{'s' * (len(inner) > 1)} {_ranges(inner)}"] * bool(inner)
     kind = f"with LayerSkip ({' and '.join(parts)})" if parts else "without layer dropout and early-exit losses"
     corpus = config.data.name or config.data.path or config.data.source
-    use = f"; its first {run.draft_exit} layers draft the text that all {run.layers} verify" if inner else ""
+    first = "layer drafts" if run.draft_exit == 1 else f"{run.draft_exit} layers draft"
+    use = f"; its first {first} the text that all {run.layers} verify" if inner else ""
     return (
         f"A language model of {_short(parameter_count(config.model))} parameters in {run.layers} layers, trained "
         f"{kind} on {_short(_tokens_seen(run))} tokens of {corpus}{use}."
