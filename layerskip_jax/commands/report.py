@@ -100,8 +100,6 @@ def write_report(
     for name, picture in pictures.items():
         picture.save(run.folder / "plots" / f"{name}.png")
     figures = [token_exits.token_exits(model, tokenizer, prompt, new_tokens) for prompt in shown]
-    for number, figure in enumerate(figures):
-        token_exits.draw(figure, run.folder / "plots" / f"tokens_{number}.png")
 
     sections = {
         "": page.tiles(summary(run, quality, plain_quality, decoded)) + page.command(train_command(run.config)),

@@ -8,7 +8,6 @@ from collections.abc import Collection, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.engine import generate
@@ -16,14 +15,11 @@ from layerskip_jax.decoding.request import round_up
 from layerskip_jax.decoding.rounds import Autoregressive
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.evaluation.exits import exit_predictions
-from layerskip_jax.evaluation.pictures import PAGE, Picture, ink_on
+from layerskip_jax.evaluation.pictures import ink_on
 from layerskip_jax.model import Transformer
 
 NAMES = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
 """What stands for a space, a line end and a tab: \u2423, \u21b5 and \u21e5."""
-
-FONTS = ("DejaVu Sans Mono", "Noto Sans Mono CJK JP", "Noto Sans CJK JP", "Hiragino Sans", "MS Gothic")
-"""Fonts of the PNG, by preference; those that are not installed are left out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +29,10 @@ class TokenExits:
     prompt: str
     predicted: list[list[str]]  # by generated token, then by exit
     settled: list[int]
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return as_html(self)
 
 
 def settling_exits(next_LT: np.ndarray) -> np.ndarray:
@@ -119,36 +119,6 @@ def colors(exit_layer: int, layers: int) -> tuple[str, str]:
 
     color = matplotlib.colormaps["viridis"]((exit_layer - 1) / max(layers - 1, 1))
     return to_hex(color), ink_on(color)
-
-
-def draw(figure: TokenExits, path: epath.Path) -> epath.Path:
-    """Write the plot as PNG, with a row per token and a column per exit."""
-    import matplotlib.font_manager as fonts
-    from matplotlib.patches import Rectangle
-
-    layers, installed, page = len(figure.predicted[0]), set(fonts.get_font_names()), PAGE["light"]
-    family = [name for name in FONTS if name in installed]
-    known = {code for name in family for code in fonts.get_font(fonts.findfont(name)).get_charmap()}
-
-    def spell(token: str) -> str:
-        text = "".join(c if ord(c) in known else f"\\u{ord(c):04x}" for c in visible(token))
-        return (text if len(text) <= 12 else text[:11] + "\u2026").replace("$", r"\$")
-
-    def paint(axes: np.ndarray) -> None:
-        axis = axes[0]
-        for row, (tokens, settled) in enumerate(zip(figure.predicted, figure.settled, strict=True)):
-            for exit_layer, token in enumerate(tokens, start=1):
-                color, ink = colors(settled, layers) if exit_layer >= settled else (page["background"], page["muted"])
-                axis.add_patch(
-                    Rectangle((exit_layer - 0.5, row - 0.5), 1, 1, facecolor=color, edgecolor=page["background"])
-                )
-                axis.text(exit_layer, row, spell(token), ha="center", va="center", size=7.5, color=ink, family=family)
-        axis.set(xlim=(0.5, layers + 0.5), ylim=(len(figure.predicted) - 0.5, -0.5), yticks=[])
-        axis.set(title="What each exit predicts", xlabel="exit", ylabel="generated token")
-        axis.set_xticks(range(1, layers + 1))
-        axis.grid(visible=False)
-
-    return Picture(paint, panels=1, size=(2 + 0.9 * layers, 1.6 + 0.26 * len(figure.predicted))).save(path)
 
 
 def as_html(figure: TokenExits, untrained: Collection[int] = ()) -> str:
