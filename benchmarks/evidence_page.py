@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from matplotlib.ticker import LogFormatter
 
 from layerskip_jax.config import Config
-from layerskip_jax.evaluation.pictures import save_picture
+from layerskip_jax.evaluation.pictures import PLAIN, Picture, exit_color, ticks
 
 Parts = dict[str, Any]
 END = "<!-- end -->"
@@ -166,6 +167,17 @@ TABLES = {
 }
 
 
+def style(variant: str) -> dict[str, Any]:
+    """Return the style of a variant's lines: that of plain models, or the next color."""
+    return PLAIN if variant.partition("@")[0] == "plain" else {}
+
+
+def number_log_axis(axis: Any) -> None:
+    """Write 60 in place of 6 x 10^1 on a logarithmic axis."""
+    for ticked in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticked(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
 def draw_training(path: Path, config: Config, parts: Parts) -> None:
     """Plot the perplexity of three exits (L/4, L/2, L) over tokens, one line per variant."""
     layers = config.model.num_layers
@@ -177,11 +189,12 @@ def draw_training(path: Path, config: Config, parts: Parts) -> None:
                 steps = sorted(map(int, seeds[0]["held_out_loss"]))
                 loss = [np.mean([one["held_out_loss"][str(step)][exit_layer - 1] for one in seeds]) for step in steps]
                 tokens = np.array(steps) / steps[-1] * seeds[0]["tokens"] / 1e6
-                axis.semilogy(tokens, np.exp(loss), marker=".", label=name)
-            axis.set(title=f"exit {exit_layer} of {layers}", xlabel="million tokens", ylabel="held-out perplexity")
-        axes[0].legend(fontsize="small")
+                axis.semilogy(tokens, np.exp(loss), marker=".", label=name, **style(name))
+            axis.set(title=f"Exit {exit_layer} of {layers}", xlabel="million tokens", ylabel="held-out perplexity")
+            number_log_axis(axis)
+        axes[-1].legend()
 
-    save_picture(epath.Path(path), draw, panels=3, size=(15, 4.5))
+    Picture(draw, panels=3, size=(15, 4.5)).save(epath.Path(path))
 
 
 def draw_exits(path: Path, config: Config, parts: Parts) -> None:
@@ -190,14 +203,18 @@ def draw_exits(path: Path, config: Config, parts: Parts) -> None:
 
     def draw(axes: np.ndarray) -> None:
         for name, seeds in by_variant(parts).items():
-            axes[0].semilogy(exits, np.exp(mean_loss(seeds)), marker="o", label=name)
+            axes[0].semilogy(exits, np.exp(mean_loss(seeds)), marker="o", label=name, **style(name))
             agreement = np.mean([one["agreement_by_exit"] for one in seeds], axis=0)
-            axes[1].plot(exits, agreement, marker="o", label=name)
-        axes[0].set(title="at the end of training", xlabel="exit layer", ylabel="held-out perplexity")
-        axes[1].set(title="same next token as the last exit", xlabel="exit layer", ylabel="share", ylim=(0, 1.05))
-        axes[0].legend(fontsize="small")
+            axes[1].plot(exits, agreement, marker="o", label=name, **style(name))
+        axes[0].set(title="Held-out perplexity", xlabel="exit (blocks that run)", ylabel="perplexity")
+        axes[1].set(title="Same next token as the full model", xlabel="exit (blocks that run)", ylim=(0, 1.05))
+        axes[1].set_ylabel("share of tokens")
+        number_log_axis(axes[0])
+        for axis in axes:
+            axis.set_xticks(ticks(len(exits)))
+        axes[0].legend()
 
-    save_picture(epath.Path(path), draw)
+    Picture(draw).save(epath.Path(path))
 
 
 def draw_speedups(path: Path, parts: Parts) -> None:
@@ -212,13 +229,15 @@ def draw_speedups(path: Path, parts: Parts) -> None:
                 lines.setdefault(way["settings"]["exit_layer"], []).append(way)
             for exit_layer, line in lines.items():
                 lengths = [way["settings"]["draft_length"] for way in line]
-                (drawn,) = axis.plot(lengths, [way["speedup"] for way in line], marker="o", label=f"E={exit_layer}")
-                axis.plot(lengths, [way["predicted"] for way in line], ":", color=drawn.get_color())
-            axis.axhline(1.0, color="gray", linewidth=0.8)
-            axis.set(title=f"{name}, {kind}", xlabel="draft length d", ylabel="speedup (dotted: cost model)")
-        axes[0].legend(fontsize="small")
+                color = exit_color(1 + list(lines).index(exit_layer), len(lines))
+                axis.plot(lengths, [way["speedup"] for way in line], marker="o", label=f"E={exit_layer}", color=color)
+                axis.plot(lengths, [way["predicted"] for way in line], ":", color=color)
+            axis.axhline(1.0, color="C9", linewidth=0.8)
+            axis.set(title=f"{name}, {kind}", xlabel="draft length d", xticks=lengths)
+        axes[0].set_ylabel("speedup (dotted: cost model)")
+        axes[0].legend()
 
-    save_picture(epath.Path(path), draw, panels=len(decoded), size=(3.6 * len(decoded), 4))
+    Picture(draw, panels=len(decoded), size=(3.6 * len(decoded), 4)).save(epath.Path(path))
 
 
 def write_page(page: Path, study: str, config: Config, parts: Parts) -> list[Path]:

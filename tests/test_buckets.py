@@ -54,7 +54,7 @@ def test_a_report_is_written_to_the_bucket(corpus, monkeypatch):
         page = report.write_report(RUN, ["def x"], 3, 1)
     assert str(page) == f"{RUN}/report.html"
     assert (Path(here) / "report.html").stat().st_size > 100_000
-    assert {"quality.png", "tokens_0.png"} <= {picture.name for picture in (Path(here) / "plots").iterdir()}
+    assert {"exits.png", "speed.png"} <= {picture.name for picture in (Path(here) / "plots").iterdir()}
     assert not Path("/gs").exists()
 
 

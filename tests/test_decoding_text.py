@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -250,7 +251,7 @@ def test_decode_needs_only_a_checkpoint_and_a_prompt(run_folder, capsys):
     assert out.startswith("def x")
     assert "self-speculative, exit 2 of 4 (" in out
     assert "drafts a round, acceptance" in out
-    assert "measured/predicted" in out
+    assert re.search(r"reading the weights from memory at \d+\.\d GB/s allows \d+ tokens/s; this is \d+% of it", out)
     assert "tokens/s" in out
 
 

@@ -1,10 +1,15 @@
 """The report of a run, its plot of exits and tokens, and the sinks of metrics."""
 
 import base64
+import dataclasses
+import html.parser
+import math
 import re
+import shlex
 import shutil
 import sys
 import types
+import unicodedata
 from pathlib import Path
 
 import jax
@@ -14,16 +19,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from matplotlib import pyplot
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from models import tiny_model
 
+from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
 from layerskip_jax.checkpoint.swept import store_swept
+from layerskip_jax.command_line import load_config_file, make_parser, parse_config
 from layerskip_jax.commands import report, sweep
-from layerskip_jax.commands.plots import _draw_schedules
-from layerskip_jax.config import Config, EarlyExitConfig, TrainConfig
+from layerskip_jax.commands.plots import Run, exits_picture, find_plain, loss_picture, plot_run, schedules_picture
+from layerskip_jax.config import Config, DecodeConfig, EarlyExitConfig, TrainConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.policies import Fixed
+from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
+from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation.token_exits import settling_exits, token_exits
+from layerskip_jax.evaluation.exits import ExitQuality
+from layerskip_jax.evaluation.pictures import DEPTHS, LINES, PAGE, contrast, smooth
+from layerskip_jax.evaluation.token_exits import (
+    TokenExits,
+    acceptance_by_exit,
+    as_html,
+    predict_continuations,
+    settling_exits,
+    token_exits,
+    visible,
+)
 from layerskip_jax.training.monitoring.metrics import MetricsWriter, read_records
 
 
@@ -52,21 +75,203 @@ def test_each_exit_predicts_like_the_truncated_model(corpus):
         tokens = tokens.at[0, at + 1].set(own)
 
 
+class Page(html.parser.HTMLParser):
+    """What a report holds: its headings, pictures, texts outside the style, and what it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.headings, self.alts, self.loads, self.dark, self.texts = [], [], [], [], 0, []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.loads += [value for name, value in attributes.items() if name in ("src", "srcset", "href", "data")]
+        if tag == "img":
+            self.alts.append(attributes["alt"])
+        self.dark += tag == "source" and attributes["media"] == "(prefers-color-scheme: dark)"
+        if tag not in ("img", "meta", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.texts.append((tuple(self.open), data))
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings.append(data)
+
+    def within(self, tag):
+        return "".join(data for path, data in self.texts if tag in path)
+
+
 def test_a_report_is_one_self_contained_page(trained_run, tmp_path, capsys):
     run = shutil.copytree(trained_run, tmp_path / "run").as_posix()
+    shutil.copytree(trained_run, tmp_path / "run_plain")
     measurement = sweep.Measurement({"exit_layer": 1}, 10.0, 1.5, 0.5, 2.0, 2.0, 1.0, True)
     sweep.plot([measurement, measurement], [1], [2], Path(run, "plots", "sweep.png"))
     store_swept(run, {"exit_layer": 1}, {"tokens_per_second": 10.0})
     report.main([run, "--new_tokens", "6", "--batches", "1", "--prompt", "def <x>"])
-    page = Path(capsys.readouterr().out.strip()).read_text()
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(pictures) == 4
-    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    assert "def &lt;x&gt;" in page
-    assert "&quot;tokens_per_second&quot;: 10.0" in page  # stored by a sweep
-    assert page.count("<tr>") - 1 <= 6
-    assert {path.name for path in Path(run, "plots").iterdir()} >= {"quality.png", "tokens_0.png", "loss.png"}
+    text = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
+    page = Page(text)
+    assert not re.search(r"url\(|@import|https?:", text)
+    assert all(link.startswith("data:image/png;base64,") for link in page.loads)
+    assert all(base64.b64decode(link.partition(",")[2]).startswith(b"\x89PNG") for link in page.loads)
+    assert page.headings == [
+        "run: step 3", "Loss of a few exits", "Loss, agreement and acceptance by exit", "Speed", "Schedules",
+        "A sample", "Which layer first predicts each token", "Settings",
+    ]  # fmt: skip
+    assert len(page.alts) == page.dark + 1 == 5  # the picture of the sweep is light only
+    assert all(len(alt) > 30 and "nan" not in alt for alt in page.alts)
+    lead = next(data for path, data in page.texts if path[-1:] == ("p",))
+    assert re.fullmatch(
+        r"A language model of 18\.7k parameters in 4 layers, trained with LayerSkip \(a loss at exits 2-3\) on \d+ "
+        r"tokens of .*; its first layer drafts the text that all 4 verify\.", lead
+    ), lead  # fmt: skip
+    names = [data for path, data in page.texts if path[-1:] == ("dt",)]
+    assert names == ["Parameters", "Tokens", "Held-out loss", "Acceptance", "Decoding", "Training"]
+    assert "; plain model " in page.within("dd")
+    assert "layerskip train --model.num_layers 4 --model.dim 16" in page.within("pre")
+    assert "def <x>" in page.within("pre")  # the sample
+    assert "Exit 1 (\u2020) had no loss in training" in page.within("p")
+    assert '"tokens_per_second": 10.0' in page.within("details")  # stored by a sweep
+    assert '"run_dir"' in page.within("details")
+    assert "run_dir" not in "".join(data for path, data in page.texts if "details" not in path and "pre" not in path)
+    assert 1 <= text.partition('class="tokens"')[2].count("<tr>") - 1 <= 6
+    written = {path.name for path in Path(run, "plots").iterdir()}
+    assert written == {f"{name}.png" for name in ("loss", "exits", "speed", "schedules", "sweep")}
+
+
+def test_the_command_of_a_report_gives_the_same_config(trained_run):
+    tricky = TrainConfig(sample_prompt='it\'s "a b" $HOME\n', run_dir="my runs/é", batch_size=4)
+    configs = [load_config_file(str(file)) for file in sorted(Path("configs").glob("[a-z]*.py"))]
+    early = EarlyExitConfig(curriculum="fixed", always_last=False, exits=(2, 3), exit_weights=(0.5, 1.0))
+    for config in [
+        Config(),
+        Config(train=tricky, early_exit=early),
+        read_config(find_checkpoint(trained_run)),
+        *configs,
+    ]:
+        words = shlex.split(" ".join(report.train_command(config)))
+        assert words[:2] == ["layerskip", "train"]
+        same = dataclasses.replace(config, distributed=Config().distributed)  # it describes machines, not the run
+        assert parse_config(make_parser(""), words[2:])[0] == same
+
+
+def drawn(picture):
+    """Return the axes of a picture, as drawn."""
+    figure = Figure()
+    axes = figure.subplots(1, picture.panels, squeeze=False)[0]
+    picture.draw(axes)
+    return axes
+
+
+def labels(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_the_loss_of_a_few_exits_is_smoothed_and_beside_the_plain_model(trained_run):
+    run = Run.open(trained_run)
+    steps = range(1, 101)
+    noise = np.random.default_rng(0).normal(size=(16, 100))
+    losses = {
+        f"{kind}/exit_loss/{e}": {step: 8 / (1 + step / 20) + 1 / e + noise[e - 1, step - 1] for step in steps}
+        for kind in ("train", "validation")
+        for e in range(1, 17)
+    }
+    losses["train/exit_loss/16"][50] = math.nan  # of a step that was not applied
+    model = dataclasses.replace(run.config.model, num_layers=16)
+    config = dataclasses.replace(run.config, model=model, early_exit=EarlyExitConfig("all"))
+    run = dataclasses.replace(run, config=config, metrics=losses)
+    plain = dataclasses.replace(run, config=dataclasses.replace(config, early_exit=EarlyExitConfig("none")))
+    for axis in drawn(loss_picture(run, plain)):
+        assert labels(axis) == ["exit 2, drafts", "exit 8", "exit 16, full model", "plain model"]
+    (train, _) = drawn(loss_picture(run, plain))
+    smoothed = {line.get_label(): line for line in train.lines if not line.get_label().startswith("_")}
+    assert len(train.lines) == 2 * len(smoothed)  # the values are faint behind the averages
+    true = 8 / (1 + np.arange(21, 81) / 20) + 1 / 8
+    error = np.abs(smoothed["exit 8"].get_ydata()[20:80] - true)
+    assert error.max() < np.abs(noise[7, 20:80]).max() / 2
+    shades = [contrast(to_rgb(smoothed[name].get_color()), (1, 1, 1)) for name in labels(train)[:3]]
+    assert shades in (sorted(shades), sorted(shades, reverse=True))  # a sequential scale
+    assert len(labels(drawn(loss_picture(plain))[0])) == 1  # a plain model has no other loss than that of the last exit
+
+
+def test_exits_show_loss_agreement_acceptance_the_draft_exit_and_the_plain_model(trained_run):
+    run = Run.open(trained_run)
+    quality = ExitQuality(np.array([4.0, 3, 2.5, 2]), np.array([0.2, 0.6, 0.8, 1]))
+    plain = ExitQuality(np.array([9.0, 8, 6, 2]), np.array([0.1, 0.2, 0.5, 1]))
+    loss, agreement = drawn(exits_picture(run, quality, plain, np.array([0.1, 0.4, 0.6, 1])))
+    assert labels(loss) == ["this model", "plain model", "draft exit 2"]
+    assert labels(agreement) == ["this model", "plain model", "acceptance, 3 drafts a round", "draft exit 2"]
+    curves = {line.get_label(): line for line in agreement.lines}
+    np.testing.assert_array_equal(curves["this model"].get_xydata(), np.c_[1:5, quality.agreement_L])
+    np.testing.assert_array_equal(curves["plain model"].get_ydata(), plain.agreement_L)
+    np.testing.assert_array_equal(curves["acceptance, 3 drafts a round"].get_xydata(), np.c_[1:4, [0.1, 0.4, 0.6]])
+    assert set(curves["draft exit 2"].get_xdata()) == {2}
+    np.testing.assert_array_equal(loss.lines[1].get_ydata(), plain.loss_L)
+    (_, unmeasured) = drawn(exits_picture(run, run.last_quality()))
+    assert [text.get_text() for text in unmeasured.texts] == ["not measured in training:\nlayerskip plots measures it"]
+
+
+def test_a_plain_run_beside_is_found_and_a_given_one_must_exist(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run").as_posix()
+    assert find_plain(run, None) == ""
+    shutil.copytree(trained_run, tmp_path / "run_plain")
+    assert find_plain(run, None) == find_plain(f"{run}/", None) == f"{run}_plain"
+    assert find_plain(run, "other") == "other"
+    with pytest.raises(UserError, match="no checkpoint at"):
+        plot_run(run, f"{tmp_path}/nowhere")
+
+
+def test_acceptance_by_exit_is_that_of_decoding_from_each_exit():
+    model, tokens, d = tiny_model(5, num_layers=3).unstacked(), 40, 3
+    prompts = [[1, 2, 3], [4], [9, 8, 7, 6]]
+    plain = generate(model, prompts, tokens + d - 1, Autoregressive(Greedy()))  # the last round drafts beyond the text
+    acceptance_L = acceptance_by_exit(predict_continuations(model, prompts, plain.tokens), d)
+    for exit_layer in (1, 2, 3):
+        ours = generate(model, prompts, tokens, SelfSpeculative(Greedy(), Fixed(exit_layer, d)))
+        assert acceptance_L[exit_layer - 1] == pytest.approx(ours.acceptance)
+    assert acceptance_L[0] < acceptance_L[2] == 1
+    assert np.isnan(acceptance_by_exit([np.zeros((2, d - 1))], d)).all()
+
+
+@given(st.text(), st.sampled_from(["", " ", " \n\t"]))
+def test_every_character_of_a_token_is_visible(text, keep):
+    shown = visible(text, keep)
+    assert all(c in keep or unicodedata.category(c)[0] not in "ZC" for c in shown)
+    assert [c for c in shown if c.isalnum()][:1] == [c for c in shown if c.isalnum()][:1]
+    plain = "".join(c for c in text if unicodedata.category(c)[0] not in "ZCM")
+    assert re.sub("[\u2423\u21b5\u21e5]|\u27e8U\\+[0-9A-F]+\u27e9", "", visible(plain)) == re.sub(
+        "[\u2423\u21b5\u21e5]", "", plain
+    )
+
+
+@given(st.lists(st.lists(st.text(max_size=4), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_cells_show_tokens_as_they_are_with_enough_contrast(predicted):
+    figure = TokenExits("x", predicted, [1 + number % 3 for number in range(len(predicted))])
+    cells = re.findall(r"<td(?: style=\"background:(#\w+);color:(#\w+)\")?>(.*?)</td>", as_html(figure, [1]), re.DOTALL)
+    assert [html.unescape(text) for *_, text in cells] == [visible(token) for row in predicted for token in row]
+    assert all(contrast(to_rgb(color), to_rgb(ink)) >= 4.5 for color, ink, _ in cells if color)
+
+
+def test_texts_and_lines_have_enough_contrast_in_both_modes():
+    for theme, page in PAGE.items():
+        back = [to_rgb(page["background"]), to_rgb(page["panel"])]
+        for name in ("text", "muted", "accent"):
+            assert min(contrast(to_rgb(page[name]), color) for color in back) >= 4.5
+        depths = colormaps["viridis"](np.linspace(*DEPTHS[theme], 33))
+        assert min(contrast(color, back[0]) for color in [*depths, *map(to_rgb, LINES[theme].split())]) >= 3
+
+
+@given(arrays.arrays(float, st.integers(1, 200), elements=st.floats(-10, 10)))
+def test_smoothing_keeps_straight_lines_and_the_range(values):
+    averages = smooth(values)
+    assert averages.shape == values.shape
+    assert values.min() - 1e-9 <= averages.min() <= averages.max() <= values.max() + 1e-9
+    line, edge = np.arange(len(values)), len(values) // 10 + 1
+    np.testing.assert_allclose(smooth(line)[edge:-edge], line[edge:-edge], atol=1e-9)
 
 
 def test_missing_text_is_reported_on_the_page(trained_run, tmp_path, monkeypatch):
@@ -129,17 +334,21 @@ def test_metrics_go_to_wandb(tmp_path, monkeypatch, capsys):
         MetricsWriter(config)
 
 
-def test_schedules_show_a_few_rotations_or_else_the_whole_run():
-    drawn = []
+def test_schedules_show_a_few_rotations_or_else_the_whole_run_and_count_from_1(trained_run):
+    shown = []
     for curriculum in ("rotational", "gradual", "all"):
         early = EarlyExitConfig(curriculum=curriculum, dilation=3)
-        config = Config(early_exit=early, train=TrainConfig(steps=1000))
-        _, axes = pyplot.subplots(1, 2)
-        _draw_schedules(axes, {}, config)
-        (image,) = axes[1].get_images()
-        drawn.append((image.get_array().shape, image.get_extent()[:2]))
-        weights = np.asarray(image.get_array())
-        np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=1e-5)
-        assert weights[1].max() > 0  # also the early exits of the gradual curriculum, which start late
-        pyplot.close("all")
-    assert drawn == [((12, 12), [-0.5, 11.5]), ((12, 200), [-0.5, 999.5]), ((12, 200), [-0.5, 999.5])]
+        run = dataclasses.replace(
+            Run.open(trained_run), config=Config(early_exit=early, train=TrainConfig(steps=1000)), decode=DecodeConfig()
+        )
+        rates, weights = drawn(schedules_picture(run))[:2]
+        assert all(line.get_xdata().tolist() == list(range(1, 13)) for line in rates.lines)
+        assert labels(rates) == ["step 1", "step 501", "step 1000"]
+        (image,) = weights.get_images()
+        shown.append((image.get_array().shape, image.get_extent()))
+        weight_LN = np.ma.filled(image.get_array(), 0)
+        np.testing.assert_allclose(weight_LN.sum(axis=0), 1, rtol=1e-5)
+        assert weight_LN[1].max() > 0  # also the early exits of the gradual curriculum, which start late
+        assert run.trained_exits == list(range(2, 13))  # e(1) = 0
+    few, whole = [0.5, 12.5, 0.5, 12.5], [0.5, 1000.5, 0.5, 12.5]
+    assert shown == [((12, 12), few), ((12, 200), whole), ((12, 200), whole)]

@@ -91,11 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     report = terminal.Report.from_answers(answers, model.config, settings, measured_bandwidth())
     if options.compare:
         plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
-        report = dataclasses.replace(report, **_compare(generator, plain, batches))
+        report = dataclasses.replace(report, **compare(generator, plain, batches))
     print(json.dumps(report.as_dict()) if options.json else report.text())
 
 
-def _compare(generator: "TextGenerator", plain: "TextGenerator", batches: list[list[str]]) -> dict[str, Any]:
+def compare(generator: "TextGenerator", plain: "TextGenerator", batches: list[list[str]]) -> dict[str, Any]:
     """Time both generators alternately over all prompts; return medians and whether all texts are identical.
 
     Sampled texts are not compared: the two modes consume random numbers differently.

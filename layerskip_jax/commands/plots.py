@@ -1,18 +1,26 @@
-"""``layerskip plots RUN`` draws the plots of a run from its metrics and its config."""
+"""``layerskip plots RUN`` draws the plots of a run from its metrics, its config and its newest checkpoint."""
 
+import dataclasses
 import math
+import sys
 from collections import defaultdict
-from functools import partial
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
 from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
-from layerskip_jax.command_line import add_run, make_parser
-from layerskip_jax.config import Config
+from layerskip_jax.checkpoint.swept import swept_settings
+from layerskip_jax.command_line import OneLineParser, add_run, make_parser
+from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.config_dict import apply_overrides
+from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation.pictures import save_picture
+from layerskip_jax.evaluation.exits import ExitQuality, checkpoint_quality
+from layerskip_jax.evaluation.pictures import PLAIN, Picture, exit_color, smooth, ticks
 from layerskip_jax.locations import locate
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.monitoring.metrics import METRICS, read_records
@@ -31,69 +39,217 @@ def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
     return values
 
 
-def plot_run(run_dir: str) -> list[epath.Path]:
-    """Write PNG plots to ``RUN/plots`` and return their paths."""
-    config = read_config(find_checkpoint(run_dir))
-    metrics, folder = read_metrics(run_dir), locate(run_dir) / "plots"
-    pictures = {"loss": _draw_losses, "exits": _draw_exits, "schedules": _draw_schedules}
-    return [
-        save_picture(folder / f"{name}.png", partial(draw, metrics=metrics, config=config))
-        for name, draw in pictures.items()
-    ]
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is read of a run: its newest checkpoint, config and metrics, and the settings that decode it."""
+
+    checkpoint: epath.Path
+    config: Config
+    metrics: dict[str, dict[int, float]]
+    decode: DecodeConfig
+
+    @classmethod
+    def open(cls, path: str) -> "Run":
+        """Read the run at ``path``, a run folder or one checkpoint in it; raises `UserError` if there is none."""
+        checkpoint = find_checkpoint(path)
+        config, swept = read_config(checkpoint), swept_settings(path, set())
+        decode = apply_overrides(config.decode_settings, swept)
+        return cls(checkpoint, config, read_metrics(str(checkpoint.parent.parent)), decode)
+
+    @property
+    def folder(self) -> epath.Path:
+        return self.checkpoint.parent.parent
+
+    @property
+    def layers(self) -> int:
+        return self.config.model.num_layers
+
+    @property
+    def draft_exit(self) -> int:
+        return resolve_exit_layer(self.decode, self.layers)
+
+    @cached_property
+    def exit_weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """The weights of the exits, ``weight_LN``, and the N steps that they belong to."""
+        config, steps = self.config, self.config.train.steps
+        # A rotation has a short period: take the first few in full. Sample the whole run for the other curricula.
+        rotates = config.early_exit.curriculum == "rotational"
+        last = min(steps, 4 * config.early_exit.dilation) if rotates else steps
+        shown = np.unique(np.linspace(0, last - 1, last if rotates else min(last, 200)).round().astype(int))
+        return np.asarray(jax.vmap(Recipe.from_config(config).exit_weights, out_axes=1)(shown)), shown
+
+    @cached_property
+    def trained_exits(self) -> list[int]:
+        """The exits that had a loss in training."""
+        return (np.flatnonzero(self.exit_weights[0].max(axis=1) > 0) + 1).tolist()
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the steps and the finite values of a metric."""
+        points = {step: value for step, value in sorted(self.metrics.get(name, {}).items()) if math.isfinite(value)}
+        return np.array(list(points)), np.array(list(points.values()))
+
+    def last_quality(self) -> ExitQuality:
+        """Return the last held-out losses of training, and NaN for the agreements, which training does not measure."""
+        last = [self.series(f"validation/exit_loss/{exit_layer}")[1] for exit_layer in range(1, self.layers + 1)]
+        loss_L = np.array([values[-1] if len(values) else math.nan for values in last])
+        return ExitQuality(loss_L, np.full(self.layers, math.nan))
 
 
-def _draw_losses(axes: np.ndarray, metrics: dict[str, dict[int, float]], config: Config) -> None:
-    for axis, prefix, title in zip(
-        axes,
-        ("train/exit_loss/", "validation/exit_loss/"),
-        ("training loss by exit", "held-out loss by exit"),
-        strict=True,
-    ):
-        for exit_layer in range(1, config.model.num_layers + 1):
-            points = metrics.get(f"{prefix}{exit_layer}", {})
-            if points:
-                shade = _shade(exit_layer, config)
-                axis.plot(list(points), list(points.values()), color=shade, label=f"exit {exit_layer}", marker=".")
-        axis.set(title=title, xlabel="optimizer step", ylabel="cross-entropy [nats/token]")
-        if axis.lines:
-            axis.legend(ncols=2, fontsize="small")
+def find_plain(run: str, given: str | None) -> str:
+    """Return the run of the plain model to compare with: ``given``, else ``RUN_plain`` if it exists, else ""."""
+    beside = f"{locate(run)}_plain"
+    return given or (beside if (locate(beside) / METRICS).exists() else "")
 
 
-def _draw_exits(axes: np.ndarray, metrics: dict[str, dict[int, float]], config: Config) -> None:
-    exits = range(1, config.model.num_layers + 1)
-    last = [metrics.get(f"validation/exit_loss/{exit_layer}", {}) for exit_layer in exits]
-    loss = [points[max(points)] if points else math.nan for points in last]
-    axes[0].plot(exits, loss, marker="o")
-    axes[0].set(title="held-out loss by exit, at the end", xlabel="exit layer", ylabel="cross-entropy [nats/token]")
-    axes[1].plot(exits, np.exp(loss), marker="o")
-    axes[1].set(title="held-out perplexity by exit, at the end", xlabel="exit layer", ylabel="perplexity")
+def measure_exits(runs: Iterable[str], batches: int) -> dict[str, ExitQuality]:
+    """Measure the exits of each run on held-out text; a run whose text is missing is left out, with a warning."""
+    qualities = {}
+    for run in filter(None, runs):
+        try:
+            qualities[run] = checkpoint_quality(run, batches)
+        except UserError as error:
+            print(f"WARNING: the exits of {run} are not measured: {error}", file=sys.stderr)
+    return qualities
 
 
-def _draw_schedules(axes: np.ndarray, metrics: dict[str, dict[int, float]], config: Config) -> None:
-    recipe = Recipe.from_config(config)
-    for fraction in (0.0, 0.5, 1.0):
-        step = round(fraction * (config.train.steps - 1))
-        axes[0].plot(range(config.model.num_layers), recipe.drop_rates(step), marker="o", label=f"step {step}")
-    axes[0].set(title="layer dropout: drop rate (eq. 2)", xlabel="block", ylabel="probability")
-    axes[0].legend()
-    steps, rotates = config.train.steps, config.early_exit.curriculum == "rotational"
-    # A rotation has a short period: plot the first few in full. Sample the whole run for the other curricula.
-    last = min(steps, 4 * config.early_exit.dilation) if rotates else steps
-    shown = np.unique(np.linspace(0, last - 1, last if rotates else min(last, 200)).round().astype(int))
-    weights = np.asarray(jax.vmap(recipe.exit_weights, out_axes=1)(shown))
-    extent = (-0.5, last - 0.5, -0.5, config.model.num_layers - 0.5)
-    image = axes[1].imshow(weights, aspect="auto", origin="lower", interpolation="nearest", extent=extent)
-    axes[1].set(title="early-exit loss: weights (eq. 6)", xlabel="optimizer step", ylabel="block")
-    axes[1].figure.colorbar(image, ax=axes[1])
+def plot_run(run_dir: str, plain_dir: str | None = None, measure: bool = False) -> list[epath.Path]:
+    """Write PNG plots to ``RUN/plots`` and return their paths.
+
+    ``plain_dir`` is as for `find_plain`. With ``measure``, `exit_quality` measures the exits; without, the plot of the
+    exits shows the last losses of training only.
+    """
+    run = Run.open(run_dir)
+    plain_dir = find_plain(str(run.folder), plain_dir)
+    plain = Run.open(plain_dir) if plain_dir else None
+    found = measure_exits([run_dir, plain_dir], run.config.train.evaluate_batches) if measure else {}
+    quality = found.get(run_dir, run.last_quality())
+    plain_quality = found.get(plain_dir, plain.last_quality()) if plain else None
+    pictures = {
+        "loss": loss_picture(run, plain),
+        "exits": exits_picture(run, quality, plain_quality),
+        "schedules": schedules_picture(run),
+    }
+    return [picture.save(run.folder / "plots" / f"{name}.png") for name, picture in pictures.items()]
 
 
-def _shade(exit_layer: int, config: Config) -> tuple[float, float, float]:
-    depth = exit_layer / config.model.num_layers
-    return (0.9 * (1 - depth), 0.25 + 0.3 * depth, 0.2 + 0.7 * depth)
+def loss_picture(run: Run, plain: Run | None = None) -> Picture:
+    """Plot the training loss, smoothed, and the held-out loss of a few exits, and those of a plain model."""
+    trained, layers = run.trained_exits, run.layers
+    wanted = (run.draft_exit, max(1, layers // 2), layers)
+    shown = sorted({min(trained, key=lambda e: abs(e - exit_layer)) for exit_layer in wanted} | {layers})
+    notes = {layers: ", full model"} | ({run.draft_exit: ", drafts"} if run.draft_exit != layers else {})
+
+    smoothed = len(run.series(f"train/exit_loss/{layers}")[1]) > 20
+
+    def plot(axis: Any, run: Run, name: str, **style: Any) -> None:
+        steps, values = run.series(name)
+        if name.startswith("train") and smoothed:
+            axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.7)
+            axis.plot(steps, smooth(values), linewidth=2, **style)
+        elif len(values):
+            axis.plot(steps, values, marker="o", linewidth=1.6, **style)
+
+    def draw(axes: np.ndarray) -> None:
+        titles = {"train": "Training loss" + ", smoothed" * smoothed, "validation": "Held-out loss"}
+        for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+            for exit_layer in shown:
+                label, color = f"exit {exit_layer}{notes.get(exit_layer, '')}", exit_color(exit_layer, layers)
+                plot(axis, run, f"{kind}/exit_loss/{exit_layer}", color=color, label=label)
+            if plain:
+                plot(axis, plain, f"{kind}/exit_loss/{plain.layers}", label="plain model", **PLAIN)
+            axis.set(title=title, xlabel="optimizer step", ylabel="cross-entropy [nats/token]")
+            axis.set_xlim(0, 1.03 * int(run.checkpoint.name))
+            if axis.lines:
+                axis.legend()
+
+    ends = {exit_layer: run.series(f"validation/exit_loss/{exit_layer}")[1] for exit_layer in shown}
+    described = ", ".join(
+        f"at exit {exit_layer} from {values[0]:.2f} to {values[-1]:.2f}"
+        for exit_layer, values in ends.items()
+        if len(values)
+    )
+    return Picture(draw, f"Training and held-out loss over optimizer steps. Held-out loss {described}.")
+
+
+def exits_picture(
+    run: Run, quality: ExitQuality, plain: ExitQuality | None = None, acceptance_L: np.ndarray | None = None
+) -> Picture:
+    """Plot loss and agreement by exit, with the draft exit marked, and the acceptance and a plain model if given."""
+    lines = [(quality, {"color": "C0", "label": "this model"})] + (
+        [(plain, {"label": "plain model"} | PLAIN)] if plain else []
+    )
+
+    def draw(axes: np.ndarray) -> None:
+        for line, style in lines:
+            exits = np.arange(1, len(line.loss_L) + 1)
+            axes[0].plot(exits, line.loss_L, marker="o", **style)
+            axes[1].plot(exits, line.agreement_L, marker="o", **style)
+        if acceptance_L is not None:
+            label = f"acceptance, {run.decode.draft_length} drafts a round"
+            exits = np.arange(1, run.layers + 1)
+            axes[1].plot(exits[:-1], acceptance_L[:-1], color="C0", linestyle=":", marker="s", label=label)
+        if np.isnan(quality.agreement_L).all():
+            note = "not measured in training:\nlayerskip plots measures it"
+            axes[1].text(0.5, 0.5, note, ha="center", va="center", transform=axes[1].transAxes)
+        axes[0].set(title="Held-out loss by exit", ylabel="cross-entropy [nats/token]")
+        axes[1].set(title="Same next token as the full model", ylabel="share of tokens", ylim=(0, 1.05))
+        for axis in axes:
+            axis.axvline(run.draft_exit, color="C1", linewidth=1.4, label=f"draft exit {run.draft_exit}")
+            axis.set_xlabel("exit (blocks that run)")
+            axis.set_xticks(ticks(run.layers))
+            axis.legend()
+
+    at = run.draft_exit - 1
+    accepted = "" if acceptance_L is None else f", {acceptance_L[at]:.0%} of its drafts accepted"
+    return Picture(
+        draw,
+        f"Loss and agreement by exit. Draft exit {run.draft_exit}: loss {quality.loss_L[at]:.2f}, the full model's "
+        f"next token in {quality.agreement_L[at]:.0%} of the cases{accepted}. Full model: {quality.loss_L[-1]:.2f}.",
+    )
+
+
+def schedules_picture(run: Run) -> Picture:
+    """Plot drop rates by block, and exit weights over steps. Blocks count from 1, so that exit E follows block E."""
+    recipe, layers = Recipe.from_config(run.config), run.layers
+    (weight_LN, steps), counted = run.exit_weights, range(1, layers + 1)
+    whole = run.config.train.steps == steps[-1] + 1
+
+    def draw(axes: np.ndarray) -> None:
+        for number, fraction in enumerate((0.0, 0.5, 1.0), start=1):
+            step = round(fraction * (run.config.train.steps - 1))
+            label, color = f"step {step + 1}", exit_color(number, 3)
+            axes[0].plot(counted, recipe.drop_rates(step), marker="o", color=color, label=label)
+        axes[0].set(title="Layer dropout", xlabel="block", ylabel="drop rate (eq. 2)")
+        axes[0].set_xticks(ticks(layers))
+        axes[0].legend()
+        extent = (0.5, steps[-1] + 1.5, 0.5, layers + 0.5)
+        shown = np.where(weight_LN > 0, weight_LN, np.nan)
+        image = axes[1].imshow(shown, aspect="auto", origin="lower", interpolation="nearest", extent=extent, vmin=0)
+        axes[1].set(
+            title="Early-exit loss" + ("" if whole else ", first steps"), xlabel="optimizer step", ylabel="exit"
+        )
+        axes[1].set_yticks(ticks(layers))
+        axes[1].grid(visible=False)
+        axes[1].figure.colorbar(image, ax=axes[1], label="weight (eq. 6)")
+
+    rates = recipe.drop_rates(run.config.train.steps - 1)
+    return Picture(
+        draw,
+        f"Drop rates by block, up to {float(np.max(rates)):.0%} at the last step, and the weights of the exits over "
+        f"steps. Exits with a loss: {' '.join(map(str, run.trained_exits))}.",
+    )
+
+
+def add_plain(parser: OneLineParser) -> None:
+    parser.add_argument(
+        "--plain", metavar="RUN", help="run of a plain model to compare with (default: RUN_plain, if any)"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser("Redraw the plots of a run from its metrics and its config.", "plots")
+    parser = make_parser("Redraw the plots of a run from its metrics, its config and its newest checkpoint.", "plots")
     add_run(parser, "run folder of `layerskip train`")
-    for path in plot_run(parser.parse_known_options(argv).run):
+    add_plain(parser)
+    options = parser.parse_known_options(argv)
+    for path in plot_run(options.run, options.plain, measure=True):
         print(path)

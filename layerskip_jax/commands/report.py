@@ -1,8 +1,10 @@
 """``layerskip report RUN`` writes the plots of a run, and one HTML page that contains them all."""
 
-import base64
+import dataclasses
 import html
 import json
+import math
+import shlex
 
 import numpy as np
 from etils import epath
@@ -11,107 +13,284 @@ from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
 from layerskip_jax.checkpoint.swept import SWEPT
 from layerskip_jax.command_line import add_prompt_options, add_run, make_parser, positive
-from layerskip_jax.commands.plots import plot_run
+from layerskip_jax.commands import page, terminal
+from layerskip_jax.commands.decode import compare
+from layerskip_jax.commands.plots import (
+    Run,
+    add_plain,
+    exits_picture,
+    find_plain,
+    loss_picture,
+    schedules_picture,
+)
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.text import Piece, TextGenerator
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation import token_exits
 from layerskip_jax.evaluation.exits import ExitQuality, checkpoint_quality
-from layerskip_jax.evaluation.pictures import save_picture
-from layerskip_jax.model import Transformer
+from layerskip_jax.evaluation.pictures import Picture, embedded, smooth
+from layerskip_jax.model import Transformer, parameter_count
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; }
-img { max-width: 100%; } code, pre, .tokens { font-family: ui-monospace, monospace; font-size: 12px; }
-.tokens { border-collapse: collapse; } .tokens td { padding: 0 .4em; border: 1px solid #fff; white-space: pre; }
-"""
+TIMED_PROMPTS = 4
+"""Held-out documents that are continued to measure the acceptance and the speed of decoding."""
 
 
-def draw_quality(quality: ExitQuality, path: epath.Path) -> epath.Path:
-    """Plot perplexity and agreement by exit."""
-    exits = range(1, len(quality.loss_L) + 1)
+def train_command(config: Config) -> list[str]:
+    """Return a command that trains the same run, in parts: it sets every setting that differs from its default."""
+    words, defaults = ["layerskip train"], saved_settings(Config())
+    for group, settings in saved_settings(config).items():
+        for name, value in settings.items():
+            if value != defaults[group][name]:
+                values = (
+                    value if isinstance(value, tuple) else (str(value).lower() if isinstance(value, bool) else value,)
+                )
+                words.append(" ".join([f"--{group}.{name}", *(shlex.quote(str(one)) for one in values)]))
+    return words
 
-    def draw(axes: np.ndarray) -> None:
-        axes[0].semilogy(exits, quality.perplexity_L, marker="o")
-        axes[0].set(title="held-out perplexity by exit", xlabel="exit layer", ylabel="perplexity")
-        axes[1].plot(exits, quality.agreement_L, marker="o")
-        axes[1].set(title="agreement with the last exit", xlabel="exit layer", ylabel="same next token", ylim=(0, 1.05))
 
-    return save_picture(path, draw)
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """How fast held-out prompts were continued greedily, and how many drafts of each exit would be accepted."""
+
+    report: terminal.Report
+    acceptance_L: np.ndarray
 
 
-def write_report(run: str, prompts: list[str] | None, new_tokens: int, batches: int) -> epath.Path:
+def decode_prompts(run: Run, model: Transformer, tokenizer: Tokenizer, prompts: list[str]) -> Decoded:
+    settings = dataclasses.replace(run.decode, mode="self_speculative", temperature=0.0)
+    plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
+    drafting, batches = TextGenerator(model, tokenizer, settings), [[prompt] for prompt in prompts]
+    report = terminal.Report.from_answers([drafting.generate(batch) for batch in batches], model.config, settings)
+    report = dataclasses.replace(report, **compare(drafting, plain, batches))
+    new = [plain.generate(batch).completions[0].tokens for batch in batches]
+    continuations = token_exits.predict_continuations(model, [plain.encode(prompt) for prompt in prompts], new)
+    return Decoded(report, token_exits.acceptance_by_exit(continuations, settings.draft_length))
+
+
+def write_report(
+    run_dir: str, prompts: list[str] | None, new_tokens: int, batches: int | None = None, plain_dir: str | None = None
+) -> epath.Path:
     """Write ``RUN/report.html`` and the plots in ``RUN/plots``; return the path of the page.
 
-    ``prompts`` defaults to ``train.sample_prompt``, or else to one held-out document. Where the held-out text is
-    missing, the page says so.
+    ``prompts`` defaults to ``train.sample_prompt``, or else to one held-out document. ``plain_dir`` is as for
+    `find_plain`. Where the held-out text is missing, the page says so.
     """
-    checkpoint = find_checkpoint(run)
-    model, config, tokenizer_path = load_model(run, unstacked=True)
-    folder = checkpoint.parent.parent
-    plots = {path.stem: path for path in plot_run(str(folder))}
-    swept = _swept(run, folder / "plots" / "sweep.png", checkpoint.parent / SWEPT)
-    tokens = _token_tables(model, load_tokenizer(str(tokenizer_path)), config, prompts, new_tokens, folder)
-    sections = [
-        ("Loss of each exit over time", _image(plots["loss"])),
-        ("Perplexity and agreement by layer", _quality(run, batches, folder / "plots" / "quality.png")),
-        ("Acceptance and tokens/s over exit and draft length", swept),
-        ("Drop rates and exit weights", _image(plots["schedules"])),
-        ("Which layer first predicts each token", tokens),
-        ("Settings", f"<pre>{html.escape(json.dumps(saved_settings(config), indent=1))}</pre>"),
-    ]
+    run = Run.open(run_dir)
+    plain_dir = find_plain(str(run.folder), plain_dir)
+    plain = Run.open(plain_dir) if plain_dir else None
+    batches = batches or run.config.train.evaluate_batches  # as in training, so that the numbers agree
+    quality, missing = _quality(run, run_dir, batches)
+    plain_quality = _quality(plain, plain_dir, batches)[0] if plain else None
+    model, _, tokenizer_path = load_model(run_dir, unstacked=True)
+    tokenizer = load_tokenizer(str(tokenizer_path))
+    shown, timed, no_prompt = _prompts(run.config, prompts)
+    decoded = decode_prompts(run, model, tokenizer, timed) if timed else None
 
-    title = f"{html.escape(run)}, step {checkpoint.name}"
-    body = "\n".join(f"<h2>{name}</h2>\n{content}" for name, content in sections)
-    page = folder / "report.html"
-    page.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n",
-        encoding="utf-8",
+    acceptance_L = decoded.acceptance_L if decoded else None
+    pictures = {
+        "loss": loss_picture(run, plain),
+        "exits": exits_picture(run, quality, plain_quality, acceptance_L),
+        "speed": speed_picture(run, decoded),
+        "schedules": schedules_picture(run),
+    }
+    for name, picture in pictures.items():
+        picture.save(run.folder / "plots" / f"{name}.png")
+    figures = [token_exits.token_exits(model, tokenizer, prompt, new_tokens) for prompt in shown]
+
+    sections = {
+        "": page.tiles(summary(run, quality, plain_quality, decoded)) + page.command(train_command(run.config)),
+        "Loss of a few exits": pictures["loss"].html(),
+        "Loss, agreement and acceptance by exit": missing + pictures["exits"].html() + _explained(run, decoded),
+        "Speed": _speed(run, decoded) + pictures["speed"].html() + _swept(run, run_dir),
+        "Schedules": pictures["schedules"].html(),
+        "A sample": _sample(run, model, tokenizer, shown[0]) if shown else no_prompt,
+        "Which layer first predicts each token": _tokens(run, figures) if shown else no_prompt,
+        "Settings": page.folded("All settings of the run", json.dumps(saved_settings(run.config), indent=1)),
+    }
+    file = run.folder / "report.html"
+    title = f"{run.folder.name}: step {run.checkpoint.name}"
+    file.write_text(page.page(title, opening_sentence(run), sections), encoding="utf-8")
+    return file
+
+
+def opening_sentence(run: Run) -> str:
+    """Say in one sentence what was trained, on what, and what for."""
+    config, dropout = run.config, run.config.layer_dropout.p_max
+    inner = [exit_layer for exit_layer in run.trained_exits if exit_layer < run.layers]
+    parts = [f"layer dropout up to {dropout:.0%}"] * (dropout > 0)
+    parts += [f"a loss at exit{'s' * (len(inner) > 1)} {_ranges(inner)}"] * bool(inner)
+    kind = f"with LayerSkip ({' and '.join(parts)})" if parts else "without layer dropout and early-exit losses"
+    corpus = config.data.name or config.data.path or config.data.source
+    first = "layer drafts" if run.draft_exit == 1 else f"{run.draft_exit} layers draft"
+    use = f"; its first {first} the text that all {run.layers} verify" if inner else ""
+    return (
+        f"A language model of {_short(parameter_count(config.model))} parameters in {run.layers} layers, trained "
+        f"{kind} on {_short(_tokens_seen(run))} tokens of {corpus}{use}."
     )
-    return page
 
 
-def _quality(run: str, batches: int, plot: epath.Path) -> str:
+def summary(
+    run: Run, quality: ExitQuality, plain: ExitQuality | None, decoded: Decoded | None
+) -> dict[str, tuple[str, str]]:
+    """Return the numbers at the head of the page, as `page.tiles` takes them."""
+    config, at = run.config, run.draft_exit - 1
+    rates, goodput = run.series("train/tokens_per_second")[1], run.series("run/goodput")[1]
+    beside = f"; plain model {plain.loss_L[-1]:.3f}" if plain else ""
+    values = {
+        "Parameters": (_short(parameter_count(config.model)), f"{run.layers} layers of width {config.model.dim}"),
+        "Tokens": (_short(_tokens_seen(run)), f"{run.checkpoint.name} steps of {config.train.batch_size} sequences"),
+        "Held-out loss": (f"{quality.loss_L[-1]:.3f}", f"exit {run.draft_exit}: {quality.loss_L[at]:.3f}{beside}"),
+    }
+    if decoded and not math.isnan(decoded.report.acceptance):
+        drafted = f"of the drafts from exit {run.draft_exit}, up to {run.decode.draft_length} a round"
+        values["Acceptance"] = (f"{decoded.report.acceptance:.0%}", drafted)
+    if decoded:
+        speedup = f"{decoded.report.speedup:.2f}x plain decoding on this machine"
+        values["Decoding"] = (f"{decoded.report.tokens_per_second:,.0f} tokens/s", speedup)
+    if len(rates):
+        kept = f"{goodput[-1]:.0%} of the time in training steps" if len(goodput) else ""
+        values["Training"] = (f"{np.median(rates):,.0f} tokens/s", kept)
+    return values
+
+
+def speed_picture(run: Run, decoded: Decoded | None) -> Picture:
+    """Plot the tokens/s of training over steps, and those of decoding with and without drafts."""
+    steps, rates = run.series("train/tokens_per_second")
+
+    def draw(axes: np.ndarray) -> None:
+        if len(rates):
+            axes[0].plot(steps, rates, color="C0", alpha=0.3, linewidth=0.8)
+            axes[0].plot(steps, smooth(rates), color="C0", linewidth=2)
+        axes[0].set(title="Training", xlabel="optimizer step", ylabel="tokens/s", ylim=(0, None))
+        if decoded:
+            names = ["plain", f"drafts from exit {run.draft_exit}"]
+            values = [decoded.report.plain_tokens_per_second, decoded.report.tokens_per_second]
+            bars = axes[1].barh(names, values, color=["C9", "C0"], height=0.55)
+            axes[1].bar_label(bars, fmt="{:,.0f}", padding=4)
+            axes[1].set(title="Decoding", xlabel="tokens/s")
+            axes[1].margins(x=0.15)
+            axes[1].grid(visible=False, axis="y")
+            axes[1].invert_yaxis()
+
+    return Picture(
+        draw, "Tokens per second of training over optimizer steps, and of decoding.", 1 + bool(decoded), (11, 3)
+    )
+
+
+def _tokens_seen(run: Run) -> float:
+    counts = run.series("train/tokens")[1]
+    a_step = counts.mean() if len(counts) else run.config.train.batch_size * run.config.data.sequence_length
+    return float(a_step) * int(run.checkpoint.name)
+
+
+def _short(count: float) -> str:
+    """Return a count in three digits.
+
+    >>> _short(4_210_000), _short(999), _short(1.5e9)
+    ('4.21M', '999', '1.5B')
+    """
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return f"{count:.0f}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return increasing numbers, with runs of them as ranges.
+
+    >>> _ranges([1, 2, 4, 5, 6, 9])
+    '1-2, 4-6, 9'
+    """
+    firsts = [number for number in numbers if number - 1 not in numbers]
+    lasts = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
+
+
+def _quality(run: Run, path: str, batches: int) -> tuple[ExitQuality, str]:
     try:
-        return _image(draw_quality(checkpoint_quality(run, batches), plot))
+        return checkpoint_quality(path, batches), ""
     except UserError as error:
-        return f"<p>Not measured: {html.escape(str(error))}</p>"
+        return run.last_quality(), f"<p>Not measured: {html.escape(str(error))}</p>"
 
 
-def _swept(run: str, plot: epath.Path, stored: epath.Path) -> str:
+def _prompts(config: Config, given: list[str] | None) -> tuple[list[str], list[str], str]:
+    """Return the prompts to show, those to time, and HTML that says why there are none."""
+    shown = given or ([config.train.sample_prompt] if config.train.sample_prompt else [])
+    held_out: list[str] = []
+    problem = ""
+    for count in (TIMED_PROMPTS, 1):
+        try:
+            held_out = held_out or read_prompts(None, None, count, config)
+        except UserError as error:
+            problem = f"<p>Not shown: {html.escape(str(error))}; --prompt TEXT names a text</p>"
+    return shown or held_out[:1], given or held_out or shown, problem
+
+
+def _explained(run: Run, decoded: Decoded | None) -> str:
+    accepted = (
+        f" The dotted line is the acceptance: the share of {run.decode.draft_length} drafts a round that the full "
+        "model accepts in the texts that it continues greedily."
+    )
+    return (
+        f'<p class="note">The exit E runs the first E blocks and the shared head. Drafts come from the marked exit '
+        f"{run.draft_exit}.{accepted if decoded else ''}</p>"
+    )
+
+
+def _speed(run: Run, decoded: Decoded | None) -> str:
+    if not decoded:
+        return ""
+    report = decoded.report
+    acceptance = "" if math.isnan(report.acceptance) else f"{report.acceptance:.1%}"
+    rows = [
+        ["plain decoding", f"{report.plain_tokens_per_second:,.0f}", "1.00x", "", "1.00"],
+        [f"drafts from exit {run.draft_exit}", f"{report.tokens_per_second:,.0f}", f"{report.speedup:.2f}x", acceptance,
+         f"{report.tokens_per_round:.2f}"],
+    ]  # fmt: skip
+    same = "the same texts" if report.identical else "other texts, in which rounding decided a token"
+    return (
+        page.table(["decoding", "tokens/s", "speedup", "acceptance", "tokens a round"], rows)
+        + f'<p class="note">Greedy decoding of {report.prompts} prompts, one at a time, on this machine; both gave '
+        f"{same}. Where reading the weights takes all the time, as in large models, the speedup would be "
+        f"{report.predicted_speedup:.2f}x.</p>"
+    )
+
+
+def _swept(run: Run, run_dir: str) -> str:
+    plot, stored = run.folder / "plots" / "sweep.png", run.checkpoint.parent / SWEPT
     if not plot.exists():
-        return f"<p>Not swept yet: <code>layerskip sweep {html.escape(run)} --held_out 4</code></p>"
-    return _image(plot) + (f"<pre>{html.escape(stored.read_text())}</pre>" if stored.exists() else "")
+        return f"<p>Not swept yet: <code>layerskip sweep {html.escape(run_dir)}</code> finds the fastest exit.</p>"
+    result = page.folded("Result of layerskip sweep", stored.read_text()) if stored.exists() else ""
+    return embedded(plot.read_bytes(), "Tokens per second and acceptance over exit and draft length") + result
 
 
-def _token_tables(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    config: Config,
-    prompts: list[str] | None,
-    new_tokens: int,
-    folder: epath.Path,
-) -> str:
-    prompts = prompts or ([config.train.sample_prompt] if config.train.sample_prompt else [])
-    try:
-        prompts = prompts or read_prompts(None, None, 1, config)
-    except UserError as error:
-        return f"<p>Not shown: {html.escape(str(error))}; --prompt TEXT names a text</p>"
-    tables = []
-    for number, prompt in enumerate(prompts):
-        figure = token_exits.token_exits(model, tokenizer, prompt, new_tokens)
-        token_exits.draw(figure, folder / "plots" / f"tokens_{number}.png")
-        tables.append(token_exits.as_html(figure))
-    return "\n".join(tables)
+def _sample(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str) -> str:
+    settings = dataclasses.replace(run.decode, mode="self_speculative")
+    if run.decode.temperature == 0:  # greedy texts of small models repeat themselves
+        settings = dataclasses.replace(settings, temperature=0.8, top_p=0.95)
+    pieces: list[Piece] = []
+    TextGenerator(model, tokenizer, settings).generate([prompt], pieces.append)
+    spell = lambda text: html.escape(token_exits.visible(text, keep=" \n\t"))  # noqa: E731
+    spans = [f'<span class="drafted">{spell(p.text)}</span>' if p.drafted else spell(p.text) for p in pieces]
+    return (
+        f"<p>Text after the gray prompt, sampled at temperature {settings.temperature:g} and top-p {settings.top_p:g}. "
+        f"Underlined: accepted drafts of the first {run.draft_exit} blocks. The rest is the full model's own.</p>"
+        f'<pre class="sample" dir="auto"><span class="prompt">{spell(prompt)}</span>{"".join(spans)}</pre>'
+    )
 
 
-def _image(path: epath.Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
+def _tokens(run: Run, figures: list[token_exits.TokenExits]) -> str:
+    untrained = [exit_layer for exit_layer in range(1, run.layers + 1) if exit_layer not in run.trained_exits]
+    note = (
+        f"<p>Exit{'s' * (len(untrained) > 1)} {_ranges(untrained)} (&dagger;) had no loss in training: the head never "
+        "learned to read these layers, so do not expect good predictions there.</p>"
+    )
+    tables = "\n".join(token_exits.as_html(figure, untrained) for figure in figures)
+    return token_exits.legend(run.layers) + (note if untrained else "") + tables
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,13 +300,14 @@ def main(argv: list[str] | None = None) -> None:
         "report",
     )
     add_run(parser, "run folder of `layerskip train`")
+    add_plain(parser)
     add_prompt_options(parser)
     parser.add_argument(
         "--max_new_tokens", "--new_tokens", metavar="N", type=positive, default=24, help="tokens shown (default: 24)"
     )
-    parser.add_argument("--batches", metavar="N", type=positive, default=8, help="held-out batches (default: 8)")
+    parser.add_argument("--batches", metavar="N", type=positive, help="held-out batches (default: those of the run)")
     options = parser.parse_known_options(argv)
     sources, prompts = (options.prompt, options.prompts, options.held_out), None
     if any(source is not None for source in sources):
         prompts = read_prompts(*sources, read_config(find_checkpoint(options.run)))
-    print(write_report(options.run, prompts, options.max_new_tokens, options.batches))
+    print(write_report(options.run, prompts, options.max_new_tokens, options.batches, options.plain))

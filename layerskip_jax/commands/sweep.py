@@ -38,7 +38,7 @@ from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation.pictures import save_picture
+from layerskip_jax.evaluation.pictures import Picture, ink_on
 from layerskip_jax.model import Transformer
 
 SETTINGS = ("weights", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
@@ -166,12 +166,11 @@ def sweep(
 def table(model: ModelConfig, grid: list[Measurement], finals: list[Measurement]) -> str:
     """Return the measurements as text."""
     lines = [f"plain decoding {grid[0].tokens_per_second:.0f} tokens/s"]
-    lines.append("  exit  drafts  tokens/s  speedup  predicted  measured/predicted  acceptance  tokens/round")
+    lines.append("  exit  drafts  tokens/s  speedup  cost model  acceptance  tokens/round")
     for m in grid[1:]:
-        predicted = m.predicted_speedup(model)
         lines.append(
             f"  {m.settings['exit_layer']:>4}  {m.settings['draft_length']:>6}  {m.tokens_per_second:8.0f}"
-            f"  {m.speedup:6.2f}x  {predicted:8.2f}x  {m.speedup / predicted:18.2f}  {m.acceptance:10.1%}"
+            f"  {m.speedup:6.2f}x  {m.predicted_speedup(model):9.2f}x  {m.acceptance:10.1%}"
             f"  {m.tokens_per_round:12.2f}" + ("  texts DIFFER" if m.identical is False else "")
         )
     for m in finals[1:]:
@@ -189,28 +188,20 @@ def plot(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[
     """Plot tokens/s and acceptance over exit and draft length."""
 
     def draw(axes: np.ndarray) -> None:
-        names = {"tokens_per_second": "tokens/s", "acceptance": "acceptance (accepted / drafted)"}
+        plain = f"{grid[0].tokens_per_second:,.0f}"
+        names = {"tokens_per_second": f"Tokens/s (plain decoding: {plain})", "acceptance": "Accepted drafts / drafts"}
         for axis, (name, title) in zip(axes, names.items(), strict=True):
             value_Ed = np.array([getattr(m, name) for m in grid[1:]]).reshape(len(exits), len(draft_lengths))
-            if min(value_Ed.shape) > 1:
-                filled = axis.contourf(draft_lengths, exits, value_Ed, levels=12, cmap="viridis")
-                axis.figure.colorbar(filled, ax=axis)
-            for row, exit_layer in enumerate(exits):
-                for column, length in enumerate(draft_lengths):
-                    text = f"{value_Ed[row, column]:.2f}" if name == "acceptance" else f"{value_Ed[row, column]:.0f}"
-                    axis.annotate(
-                        text,
-                        (length, exit_layer),
-                        ha="center",
-                        color="white",
-                        fontsize="small",
-                        bbox={"facecolor": "black", "alpha": 0.4, "edgecolor": "none", "pad": 1},
-                    )
-            axis.set(title=title, xlabel="draft length d", ylabel="exit layer E", xticks=draft_lengths, yticks=exits)
-            axis.margins(0.08)
-        axes[0].figure.suptitle(f"plain decoding: {grid[0].tokens_per_second:.0f} tokens/s")
+            image = axis.imshow(value_Ed, aspect="auto", origin="lower")
+            for (row, column), value in np.ndenumerate(value_Ed):
+                text = f"{value:.2f}" if name == "acceptance" else f"{value:,.0f}"
+                axis.text(column, row, text, ha="center", va="center", color=ink_on(image.to_rgba(value)))
+            axis.set(title=title, xlabel="draft length d", ylabel="draft exit E")
+            axis.set_xticks(range(len(draft_lengths)), draft_lengths)
+            axis.set_yticks(range(len(exits)), exits)
+            axis.grid(visible=False)
 
-    save_picture(file, draw)
+    Picture(draw).save(file)
 
 
 def _parser() -> OneLineParser:

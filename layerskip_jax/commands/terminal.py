@@ -117,10 +117,11 @@ class Report:
         """Return the numbers as a few lines, with a hint where speculation does not pay."""
         lines = [f"{self.new_tokens} tokens from {self.prompts} prompt(s), {self.tokens_per_second:.0f} tokens/s"]
         if not math.isnan(self.bandwidth):
-            predicted = self.predicted_tokens_per_second
+            share = self.tokens_per_second / self.predicted_tokens_per_second
             lines.append(
-                f"the memory's limit at {self.bandwidth / 1e9:.1f} GB/s: {predicted:.0f} tokens/s; "
-                f"measured/predicted {self.tokens_per_second / predicted:.2f}"
+                f"reading the weights from memory at {self.bandwidth / 1e9:.1f} GB/s allows "
+                f"{self.predicted_tokens_per_second:.0f} tokens/s; this is {share:.0%} of it"
+                + (": the weights are so small that they stay in the cache" if share > 1 else "")
             )
         at_exits = ", ".join(f"{exit} of {self.num_layers} ({n})" for exit, n in self.exit_rounds.items() if n)
         if self.mode == "early_exit":

@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> None:
         if jax.process_index() == 0:
             run = config.train.run_dir
             try:
-                for path in plot_run(run):
+                # Reading the checkpoint again is no collective, so a run of several processes does not measure.
+                for path in plot_run(run, measure=jax.process_count() == 1):
                     print(f"plot: {path}")
             except Exception as error:  # the run is complete and saved, so a failed plot is only a warning
                 print(f"WARNING: no plots: {error}", file=sys.stderr)
