@@ -261,6 +261,22 @@ def test_the_newest_checkpoints_and_the_permanent_ones_are_kept(config):
     assert saved_steps(config) == [8, STEPS]
 
 
+def test_foreign_folders_among_the_checkpoints_neither_stop_nor_end_up_in_a_run(config, capsys):
+    """Digits alone are not a checkpoint: it would be the newest, and orbax would save no more and delete ours."""
+    folder = Path(config.train.run_dir).with_name("mein läuf [1e-3] 実験") / "checkpoints"
+    config = changed(config, run_dir=str(folder.parent))
+    foreign = [folder / name / "notes.txt" for name in ("notes_20990101", "good_9", "20990101", "2024")]
+    for file in foreign:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    train(changed(config, steps=8))
+    train(config)
+    assert "resuming after step 8" in capsys.readouterr().out
+    assert saved_steps(config) == [12, 13, 2024, 20990101]
+    assert all(file.read_text() == "mine" for file in foreign)
+    load_model(config.train.run_dir)
+
+
 # Bad steps
 
 

@@ -21,6 +21,7 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation import token_exits
 from layerskip_jax.evaluation.exits import ExitQuality, checkpoint_quality
 from layerskip_jax.evaluation.pictures import save_picture
+from layerskip_jax.locations import write_file
 from layerskip_jax.model import Transformer
 
 STYLE = """
@@ -67,10 +68,10 @@ def write_report(run: str, prompts: list[str] | None, new_tokens: int, batches: 
     title = f"{html.escape(run)}, step {checkpoint.name}"
     body = "\n".join(f"<h2>{name}</h2>\n{content}" for name, content in sections)
     page = folder / "report.html"
-    page.write_text(
+    write_file(
+        page,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n",
-        encoding="utf-8",
     )
     return page
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from etils import epath
 
+from layerskip_jax.locations import write_file
+
 
 def save_picture(
     path: epath.Path, draw: Callable[[np.ndarray], None], panels: int = 2, size: tuple[float, float] = (12, 4.5)
@@ -21,6 +23,5 @@ def save_picture(
     png = io.BytesIO()
     figure.savefig(png, dpi=110, format="png")
     plt.close(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png.getvalue())
+    write_file(path, png.getvalue())
     return path

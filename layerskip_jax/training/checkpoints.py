@@ -5,6 +5,7 @@ orbax saves model, optimizer, data position and config as one atomic checkpoint.
 
 import contextlib
 import sys
+from functools import partial
 from typing import Any
 
 import grain
@@ -24,7 +25,9 @@ from layerskip_jax.checkpoint.arrays import (
 from layerskip_jax.checkpoint.digests import digests
 from layerskip_jax.checkpoint.reading import differences
 from layerskip_jax.checkpoint.run_folder import (
+    CheckpointNames,
     checkpoint_folder,
+    checkpoint_steps,
     json_sha256,
     read_checksums,
     read_config,
@@ -38,6 +41,7 @@ from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import agree, first_message
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import write_file
 from layerskip_jax.training.step import TrainState
 
 
@@ -55,6 +59,7 @@ class Checkpoints:
             max_to_keep=self._config.train.keep_checkpoints,
             keep_period=self._config.train.keep_every or None,
             create=True,
+            step_name_format=CheckpointNames(),
             cleanup_tmp_directories=True,  # left by a killed process or a failed save
             lightweight_initialize=True,  # do not read checkpoints yet: they may be damaged
         )
@@ -90,10 +95,8 @@ class Checkpoints:
         """Copy the tokenizer to the folder of the checkpoints, so that they need no other file."""
         self._tokenizer = tokenizer.files
         for name, content in tokenizer.files.items() if jax.process_index() == 0 else ():
-            partial, file = self.folder / f"{name}.begun", self.folder / name
-            if not file.exists():
-                partial.write_bytes(content)
-                partial.replace(file)  # atomic: a process killed here leaves no partial file
+            if not (self.folder / name).exists():
+                write_file(self.folder / name, content)
 
     def save(self, state: TrainState, data: DataPosition, last: bool = False) -> None:
         """Save ``state`` as the checkpoint of step ``state.step``; returns as soon as the arrays are copied.
@@ -156,10 +159,7 @@ class Checkpoints:
         """Return the step of the newest complete checkpoint, or None; waits for a save in progress."""
         with contextlib.suppress(Exception):  # `check` reports failures
             self._manager.wait_until_finished()
-        return max(self._steps(), default=None)
-
-    def _steps(self) -> list[int]:
-        return sorted(ocp.utils.checkpoint_steps(self.folder), reverse=True)
+        return max(checkpoint_steps(self.folder), default=None)
 
     def restore(self, abstract: TrainState, data: DataPosition) -> TrainState | None:
         """Restore the newest checkpoint into the shapes and shardings of ``abstract``, and its position into ``data``.
@@ -169,7 +169,7 @@ class Checkpoints:
         Raises `UserError` if the checkpoint holds another model, or if none is intact.
         """
         damaged: list[tuple[int, str]] = []
-        for step in agree("checkpoints", self._steps, lambda steps: steps):
+        for step in agree("checkpoints", partial(checkpoint_steps, self.folder), lambda steps: steps):
             state, problem = self._read(step, abstract, data)
             if not problem:
                 self._move_damaged([step for step, _ in damaged])
@@ -229,8 +229,8 @@ class Checkpoints:
             for step in steps if jax.process_index() == 0 else []:
                 target = self.folder.parent / "damaged"
                 target.mkdir(exist_ok=True)
-                earlier = len(list(target.glob(f"{step}*")))
-                (self.folder / str(step)).rename(target / (f"{step}-{earlier}" if earlier else str(step)))
+                names = (target / name for name in (str(step), *(f"{step}-{n}" for n in range(1, 1000))))
+                (self.folder / str(step)).rename(next(name for name in names if not name.exists()))
 
         agree("damaged checkpoints", move)
         self._manager.reload()
