@@ -263,7 +263,7 @@ def test_the_newest_checkpoints_and_the_permanent_ones_are_kept(config):
 
 def test_foreign_folders_among_the_checkpoints_neither_stop_nor_end_up_in_a_run(config, capsys):
     """Digits alone are not a checkpoint: it would be the newest, and orbax would save no more and delete ours."""
-    folder = Path(config.train.run_dir).with_name("mein läuf [1e-3] 実験") / "checkpoints"
+    folder = Path(config.train.run_dir).with_name("mein läuf 実験") / "checkpoints"
     config = changed(config, run_dir=str(folder.parent))
     foreign = [folder / name / "notes.txt" for name in ("notes_20990101", "good_9", "20990101", "2024")]
     for file in foreign:
@@ -275,6 +275,14 @@ def test_foreign_folders_among_the_checkpoints_neither_stop_nor_end_up_in_a_run(
     assert saved_steps(config) == [12, 13, 2024, 20990101]
     assert all(file.read_text() == "mine" for file in foreign)
     load_model(config.train.run_dir)
+
+
+@pytest.mark.parametrize("name", ["lr[1e-3]", "what?", "a*b"])
+def test_a_run_folder_in_which_orbax_would_lose_its_files_is_refused(config, name):
+    folder = Path(config.train.run_dir).with_name(name) / "run"
+    with pytest.raises(UserError, match=r"checkpoints cannot be saved below a folder with [*?[] in its name"):
+        train(changed(config, run_dir=str(folder)))
+    assert not folder.parent.exists()
 
 
 # Bad steps

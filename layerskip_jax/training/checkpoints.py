@@ -257,8 +257,15 @@ def same_rows(one: Config, other: Config) -> bool:
 
 def make_run_folder(config: Config) -> None:
     """Create the folder of a run's checkpoints; raises `UserError` if that fails."""
+    folder = checkpoint_folder(config)
+    # orbax takes the path for a pattern, finds none of the files it has just written, and commits an empty checkpoint.
+    if signs := set("*?[") & set(str(folder)):
+        raise UserError(
+            f"checkpoints cannot be saved below a folder with {' or '.join(sorted(signs))} in its name: rename it or "
+            f"give another --train.run_dir than {folder.parent}"
+        )
     try:
-        checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the run folder {config.train.run_dir} (train.run_dir) cannot be created: {error}") from error
 
