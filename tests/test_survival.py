@@ -277,6 +277,33 @@ def test_foreign_folders_among_the_checkpoints_neither_stop_nor_end_up_in_a_run(
     load_model(config.train.run_dir)
 
 
+def test_a_second_training_is_refused_and_the_first_goes_on(config, monkeypatch):
+    """At a step after a save has begun: its temporary folder must stay."""
+
+    def start_again(batch):
+        with pytest.raises(UserError, match=rf"in use: process {os.getpid()} on host .* \(last step 4 at 20"):
+            train(changed(config, seed=1))
+
+    at_step(monkeypatch, {6: start_again})
+    train(config)
+    assert saved_steps(config) == [12, 13]
+    lines = (Path(config.train.run_dir) / "metrics.jsonl").read_text().splitlines()
+    assert [r["step"] for r in map(json.loads, lines) if "train/applied" in r] == list(range(1, STEPS + 1))
+    assert not (Path(config.train.run_dir) / "writer.json").exists()
+
+
+def test_a_run_that_was_taken_over_saves_no_more(config, monkeypatch):
+    def take_over(batch):
+        file = Path(config.train.run_dir) / "writer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"token": "other", "host": "other"}))
+
+    at_step(monkeypatch, {6: take_over})
+    with pytest.raises(UserError, match=r"on host other .* has taken the run folder .* over"):
+        train(config)
+    assert saved_steps(config) == [4]
+    assert (Path(config.train.run_dir) / "writer.json").exists()
+
+
 @pytest.mark.parametrize("name", ["lr[1e-3]", "what?", "a*b"])
 def test_a_run_folder_in_which_orbax_would_lose_its_files_is_refused(config, name):
     folder = Path(config.train.run_dir).with_name(name) / "run"

@@ -42,16 +42,17 @@ from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import agree, first_message
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import write_file
+from layerskip_jax.training.run_lock import RunLock
 from layerskip_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run; leaving the context manager waits for the last save."""
+    """The checkpoints of one run, which the context manager locks; leaving it waits for the last save."""
 
     def __init__(self, config: Config):
         self.folder = checkpoint_folder(config)
         self._config = config
-        self._manager = self._open()
+        self._lock = RunLock(config)
         self._tokenizer: dict[str, bytes] = {}
 
     def _open(self) -> ocp.CheckpointManager:
@@ -66,9 +67,21 @@ class Checkpoints:
         return ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
+        self._lock.acquire()
+        try:
+            self._manager = self._open()
+        except BaseException:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._close(kind)
+        finally:
+            self._lock.release()
+
+    def _close(self, kind: type[BaseException] | None) -> None:
         if kind is not None and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             return  # another process is lost, and orbax would wait for it
         try:
@@ -103,8 +116,9 @@ class Checkpoints:
 
         ``train.failed_save`` decides whether a failure, now or later in the background, raises `UserError` or (with one
         process only) prints a warning. The ``last`` save blocks, and its failure always raises: no save follows.
-        Raises `UserError` for parameters that are not finite.
+        Raises `UserError` for parameters that are not finite, and if another process has taken the run over.
         """
+        self._lock.check(int(state.step), now=True)
         model, optimizer = named_arrays(state.model), named_arrays(_optimizer_item(state))
         sums, finite = digests({**prefix_names("model", model), **prefix_names("optimizer", optimizer)})
         if not finite:
@@ -133,8 +147,12 @@ class Checkpoints:
         except Exception as error:
             self._handle_failed_save(error, last)
 
-    def check(self) -> None:
-        """Raise or print failures of background saves since the last call, as ``train.failed_save`` says."""
+    def check(self, done: int) -> None:
+        """Raise or print failures of background saves since the last call, as ``train.failed_save`` says.
+
+        Also raises `UserError` if another process has taken the run over; ``done`` is the last step.
+        """
+        self._lock.check(done)
         try:
             self._manager.check_for_errors()
         except Exception as error:

@@ -65,7 +65,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
             metrics = jax.device_get(metrics)
             progress.after_step(done, metrics)
             bad_steps.after_step(done, metrics, batch)
-            checkpoints.check()
+            checkpoints.check(done)
 
         pending: tuple[StepMetrics, dict[str, np.ndarray]] | None = None
         for done in range(first + 1, config.train.steps + 1):
