@@ -303,7 +303,10 @@ class TrainConfig:
     profile_steps: int = setting(3, "steps in a profiler trace")
     wandb_project: str = setting("", "Weights & Biases project that receives the metrics too; empty: none")
     hang_seconds: int = setting(
-        1800, "print the stacks of all threads once if no step finishes for this long; 0 is never [seconds]", "[0, inf)"
+        1800,
+        "print the stacks of all threads once if no step finishes for this long; 0 is never. Another start may take "
+        "the run folder over after this long without a sign of life (0: 1800) [seconds]",
+        "[0, inf)",
     )
 
     def __post_init__(self) -> None:

@@ -281,7 +281,9 @@ def test_a_second_training_is_refused_and_the_first_goes_on(config, monkeypatch)
     """At a step after a save has begun: its temporary folder must stay."""
 
     def start_again(batch):
-        with pytest.raises(UserError, match=rf"in use: process {os.getpid()} on host .* \(last step 4 at 20"):
+        while json.loads((Path(config.train.run_dir) / "writer.json").read_text())["step"] == 0:
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=rf"in use: process {os.getpid()} on host .* \(last step [1-4] at 20"):
             train(changed(config, seed=1))
 
     at_step(monkeypatch, {6: start_again})
@@ -368,4 +370,4 @@ def test_a_failing_plot_warns(config, monkeypatch, capsys):
     command.main([])
     output = capsys.readouterr()
     assert "WARNING: no plots: no font" in output.err
-    assert "trained: " in output.out
+    assert f"{config.train.run_dir} has 2 steps; next: " in output.out

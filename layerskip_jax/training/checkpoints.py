@@ -42,6 +42,7 @@ from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import agree, first_message
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import write_file
+from layerskip_jax.training.optimizer import learning_rate
 from layerskip_jax.training.run_lock import RunLock
 from layerskip_jax.training.step import TrainState
 
@@ -252,6 +253,16 @@ class Checkpoints:
 
         agree("damaged checkpoints", move)
         self._manager.reload()
+
+    def resumed_schedule(self, step: int) -> list[str]:
+        """Say that the run goes on after ``step`` or has ended, and from what to what its learning rate then jumps."""
+        if step >= self._config.train.steps:
+            return [f"the run has {step} steps already, so nothing is trained (train.steps)"]
+        saved = read_config(self.folder / str(step))
+        old, new = (float(learning_rate(config)(step)) for config in (saved, self._config))
+        jumps = abs(new - old) > 1e-6 * max(old, new)
+        jump = f"the learning rate of step {step + 1} goes from {old:.3g} to {new:.3g}"
+        return [f"resuming after step {step}", *([jump] if jumps else [])]
 
     def changed_settings(self, step: int) -> list[str]:
         """Describe the settings that changed since the checkpoint of ``step``, in at most one line."""

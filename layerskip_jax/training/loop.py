@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import time
 from functools import partial
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from layerskip_jax.sharding import batch_sharding, make_mesh
 from layerskip_jax.training.bad_steps import BadSteps
 from layerskip_jax.training.checkpoints import Checkpoints, make_run_folder
 from layerskip_jax.training.monitoring.flops import peak_flops
-from layerskip_jax.training.monitoring.goodput import Goodput
+from layerskip_jax.training.monitoring.goodput import Goodput, steady_time
 from layerskip_jax.training.monitoring.metrics import read_records
 from layerskip_jax.training.monitoring.progress import Progress, opening_line
 from layerskip_jax.training.monitoring.watch import Profiler
@@ -44,7 +43,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     if a corpus, tokenizer, mesh or checkpoint does not fit, or after too many bad steps in a row
     (`layerskip_jax.training.bad_steps`); `Interrupted` after SIGTERM or SIGINT, once the current step is saved.
     """
-    began = time.time()
+    began = steady_time()
     mesh = make_mesh(config)
     trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
     trainer.recipe.check()
@@ -143,7 +142,7 @@ def _restore_or_init(
     state = checkpoints.restore(abstract, position)
     if state is not None:
         step = int(state.step)
-        return state, step, "; ".join([f"resuming after step {step}", *checkpoints.changed_settings(step)])
+        return state, step, "; ".join([*checkpoints.resumed_schedule(step), *checkpoints.changed_settings(step)])
     if config.train.init_from:
         load = agree("initial weights", partial(initial_model, config, tokenizer, abstract.model))
         return trainer.init(load()), 0, f"from {config.train.init_from}"

@@ -28,8 +28,8 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.locations import is_remote, locate, write_file
 
 LOCK = "writer.json"
-BEAT_SECONDS = 10.0
-"""Time between two signs of life, or a quarter of ``train.hang_seconds`` if that is less."""
+BEAT_SECONDS, LOCAL_BEAT_SECONDS = 10.0, 2.0
+"""Time between two signs of life, in buckets and elsewhere, or a quarter of ``train.hang_seconds`` if that is less."""
 SETTLE_SECONDS = 1.0
 """How long a write to a bucket may take: two processes that start at once both see the later write after it."""
 
@@ -68,9 +68,10 @@ class RunLock:
         folder = locate(config.train.run_dir)
         self._file, self._run_dir = folder / LOCK, config.train.run_dir
         self._hang = float(config.train.hang_seconds or TrainConfig().hang_seconds)
-        token, every = uuid.uuid4().hex, min(BEAT_SECONDS, self._hang / 4)
+        beat = BEAT_SECONDS if is_remote(folder) else LOCAL_BEAT_SECONDS
+        token, every = uuid.uuid4().hex, min(beat, self._hang / 4)
         self._me = Holder(*_this_process(), str(folder), token, every, time=time.time())
-        self._ended, self._taken_over = threading.Event(), ""
+        self._wake, self._ended, self._taken_over = threading.Event(), False, ""
         self._thread = threading.Thread(target=self._beat, daemon=True, name="run lock")
 
     def acquire(self) -> None:
@@ -140,7 +141,10 @@ class RunLock:
         With ``now`` the file is read, else the answer is some seconds old.
         """
         if step > self._me.step:
+            first = self._me.step == 0
             self._me = dataclasses.replace(self._me, step=step, time=time.time())
+            if first:
+                self._wake.set()  # say at once that the run trains
         if now and self._thread.is_alive():
             self._look()
         if self._taken_over:
@@ -151,7 +155,8 @@ class RunLock:
 
     def release(self) -> None:
         """Remove the lock, if this process still holds it."""
-        self._ended.set()
+        self._ended = True
+        self._wake.set()
         if self._thread.ident is None:  # not process 0, or not acquired
             return
         self._thread.join(BEAT_SECONDS)
@@ -160,7 +165,11 @@ class RunLock:
                 self._file.unlink()
 
     def _beat(self) -> None:
-        while not self._ended.wait(self._me.every) and not self._taken_over:
+        while not self._taken_over:
+            self._wake.wait(self._me.every)
+            if self._ended:
+                return
+            self._wake.clear()
             with _alone(self._file.parent):
                 self._look()
                 with contextlib.suppress(Exception):
