@@ -18,14 +18,12 @@ BUCKET_LIBRARIES = ("gcsfs", "tensorflow")
 def locate(path: str) -> epath.Path:
     """Return an absolute local path with ``~`` expanded, or a gs:// path.
 
-    Raises `UserError` for any other scheme, which would become a local folder of that name, and for gs:// without one
-    of `BUCKET_LIBRARIES`.
+    Raises `UserError` for a path that cannot exist, for any other scheme, which would become a local folder of that
+    name, and for gs:// without one of `BUCKET_LIBRARIES`.
     """
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"the name {path!r} is not UTF-8: rename it") from None
     scheme = re.match(r"[A-Za-z][\w+.-]+:/", path)
+    if "\0" in path or path != path.encode(errors="replace").decode():
+        raise UserError(f"the path {path!r} is not UTF-8, or has a null character: name another")
     if not scheme:
         return epath.Path(path).expanduser().resolve()
     if not path.startswith("gs://"):

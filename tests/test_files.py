@@ -207,6 +207,7 @@ def test_links_in_a_corpus_are_followed_once(corpus, tmp_path):
         assert sum(len(open_documents(found, split)) for split in ("train", "validation")) == expected
 
 
-def test_a_name_that_is_not_utf8_is_refused():
-    with pytest.raises(UserError, match="not UTF-8"):
-        locate("runs/\udcff")
+def test_paths_that_cannot_exist_are_refused():
+    for path in ("runs/\udcff", "runs/\0"):
+        with pytest.raises(UserError, match="is not UTF-8, or has a null character"):
+            locate(path)

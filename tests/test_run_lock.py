@@ -88,7 +88,6 @@ def test_the_second_writer_is_refused_in_one_line(run_dir, monkeypatch):
     [
         {"process": 2**22 + 1},  # no such process
         {"started": "1"},  # the number belongs to another process now
-        {"process": os.getppid()},
     ],
 )
 def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(gone, run_dir, monkeypatch, capsys):
@@ -178,6 +177,19 @@ def test_a_lock_from_the_future_is_taken_over(run_dir, monkeypatch):
 def test_any_content_of_a_lock_is_described(content):
     assert "process" in str(run_lock._parse((0, content)))
     assert 0 < run_lock._parse((0, content)).every <= run_lock.BEAT_SECONDS
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"no lock", b"[]"])
+def test_a_file_that_is_not_a_lock_ends_no_run_and_blocks_none(content, run_dir, monkeypatch):
+    """As a reader may see a write that is not complete."""
+    (locate(run_dir) / LOCK).write_bytes(content)
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.2)
+    with held(run_dir, monkeypatch) as lock:
+        ours = (locate(run_dir) / LOCK).read_bytes()
+        (locate(run_dir) / LOCK).write_bytes(content)
+        lock.check(1, now=True)
+        (locate(run_dir) / LOCK).write_bytes(ours)
+    assert not (locate(run_dir) / LOCK).exists()
 
 
 def test_one_of_many_that_start_at_once_gets_the_lock(run_dir, monkeypatch):

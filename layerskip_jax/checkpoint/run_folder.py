@@ -5,8 +5,10 @@ item ``checksums`` holds the digests of all of them (`layerskip_jax.checkpoint.d
 rest), which are compared at every read. Files are parsed as data: nothing is unpickled or executed.
 """
 
+import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,10 +48,13 @@ class CheckpointNames(ocp.step.NameFormat):
         return self._standard.build_name(step)
 
     def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.step.Metadata]:
-        for found in self._standard.find_all(base_path):
-            folder = found.path
-            if folder.name == str(found.step) and folder.is_dir() and ITEMS & {item.name for item in folder.iterdir()}:
-                yield found
+        base = epath.Path(base_path)
+        names = [entry.name for entry in base.iterdir()] if base.is_dir() else []
+        for step in sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True):
+            folder = base / str(step)
+            if folder.is_dir() and ITEMS & {item.name for item in folder.iterdir()}:
+                with contextlib.suppress(ValueError):  # not complete, in a bucket
+                    yield self._standard.find_step(base, step)
 
     def find_step(self, base_path: epath.PathLike, step: int) -> ocp.step.Metadata:
         return self._standard.find_step(base_path, step)
@@ -114,7 +119,7 @@ def checkpoint_folder(config: Config) -> epath.Path:
 
 def checkpoint_steps(folder: epath.Path) -> list[int]:
     """Return the steps of the complete checkpoints in a folder, the newest first."""
-    return sorted((found.step for found in CheckpointNames().find_all(folder)), reverse=True)
+    return [found.step for found in CheckpointNames().find_all(folder)]
 
 
 def find_checkpoint(path: str) -> epath.Path:

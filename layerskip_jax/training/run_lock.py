@@ -146,7 +146,8 @@ class RunLock:
             if first:
                 self._wake.set()  # say at once that the run trains
         if now and self._thread.is_alive():
-            self._look()
+            with contextlib.suppress(Exception):
+                self._look()
         if self._taken_over:
             raise UserError(
                 f"{self._taken_over} has taken the run folder {self._run_dir} over, because this process showed no "
@@ -170,16 +171,17 @@ class RunLock:
             if self._ended:
                 return
             self._wake.clear()
-            with _alone(self._file.parent):
-                self._look()
-                with contextlib.suppress(Exception):
-                    if not self._taken_over:
-                        self._write()
+            with contextlib.suppress(Exception), _alone(self._file.parent):  # such as a network that is down
+                if self._look():
+                    self._write()
 
-    def _look(self) -> None:
-        with contextlib.suppress(Exception):  # such as a network that is down
-            if (now := self._read()) and not self._is_ours(now):
-                self._taken_over = str(_parse(now))
+    def _look(self) -> bool:
+        """Return whether the lock is ours or missing; remember who has taken it over."""
+        now = self._read()
+        ours = now is None or self._is_ours(now)
+        if now and not ours and (holder := _parse(now)).token:  # what is not a lock names nobody
+            self._taken_over = str(holder)
+        return ours
 
     def _is_ours(self, found: Sign) -> bool:
         return _parse(found).token == self._me.token
@@ -240,8 +242,7 @@ def _started(process: int) -> str:
 
 def _parse(found: Sign) -> Holder:
     """Return what a lock says; an unknown process if its content is not a lock's."""
-    try:
+    holder = Holder()
+    with contextlib.suppress(ValueError, RecursionError, UserError):
         holder = from_dict(json.loads(found[1]), Holder)
-    except (ValueError, RecursionError, UserError):
-        return Holder()
     return holder if 0 < holder.every <= BEAT_SECONDS else dataclasses.replace(holder, every=BEAT_SECONDS)

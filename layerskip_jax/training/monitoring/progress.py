@@ -73,7 +73,7 @@ class Progress:
         mfu, hfu = rate * self._flops / self._peak, self._computed / seconds / self._peak
         loss = float(metrics.exit_loss_L[-1]) if metrics.exit_weight_L[-1] > 0 else float(metrics.objective)
         if self._done_here == 1:  # its time includes compilation, so the bar must not estimate from it
-            self._bar.initial = self._bar.n = done
+            self._bar.initial = self._bar.n = self._bar.last_print_n = done
             self._bar.unpause()
         else:
             self._bar.update(1)
