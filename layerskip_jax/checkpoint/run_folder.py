@@ -52,8 +52,8 @@ class CheckpointNames(ocp.step.NameFormat):
         names = [entry.name for entry in base.iterdir()] if base.is_dir() else []
         for step in sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True):
             folder = base / str(step)
-            if folder.is_dir() and ITEMS & {item.name for item in folder.iterdir()}:
-                with contextlib.suppress(ValueError):  # not complete, in a bucket
+            with contextlib.suppress(ValueError, FileNotFoundError):  # not complete, in a bucket; removed meanwhile
+                if folder.is_dir() and ITEMS & {item.name for item in folder.iterdir()}:
                     yield self._standard.find_step(base, step)
 
     def find_step(self, base_path: epath.PathLike, step: int) -> ocp.step.Metadata:

@@ -168,9 +168,9 @@ class RunLock:
     def _beat(self) -> None:
         while not self._taken_over:
             self._wake.wait(self._me.every)
+            self._wake.clear()
             if self._ended:
                 return
-            self._wake.clear()
             with contextlib.suppress(Exception), _alone(self._file.parent):  # such as a network that is down
                 if self._look():
                     self._write()
