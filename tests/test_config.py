@@ -68,6 +68,8 @@ def test_overrides_reach_their_fields():
             ],
             r"leaves steps without a loss: early_exit.dilation, 12, must be less than model.num_layers, 12",
         ),
+        (["--decode.top_k", "-1"], r"^decode.top_k must be at least 0, not -1"),
+        (["--optimizer.beta2", "2"], r"^optimizer.beta2 must be in \[0, 1\), not 2.0"),
         (["--decode.exit_layer", "13"], r"decode.exit_layer 13 must be in 1..12"),
         (["--early_exit.curriculum", "fixed"], r"curriculum fixed needs early_exit.exits, such as 3"),
         ([*FIXED, "3", "3"], r"early_exit.exits must be strictly increasing and at least 1, got 3 3"),
