@@ -13,6 +13,9 @@ T = TypeVar("T")
 
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 """What error messages call the plain types."""
+ANY = "(-inf, inf)"
+INT32_MAX, FLOAT32_MAX = 2**31 - 1, 3.4028234663852886e38
+"""The largest numbers that programs on devices hold."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -27,15 +30,42 @@ def require_rising(name: str, exits: Sequence[int]) -> None:
     require(rising, f"{name} must be strictly increasing and at least 1, got {' '.join(map(str, exits))}")
 
 
-def setting(default: T, doc: str) -> T:
-    """Declare a dataclass field with its default and its ``--help`` line, which gives the unit in brackets."""
-    return dataclasses.field(default=default, metadata={"doc": doc})
+def setting(default: T, doc: str, within: str = "[1, inf)") -> T:
+    """Declare a dataclass field with its default and its ``--help`` line, which gives the unit in brackets.
+
+    ``within`` is the interval of a number, or of each number of a tuple.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "within": within})
 
 
-def check_fields(config: Any) -> None:
-    """Convert the fields of a dataclass to their declared types, see `parse_value`."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        object.__setattr__(config, name, parse_value(hint, getattr(config, name), name))
+def check_fields(config: Any, group: str = "") -> None:
+    """Convert the fields of a dataclass to their declared types, see `parse_value`, and check that numbers are within
+    their intervals; raises `UserError`, which names the setting ``group.field``.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name = f"{group}.{field.name}" if group else field.name
+        value = parse_value(hints[field.name], getattr(config, field.name), name)
+        object.__setattr__(config, field.name, value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                _check_number(name, number, field.metadata["within"])
+
+
+def _check_number(name: str, number: float, within: str) -> None:
+    low, high = (float(end) for end in within[1:-1].split(","))
+    most = high if high < math.inf else INT32_MAX if isinstance(number, int) else FLOAT32_MAX
+    above = number >= low if within[0] == "[" else number > low
+    below = number <= most if within[-1] == "]" or high == math.inf else number < most
+    if above and below:
+        return
+    if high < math.inf:
+        expected = f"in {low:.0f}..{high:.0f}" if isinstance(number, int) else f"in {within}"
+    elif above or math.isnan(number):
+        expected = f"at most {INT32_MAX}" if isinstance(number, int) else EXPECTED[float]
+    else:
+        expected = f"at least {low:g}" if within[0] == "[" else f"more than {low:g}"
+    raise UserError(f"{name} must be {expected}, not {number}")
 
 
 def parse_value(hint: Any, value: Any, name: str = "", *, is_text: bool = False) -> Any:

@@ -6,8 +6,9 @@ argparse parses; its options are generated from the dataclass fields, so each se
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
+import traceback
+import types
 import typing
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -164,22 +165,32 @@ def run_file(path: str, function: str, kind: type[T]) -> T:
         others = sorted(str(other) for other in (file.parent if file.parent.is_dir() else Path("configs")).glob("*.py"))
         others = others or [f"configs/{other.name}" for other in sorted(SHIPPED.glob("*.py"))]
         raise UserError(f"no {what} file {path}{nearest(path, others)} (a {what} is a Python file with {function}())")
-    spec = importlib.util.spec_from_file_location(f"layerskip_jax_file_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    if file.suffix != ".py":
+        raise UserError(f"{what} file {path} must end in .py: a {what} is a Python file with {function}()")
+    module = types.ModuleType(f"layerskip_jax_file_{file.stem}")
+    module.__file__ = path
     try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, function):
-            raise UserError(f"{what} file {path} has no {function}() -> {kind.__name__}")
-        value = getattr(module, function)()
-    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
-        raise UserError(f"{what} file {path} does not run: {type(error).__name__}: {error}") from error
+        exec(compile(file.read_bytes(), path, "exec"), module.__dict__)
+        value = getattr(module, function)() if hasattr(module, function) else None
+    except (Exception, SystemExit) as error:
+        raise _at_line(f"{what} file {path}", path, error) from error
+    if not hasattr(module, function):
+        raise UserError(f"{what} file {path} has no {function}() -> {kind.__name__}")
     if not isinstance(value, kind):
         raise UserError(
             f"{function}() of {path} returned a {type(value).__name__}, not a {kind.__module__}.{kind.__name__}"
         )
     return value
+
+
+def _at_line(what: str, path: str, error: BaseException) -> UserError:
+    """Say in one line what the Python file ``path`` raised, and where."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    line, said = (lines or [None])[-1], str(error)
+    if isinstance(error, SyntaxError) and error.filename == path:
+        line, said = error.lineno, error.msg
+    kind, said = "" if isinstance(error, UserError) else type(error).__name__, " ".join(said.split())
+    return UserError(": ".join(filter(None, [what if line is None else f"{what}, line {line}", kind, said])))
 
 
 def add_config_option(parser: OneLineParser) -> None:

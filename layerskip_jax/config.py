@@ -5,10 +5,9 @@ single fields (`layerskip_jax.command_line`). Every checkpoint stores the result
 """
 
 import dataclasses
-import math
 from typing import Literal
 
-from layerskip_jax.checks import check_fields, require, require_rising, setting
+from layerskip_jax.checks import ANY, check_fields, require, require_rising, setting
 from layerskip_jax.compiler_options import parse_options
 from layerskip_jax.decode_config import DecodeConfig
 
@@ -23,23 +22,25 @@ class ModelConfig:
     num_kv_heads: int = setting(4, "key and value heads K; divides num_heads")
     ffn_dim: int = setting(688, "hidden width of the feed-forward part F")
     vocab_size: int = setting(4096, "tokens in the vocabulary V; must match the tokenizer")
-    rope_base: float = setting(10_000.0, "base of the rotary position frequencies")
-    norm_epsilon: float = setting(1e-5, "added to the mean square in RMSNorm")
+    rope_base: float = setting(10_000.0, "base of the rotary position frequencies", "(0, inf)")
+    norm_epsilon: float = setting(1e-5, "added to the mean square in RMSNorm", "(0, inf)")
     tied_embedding: bool = setting(False, "use the transposed embedding as the head")
-    head_width: int = setting(0, "width of a head H; 0 is dim / num_heads")
+    head_width: int = setting(0, "width of a head H; 0 is dim / num_heads", "[0, inf)")
     rope_scaling: Literal["none", "linear", "llama3"] = setting(
         "none",
         "scaling of rotary frequencies for long contexts: linear scales all, llama3 (Llama 3.1) only the low ones",
     )
-    rope_factor: float = setting(8.0, "linear and llama3: divisor of the frequencies")
+    rope_factor: float = setting(8.0, "linear and llama3: divisor of the frequencies", "(0, inf)")
     rope_low_freq_factor: float = setting(
-        1.0, "llama3: divide frequencies with fewer turns than this in rope_original_length"
+        1.0, "llama3: divide frequencies with fewer turns than this in rope_original_length", "(0, inf)"
     )
     rope_high_freq_factor: float = setting(
-        4.0, "llama3: keep frequencies with more turns than this; interpolate in between"
+        4.0, "llama3: keep frequencies with more turns than this; interpolate in between", "(0, inf)"
     )
     rope_original_length: int = setting(8192, "llama3: context length before the scaling [tokens]")
-    context_length: int = setting(0, "context length, for evaluations and exports; 0 is data.sequence_length [tokens]")
+    context_length: int = setting(
+        0, "context length, for evaluations and exports; 0 is data.sequence_length [tokens]", "[0, inf)"
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "dtype of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU"
     )
@@ -48,30 +49,19 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
-            require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
+        check_fields(self, "model")
         require(
             self.head_width > 0 or self.dim % (2 * self.num_heads) == 0,
             f"model.dim {self.dim} must be a multiple of 2 * model.num_heads = {2 * self.num_heads} (rotary pairs)",
         )
-        even = self.head_width >= 0 and self.head_width % 2 == 0
+        even = self.head_width % 2 == 0
         require(even, f"model.head_width must be even (rotary pairs), or 0 for dim / num_heads, got {self.head_width}")
-        require(self.context_length >= 0, f"model.context_length must not be negative, but is {self.context_length}")
-        ordered = self.rope_factor > 0 and 0 < self.rope_low_freq_factor < self.rope_high_freq_factor
-        require(
-            ordered and self.rope_original_length >= 1,
-            "model.rope_factor and model.rope_original_length must be positive, and 0 < rope_low_freq_factor < "
-            f"rope_high_freq_factor: {self.rope_factor}, {self.rope_original_length}, {self.rope_low_freq_factor}, "
-            f"{self.rope_high_freq_factor}",
-        )
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        require(low < high, f"model.rope_low_freq_factor {low} must be less than model.rope_high_freq_factor {high}")
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_kv_heads {self.num_kv_heads} must divide model.num_heads {self.num_heads}",
         )
-        for name in ("rope_base", "norm_epsilon"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"model.{name} must be positive and finite, not {value}")
 
     @property
     def head_dim(self) -> int:
@@ -82,7 +72,9 @@ class ModelConfig:
 class LayerDropoutConfig:
     """LayerSkip eq. 1-4: block l is skipped, for a whole sequence, with probability S(t) D(l) p_max."""
 
-    p_max: float = setting(0.0, "drop probability of the last block where S(t) = 1, in [0, 1); 0 turns dropout off")
+    p_max: float = setting(
+        0.0, "drop probability of the last block where S(t) = 1, in [0, 1); 0 turns dropout off", "[0, 1)"
+    )
     layer_scale: Literal["exponential", "linear"] = setting(
         "exponential", "D(l): exponential 2^(l/(L-1)) - 1 (eq. 3), or linear l/(L-1)"
     )
@@ -97,8 +89,7 @@ class LayerDropoutConfig:
     row_groups: int = setting(4, "skipping: groups of sequences that a device computes or skips; divides its sequences")
 
     def __post_init__(self) -> None:
-        require(0 <= self.p_max < 1, f"layer_dropout.p_max must be in [0, 1), not {self.p_max}")
-        require(self.row_groups >= 1, f"layer_dropout.row_groups must be at least 1, not {self.row_groups}")
+        check_fields(self, "layer_dropout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +102,16 @@ class EarlyExitConfig:
         "shifted by one each step; gradual: from the last down; all; none: only the last layer (an ordinary model)",
     )
     dilation: int = setting(8, "R of the rotational curriculum: every R-th layer, shifted by one each step")
-    e_scale: float = setting(1.0, "e_scale of eq. 6, for all exits; 0 leaves only the loss of the last layer")
+    e_scale: float = setting(
+        1.0, "e_scale of eq. 6, for all exits; 0 leaves only the loss of the last layer", "[0, inf)"
+    )
     always_last: bool = setting(True, "rotational: the last layer has a loss at every step")
-    exits: tuple[int, ...] = setting((), "fixed: the exits; rotational: the exits that take turns; empty: all")
+    exits: tuple[int, ...] = setting((), "fixed: the exits; rotational: those that take turns; empty: all", ANY)
     exit_weights: tuple[float, ...] = setting(
         (),
         "weight of each of exits relative to the last layer's 1, or one number for all; empty: 0.5 for fixed, e(l) of "
         "eq. 6 for rotational",
+        "[0, inf)",
     )
     distillation: Literal["none", "kl", "argmax", "acceptance"] = setting(
         "none",
@@ -125,15 +119,11 @@ class EarlyExitConfig:
         "distribution; argmax: its most likely token; acceptance: to maximize the accepted share of drafts",
     )
     distillation_weight: float = setting(
-        1.0, "share of distillation in the loss of an early exit; the rest is cross-entropy with the data"
+        1.0, "share of distillation in the loss of an early exit; the rest is cross-entropy with the data", "[0, 1]"
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        require(self.e_scale >= 0, f"early_exit.e_scale must not be negative, but is {self.e_scale}")
-        require(self.dilation >= 1, f"early_exit.dilation must be at least 1, not {self.dilation}")
-        share = self.distillation_weight
-        require(0 <= share <= 1, f"early_exit.distillation_weight must be in [0, 1], not {share}")
+        check_fields(self, "early_exit")
         exits, weights = self.exits, self.exit_weights
         shown = " ".join(map(str, exits))
         require_rising("early_exit.exits", exits)
@@ -150,8 +140,7 @@ class EarlyExitConfig:
             f"early_exit.exit_weights must be one number, or one for each of early_exit.exits ({shown or 'none'}), "
             f"got {listed}",
         )
-        valid = all(0 <= weight < math.inf for weight in weights) and (not weights or max(weights) > 0)
-        require(valid, f"early_exit.exit_weights must be finite, not negative, and not all 0, got {listed}")
+        require(not weights or max(weights) > 0, f"early_exit.exit_weights must not all be 0, got {listed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,15 +160,13 @@ class DataConfig:
     train_split: str = setting("train", "split to train on; TFDS slicing such as train[:90%] works for tfds")
     validation_split: str = setting("validation", "split held out for evaluation")
     tokenizer: str = setting("data/tokenizer.model", "SentencePiece model file, or a tokenizer.json")
-    sequence_length: int = setting(256, "predicted tokens in a training sequence T")
+    sequence_length: int = setting(256, "predicted tokens in a training sequence T", "[2, inf)")
     cross_document_attention: bool = setting(False, "let attention cross document boundaries inside a sequence")
     shuffle_window: int = setting(2048, "packed sequences shuffled together, beyond the shuffle of documents")
-    workers: int = setting(0, "processes that prepare data; 0: the training process, between steps")
+    workers: int = setting(0, "processes that prepare data; 0: the training process, between steps", "[0, inf)")
 
     def __post_init__(self) -> None:
-        require(self.sequence_length >= 2, f"data.sequence_length must be at least 2, not {self.sequence_length}")
-        require(self.shuffle_window >= 1, f"data.shuffle_window must be at least 1, not {self.shuffle_window}")
-        require(self.workers >= 0, f"data.workers must not be negative, but is {self.workers}")
+        check_fields(self, "data")
         needs_path = self.source in ("text", "jsonl", "tokens")
         require(not needs_path or bool(self.path), f"data.source {self.source!r} needs data.path")
         require(self.source != "tfds" or bool(self.name), "data.source 'tfds' needs data.name, such as 'lm1b'")
@@ -198,41 +185,38 @@ class OptimizerConfig:
     name: Literal["adamw", "lion", "muon", "adafactor", "sgd"] = setting(
         "adamw", "optax optimizer. muon: for the matrices of the blocks; adamw for the other parameters"
     )
-    learning_rate: float = setting(3e-4, "peak learning rate")
-    warmup_steps: int = setting(100, "linear warmup [optimizer steps]")
+    learning_rate: float = setting(3e-4, "peak learning rate", "(0, inf)")
+    warmup_steps: int = setting(100, "linear warmup [optimizer steps]", "[0, inf)")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
         "cosine",
         "learning rate after the warmup: cosine or linear decay to the last step; constant; wsd (warmup, stable, "
         "decay): constant, then a linear decay over the last decay_fraction of the steps",
     )
-    decay_fraction: float = setting(0.2, "wsd: part of the steps in which the learning rate decays")
-    final_fraction: float = setting(0.1, "learning rate at the end, as a fraction of the peak")
-    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only (adamw, lion and muon)")
-    beta1: float = setting(0.9, "decay of the first moment (adamw, lion and muon); momentum of sgd")
-    beta2: float = setting(0.95, "decay of the second moment (adamw, lion and muon)")
-    clip_norm: float = setting(1.0, "clip gradients to this global norm")
+    decay_fraction: float = setting(0.2, "wsd: part of the steps in which the learning rate decays", "[0, 1]")
+    final_fraction: float = setting(0.1, "learning rate at the end, as a fraction of the peak", "[0, 1]")
+    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only (adamw, lion and muon)", "[0, inf)")
+    beta1: float = setting(0.9, "decay of the first moment (adamw, lion and muon); momentum of sgd", "[0, 1)")
+    beta2: float = setting(0.95, "decay of the second moment (adamw, lion and muon)", "[0, 1)")
+    clip_norm: float = setting(1.0, "clip gradients to this global norm", "(0, inf)")
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
-        require(self.clip_norm > 0, f"optimizer.clip_norm must be positive, not {self.clip_norm}")
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, but is {self.warmup_steps}")
-        for name in ("final_fraction", "decay_fraction"):
-            require(0 <= getattr(self, name) <= 1, f"optimizer.{name} must be in [0, 1], not {getattr(self, name)}")
+        check_fields(self, "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; `layerskip_jax.sharding` defines what each axis shards."""
 
-    data: int = setting(-1, "data parallelism: model replicas, also across slices; -1 uses the remaining devices")
+    data: int = setting(
+        -1, "data parallelism: model replicas, also across slices; -1 uses the remaining devices", "[-1, inf)"
+    )
     fsdp: int = setting(1, "fully sharded data parallelism: shards parameters and the batch")
     sequence: int = setting(1, "sequence parallelism, for long contexts: shards each sequence, and parameters")
     tensor: int = setting(1, "tensor parallelism: shards heads, feed-forward width and vocabulary")
 
     def __post_init__(self) -> None:
-        require(self.data == -1 or self.data >= 1, f"mesh.data must be -1 or at least 1, not {self.data}")
-        for name in ("fsdp", "sequence", "tensor"):
-            require(getattr(self, name) >= 1, f"mesh.{name} must be at least 1, not {getattr(self, name)}")
+        check_fields(self, "mesh")
+        require(self.data != 0, "mesh.data must be -1 or at least 1, not 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,17 +224,18 @@ class DistributedConfig:
     """How the processes of a run, one for each host, find each other. Checkpoints do not store it."""
 
     coordinator_address: str = setting("", "HOST:PORT of process 0; not needed on TPU pods, GKE, Slurm and Open MPI")
-    num_processes: int = setting(0, "processes of the run; 0: detect the cluster, 1: train in this process alone")
-    process_id: int = setting(-1, "index of this process, from 0; -1: detect the cluster")
+    num_processes: int = setting(
+        0, "processes of the run; 0: detect the cluster, 1: train in this process alone", "[0, inf)"
+    )
+    process_id: int = setting(-1, "index of this process, from 0; -1: detect the cluster", "[-1, inf)")
     timeout: int = setting(300, "how long processes wait for each other at startup [seconds]")
     heartbeat: int = setting(
         100, "time without a heartbeat after which a process counts as lost and the others exit [seconds]"
     )
 
     def __post_init__(self) -> None:
+        check_fields(self, "distributed")
         address, count, process = self.coordinator_address, self.num_processes, self.process_id
-        for name in ("timeout", "heartbeat"):
-            require(getattr(self, name) >= 1, f"distributed.{name} must be at least 1, not {getattr(self, name)}")
         if address:
             host, _, port = address.rpartition(":")
             require(
@@ -276,7 +261,7 @@ class TrainConfig:
     steps: int = setting(1000, "optimizer steps T")
     batch_size: int = setting(8, "sequences in an optimizer step, over all devices")
     accumulate: int = setting(1, "gradient accumulation: microbatches of a step; divides batch_size")
-    seed: int = setting(0, "seed of initialization, dropout and data order")
+    seed: int = setting(0, "seed of initialization, dropout and data order", "[0, 4294967295]")
     init_from: str = setting("", "initial weights of a new run: another run, or the folder of a Hugging Face Llama")
     remat: Literal["none", "dots", "full", "offload"] = setting(
         "none",
@@ -295,7 +280,9 @@ class TrainConfig:
     evaluate_batches: int = setting(16, "batches in an evaluation")
     checkpoint_every: int = setting(200, "steps between checkpoints; the last step always has one")
     keep_checkpoints: int = setting(2, "newest checkpoints to keep")
-    keep_every: int = setting(0, "keep the checkpoints of steps divisible by this permanently; 0 keeps none")
+    keep_every: int = setting(
+        0, "keep the checkpoints of steps divisible by this permanently; 0 keeps none", "[0, inf)"
+    )
     damaged_checkpoint: Literal["go_back", "stop"] = setting(
         "go_back", "if the newest checkpoint is damaged: go_back to the one before, with a warning, or stop"
     )
@@ -305,26 +292,26 @@ class TrainConfig:
     bad_steps: int = setting(
         5, "steps in a row that are not applied (not finite, or a loss spike) before the run stops"
     )
-    skip_spikes: float = setting(0.0, "skip a step whose loss exceeds its moving average by this factor; 0 skips none")
-    sample_every: int = setting(0, "steps between sample generations; 0 is never")
+    skip_spikes: float = setting(
+        0.0, "skip a step whose loss exceeds its moving average by this factor; 0 skips none", "[0, inf)"
+    )
+    sample_every: int = setting(0, "steps between sample generations; 0 is never", "[0, inf)")
     sample_prompt: str = setting("", "prompt of sample generations")
     profile_step: int = setting(
-        0, "first step of a profiler trace in RUN_DIR/profile; 0: none (SIGUSR1 starts one at any time)"
+        0, "first step of a profiler trace in RUN_DIR/profile; 0: none (SIGUSR1 starts one at any time)", "[0, inf)"
     )
     profile_steps: int = setting(3, "steps in a profiler trace")
     wandb_project: str = setting("", "Weights & Biases project that receives the metrics too; empty: none")
     hang_seconds: int = setting(
-        1800, "print the stacks of all threads once if no step finishes for this long; 0 is never [seconds]"
+        1800,
+        "print the stacks of all threads once if no step finishes for this long; 0 is never. Another start may take "
+        "the run folder over after this long without a sign of life (0: 1800) [seconds]",
+        "[0, inf)",
     )
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "evaluate_every", "evaluate_batches")
-        for name in (*counts, "checkpoint_every", "keep_checkpoints", "profile_steps", "bad_steps"):
-            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("sample_every", "profile_step", "hang_seconds", "keep_every"):
-            require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}")
+        check_fields(self, "train")
         parse_options(self.compiler_options)
-        require(0 <= self.seed < 2**32, f"train.seed must be in 0..{2**32 - 1}, not {self.seed}")
         spikes, batch, parts = self.skip_spikes, self.batch_size, self.accumulate
         require(spikes == 0 or spikes > 1, f"train.skip_spikes must be 0 (off) or more than 1, not {spikes}")
         require(batch % parts == 0, f"train.batch_size {batch} must be a multiple of train.accumulate {parts}")

@@ -57,7 +57,12 @@ def apply_overrides(defaults: T, overrides: dict[str, Any]) -> T:
         if dataclasses.is_dataclass(value):
             inner = {k.split(".", 1)[1]: v for k, v in overrides.items() if k.startswith(f"{field.name}.")}
             if inner:
-                changes[field.name] = apply_overrides(value, inner)
+                try:
+                    changes[field.name] = apply_overrides(value, inner)
+                except UserError as error:  # DecodeConfig is also used alone, so its errors name no group
+                    if str(error).split()[0] not in inner:
+                        raise
+                    raise UserError(f"{field.name}.{error}") from error
         elif field.name in overrides:
             new = overrides[field.name]
             changes[field.name] = tuple(new) if isinstance(new, list) else new

@@ -1,9 +1,18 @@
 """Errors the user can fix, reported in one line."""
 
+import contextlib
 import difflib
+import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+}
+"""What a file system refuses for reasons outside the program."""
 
 
 class UserError(Exception):
@@ -47,6 +56,13 @@ def bucket_error(error: BaseException | None) -> BaseException | None:
     return error
 
 
+def disk_error(error: BaseException) -> str:
+    """Return what the file system said if ``error`` is one of `DISK_ERRORS`, or a library's error that quotes one."""
+    quoted = type(error) is RuntimeError or type(error).__name__ == "SafetensorError"
+    known = isinstance(error, OSError) and error.errno in DISK_ERRORS
+    return str(error) if known or (quoted and any(os.strerror(n) in str(error) for n in DISK_ERRORS)) else ""
+
+
 def report(error: BaseException) -> int:
     """Print one line on stderr that says why a command ended; return its exit status.
 
@@ -58,6 +74,10 @@ def report(error: BaseException) -> int:
         line, status = str(error), error.status
     elif (unreachable := bucket_error(error)) is not None:
         line, status = f"error: the bucket does not answer: {' '.join(str(unreachable).split())}", 2
+    elif isinstance(error, BrokenPipeError):  # the reader of a pipe, such as head, has seen enough
+        return 141
+    elif disk_error(error):
+        line, status = f"error: {' '.join(disk_error(error).split())}", 2
     elif isinstance(error, KeyboardInterrupt):
         line, status = "interrupted; the last complete checkpoint, if any, is intact", 130
     else:
@@ -69,6 +89,13 @@ def report(error: BaseException) -> int:
 def run_command(main: Callable[[], None]) -> None:
     """Run ``main`` of a command and exit with the status of `report` if it fails."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        sys.exit(report(error))
+        status = report(error)
+        if isinstance(error, OSError):  # the interpreter would flush stdout again, and print a second error
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(status)

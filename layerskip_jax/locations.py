@@ -5,10 +5,11 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from etils import epath
 
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, disk_error
 
 BUCKET_LIBRARIES = ("gcsfs", "tensorflow")
 """`etils.epath` needs one of these to read and write gs://."""
@@ -17,10 +18,12 @@ BUCKET_LIBRARIES = ("gcsfs", "tensorflow")
 def locate(path: str) -> epath.Path:
     """Return an absolute local path with ``~`` expanded, or a gs:// path.
 
-    Raises `UserError` for any other scheme, which would become a local folder of that name, and for gs:// without one
-    of `BUCKET_LIBRARIES`.
+    Raises `UserError` for a path that cannot exist, for any other scheme, which would become a local folder of that
+    name, and for gs:// without one of `BUCKET_LIBRARIES`.
     """
     scheme = re.match(r"[A-Za-z][\w+.-]+:/", path)
+    if "\0" in path or path != path.encode(errors="replace").decode():
+        raise UserError(f"the path {path!r} is not UTF-8, or has a null character: name another")
     if not scheme:
         return epath.Path(path).expanduser().resolve()
     if not path.startswith("gs://"):
@@ -50,12 +53,55 @@ def is_remote(path: epath.Path) -> bool:
     return str(path).startswith("gs://")
 
 
+def names_in(folder: epath.Path) -> list[str]:
+    """Return the names in a folder; none if it cannot be listed."""
+    with contextlib.suppress(OSError):
+        return [entry.name for entry in folder.iterdir()]
+    return []
+
+
+def write_file(path: epath.Path, content: bytes | str) -> None:
+    """Write a whole file or nothing: the content gets its name when it is complete; `UserError` if that fails.
+
+    A symbolic link stays one. A device or a pipe is written directly, and so is an object in a bucket, which is whole
+    or missing.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        if is_remote(path):
+            path.write_bytes(data)
+            return
+        file = Path(os.path.realpath(path))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not file.is_file():
+            file.write_bytes(data)
+            return
+        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        try:
+            partial.write_bytes(data)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def new_folder(target: epath.Path) -> Iterator[epath.Path]:
-    """Yield ``TARGET.partial``, an empty folder that is renamed to ``target`` once the block ends without an error."""
+    """Yield ``TARGET.partial``, an empty folder that is renamed to ``target`` once the block ends without an error.
+
+    After an error it is removed, so that it does not fill the disk. Raises `UserError` if the disk refuses a write.
+    """
     partial = target.parent / f"{target.name}.partial"
-    if partial.exists():
-        partial.rmtree()
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(target)
+    try:
+        if partial.exists():
+            partial.rmtree()
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.rmtree()
+        if isinstance(error, OSError) or disk_error(error):
+            raise UserError(f"cannot write {target}: {error}") from error
+        raise

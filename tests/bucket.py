@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import uuid
 from functools import cache
 from pathlib import Path
 
@@ -33,9 +34,24 @@ def served(folder: Path):
     def open_(original, path, mode):
         if str(path).startswith("gs://"):
             assert "a" not in mode, f"appends to {path}"
-            if "w" in mode:  # a bucket has no folders, so none must be created first
-                Path(here(path)).parent.mkdir(parents=True, exist_ok=True)
+            if "w" in mode:
+                return whole(original, Path(here(path)), mode)
         return original(here(path), mode)
+
+    def whole(original, path, mode):
+        """A bucket has no folders, so none must be created first, and an object appears when it is complete."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        file = original(str(partial), mode)
+        close = file.close
+
+        def finish():
+            close()
+            if partial.exists():
+                partial.replace(path)
+
+        file.close = finish
+        return file
 
     def glob(original, path):
         found = original(here(path))

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_jax.command_line import add_settings, load_config_file, make_parser, parse_config
-from layerskip_jax.config import Config, DecodeConfig, EarlyExitConfig, ModelConfig
+from layerskip_jax.config import Config, DecodeConfig, EarlyExitConfig, ModelConfig, OptimizerConfig
 from layerskip_jax.config_dict import from_dict, to_dict
 from layerskip_jax.errors import UserError
 
@@ -66,13 +68,15 @@ def test_overrides_reach_their_fields():
             ],
             r"leaves steps without a loss: early_exit.dilation, 12, must be less than model.num_layers, 12",
         ),
+        (["--decode.top_k", "-1"], r"^decode.top_k must be at least 0, not -1"),
+        (["--optimizer.beta2", "2"], r"^optimizer.beta2 must be in \[0, 1\), not 2.0"),
         (["--decode.exit_layer", "13"], r"decode.exit_layer 13 must be in 1..12"),
         (["--early_exit.curriculum", "fixed"], r"curriculum fixed needs early_exit.exits, such as 3"),
         ([*FIXED, "3", "3"], r"early_exit.exits must be strictly increasing and at least 1, got 3 3"),
         ([*FIXED, "0"], r"early_exit.exits must be strictly increasing and at least 1, got 0"),
         ([*FIXED, "3", "12"], r"early_exit.exits 3 12 must be in 1..11 \(model.num_layers is 12\)"),
-        ([*FIXED, "3", "--early_exit.exit_weights", "-1"], r"exit_weights must be finite, not negative, .* got -1"),
-        ([*FIXED, "3", "--early_exit.exit_weights", "0"], r"exit_weights must be .* not all 0, got 0"),
+        ([*FIXED, "3", "--early_exit.exit_weights", "-1"], r"early_exit.exit_weights must be at least 0, not -1.0"),
+        ([*FIXED, "3", "--early_exit.exit_weights", "0"], r"early_exit.exit_weights must not all be 0, got 0"),
         ([*FIXED, "3", "6", "--early_exit.exit_weights", "1", "2", "3"], r"one for each of .* \(3 6\), got 1 2 3"),
         (["--early_exit.exits", "3"], r"early_exit.exits 3 needs early_exit.curriculum fixed or rotational"),
         (["--early_exit.exit_weights", "1"], r"one for each of early_exit.exits \(none\), got 1"),
@@ -129,6 +133,56 @@ def test_a_stored_config_is_checked_like_any_other(change, message):
         from_dict(change, Config)
 
 
+NUMBERS = [
+    (group.name, field)
+    for group in dataclasses.fields(Config)
+    for field in dataclasses.fields(getattr(Config(), group.name))
+    if str(field.type).startswith(("int", "float", "<class 'int'>", "<class 'float'>", "tuple[int", "tuple[float"))
+]
+NAN, INF = float("nan"), float("inf")
+
+
+def with_number(group, field, value):
+    """Make the group of settings ``group`` with one number changed, which is the only item of a tuple."""
+    return dataclasses.replace(
+        getattr(Config(), group), **{field.name: value if type(field.default) is not tuple else (value,)}
+    )
+
+
+@pytest.mark.parametrize(("group", "field"), NUMBERS, ids=[f"{group}.{field.name}" for group, field in NUMBERS])
+@given(data=st.data())
+@settings(max_examples=15)
+def test_every_number_out_of_its_range_is_refused_at_its_own_name(group, field, data):
+    within = field.metadata["within"]
+    low, high = map(float, within[1:-1].split(","))
+    ends = [end + step for end in (low, high) for step in (-1e-6, 0, 1e-6, -1, 1)]
+    drawn = data.draw(st.integers() | st.floats() | st.sampled_from([*ends, *map(int, filter(math.isfinite, ends))]))
+    above = drawn > low or (drawn == low and within[0] == "[")
+    below = drawn < high or (drawn == high and within[-1] == "]")
+    name = field.name if group == "decode" else f"{group}.{field.name}"
+    for value in (NAN, INF, -INF, 1e39, 10**400, True, "1", None, *([] if above and below else [drawn])):
+        with pytest.raises(UserError, match=rf"^{re.escape(name)} must be ") as error:
+            with_number(group, field, value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *((name, value) for name in ("beta1", "beta2") for value in (-3.0, -1e-9, 1.0, 2.0)),
+        *((name, value) for name in ("learning_rate", "clip_norm") for value in (0.0, -1.0)),
+        ("weight_decay", -1.0),
+        ("final_fraction", 1.1),
+        ("decay_fraction", -0.1),
+    ],
+)
+def test_optimizers_get_no_number_without_a_meaning(name, wrong):
+    with pytest.raises(UserError, match=rf"optimizer.{name} must be .*, not {wrong}"):
+        OptimizerConfig(**{name: wrong})
+    with pytest.raises(UserError, match=rf"optimizer.{name} must be .*, not {wrong}"):
+        parsed(f"--optimizer.{name}={wrong}")
+
+
 @pytest.mark.parametrize(
     ("exits", "given", "expected"),
     [
@@ -154,19 +208,64 @@ def test_every_shipped_config_loads_and_documents_its_command(file):
 
 def test_config_files_that_do_not_work_are_named(tmp_path):
     for text, message in [
-        ("def get_config(: pass", "does not run: SyntaxError"),
-        ("import no_such_module", "does not run: ModuleNotFoundError"),
+        ("def get_config(: pass", "line 1: SyntaxError"),
+        ("import no_such_module", "line 1: ModuleNotFoundError"),
         ("x = 1", r"has no get_config\(\)"),
-        ("def get_config(): return no_such_name", "does not run: NameError"),
+        ("def get_config():\n\n  return no_such_name", "line 3: NameError"),
         (
             "from layerskip_jax.config import *\ndef get_config(): return TrainConfig(stepss=1)",
-            "does not run: TypeError: .*unexpected keyword argument 'stepss'",
+            "line 2: TypeError: .*unexpected keyword argument 'stepss'",
+        ),
+        (
+            "from layerskip_jax.config import *\ndef get_config(): return TrainConfig(steps=0)",
+            "line 2: train.steps must be at least 1, not 0",
         ),
         ("def get_config(): return 3", "returned a int, not a layerskip_jax.config.Config"),
+        ("get_config = 3", "line 1: TypeError|'int' object is not callable"),
+        ("\n1 / 0", "line 2: ZeroDivisionError: division by zero"),
+        ("import json\njson.loads('{')", "line 2: JSONDecodeError"),  # raised in another file
+        ("{}['a']", "line 1: KeyError: 'a'"),
+        ("open('nowhere')", r"line 1: FileNotFoundError: .*nowhere"),
+        ("def f(): f()\nf()", "line 1: RecursionError"),
+        ("import sys\nsys.exit(0)", "line 2: SystemExit: 0"),
+        ("raise ValueError('two\\nlines')", "line 1: ValueError: two lines"),
+        ("raise Exception", "line 1: Exception$"),
+        ("assert False", "line 1: AssertionError$"),
+        ("x = '\0'", "SyntaxError|ValueError"),
+        ("\udcff", "SyntaxError"),
+        ("# coding: no_such_encoding", "SyntaxError: .*encoding"),
     ]:
-        (tmp_path / "bad.py").write_text(text)
-        with pytest.raises(UserError, match=message):
+        (tmp_path / "bad.py").write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(UserError, match=message) as error:
             load_config_file(str(tmp_path / "bad.py"))
+        assert str(tmp_path / "bad.py") in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "config.json", "config", "config.PY", "config.pyc", "config.so", "x.py"]
+)
+def test_config_files_that_are_not_python_are_named(name, tmp_path):
+    if name == "x.py":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text("steps: 3")
+    with pytest.raises(UserError, match=rf"config file {re.escape(str(tmp_path / name))}.* is a Python file"):
+        load_config_file(str(tmp_path / name))
+
+
+def test_a_config_file_may_have_any_name_and_a_byte_order_mark(tmp_path):
+    """It is read anew each time: a cached program would be stale within a second, or after the clock went back."""
+    file = tmp_path / "größe 1.py"
+    for steps in (3, 4):
+        file.write_bytes(
+            b"\xef\xbb\xbf"
+            + "import dataclasses\nfrom layerskip_jax.config import Config, OptimizerConfig, TrainConfig\n"
+            f"def get_config(): return Config(train=TrainConfig(steps={steps}), "
+            "optimizer=OptimizerConfig(warmup_steps=1))".encode()
+        )
+        assert load_config_file(str(file)).train.steps == steps
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_help_explains_every_field_once():

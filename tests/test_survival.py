@@ -261,6 +261,59 @@ def test_the_newest_checkpoints_and_the_permanent_ones_are_kept(config):
     assert saved_steps(config) == [8, STEPS]
 
 
+def test_foreign_folders_among_the_checkpoints_neither_stop_nor_end_up_in_a_run(config, capsys):
+    """Digits alone are not a checkpoint: it would be the newest, and orbax would save no more and delete ours."""
+    folder = Path(config.train.run_dir).with_name("mein läuf 実験") / "checkpoints"
+    config = changed(config, run_dir=str(folder.parent))
+    foreign = [folder / name / "notes.txt" for name in ("notes_20990101", "good_9", "20990101", "2024")]
+    for file in foreign:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    train(changed(config, steps=8))
+    train(config)
+    assert "resuming after step 8" in capsys.readouterr().out
+    assert saved_steps(config) == [12, 13, 2024, 20990101]
+    assert all(file.read_text() == "mine" for file in foreign)
+    load_model(config.train.run_dir)
+
+
+def test_a_second_training_is_refused_and_the_first_goes_on(config, monkeypatch):
+    """At a step after a save has begun: its temporary folder must stay."""
+
+    def start_again(batch):
+        while json.loads((Path(config.train.run_dir) / "writer.json").read_text())["step"] == 0:
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=rf"in use: process {os.getpid()} on host .* \(last step [1-4] at 20"):
+            train(changed(config, seed=1))
+
+    at_step(monkeypatch, {6: start_again})
+    train(config)
+    assert saved_steps(config) == [12, 13]
+    lines = (Path(config.train.run_dir) / "metrics.jsonl").read_text().splitlines()
+    assert [r["step"] for r in map(json.loads, lines) if "train/applied" in r] == list(range(1, STEPS + 1))
+    assert not (Path(config.train.run_dir) / "writer.json").exists()
+
+
+def test_a_run_that_was_taken_over_saves_no_more(config, monkeypatch):
+    def take_over(batch):
+        file = Path(config.train.run_dir) / "writer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"token": "other", "host": "other"}))
+
+    at_step(monkeypatch, {6: take_over})
+    with pytest.raises(UserError, match=r"on host other .* has taken the run folder .* over"):
+        train(config)
+    assert saved_steps(config) == [4]
+    assert (Path(config.train.run_dir) / "writer.json").exists()
+
+
+@pytest.mark.parametrize("name", ["lr[1e-3]", "what?", "a*b"])
+def test_a_run_folder_in_which_orbax_would_lose_its_files_is_refused(config, name):
+    folder = Path(config.train.run_dir).with_name(name) / "run"
+    with pytest.raises(UserError, match=r"checkpoints cannot be saved below a folder with [*?[] in its name"):
+        train(changed(config, run_dir=str(folder)))
+    assert not folder.parent.exists()
+
+
 # Bad steps
 
 
@@ -317,4 +370,4 @@ def test_a_failing_plot_warns(config, monkeypatch, capsys):
     command.main([])
     output = capsys.readouterr()
     assert "WARNING: no plots: no font" in output.err
-    assert "trained: " in output.out
+    assert f"{config.train.run_dir} has 2 steps; next: " in output.out

@@ -250,7 +250,30 @@ def test_changed_settings_are_printed(config, capsys):
     train(changed(config, "train", steps=4))
     capsys.readouterr()
     train(config)
-    assert "resuming after step 4; changed settings: train.steps 4 -> 13" in capsys.readouterr().out
+    opening = capsys.readouterr().out.splitlines()[0]
+    assert "resuming after step 4; the learning rate of step 5 goes from 0.001 to " in opening
+    assert "changed settings: train.steps 4 -> 13" in opening
+    rates = read_metrics(config.train.run_dir)["train/learning_rate"]
+    assert f"goes from 0.001 to {rates[5]:.3g};" in opening
+    assert rates[5] > 5 * 0.001
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_run_that_has_its_steps_says_so(config, capsys, steps):
+    train(changed(config, "train", steps=4))
+    capsys.readouterr()
+    assert int(train(changed(config, "train", steps=steps)).step) == 4
+    opening = capsys.readouterr().out.splitlines()[0]
+    assert "the run has 4 steps already, so nothing is trained" in opening
+    assert "learning rate" not in opening
+
+
+def test_the_same_schedule_says_nothing_of_the_learning_rate(config, capsys):
+    train(changed(changed(config, "train", steps=4), "optimizer", schedule="constant"))
+    capsys.readouterr()
+    train(changed(config, "optimizer", schedule="constant"))
+    opening = capsys.readouterr().out.splitlines()[0]
+    assert "resuming after step 4; changed settings: train.steps 4 -> 13" in opening
 
 
 def test_settings_that_do_not_fit_raise_before_anything_is_written(config, tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import signal
 import subprocess
@@ -13,13 +14,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 
-from layerskip_jax.config import Config, DataConfig, LayerDropoutConfig, ModelConfig, TrainConfig
+from layerskip_jax.config import Config, DataConfig, LayerDropoutConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.recipe.distillation import SelfDistillation, kl_divergence
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.monitoring.flops import flops_per_token, step_flops
-from layerskip_jax.training.monitoring.goodput import PHASES, Goodput
+from layerskip_jax.training.monitoring.goodput import PHASES, Goodput, steady_time
+from layerskip_jax.training.monitoring.progress import Progress
 from layerskip_jax.training.monitoring.watch import Profiler, Watchdog
+from layerskip_jax.training.step import StepMetrics
 
 
 class Clock:
@@ -60,6 +64,33 @@ def test_goodput_excludes_time_that_was_lost():
     assert seconds == expected
     assert values["run/goodput"] == 70 / 200
     assert set(expected) == {*PHASES, "lost"}
+
+
+@given(jumps=st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=3))
+def test_goodput_stays_a_share_when_the_clock_is_set(jumps):
+    """Between two starts, the only moments at which `steady_time` follows it."""
+    written, time_of_day = [], 1e6
+    for start, jump in enumerate(jumps):
+        clock = Clock()
+        clock.time = time_of_day + jump
+        goodput = Goodput(written, start, clock)
+        clock.time += 3
+        goodput.end_start()
+        clock.time += 5
+        written.append({"step": start + 1, **goodput.values()})
+        time_of_day = clock.time
+        values = written[-1]
+        seconds = {name: value for name, value in values.items() if name.startswith("run/seconds/")}
+        assert values["run/seconds/training"] == pytest.approx(5 * (start + 1))
+        assert all(value >= 0 for value in seconds.values())
+        assert 0 < values["run/goodput"] <= 5 / 8 + 1e-6
+        assert values["run/goodput"] == pytest.approx(values["run/seconds/training"] / sum(seconds.values()))
+
+
+def test_the_steady_clock_ignores_a_clock_that_is_set(monkeypatch):
+    before = steady_time()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert 0 <= steady_time() - before < 1
 
 
 @given(
@@ -103,6 +134,42 @@ def test_step_flops_are_the_sum_of_the_matmuls(layers, exits, fixed, taught, rat
     again = again if remat in ("full", "offload") else 0
     assert flops.recomputed == pytest.approx(B * T * again)
     assert flops.hardware == flops.plain + flops.exits - flops.skipped + flops.recomputed
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("first", [0, 40])
+@pytest.mark.parametrize("stderr", [io.StringIO, Terminal], ids=["lines", "bar"])
+def test_the_time_left_is_estimated_from_compiled_steps(first, stderr, tmp_path, monkeypatch, capsys):
+    """A start of 100 s, then steps of 2 s: 58 of them take 116 s."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", stderr())
+    model = ModelConfig(2, 16, 2, 1, 24, 340)
+    train = TrainConfig(run_dir=str(tmp_path), steps=first + 60, log_every=1, hang_seconds=0)
+    config = Config(model, optimizer=OptimizerConfig(warmup_steps=1), train=train)
+    goodput = Goodput([], first, lambda: now[0])
+    one, zero_L = np.float32(1), np.zeros(2, np.float32)
+    metrics = StepMetrics(one, zero_L, zero_L + 1, zero_L, one, zero_L, one, np.float32(100), np.bool_(True))
+    estimates = []
+    with Progress(config, Recipe.from_config(config), first, goodput, 1e12) as progress:
+        for step, seconds in ((1, 100), (2, 2), (3, 2)):
+            now[0] += seconds
+            progress.after_step(first + step, metrics)
+            shown = progress._bar.format_dict
+            estimates.append(tqdm.format_meter(**shown) if stderr is Terminal else capsys.readouterr().out)
+    if stderr is Terminal:
+        assert "<?" in estimates[0]
+        assert "<01:56" in estimates[1]
+        assert "<01:54" in estimates[2]
+    else:
+        assert estimates[0] == f"step {first + 1}/{first + 60}  loss 0.000\n"
+        assert "50 tok/s" in estimates[1]
+        assert "  2 min left" in estimates[1]
 
 
 def test_a_profile_is_written_at_its_step_and_after_sigusr1(tmp_path, capsys):

@@ -5,8 +5,11 @@ item ``checksums`` holds the digests of all of them (`layerskip_jax.checkpoint.d
 rest), which are compared at every read. Files are parsed as data: nothing is unpickled or executed.
 """
 
+import contextlib
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,8 +32,32 @@ from layerskip_jax.data.load_tokenizer import find_tokenizer
 from layerskip_jax.data.position import read_positions
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.errors import UserError, nearest
-from layerskip_jax.locations import locate
+from layerskip_jax.locations import locate, names_in
 from layerskip_jax.model import Transformer
+
+ITEMS = {"model", "optimizer", "batches", "config", "checksums", "_CHECKPOINT_METADATA"}
+"""What a checkpoint holds; a folder without any of them is not one, whatever its name."""
+
+
+class CheckpointNames(ocp.step.NameFormat):
+    """orbax's names of checkpoints, ``4``, without files and folders that others put beside the checkpoints."""
+
+    _standard = ocp.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        return self._standard.build_name(step)
+
+    def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.step.Metadata]:
+        base = epath.Path(base_path)
+        names = [entry.name for entry in base.iterdir()] if base.is_dir() else []
+        for step in sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True):
+            folder = base / str(step)
+            with contextlib.suppress(ValueError, FileNotFoundError):  # not complete, in a bucket; removed meanwhile
+                if folder.is_dir() and ITEMS & {item.name for item in folder.iterdir()}:
+                    yield self._standard.find_step(base, step)
+
+    def find_step(self, base_path: epath.PathLike, step: int) -> ocp.step.Metadata:
+        return self._standard.find_step(base_path, step)
 
 
 @dataclass(frozen=True)
@@ -90,6 +117,11 @@ def checkpoint_folder(config: Config) -> epath.Path:
     return locate(config.train.run_dir) / "checkpoints"
 
 
+def checkpoint_steps(folder: epath.Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a folder, the newest first."""
+    return [found.step for found in CheckpointNames().find_all(folder)]
+
+
 def find_checkpoint(path: str) -> epath.Path:
     """Return the folder of one checkpoint: ``path`` itself, or the newest complete checkpoint of the run at ``path``.
 
@@ -97,17 +129,16 @@ def find_checkpoint(path: str) -> epath.Path:
     """
     root = locate(path)
     if not root.exists():
-        parent = root.parent
-        others = [str(epath.Path(path).parent / other.name) for other in parent.iterdir()] if parent.is_dir() else []
+        others = [str(epath.Path(path).parent / name) for name in names_in(root.parent)]
         raise UserError(f"no checkpoint at {path}: the folder does not exist{nearest(path, others)}")
     if (root / "model").exists() and (root / "config").exists():
         return root
     folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
-    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
-    complete = [step for step in steps if (folder / str(step) / "model").exists()]
-    if not complete:
+    complete = (step for step in checkpoint_steps(folder) if (folder / str(step) / "model").exists())
+    newest = next(complete, None)
+    if newest is None:
         raise UserError(f"no checkpoint at {path}: expected a run folder with checkpoints/STEP, as train.py writes it")
-    return folder / str(max(complete))
+    return folder / str(newest)
 
 
 def read_config(checkpoint: epath.Path) -> Config:

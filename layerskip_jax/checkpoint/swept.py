@@ -10,6 +10,7 @@ from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.config_dict import from_dict
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import write_file
 
 SWEPT = "decode.json"
 
@@ -20,7 +21,7 @@ DEPENDENT = {"mode", "policy", "exit_layer", "draft_length", "exits"}
 def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:
     """Store `DecodeConfig` fields for the model at ``path``, with their measurements; return the file."""
     file = open_model_folder(path).model_folder / SWEPT
-    file.write_text(json.dumps({"decode": settings, "measured": measured}, indent=1) + "\n")
+    write_file(file, json.dumps({"decode": settings, "measured": measured}, indent=1) + "\n")
     return file
 
 

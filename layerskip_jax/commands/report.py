@@ -33,6 +33,7 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation import token_exits
 from layerskip_jax.evaluation.exits import ExitQuality, checkpoint_quality
 from layerskip_jax.evaluation.pictures import Picture, embedded, smooth
+from layerskip_jax.locations import write_file
 from layerskip_jax.model import Transformer, parameter_count
 
 TIMED_PROMPTS = 4
@@ -113,7 +114,7 @@ def write_report(
     }
     file = run.folder / "report.html"
     title = f"{run.folder.name}: step {run.checkpoint.name}"
-    file.write_text(page.page(title, opening_sentence(run), sections), encoding="utf-8")
+    write_file(file, page.page(title, opening_sentence(run), sections))
     return file
 
 

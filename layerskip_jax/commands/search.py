@@ -24,7 +24,8 @@ from layerskip_jax.config_dict import apply_overrides, saved_settings
 from layerskip_jax.decoding.cost import best_speedup
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.exits import exit_quality
-from layerskip_jax.evaluation.pictures import save_picture
+from layerskip_jax.evaluation.pictures import Picture
+from layerskip_jax.locations import write_file
 from layerskip_jax.model import Transformer
 from layerskip_jax.presets import without_layerskip
 from layerskip_jax.training.loop import train
@@ -239,25 +240,25 @@ def get_config():
 '''
 
 
-def plot(results: list[tuple[Found, Overrides, int]], file: Path) -> None:
+def plot(results: list[tuple[Found, Overrides, int]], file: epath.Path) -> None:
     """Plot agreement against loss, with the frontier."""
 
     def draw(axes: np.ndarray) -> None:
         found = [one for one, _, _ in results]
         axis, best = axes[0], frontier(found)
-        axis.scatter([100 * one.loss_increase for one in found], [100 * one.agreement for one in found], color="0.6")
+        axis.scatter([100 * one.loss_increase for one in found], [100 * one.agreement for one in found], color="C9")
         front = sorted(one for one, is_best in zip(found, best, strict=True) if is_best)
         axis.plot([100 * one.loss_increase for one in front], [100 * one.agreement for one in front], "o-", color="C0")
         for one, _, number in results:
             axis.annotate(str(number), (100 * one.loss_increase, 100 * one.agreement), fontsize="small")
-        axis.axvline(0, color="0.8", zorder=0)
+        axis.axvline(0, color="C9", zorder=0)
         axis.set(
             title="recipes by number of trial; the frontier in blue",
             xlabel="loss of the last exit relative to the plain model [%]",
             ylabel="agreement of the drafting exit [%]",
         )
 
-    save_picture(epath.Path(file), draw, panels=1, size=(7, 4.5))
+    Picture(draw, "agreement against loss of all recipes", panels=1, size=(7, 4.5)).save(file)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -315,9 +316,10 @@ def report(search: Search) -> None:
         for (found, overrides, number), best in zip(results, on_frontier, strict=True)
     ]
     best, overrides, _ = results[0]
-    (search.folder / "search.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (search.folder / "best.py").write_text(config_source(search, best, overrides))
-    plot(results, search.folder / "frontier.png")
+    folder = epath.Path(search.folder)
+    write_file(folder / "search.json", json.dumps(rows, indent=1) + "\n")
+    write_file(folder / "best.py", config_source(search, best, overrides))
+    plot(results, folder / "frontier.png")
     if search.options.json:
         print(json.dumps(rows))
         return

@@ -1,5 +1,6 @@
 """``layerskip train --config configs/NAME.py [--group.setting value ...]``"""
 
+import shlex
 import sys
 
 from layerskip_jax.command_line import make_parser, parse_config
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
 
         if jax.default_backend() != "cpu":
             keep_compiled_programs(config.train.run_dir)
-        train(config)
+        state = train(config)
         if jax.process_index() == 0:
             run = config.train.run_dir
             try:
@@ -35,4 +36,4 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"plot: {path}")
             except Exception as error:  # the run is complete and saved, so a failed plot is only a warning
                 print(f"WARNING: no plots: {error}", file=sys.stderr)
-            print(f"trained: {run}; next: layerskip decode {run} --prompt ...")
+            print(f"{run} has {int(state.step)} steps; next: layerskip decode {shlex.quote(run)} --prompt ...")

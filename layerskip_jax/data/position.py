@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ class DataPosition:
 def read_positions(folder: epath.Path) -> dict[int, Any]:
     """Return the position of every row that any process saved in ``folder``; `ValueError` if a file is damaged."""
     states: dict[int, Any] = {}
-    for file in sorted(folder.glob("process_*-of-*.json")):
+    # Not `glob`: a folder of the path may have brackets in its name, which are a pattern.
+    for file in sorted(file for file in folder.iterdir() if re.fullmatch(r"process_\d+-of-\d+\.json", file.name)):
         saved = json.loads(file.read_text())
         if not isinstance(saved, dict) or saved.get("sha256") != _sha256(str(saved.get("rows"))):
             raise ValueError(f"{file} does not hold what was written to it")

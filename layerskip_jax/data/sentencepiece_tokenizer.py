@@ -10,7 +10,7 @@ import sentencepiece
 from layerskip_jax.data.documents import Documents
 from layerskip_jax.data.tokenizer import SPACE, Tokenizer
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import locate
+from layerskip_jax.locations import locate, write_file
 
 UNK, BOS, EOS = 0, 1, 2
 
@@ -107,9 +107,7 @@ def train_tokenizer(documents: Documents, path: str, vocab_size: int, sample_byt
         raise UserError(
             f"SentencePiece cannot make {vocab_size} pieces (model.vocab_size) from this corpus: {error}"
         ) from error
-    file = locate(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(model.getvalue())
+    write_file(locate(path), model.getvalue())
     return SentencePiece(model.getvalue())
 
 

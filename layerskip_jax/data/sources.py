@@ -5,6 +5,8 @@ A source has ``__len__`` and ``__getitem__``, which grain needs, and can be pick
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from layerskip_jax.config import DataConfig
 from layerskip_jax.data.documents import VALIDATION_PERCENT, Documents, Pair
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, nearest
-from layerskip_jax.locations import locate
+from layerskip_jax.locations import is_remote, locate, names_in
 
 
 def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Documents:
@@ -96,7 +98,7 @@ def _tfds_builder(config: DataConfig) -> Any:
     try:
         builder = tfds.builder(name, data_dir=str(folder), try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
-        known = [*tfds.list_builders(with_community_datasets=False), *_names_in(folder)]
+        known = [*tfds.list_builders(with_community_datasets=False), *names_in(folder)]
         if name.split("/")[0].split(":")[0] in known:
             raise UserError(f"TFDS cannot open {name!r} in {folder}: {error}") from error
         raise UserError(f"TFDS knows no dataset {name!r}{nearest(name, known)}") from error
@@ -106,10 +108,6 @@ def _tfds_builder(config: DataConfig) -> Any:
             f"access: tfds build {name} --data_dir {folder} --file_format array_record"
         )
     return builder
-
-
-def _names_in(folder: epath.Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
 
 
 def _records(builder: Any, config: DataConfig, split: str) -> Sequence[Any]:
@@ -140,7 +138,7 @@ def _files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> tuple[l
     """Return the files at ``config.path``, and whether they hold only ``split``, by a name such as train/."""
     root = locate(config.path)
     if not root.exists():
-        others = [str(root.parent / other.name) for other in root.parent.iterdir()] if root.parent.is_dir() else []
+        others = [str(root.parent / name) for name in names_in(root.parent)]
         raise UserError(f"no corpus at {config.path} (data.path){nearest(str(root), others)}")
     if not root.is_dir():
         return [root], False
@@ -166,11 +164,16 @@ def _split_path(root: epath.Path, split: str, suffixes: tuple[str, ...]) -> epat
     return next((path for path in candidates if path.exists()), None)
 
 
-def _walk(path: epath.Path, suffixes: tuple[str, ...]) -> list[epath.Path]:
+def _walk(path: epath.Path, suffixes: tuple[str, ...], seen: set[str] | None = None) -> list[epath.Path]:
+    """Return the files under ``path``, each folder once: symbolic links may form circles or name a folder twice."""
     if not path.is_dir():
-        return [path]
+        return [path] if is_remote(path) or os.path.isfile(path) else []  # not a broken link or a pipe
+    seen, real = set() if seen is None else seen, os.path.realpath(path)
+    if real in seen:
+        return []
+    seen.add(real)
     inner = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    found = [file for entry in inner for file in _walk(entry, suffixes)]
+    found = [file for entry in inner for file in _walk(entry, suffixes, seen)]
     return [file for file in found if not suffixes or file.suffix in suffixes]
 
 
@@ -314,7 +317,8 @@ def _open_tokens(config: DataConfig, split: str) -> Documents:
         )
     if split not in metadata["splits"]:
         raise UserError(f"{config.path} has no split {split!r}: it has {', '.join(metadata['splits'])}")
-    shards, wanted = sorted(map(str, (folder / split).glob("*.array_record"))), metadata["splits"][split]["documents"]
+    found = [name for name in names_in(folder / split) if re.fullmatch(r"\d+\.array_record", name)]
+    shards, wanted = [str(folder / split / name) for name in sorted(found)], metadata["splits"][split]["documents"]
     documents: Documents = _Tokens(shards, metadata["dtype"]) if shards else []
     if len(documents) != wanted:
         raise UserError(

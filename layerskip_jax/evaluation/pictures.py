@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
+from layerskip_jax.locations import write_file
+
 Theme = Literal["light", "dark"]
 
 PAGE: dict[Theme, dict[str, str]] = {
@@ -54,8 +56,7 @@ class Picture:
 
     def save(self, path: epath.Path) -> epath.Path:
         """Write the light picture as PNG, locally or to a bucket."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.png())
+        write_file(path, self.png())
         return path
 
     def html(self) -> str:

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from etils import epath
 
 from layerskip_jax.checkpoint.run_folder import checkpoint_folder
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import locate, write_file
 from layerskip_jax.training.step import StepMetrics
 
 
@@ -28,7 +28,7 @@ class BadSteps:
     def __init__(self, config: Config, latest_checkpoint: Callable[[], int | None]):
         self._limit, self._latest_checkpoint = config.train.bad_steps, latest_checkpoint
         self._checkpoint_folder = checkpoint_folder(config)
-        self._folder = epath.Path(config.train.run_dir).expanduser() / "bad_batches"
+        self._folder = locate(config.train.run_dir) / "bad_batches"
         self.in_a_row = 0
 
     def after_step(self, done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:
@@ -59,8 +59,7 @@ class BadSteps:
         file, content = self._folder / f"{done}{suffix}.npz", io.BytesIO()
         np.savez(content, **batch)  # type: ignore[arg-type]
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content.getvalue())
-        except OSError as error:
-            return f"cannot be stored in {file}: {error}"
+            write_file(file, content.getvalue())
+        except UserError as error:
+            return f"cannot be stored: {error}"
         return str(file)

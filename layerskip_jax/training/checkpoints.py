@@ -5,6 +5,7 @@ orbax saves model, optimizer, data position and config as one atomic checkpoint.
 
 import contextlib
 import sys
+from functools import partial
 from typing import Any
 
 import grain
@@ -24,7 +25,9 @@ from layerskip_jax.checkpoint.arrays import (
 from layerskip_jax.checkpoint.digests import digests
 from layerskip_jax.checkpoint.reading import differences
 from layerskip_jax.checkpoint.run_folder import (
+    CheckpointNames,
     checkpoint_folder,
+    checkpoint_steps,
     json_sha256,
     read_checksums,
     read_config,
@@ -38,16 +41,19 @@ from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import agree, first_message
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import write_file
+from layerskip_jax.training.optimizer import learning_rate
+from layerskip_jax.training.run_lock import RunLock
 from layerskip_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run; leaving the context manager waits for the last save."""
+    """The checkpoints of one run, which the context manager locks; leaving it waits for the last save."""
 
     def __init__(self, config: Config):
         self.folder = checkpoint_folder(config)
         self._config = config
-        self._manager = self._open()
+        self._lock = RunLock(config)
         self._tokenizer: dict[str, bytes] = {}
 
     def _open(self) -> ocp.CheckpointManager:
@@ -55,15 +61,28 @@ class Checkpoints:
             max_to_keep=self._config.train.keep_checkpoints,
             keep_period=self._config.train.keep_every or None,
             create=True,
+            step_name_format=CheckpointNames(),
             cleanup_tmp_directories=True,  # left by a killed process or a failed save
             lightweight_initialize=True,  # do not read checkpoints yet: they may be damaged
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
+        self._lock.acquire()
+        try:
+            self._manager = self._open()
+        except BaseException:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._close(kind)
+        finally:
+            self._lock.release()
+
+    def _close(self, kind: type[BaseException] | None) -> None:
         if kind is not None and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             return  # another process is lost, and orbax would wait for it
         try:
@@ -90,18 +109,17 @@ class Checkpoints:
         """Copy the tokenizer to the folder of the checkpoints, so that they need no other file."""
         self._tokenizer = tokenizer.files
         for name, content in tokenizer.files.items() if jax.process_index() == 0 else ():
-            partial, file = self.folder / f"{name}.begun", self.folder / name
-            if not file.exists():
-                partial.write_bytes(content)
-                partial.replace(file)  # atomic: a process killed here leaves no partial file
+            if not (self.folder / name).exists():
+                write_file(self.folder / name, content)
 
     def save(self, state: TrainState, data: DataPosition, last: bool = False) -> None:
         """Save ``state`` as the checkpoint of step ``state.step``; returns as soon as the arrays are copied.
 
         ``train.failed_save`` decides whether a failure, now or later in the background, raises `UserError` or (with one
         process only) prints a warning. The ``last`` save blocks, and its failure always raises: no save follows.
-        Raises `UserError` for parameters that are not finite.
+        Raises `UserError` for parameters that are not finite, and if another process has taken the run over.
         """
+        self._lock.check(int(state.step), now=True)
         model, optimizer = named_arrays(state.model), named_arrays(_optimizer_item(state))
         sums, finite = digests({**prefix_names("model", model), **prefix_names("optimizer", optimizer)})
         if not finite:
@@ -130,8 +148,12 @@ class Checkpoints:
         except Exception as error:
             self._handle_failed_save(error, last)
 
-    def check(self) -> None:
-        """Raise or print failures of background saves since the last call, as ``train.failed_save`` says."""
+    def check(self, done: int) -> None:
+        """Raise or print failures of background saves since the last call, as ``train.failed_save`` says.
+
+        Also raises `UserError` if another process has taken the run over; ``done`` is the last step.
+        """
+        self._lock.check(done)
         try:
             self._manager.check_for_errors()
         except Exception as error:
@@ -156,10 +178,7 @@ class Checkpoints:
         """Return the step of the newest complete checkpoint, or None; waits for a save in progress."""
         with contextlib.suppress(Exception):  # `check` reports failures
             self._manager.wait_until_finished()
-        return max(self._steps(), default=None)
-
-    def _steps(self) -> list[int]:
-        return sorted(ocp.utils.checkpoint_steps(self.folder), reverse=True)
+        return max(checkpoint_steps(self.folder), default=None)
 
     def restore(self, abstract: TrainState, data: DataPosition) -> TrainState | None:
         """Restore the newest checkpoint into the shapes and shardings of ``abstract``, and its position into ``data``.
@@ -169,7 +188,7 @@ class Checkpoints:
         Raises `UserError` if the checkpoint holds another model, or if none is intact.
         """
         damaged: list[tuple[int, str]] = []
-        for step in agree("checkpoints", self._steps, lambda steps: steps):
+        for step in agree("checkpoints", partial(checkpoint_steps, self.folder), lambda steps: steps):
             state, problem = self._read(step, abstract, data)
             if not problem:
                 self._move_damaged([step for step, _ in damaged])
@@ -229,11 +248,21 @@ class Checkpoints:
             for step in steps if jax.process_index() == 0 else []:
                 target = self.folder.parent / "damaged"
                 target.mkdir(exist_ok=True)
-                earlier = len(list(target.glob(f"{step}*")))
-                (self.folder / str(step)).rename(target / (f"{step}-{earlier}" if earlier else str(step)))
+                names = (target / name for name in (str(step), *(f"{step}-{n}" for n in range(1, 1000))))
+                (self.folder / str(step)).rename(next(name for name in names if not name.exists()))
 
         agree("damaged checkpoints", move)
         self._manager.reload()
+
+    def resumed_schedule(self, step: int) -> list[str]:
+        """Say that the run goes on after ``step`` or has ended, and from what to what its learning rate then jumps."""
+        if step >= self._config.train.steps:
+            return [f"the run has {step} steps already, so nothing is trained (train.steps)"]
+        saved = read_config(self.folder / str(step))
+        old, new = (float(learning_rate(config)(step)) for config in (saved, self._config))
+        jumps = abs(new - old) > 1e-6 * max(old, new)
+        jump = f"the learning rate of step {step + 1} goes from {old:.3g} to {new:.3g}"
+        return [f"resuming after step {step}", *([jump] if jumps else [])]
 
     def changed_settings(self, step: int) -> list[str]:
         """Describe the settings that changed since the checkpoint of ``step``, in at most one line."""
@@ -257,8 +286,15 @@ def same_rows(one: Config, other: Config) -> bool:
 
 def make_run_folder(config: Config) -> None:
     """Create the folder of a run's checkpoints; raises `UserError` if that fails."""
+    folder = checkpoint_folder(config)
+    # orbax takes the path for a pattern, finds none of the files it has just written, and commits an empty checkpoint.
+    if signs := set("*?[") & set(str(folder)):
+        raise UserError(
+            f"checkpoints cannot be saved below a folder with {' or '.join(sorted(signs))} in its name: rename it or "
+            f"give another --train.run_dir than {folder.parent}"
+        )
     try:
-        checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the run folder {config.train.run_dir} (train.run_dir) cannot be created: {error}") from error
 

@@ -1,7 +1,6 @@
 """The training loop: from a config to a trained, evaluated and saved model. Read it from top to bottom."""
 
 import contextlib
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -29,7 +28,7 @@ from layerskip_jax.sharding import batch_sharding, make_mesh
 from layerskip_jax.training.bad_steps import BadSteps
 from layerskip_jax.training.checkpoints import Checkpoints, make_run_folder
 from layerskip_jax.training.monitoring.flops import peak_flops
-from layerskip_jax.training.monitoring.goodput import Goodput
+from layerskip_jax.training.monitoring.goodput import Goodput, steady_time
 from layerskip_jax.training.monitoring.metrics import read_records
 from layerskip_jax.training.monitoring.progress import Progress, opening_line
 from layerskip_jax.training.monitoring.watch import Profiler
@@ -46,7 +45,7 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
     if a corpus, tokenizer, mesh or checkpoint does not fit, or after too many bad steps in a row
     (`layerskip_jax.training.bad_steps`); `Interrupted` after SIGTERM or SIGINT, once the current step is saved.
     """
-    began = time.time()
+    began = steady_time()
     mesh = make_mesh(config)
     trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
     trainer.recipe.check()
@@ -67,7 +66,7 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
             metrics = jax.device_get(metrics)
             progress.after_step(done, metrics)
             bad_steps.after_step(done, metrics, batch)
-            checkpoints.check()
+            checkpoints.check(done)
 
         pending: tuple[StepMetrics, dict[str, np.ndarray]] | None = None
         for done in range(first + 1, config.train.steps + 1):
@@ -145,7 +144,7 @@ def _restore_or_init(
     state = checkpoints.restore(abstract, position)
     if state is not None:
         step = int(state.step)
-        return state, step, "; ".join([f"resuming after step {step}", *checkpoints.changed_settings(step)])
+        return state, step, "; ".join([*checkpoints.resumed_schedule(step), *checkpoints.changed_settings(step)])
     if config.train.init_from:
         load = agree("initial weights", partial(initial_model, config, tokenizer, abstract.model))
         return trainer.init(load()), 0, f"from {config.train.init_from}"

@@ -9,6 +9,14 @@ Phase = Literal["training", "starting", "data", "evaluating", "saving", "samplin
 PHASES: tuple[Phase, ...] = ("training", "starting", "data", "evaluating", "saving", "sampling")
 
 
+_START = time.time() - time.monotonic()
+
+
+def steady_time() -> float:
+    """Return the time of day [seconds] by a clock that nobody sets while the process runs."""
+    return _START + time.monotonic()
+
+
 class Goodput:
     """Books every second of the training thread to one phase.
 
@@ -21,12 +29,12 @@ class Goodput:
         self,
         earlier: Sequence[Mapping[str, Any]],
         first: int,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = steady_time,
         since: float | None = None,
     ):
         """Continue from the ``earlier`` records of the run, which resumes after step ``first``.
 
-        ``now`` is the clock, and ``since`` the time of the start, if it was before this call.
+        ``now`` is the clock, and ``since`` its time at the start, if that was before this call.
         """
         ledgers = [record for record in earlier if "run/goodput" in record]
         self._now, self._since = now, now() if since is None else since
@@ -59,8 +67,9 @@ class Goodput:
     def values(self) -> dict[str, float]:
         """Return ``run/goodput``, a fraction, and the seconds of each phase, for a `MetricsWriter`."""
         self._book()
-        total = max(self._since - self._began, 1e-9)
-        lost = max(total - sum(self._seconds.values()), 0.0)
+        spent = sum(self._seconds.values())
+        total = max(self._since - self._began, spent, 1e-9)  # the clock may have been set back between two starts
+        lost = total - spent
         return {
             "run/goodput": self._seconds["training"] / total,
             **{_name(phase): seconds for phase, seconds in self._seconds.items()},

@@ -4,10 +4,12 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import socket
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -127,7 +129,8 @@ class TensorBoardSink:
 
         # Not SummaryWriter: after an error such as a full disk its thread is dead, and the next write blocks forever.
         (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        # Unique, or a restart within a second, or after the clock was set back, would overwrite the file.
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         self._writer, self._flushed = RecordWriter(str(folder / "tensorboard" / name)), time.monotonic()
         try:
             self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())

@@ -72,17 +72,21 @@ class Progress:
         rate = self._tokens / seconds
         mfu, hfu = rate * self._flops / self._peak, self._computed / seconds / self._peak
         loss = float(metrics.exit_loss_L[-1]) if metrics.exit_weight_L[-1] > 0 else float(metrics.objective)
-        self._bar.update(1)
+        if self._done_here == 1:  # its time includes compilation, so the bar must not estimate from it
+            self._bar.initial = self._bar.n = self._bar.last_print_n = done
+            self._bar.unpause()
+        else:
+            self._bar.update(1)
         self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s, MFU {mfu:.0%}")
         if done == 1 or done % self._config.train.log_every == 0 or done == self._config.train.steps:
             speed = {"train/tokens_per_second": rate, "train/mfu": mfu, "train/hfu": hfu}
             self._writer.write(done, training_values(metrics) | speed)
             if self._bar.disable:
-                left = (self._config.train.steps - done) * seconds / self._steps
-                self.log(
-                    f"step {done}/{self._config.train.steps}  loss {loss:.3f}  {rate:,.0f} tok/s  MFU {mfu:.0%}  "
-                    f"{left / 60:.0f} min left"
-                )
+                line = f"step {done}/{self._config.train.steps}  loss {loss:.3f}"
+                if self._done_here > 1:  # the first step's time includes compilation
+                    left = (self._config.train.steps - done) * seconds / self._steps
+                    line += f"  {rate:,.0f} tok/s  MFU {mfu:.0%}  {left / 60:.0f} min left"
+                self.log(line)
         if self._done_here == 1:
             self._goodput.end_start()
             self._restart_clock()  # leave compilation out of the tokens/s

@@ -1,0 +1,248 @@
+"""One writer for a run folder: a lock that names its process, shows signs of life, and is taken over when stale.
+
+``RUN_DIR/writer.json`` names the process and its last step. The process rewrites the file every few seconds and removes
+it at the end. Another process takes it over if the first is gone, or has not rewritten it for ``train.hang_seconds``.
+Clocks of two hosts are not compared: a change of the file is what counts.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from layerskip_jax.config import Config, TrainConfig
+from layerskip_jax.config_dict import from_dict
+from layerskip_jax.distributed import agree
+from layerskip_jax.errors import UserError
+from layerskip_jax.locations import is_remote, locate, write_file
+
+LOCK = "writer.json"
+BEAT_SECONDS, LOCAL_BEAT_SECONDS = 10.0, 2.0
+"""Time between two signs of life, in buckets and elsewhere, or a quarter of ``train.hang_seconds`` if that is less."""
+SETTLE_SECONDS = 1.0
+"""How long a write to a bucket may take: two processes that start at once both see the later write after it."""
+
+Sign = tuple[int, bytes]
+"""When the file was last changed [seconds], and its content."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """The process that a lock names."""
+
+    host: str = "an unknown host"
+    system: str = ""
+    process: int = 0
+    started: str = ""
+    folder: str = ""
+    token: str = ""
+    every: float = BEAT_SECONDS
+    step: int = 0
+    time: float = 0.0
+    beats: int = 0
+
+    def __str__(self) -> str:
+        try:
+            moment = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.time))
+        except (ValueError, OverflowError, OSError):
+            moment = "an unknown time"
+        last = f"last step {self.step} at {moment}" if self.step > 0 else f"no step yet, started at {moment}"
+        return f"process {self.process} on host {self.host} ({last})"
+
+
+class RunLock:
+    """The lock of a run folder. Process 0 of a run holds it for all its processes, which call the methods together."""
+
+    def __init__(self, config: Config):
+        folder = locate(config.train.run_dir)
+        self._file, self._run_dir = folder / LOCK, config.train.run_dir
+        self._hang = float(config.train.hang_seconds or TrainConfig().hang_seconds)
+        beat = BEAT_SECONDS if is_remote(folder) else LOCAL_BEAT_SECONDS
+        token, every = uuid.uuid4().hex, min(beat, self._hang / 4)
+        self._me = Holder(*_this_process(), str(folder), token, every, time=time.time())
+        self._wake, self._ended, self._taken_over = threading.Event(), False, ""
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="run lock")
+
+    def acquire(self) -> None:
+        """Take the lock, with a warning if it is stale; raises `UserError` if a process that is alive holds it.
+
+        A process of another host is watched for up to ``train.hang_seconds``.
+        """
+        agree("run folder", lambda: self._acquire() if jax.process_index() == 0 else None)
+
+    def _acquire(self) -> None:
+        found, reason = self._read(), ""
+        if found:
+            reason = self._wait(found)
+        with _alone(self._file.parent):
+            if (now := self._read()) and not (reason and now == found):
+                raise self._refusal(now)
+            self._write()
+        if is_remote(self._file):
+            time.sleep(SETTLE_SECONDS)
+            if (now := self._read()) and not self._is_ours(now):
+                raise self._refusal(now)
+        if found and reason:
+            self._say(f"WARNING: {_parse(found)} {reason}: its run folder {self._run_dir} is taken over")
+        self._thread.start()
+
+    def _wait(self, found: Sign) -> str:
+        """Return why the lock ``found`` is stale, or "" if it is removed; `UserError` if its process is alive.
+
+        Waits for a sign of life unless the process is one of this host.
+        """
+        holder, silent = _parse(found), time.time() - found[0]
+        one_kernel = (holder.host, holder.system) == (self._me.host, self._me.system)
+        if one_kernel and _started(holder.process) != holder.started:
+            return "is gone"
+        if one_kernel and holder.folder == self._me.folder and silent <= self._hang:
+            raise self._refusal(found)
+        # A container or a machine that was restarted keeps its name, and a copy of a run folder keeps its lock.
+        patience = 2.5 * holder.every
+        if holder.host != self._me.host:
+            patience = max(self._hang - max(silent, 0), patience)
+        self._say(
+            f"{holder} has the run folder {self._run_dir}: waiting for a sign of life, at most {patience:.0f} s; if "
+            f"it is gone, remove {self._file}"
+        )
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            time.sleep(min(holder.every / 4, 1))
+            now = self._read()
+            if now is None:
+                return ""
+            if now != found:
+                raise self._refusal(now)
+        return f"has shown no sign of life for {max(silent, 0) + patience:.0f} s (train.hang_seconds)"
+
+    def _refusal(self, found: Sign) -> UserError:
+        return UserError(
+            f"the run folder {self._run_dir} (train.run_dir) is in use: {_parse(found)} trains in it; stop that "
+            f"process or name another --train.run_dir (if it is gone, remove {self._file})"
+        )
+
+    def _say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def check(self, step: int, now: bool = False) -> None:
+        """Record the last ``step``; raises `UserError` if another process has taken the lock over.
+
+        With ``now`` the file is read, else the answer is some seconds old.
+        """
+        if step > self._me.step:
+            first = self._me.step == 0
+            self._me = dataclasses.replace(self._me, step=step, time=time.time())
+            if first:
+                self._wake.set()  # say at once that the run trains
+        if now and self._thread.is_alive():
+            with contextlib.suppress(Exception):
+                self._look()
+        if self._taken_over:
+            raise UserError(
+                f"{self._taken_over} has taken the run folder {self._run_dir} over, because this process showed no "
+                "sign of life: it stops and saves no more"
+            )
+
+    def release(self) -> None:
+        """Remove the lock, if this process still holds it."""
+        self._ended = True
+        self._wake.set()
+        if self._thread.ident is None:  # not process 0, or not acquired
+            return
+        self._thread.join(BEAT_SECONDS)
+        with contextlib.suppress(OSError), _alone(self._file.parent):
+            if (now := self._read()) and self._is_ours(now):
+                self._file.unlink()
+
+    def _beat(self) -> None:
+        while not self._taken_over:
+            self._wake.wait(self._me.every)
+            self._wake.clear()
+            if self._ended:
+                return
+            with contextlib.suppress(Exception), _alone(self._file.parent):  # such as a network that is down
+                if self._look():
+                    self._write()
+
+    def _look(self) -> bool:
+        """Return whether the lock is ours or missing; remember who has taken it over."""
+        now = self._read()
+        ours = now is None or self._is_ours(now)
+        if now and not ours and (holder := _parse(now)).token:  # what is not a lock names nobody
+            self._taken_over = str(holder)
+        return ours
+
+    def _is_ours(self, found: Sign) -> bool:
+        return _parse(found).token == self._me.token
+
+    def _read(self) -> Sign | None:
+        try:
+            return self._file.stat().mtime, self._file.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _write(self) -> None:
+        self._me = dataclasses.replace(self._me, beats=self._me.beats + 1)
+        try:
+            write_file(self._file, json.dumps(dataclasses.asdict(self._me)))
+        except UserError:  # a full disk has room for a new time of an old file
+            if self._me.beats == 1 or is_remote(self._file):
+                raise
+            os.utime(self._file)
+
+
+@contextlib.contextmanager
+def _alone(folder: epath.Path) -> Iterator[None]:
+    """Keep other processes of this kernel out of the body; does nothing for folders that cannot be locked: buckets."""
+    handle = -1
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _this_process() -> tuple[str, str, int, str]:
+    """Return the host, a name of its kernel and of the container on it, the process and when it started."""
+    system = ""
+    with contextlib.suppress(OSError):
+        system = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return socket.gethostname(), system, os.getpid(), _started(os.getpid())
+
+
+def _started(process: int) -> str:
+    """Return when a process of this kernel started, or something else that is constant; "" if it is gone."""
+    if Path("/proc/self/stat").exists():
+        with contextlib.suppress(OSError, IndexError):
+            state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            return "" if state in "ZX" else fields[18]
+        return ""
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return "running"
+    except (OSError, OverflowError):
+        return ""
+    return "running"
+
+
+def _parse(found: Sign) -> Holder:
+    """Return what a lock says; an unknown process if its content is not a lock's."""
+    holder = Holder()
+    with contextlib.suppress(ValueError, RecursionError, UserError):
+        holder = from_dict(json.loads(found[1]), Holder)
+    return holder if 0 < holder.every <= BEAT_SECONDS else dataclasses.replace(holder, every=BEAT_SECONDS)
