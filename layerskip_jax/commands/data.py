@@ -7,6 +7,7 @@ import numpy as np
 
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
+from layerskip_jax.data.corpus import describe_split
 from layerskip_jax.data.documents import Document
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import make_batches
@@ -53,6 +54,8 @@ def _prepare(config: Config) -> None:
         unit = "bytes" if isinstance(documents[0], str) else "tokens"
         total = sum(_size(documents[i]) for i in range(len(documents)))
         print(f"{split}: {len(documents):,} documents, {total:,} {unit}")
+    for line in describe_split(config.data):
+        print(line)
 
 
 def _size(document: Document) -> int:
