@@ -98,7 +98,7 @@ def test_one_file_is_cut_at_blank_lines_of_any_spelling(tmp_path, blank, mark):
     pieces = texts(data, "train") + texts(data, "validation")
     assert sorted(part.strip() for piece in pieces for part in piece.split(blank)) == sorted(map(str.strip, PARAGRAPHS))
     (line,) = describe_split(data)
-    assert f"of {len(pieces)} documents" in line
+    assert f"1 file, 1 of them cut: {len(pieces)} documents; held out: " in line
     assert line.startswith(str(tmp_path))  # not a warning
 
 
@@ -141,7 +141,7 @@ def test_long_files_of_a_folder_are_cut_before_they_are_dealt_out(tmp_path, size
     assert sum(piece.count("Paragraph") for piece in pieces) == sum(sizes)
     (line,) = describe_split(data)
     assert f"{len(sizes)} files" in line
-    assert f"({100 * share(data):.1f} % of the text) are held out" in line
+    assert f" documents, {100 * share(data):.1f} % of the text" in line
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,16 @@ def test_names_of_held_out_files_are_understood(tmp_path, files, train, held_out
     assert texts(data, "train") == train
     assert texts(data, "validation") == held_out
     (line,) = describe_split(data)
-    assert all(name in line for name in left_out)
+    assert f"{len(train) + len(held_out)} files: " in line
+    assert "held out: " + ", ".join(sorted({name.split("__")[0] for name in held_out})) in line
+    assert line.partition("; left out: ")[2].startswith(", ".join(left_out))
+
+
+def test_a_split_is_found_in_the_only_folder(tmp_path):
+    data = write_files(tmp_path / "data" / "en", **{"train-0.txt": "train", "valid-0.txt": "valid"})
+    (tmp_path / "README.md").write_text("about")
+    data = text_corpus(tmp_path)
+    assert (texts(data, "train"), texts(data, "validation")) == (["train"], ["valid"])
 
 
 def test_a_name_that_only_ends_in_test_is_no_split(tmp_path):
@@ -179,7 +188,7 @@ def test_files_that_describe_a_corpus_are_left_out_unless_they_are_the_corpus(tm
     pages = {f"{n:02d}.txt": f"page {n} " * 40 for n in range(30)}
     data = write_files(tmp_path / "one", **pages, **{"README": "about the pages", "LICENSE.txt": "free"})
     assert not any("about" in text or "free" in text for text in texts(data, "train") + texts(data, "validation"))
-    assert "without LICENSE.txt, README;" in describe_split(data)[0]
+    assert describe_split(data)[0].endswith("; left out: LICENSE.txt, README")
     readmes = write_files(tmp_path / "two", **{f"README.{n}": f"page {n} " * 40 for n in range(30)})
     assert len(texts(readmes, "train") + texts(readmes, "validation")) == 30
 
@@ -189,7 +198,7 @@ def test_a_warning_says_when_little_or_much_is_held_out(tmp_path, capsys):
         data = write_files(tmp_path / folder, **{"a.txt": "word " * words, "valid.txt": "word " * 10})
         (line,) = describe_split(data)
         assert line.startswith("WARNING: ")
-        assert f"held out, which is {size}: name files train and validation" in line
+        assert f"% of the text; that is {size}: name files train and validation" in line
     command(["prepare", "--data.source", "text", "--data.path", str(tmp_path / "much")])
     assert "WARNING: " in capsys.readouterr().out
 

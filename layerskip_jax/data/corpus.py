@@ -1,8 +1,6 @@
 """Identify a corpus, describe its splits, and decide how a run resumes when the corpus or its settings have changed."""
 
-from typing import Literal, NamedTuple
-
-import numpy as np
+from typing import Any, Literal, NamedTuple, cast
 
 from layerskip_jax.config import Config, DataConfig
 from layerskip_jax.data.corpus_files import HELD_OUT_PERCENT
@@ -50,17 +48,25 @@ def describe_split(config: DataConfig) -> list[str]:
     """Return a line about what is held out of a corpus of text or JSON lines, with a warning outside 1 to 20 %."""
     if config.source not in ("text", "jsonl"):
         return []
-    training, held_out = (open_documents(config, split) for split in (config.train_split, config.validation_split))
-    sizes = [int(np.sum(documents.sizes)) for documents in (training, held_out)]  # type: ignore[attr-defined]
+    training, held_out = (cast(Any, open_documents(config, s)) for s in (config.train_split, config.validation_split))
+    names, left_out = held_out.files.names, held_out.files.left_out
+    parts = [training, held_out] if names else [held_out]
+    files, cut = sum(len(part.files.files) for part in parts), sum(part.cut for part in parts)
+    sizes = [sum(training.sizes), sum(held_out.sizes)]
     percent = 100 * sizes[1] / max(1, sum(sizes))
     line = (
-        f"{config.path}: {held_out.note}; {len(held_out):,} of {len(training) + len(held_out):,} documents "  # type: ignore[attr-defined]
-        f"({percent:.1f} % of the text) are held out"
+        f"{config.path}: {files} file{'s' * (files != 1)}{f', {cut} of them cut' * bool(cut)}: "
+        f"{len(training) + len(held_out):,} documents; held out: {f'{_list(names)}, ' * bool(names)}"
+        f"{len(held_out):,} documents, {percent:.1f} % of the text{f'; left out: {_list(left_out)}' * bool(left_out)}"
     )
     least, most = HELD_OUT_PERCENT
     if not least <= percent <= most:
-        line = f"WARNING: {line}, which is {'little' if percent < least else 'much'}: name files train and validation"
-    return [line]
+        line = f"WARNING: {line}; that is {'little' if percent < least else 'much'}: name files train and validation"
+    return [line.encode(errors="backslashreplace").decode()]
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
 
 
 GoOn = Literal["same rows", "next documents", "first document"]

@@ -42,11 +42,12 @@ class File(NamedTuple):
 
 
 class CorpusFiles(NamedTuple):
-    """The files of a split, or of both where ``own`` is false; ``left_out`` are entries that belong to neither."""
+    """The files of one split, with the ``names`` of its entries; or of both, without names."""
 
     files: list[File]
-    own: bool
+    names: list[str]
     left_out: list[str]
+    """Entries of the folder that belong to neither split."""
 
 
 def find_files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> CorpusFiles:
@@ -60,16 +61,15 @@ def find_files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> Cor
         others = [str(root.parent / other.name) for other in root.parent.iterdir()] if root.parent.is_dir() else []
         raise UserError(f"no corpus at {config.path} (data.path){nearest(str(root), others)}")
     if not root.is_dir():
-        return CorpusFiles(_walk(root, (), set()), own=False, left_out=[])
-    entries = [entry for entry in _visible(root) if entry.is_dir() or not suffixes or _has_suffix(entry, suffixes)]
-    texts = [entry for entry in entries if entry.is_dir() or not NO_TEXT.fullmatch(entry.name)] or entries
+        return CorpusFiles(_walk(root, (), set()), [], [])
+    entries, texts = _entries(root, suffixes)
     train, held_out, unused = _split_entries(texts, config)
     own = bool(train or held_out)
     if not train:
         train = [entry for entry in texts if entry not in held_out and entry not in unused]
-    chosen = {config.train_split: train, config.validation_split: held_out if own else train}.get(split)
-    if chosen is None:
-        chosen, own = [entry for entry in texts if _stem(entry) == split], True
+    chosen = {config.train_split: train, config.validation_split: held_out if own else train}.get(split, [])
+    if split not in (config.train_split, config.validation_split):
+        raise UserError(f"{config.path} has no split {split!r}: put the files into a folder of that name")
     seen = {str(root)}
     files = [file for entry in chosen for file in _walk(entry, suffixes, seen)]
     if not files:
@@ -82,8 +82,22 @@ def find_files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> Cor
             f"or data.validation_split, or hold out a part with --data.path {there[0]}; found: "
             f"{', '.join(entry.name for entry in _visible(root)):.200}"
         )
-    used = {entry.name for entry in (*train, *held_out)}
-    return CorpusFiles(files, own, [entry.name for entry in entries if entry.name not in used])
+    left_out = [entry.name for entry in entries if entry not in train and entry not in held_out]
+    return CorpusFiles(files, [entry.name for entry in chosen] if own else [], left_out)
+
+
+def _entries(folder: epath.Path, suffixes: tuple[str, ...]) -> tuple[list[epath.Path], list[epath.Path]]:
+    """Return the entries of a folder that can be text, and those that can belong to a split; enter a single folder."""
+    try:
+        inner = _visible(folder)
+    except PermissionError as error:
+        raise UserError(f"cannot read {folder} (data.path): {error}") from error
+    entries = [entry for entry in inner if entry.is_dir() or not suffixes or _has_suffix(entry, suffixes)]
+    texts = [entry for entry in entries if entry.is_dir() or not NO_TEXT.fullmatch(entry.name)] or entries
+    single = len(texts) == 1 and texts[0].is_dir() and not os.path.islink(texts[0])
+    if single and not SPLIT_NAME.fullmatch(texts[0].name):
+        return _entries(texts[0], suffixes)
+    return entries, texts
 
 
 def _split_entries(
@@ -143,7 +157,7 @@ def _walk(path: epath.Path, suffixes: tuple[str, ...], seen: set[str], parent: s
     if local:
         size, changed = os.stat(path).st_size, os.stat(path).st_mtime_ns
     else:
-        size, changed = path.stat().length, int(path.stat().mtime)
+        size, changed = path.stat().length, int(path.stat().mtime or 0)
     return [File(str(path), size, changed)] if size else []
 
 
@@ -151,15 +165,14 @@ def hold_out(names: Sequence[str], sizes: Sequence[int], split: str, config: Dat
     """Return the indices of the documents of ``split``: about 5 % are held out, by the SHA-256 of their names.
 
     If these are less than 1 % or more than 20 % of the text [bytes], documents are added or taken back in the order of
-    their digests. Of two or more documents, at least one is in each split.
+    their hashes. Of two or more documents, at least one is in each split.
     """
-    if split not in (config.train_split, config.validation_split):
-        raise UserError(f"{config.path} has no split {split!r}: put the files into a folder of that name")
-    digests = [int(hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest(), 16) for name in names]
-    order = sorted(range(len(names)), key=lambda i: (digests[i] % 100, names[i]))
-    held_out = {i for i in order if digests[i] % 100 < VALIDATION_PERCENT}
+    hashes = (hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names)
+    ranks = [int(name_hash.hexdigest(), 16) % 100 for name_hash in hashes]
+    held_out = {i for i, rank in enumerate(ranks) if rank < VALIDATION_PERCENT}
     least, most = (sum(sizes) * percent / 100 for percent in HELD_OUT_PERCENT)
     held = sum(sizes[i] for i in held_out)
+    order = [] if least <= held <= most else sorted(range(len(names)), key=lambda i: (ranks[i], names[i]))
     for i in reversed(order):
         if i in held_out and held > most:
             held_out.remove(i)
@@ -170,8 +183,6 @@ def hold_out(names: Sequence[str], sizes: Sequence[int], split: str, config: Dat
             held += sizes[i]
     if not held_out and len(names) > 1:
         held_out = {min(order, key=lambda i: sizes[i])}
-    if held_out and len(names) == len(held_out):
-        held_out = held_out - {order[-1]} if len(names) > 1 else set()
     wants_held_out = split == config.validation_split
     return [i for i in range(len(names)) if (i in held_out) == wants_held_out]
 

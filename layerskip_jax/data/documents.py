@@ -39,7 +39,9 @@ def documents_digest(documents: Documents, sample: int = 256) -> str:
 
     The sample is spread evenly and includes the first document and the last.
     """
-    digest = hashlib.sha256(f"{len(documents)} {list(getattr(documents, 'sizes', []))}".encode())
+    digest = hashlib.sha256(
+        f"{len(documents)} ".encode() + np.array(getattr(documents, "sizes", []), np.int64).tobytes()
+    )
     for index in spread(len(documents), sample):
         document = documents[index]
         prompt = len(document.prompt) if isinstance(document, Pair) else ""

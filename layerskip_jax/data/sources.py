@@ -6,6 +6,7 @@ A source has ``__len__`` and ``__getitem__``, which grain needs, and can be pick
 import codecs
 import functools
 import json
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +45,8 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
     documents = openers[config.source](config, split)
     if len(documents) == 0:
         where = config.path or config.name or config.source
-        raise UserError(f"the {split!r} split of {where} is empty: there is no document to read")
+        hint = ": two documents or about 400 characters are needed to hold one out" if config.path else ""
+        raise UserError(f"the {split!r} split of {where} is empty: there is no document to read{hint}")
     return documents
 
 
@@ -120,13 +122,17 @@ def _names_in(folder: epath.Path) -> list[str]:
 def _records(builder: Any, config: DataConfig, split: str) -> Sequence[Any]:
     import tensorflow_datasets as tfds
 
-    stored = builder.info.available_file_formats()
-    if not stored & tfds.core.FileFormat.with_random_access():
+    # TFDS restores the second formats of a dataset with a builder in code to the proto only, not to `info`.
+    proto, readable = builder.info.as_proto, tfds.core.FileFormat.with_random_access()
+    stored = [proto.file_format or "tfrecord", *proto.alternative_file_formats]
+    found = [file_format for name in stored for file_format in readable if file_format.value == name]
+    if not found:
         raise UserError(
-            f"{builder.info.full_name} in {config.data_dir} is stored as "
-            f"{', '.join(form.value for form in stored) or 'tfrecord'}, which cannot be read without TensorFlow: "
-            f"prepare it again with tfds build {builder.info.full_name} --file_format array_record"
+            f"{builder.info.full_name} in {config.data_dir} is stored as {', '.join(stored)}, which cannot be read "
+            f"without TensorFlow: prepare it again with tfds build {builder.info.full_name} --file_format array_record"
         )
+    if builder.info.file_format != found[0]:
+        builder.info.set_file_format(found[0], override=True, override_if_initialized=True)
     splits = list(builder.info.splits)
     if split.split("[")[0] not in splits:
         raise UserError(f"{builder.info.full_name} has no split {split!r}: it has {', '.join(splits) or 'none'}")
@@ -147,8 +153,8 @@ def _data_source(builder: Any, config: DataConfig, split: str, keys: dict[str, s
 class _Texts:
     """Text files, or pieces of them: path, and the first byte and the end, or None for the whole file."""
 
-    def __init__(self, pieces: list[tuple[str, int, int | None]], sizes: list[int], note: str):
-        self._pieces, self.sizes, self.note = pieces, sizes, note
+    def __init__(self, pieces: list[tuple[str, int, int | None]], sizes: list[int], files: CorpusFiles, cut: int):
+        self._pieces, self.sizes, self.files, self.cut = pieces, sizes, files, cut
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -176,20 +182,13 @@ def _open_text(config: DataConfig, split: str) -> Documents:
             names.append(name)
             sizes.append(file.size)
             continue
-        spans = cut_file(file, found.own)
+        spans = cut_file(file, bool(found.names))
         cut += len(spans) > 1
         pieces += [(file.path, start, end) for start, end in spans]
         names += [f"{name}:{number}" if name else str(number) for number in range(len(spans))]
         sizes += [end - start for start, end in spans]
-    chosen = range(len(pieces)) if found.own else hold_out(names, sizes, split, config)
-    note = (
-        f"{len(found.files)} files, {cut} of them cut" if len(found.files) > 1 else "1 file, cut" if cut else "1 file"
-    )
-    return _Texts([pieces[i] for i in chosen], [sizes[i] for i in chosen], note + _left_out(found))
-
-
-def _left_out(found: CorpusFiles) -> str:
-    return f", without {', '.join(found.left_out):.200}" if found.left_out else ""
+    chosen = range(len(pieces)) if found.names else hold_out(names, sizes, split, config)
+    return _Texts([pieces[i] for i in chosen], [sizes[i] for i in chosen], found, cut)
 
 
 class Line(NamedTuple):
@@ -204,8 +203,10 @@ class Line(NamedTuple):
 class _JsonLines:
     """Lines of JSON files, found by their offsets and parsed on access."""
 
-    def __init__(self, lines: list[Line], keys: dict[str, str], note: str):
-        self._lines, self._keys, self.note = lines, keys, note
+    cut = 0
+
+    def __init__(self, lines: list[Line], keys: dict[str, str], files: CorpusFiles):
+        self._lines, self._keys, self.files = lines, keys, files
         self.sizes = [line.size for line in lines]
 
     def __len__(self) -> int:
@@ -254,11 +255,10 @@ def _find_lines(file: File) -> list[Line]:
 def _open_jsonl(config: DataConfig, split: str) -> Documents:
     found = find_files(config, split, (".jsonl", ".json"))
     lines = [line for file in found.files for line in _find_lines(file)]
-    names = [f"{epath.Path(line.path).name}:{line.number}" for line in lines]
+    names = [f"{os.path.basename(line.path)}:{line.number}" for line in lines]
     sizes = [line.size for line in lines]
-    chosen = range(len(lines)) if found.own else hold_out(names, sizes, split, config)
-    note = f"{len(found.files)} file{'s' * (len(found.files) > 1)}" + _left_out(found)
-    return _JsonLines([lines[i] for i in chosen], _keys(config), note)
+    chosen = range(len(lines)) if found.names else hold_out(names, sizes, split, config)
+    return _JsonLines([lines[i] for i in chosen], _keys(config), found)
 
 
 METADATA = "metadata.json"
