@@ -1,6 +1,7 @@
 """Corpora as users have them: one file, a few unequal files, any line end and byte-order mark."""
 
 import codecs
+import hashlib
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from layerskip_jax.commands.data import main as command
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import Config, DataConfig
 from layerskip_jax.data.corpus import describe_split
+from layerskip_jax.data.corpus_files import hold_out
 from layerskip_jax.data.cutting import cut_text
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.errors import UserError
@@ -301,3 +303,26 @@ def test_few_held_out_documents_give_many_prompts(tmp_path):
     assert all(any(prompt in document for document in documents) for prompt in prompts)
     assert all(10 <= len(prompt) <= 200 and not prompt[0].isspace() for prompt in prompts)
     assert read_prompts(None, None, 1, config) == [documents[0][:200]]
+
+
+# The split by name
+
+
+@given(
+    st.lists(
+        st.tuples(st.text("abc", min_size=1, max_size=3), st.integers(1, 30)), min_size=1, unique_by=lambda x: x[0]
+    )
+)
+def test_documents_keep_the_split_of_earlier_versions_unless_much_is_held_out(documents):
+    names, sizes = zip(*documents, strict=True)
+    ranks = [int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 for name in names]
+    former = {i for i, rank in enumerate(ranks) if rank < 5}
+    if len(names) >= 2 and not former:
+        former = {min(range(len(names)), key=lambda i: (ranks[i], names[i]))}
+    train, held_out = (hold_out(names, sizes, DataConfig(), split) for split in ("train", "validation"))
+    assert sorted(train + held_out) == list(range(len(names)))
+    assert len(names) == 1 or (train and held_out)
+    if sum(sizes[i] for i in former) <= 0.2 * sum(sizes):
+        assert set(held_out) == former
+    elif min(sizes) <= 0.2 * sum(sizes):
+        assert sum(sizes[i] for i in held_out) <= 0.2 * sum(sizes)

@@ -161,24 +161,27 @@ def _walk(path: epath.Path, suffixes: tuple[str, ...], seen: set[str], parent: s
     return [File(str(path), size, changed)] if size else []
 
 
-def hold_out(names: Sequence[str], sizes: Sequence[int], split: str, config: DataConfig) -> list[int]:
+def hold_out(names: Sequence[str], sizes: Sequence[int], config: DataConfig, split: str, cut: int = 0) -> list[int]:
     """Return the indices of the documents of ``split``: about 5 % are held out, by the SHA-256 of their names.
 
-    If these are less than 1 % or more than 20 % of the text [bytes], documents are added or taken back in the order of
-    their hashes. Of two or more documents, at least one is in each split.
+    If these are more than 20 % of the text [bytes], documents are taken back in the order of their hashes. If they are
+    less than 1 % of a corpus that was ``cut``, documents are added; other corpora keep the split of earlier versions.
+    Of two or more documents, at least one is in each split.
     """
     hashes = (hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names)
     ranks = [int(name_hash.hexdigest(), 16) % 100 for name_hash in hashes]
     held_out = {i for i, rank in enumerate(ranks) if rank < VALIDATION_PERCENT}
     least, most = (sum(sizes) * percent / 100 for percent in HELD_OUT_PERCENT)
+    least *= bool(cut)
     held = sum(sizes[i] for i in held_out)
-    order = [] if least <= held <= most else sorted(range(len(names)), key=lambda i: (ranks[i], names[i]))
+    kept = held_out and least <= held <= most
+    order = [] if kept else sorted(range(len(names)), key=lambda i: (ranks[i], names[i]))
     for i in reversed(order):
         if i in held_out and held > most:
             held_out.remove(i)
             held -= sizes[i]
     for i in order:
-        if i not in held_out and held < least and held + sizes[i] <= most:
+        if i not in held_out and (held < least or not held_out) and held + sizes[i] <= most:
             held_out.add(i)
             held += sizes[i]
     if not held_out and len(names) > 1:

@@ -187,7 +187,7 @@ def _open_text(config: DataConfig, split: str) -> Documents:
         pieces += [(file.path, start, end) for start, end in spans]
         names += [f"{name}:{number}" if name else str(number) for number in range(len(spans))]
         sizes += [end - start for start, end in spans]
-    chosen = range(len(pieces)) if found.names else hold_out(names, sizes, split, config)
+    chosen = range(len(pieces)) if found.names else hold_out(names, sizes, config, split, cut)
     return _Texts([pieces[i] for i in chosen], [sizes[i] for i in chosen], found, cut)
 
 
@@ -257,7 +257,7 @@ def _open_jsonl(config: DataConfig, split: str) -> Documents:
     lines = [line for file in found.files for line in _find_lines(file)]
     names = [f"{os.path.basename(line.path)}:{line.number}" for line in lines]
     sizes = [line.size for line in lines]
-    chosen = range(len(lines)) if found.names else hold_out(names, sizes, split, config)
+    chosen = range(len(lines)) if found.names else hold_out(names, sizes, config, split)
     return _JsonLines([lines[i] for i in chosen], _keys(config), found)
 
 
