@@ -14,7 +14,7 @@ from layerskip_jax.checkpoint.huggingface.config_json import read_json
 from layerskip_jax.commands.data import main as command
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import Config, DataConfig
-from layerskip_jax.data.corpus import describe_split
+from layerskip_jax.data.corpus import describe_splits
 from layerskip_jax.data.corpus_files import hold_out
 from layerskip_jax.data.cutting import cut_text
 from layerskip_jax.data.sources import open_documents
@@ -27,6 +27,10 @@ PARAGRAPHS = [f"Paragraph {n}. " + "".join(f"Words {n}-{i}. " for i in range(40)
 def texts(data, split):
     documents = open_documents(data, split)
     return [documents[i] for i in range(len(documents))]
+
+
+def describe_split(data):
+    return describe_splits(data, open_documents(data, "train"), open_documents(data, "validation"))
 
 
 def text_corpus(path):

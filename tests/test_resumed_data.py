@@ -13,7 +13,7 @@ from test_position import save_position
 
 from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.config import DataConfig
-from layerskip_jax.data.corpus import describe_corpus, identify_corpus, resume_data
+from layerskip_jax.data.corpus import identify_corpus, resume_data
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.position import DataPosition, read_corpus, read_positions
@@ -21,7 +21,11 @@ from layerskip_jax.training.loop import train
 
 
 def identify(config):
-    return identify_corpus(config, load_tokenizer(config.data.tokenizer))
+    return identify_corpus(config, load_tokenizer(config.data.tokenizer))[0]
+
+
+def describe(config):
+    return identify_corpus(config, load_tokenizer(config.data.tokenizer))[1]
 
 
 def write_lines(file, words, count=60):
@@ -228,11 +232,11 @@ def test_the_window_follows_the_corpus_and_a_line_says_so(lines):
     sequences = identify(small).sequences
     batches = make_batches(small, "train", batch_size=1, in_order=True)
     assert sequences == pytest.approx(sum(1 for _ in batches), rel=0.1)
-    assert describe_corpus(small, identify(small))[-1] == (
+    assert describe(small)[-1] == (
         f"the corpus fills about {sequences} sequences of 32 tokens, so these are shuffled together, not 2,048 "
         "(data.shuffle_window)"
     )
-    assert len(describe_corpus(large, identify(large))) == len(describe_corpus(small, identify(small))) - 1
+    assert len(describe(large)) == len(describe(small)) - 1
     follows = make_config(lines.data, shuffle_window=sequences)
     assert_equal_batches(
         take(iter(make_batches(small, "train", batch_size=4, seed=1)), 20),

@@ -1,6 +1,6 @@
 """Identify a corpus, describe its splits, and decide how a run resumes when the corpus or its settings have changed."""
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from layerskip_jax.config import Config, DataConfig
 from layerskip_jax.data.corpus_files import HELD_OUT_PERCENT
@@ -24,31 +24,24 @@ class Corpus(NamedTuple):
     """Sequences that one pass fills, at most as many as are shuffled together (`count_sequences`)."""
 
 
-def identify_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
-    """Open both splits and return their `Corpus`."""
+def identify_corpus(config: Config, tokenizer: Tokenizer) -> tuple[Corpus, list[str]]:
+    """Return the corpus of both splits, and lines that describe what is held out and a window that is limited by it."""
     training = open_documents(config.data, config.data.train_split)
     held_out = open_documents(config.data, config.data.validation_split)
     sequences = count_sequences(config, tokenizer, training, config.train.batch_size)
-    return Corpus(documents_digest(training), documents_digest(held_out), sequences)
-
-
-def describe_corpus(config: Config, corpus: Corpus) -> list[str]:
-    """Return lines about the held-out split, and about a shuffle window that is limited by the corpus."""
-    lines = describe_split(config.data)
-    window = config.data.shuffle_window
-    if corpus.sequences < window >= 2 * config.train.batch_size:
+    lines, window = describe_splits(config.data, training, held_out), config.data.shuffle_window
+    if sequences < window >= 2 * config.train.batch_size:
         lines.append(
-            f"the corpus fills about {corpus.sequences:,} sequences of {config.data.sequence_length} tokens, so these "
-            f"are shuffled together, not {window:,} (data.shuffle_window)"
+            f"the corpus fills about {sequences:,} sequences of {config.data.sequence_length} tokens, so these are "
+            f"shuffled together, not {window:,} (data.shuffle_window)"
         )
-    return lines
+    return Corpus(documents_digest(training), documents_digest(held_out), sequences), lines
 
 
-def describe_split(config: DataConfig) -> list[str]:
+def describe_splits(config: DataConfig, training: Any, held_out: Any) -> list[str]:
     """Return a line about what is held out of a corpus of text or JSON lines, with a warning outside 1 to 20 %."""
     if config.source not in ("text", "jsonl"):
         return []
-    training, held_out = (cast(Any, open_documents(config, s)) for s in (config.train_split, config.validation_split))
     names, left_out = held_out.files.names, held_out.files.left_out
     parts = [training, held_out] if names else [held_out]
     files, cut = sum(len(part.files.files) for part in parts), sum(part.cut for part in parts)

@@ -61,28 +61,30 @@ def find_files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> Cor
         others = [str(root.parent / other.name) for other in root.parent.iterdir()] if root.parent.is_dir() else []
         raise UserError(f"no corpus at {config.path} (data.path){nearest(str(root), others)}")
     if not root.is_dir():
-        return CorpusFiles(_walk(root, (), set()), [], [])
+        return CorpusFiles(_walk(root, (), set(), str(root.parent)), [], [])
     entries, texts = _entries(root, suffixes)
     train, held_out, unused = _split_entries(texts, config)
     own = bool(train or held_out)
     if not train:
-        train = [entry for entry in texts if entry not in held_out and entry not in unused]
+        named = {*held_out, *unused}
+        train = [entry for entry in texts if entry not in named]
     chosen = {config.train_split: train, config.validation_split: held_out if own else train}.get(split, [])
     if split not in (config.train_split, config.validation_split):
         raise UserError(f"{config.path} has no split {split!r}: put the files into a folder of that name")
     seen = {str(root)}
-    files = [file for entry in chosen for file in _walk(entry, suffixes, seen)]
+    files = [file for entry in chosen for file in _walk(entry, suffixes, seen, str(entry.parent))]
     if not files:
         kinds = f" ending in {' or '.join(suffixes)}" if suffixes else ""
         if not own:
             raise UserError(f"no files{kinds} under {config.path} (data.path)")
         there = train or held_out
         raise UserError(
-            f"{config.path} has a {_stem(there[0])!r} split but no {split!r}: add it, name another in data.train_split "
+            f"{config.path} has a {there[0].stem!r} split but no {split!r}: add it, name another in data.train_split "
             f"or data.validation_split, or hold out a part with --data.path {there[0]}; found: "
             f"{', '.join(entry.name for entry in _visible(root)):.200}"
         )
-    left_out = [entry.name for entry in entries if entry not in train and entry not in held_out]
+    used = {*train, *held_out}
+    left_out = [entry.name for entry in entries if entry not in used]
     return CorpusFiles(files, [entry.name for entry in chosen] if own else [], left_out)
 
 
@@ -92,8 +94,8 @@ def _entries(folder: epath.Path, suffixes: tuple[str, ...]) -> tuple[list[epath.
         inner = _visible(folder)
     except PermissionError as error:
         raise UserError(f"cannot read {folder} (data.path): {error}") from error
-    entries = [entry for entry in inner if entry.is_dir() or not suffixes or _has_suffix(entry, suffixes)]
-    texts = [entry for entry in entries if entry.is_dir() or not NO_TEXT.fullmatch(entry.name)] or entries
+    entries = [entry for entry in inner if not suffixes or _has_suffix(entry, suffixes) or entry.is_dir()]
+    texts = [entry for entry in entries if not NO_TEXT.fullmatch(entry.name) or entry.is_dir()] or entries
     single = len(texts) == 1 and texts[0].is_dir() and not os.path.islink(texts[0])
     if single and not SPLIT_NAME.fullmatch(texts[0].name):
         return _entries(texts[0], suffixes)
@@ -109,23 +111,21 @@ def _split_entries(
     is no split.
     """
     named: dict[str, list[epath.Path]] = {}
-    matches = [(entry, match) for entry in entries if (match := SPLIT_NAME.fullmatch(_stem(entry)))]
+    match_name = SPLIT_NAME.fullmatch
+    matches = [(entry, match) for entry in entries if (match := match_name(entry.name) or match_name(entry.stem))]
     prefixes = {match[1] for _, match in matches if match[2].lower().startswith("train")} | {None}
     for entry, match in matches:
         if match[1] in prefixes:
             named.setdefault(match[2].lower(), []).append(entry)
-    train = [entry for entry in entries if _stem(entry) == config.train_split]
+    train = [entry for entry in entries if config.train_split in (entry.name, entry.stem)]
     if config.train_split == "train":
         train = named.get("train") or named.get("training") or []
-    held_out = [entry for entry in entries if _stem(entry) == config.validation_split]
+    held_out = [entry for entry in entries if config.validation_split in (entry.name, entry.stem)]
     if config.validation_split == "validation":
         held_out = next((named[name] for name in HELD_OUT_NAMES if name in named), [])
-    known = [entry for name in HELD_OUT_NAMES for entry in named.get(name, [])]
-    return train, held_out, [entry for entry in known if entry not in held_out and entry not in train]
-
-
-def _stem(entry: epath.Path) -> str:
-    return entry.name if entry.is_dir() else entry.stem
+    used = {*train, *held_out}
+    unused = [entry for name in HELD_OUT_NAMES for entry in named.get(name, []) if entry not in used]
+    return train, held_out, unused
 
 
 def _has_suffix(entry: epath.Path, suffixes: tuple[str, ...]) -> bool:
@@ -134,30 +134,30 @@ def _has_suffix(entry: epath.Path, suffixes: tuple[str, ...]) -> bool:
 
 
 def _visible(folder: epath.Path) -> list[epath.Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
-def _walk(path: epath.Path, suffixes: tuple[str, ...], seen: set[str], parent: str = "") -> list[File]:
+def _walk(path: epath.Path, suffixes: tuple[str, ...], seen: set[str], parent: str) -> list[File]:
     """Return the files under ``path`` that are not empty; a link to what has been ``seen`` is left out.
 
     ``parent`` is the folder of ``path`` without links.
     """
     local = not is_remote(path)
-    linked = local and (not parent or os.path.islink(path))
-    real = os.path.realpath(path) if linked else os.path.join(parent, path.name) if parent else str(path)
+    real = os.path.realpath(path) if local and os.path.islink(path) else os.path.join(parent, path.name)
     if real in seen:
         return []
     seen.add(real)
     if path.is_dir():
         return [file for entry in _visible(path) for file in _walk(entry, suffixes, seen, real)]
-    if not path.is_file() or (suffixes and not _has_suffix(path, suffixes)):
-        return []  # neither a folder nor a file: a pipe, or a link to nothing
+    if (suffixes and not _has_suffix(path, suffixes)) or not path.is_file():
+        return []  # not a file: a pipe, or a link to nothing
     if path.suffix in COMPRESSED:
         raise UserError(f"{path} is compressed, which cannot be read: unpack it and remove the {path.suffix} file")
     if local:
         size, changed = os.stat(path).st_size, os.stat(path).st_mtime_ns
     else:
-        size, changed = path.stat().length, int(path.stat().mtime or 0)
+        found = path.stat()
+        size, changed = found.length, int(found.mtime or 0)
     return [File(str(path), size, changed)] if size else []
 
 

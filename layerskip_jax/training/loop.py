@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from layerskip_jax.checkpoint.reading import initial_model
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.config_dict import saved_settings
-from layerskip_jax.data.corpus import Corpus, describe_corpus, identify_corpus
+from layerskip_jax.data.corpus import Corpus, identify_corpus
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.position import DataPosition
@@ -49,7 +49,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     trainer.recipe.check()
 
     with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
-        tokenizer, data, held_out, corpus = _open_data(config, mesh)
+        tokenizer, data, held_out, (corpus, corpus_lines) = _open_data(config, mesh)
         position = DataPosition(data, local_rows(batch_sharding(mesh), config.train.batch_size), corpus)
         checkpoints = _open_checkpoints(config, tokenizer, stack)
         state, first, start = _restore_or_init(trainer, checkpoints, position, tokenizer)
@@ -57,7 +57,7 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
         progress = stack.enter_context(Progress(config, trainer.recipe, first, goodput, peak_flops()))
         profiler = stack.enter_context(Profiler(config.train))
         bad_steps = BadSteps(config, checkpoints.latest)
-        progress.log("\n".join([opening_line(config, mesh, start), *describe_corpus(config, corpus)]))
+        progress.log("\n".join([opening_line(config, mesh, start), *corpus_lines]))
         step_fn = trainer.compile_step() if first < config.train.steps else trainer.step
 
         def report_step(done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:
@@ -98,8 +98,10 @@ def train(config: Config, recipe: Recipe | None = None) -> TrainState:
     return state
 
 
-def _open_data(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset, Corpus]:
-    """Open the tokenizer, an iterator of the training data, and the validation data; identify their corpus.
+def _open_data(
+    config: Config, mesh: Mesh
+) -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset, tuple[Corpus, list[str]]]:
+    """Open the tokenizer, an iterator of the training data, and the validation data; identify and describe the corpus.
 
     Raises `UserError` unless all processes have the same settings and files.
     """
