@@ -187,7 +187,10 @@ def test_a_name_that_only_ends_in_test_is_no_split(tmp_path):
 
 def test_a_test_set_is_not_trained_on(tmp_path):
     data = write_files(tmp_path, **{"a.txt": "train", "valid.txt": "valid", "test.txt": "test"})
-    assert (texts(data, "train"), texts(data, "validation")) == (["train"], ["valid"])
+    assert [texts(data, name) for name in ("train", "validation", "test")] == [["train"], ["valid"], ["test"]]
+    for path in (data.path, tmp_path / "a.txt", write_files(tmp_path / "plain", **{"a.txt": "a"}).path):
+        with pytest.raises(UserError, match="has no split 'other': put the files into a folder of that name"):
+            texts(text_corpus(path), "other")
 
 
 def test_files_that_describe_a_corpus_are_left_out_unless_they_are_the_corpus(tmp_path):

@@ -135,7 +135,7 @@ def read_data_positions(checkpoint: epath.Path) -> tuple[dict[int, Any], Corpus 
     """Read the data position of every row of the batch, and what it counts (`layerskip_jax.data.position`)."""
     try:
         return read_positions(checkpoint / "batches"), read_corpus(checkpoint / "batches")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: no data position: {error}") from error
 
 

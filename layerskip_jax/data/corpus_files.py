@@ -1,5 +1,6 @@
 """Files of a text or JSON lines corpus: which of them belong to a split, and which documents are held out."""
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -60,17 +61,20 @@ def find_files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> Cor
     if not root.exists():
         others = [str(root.parent / other.name) for other in root.parent.iterdir()] if root.parent.is_dir() else []
         raise UserError(f"no corpus at {config.path} (data.path){nearest(str(root), others)}")
-    if not root.is_dir():
-        return CorpusFiles(_walk(root, (), set(), str(root.parent)), [], [])
-    entries, texts = _entries(root, suffixes)
+    third = split not in (config.train_split, config.validation_split)
+    if third:
+        config = dataclasses.replace(config, validation_split=split)
+    entries, texts = _entries(root, suffixes) if root.is_dir() else ([], [])
     train, held_out, unused = _split_entries(texts, config)
     own = bool(train or held_out)
+    if third and not own:
+        raise UserError(f"{config.path} has no split {split!r}: put the files into a folder of that name")
+    if not root.is_dir():
+        return CorpusFiles(_walk(root, (), set(), str(root.parent)), [], [])
     if not train:
         named = {*held_out, *unused}
         train = [entry for entry in texts if entry not in named]
-    chosen = {config.train_split: train, config.validation_split: held_out if own else train}.get(split, [])
-    if split not in (config.train_split, config.validation_split):
-        raise UserError(f"{config.path} has no split {split!r}: put the files into a folder of that name")
+    chosen = held_out if own and split == config.validation_split else train
     seen = {str(root)}
     files = [file for entry in chosen for file in _walk(entry, suffixes, seen, str(entry.parent))]
     if not files:
