@@ -147,7 +147,7 @@ def test_long_files_of_a_folder_are_cut_before_they_are_dealt_out(tmp_path, size
     assert sum(piece.count("Paragraph") for piece in pieces) == sum(sizes)
     (line,) = describe_split(data)
     assert f"{len(sizes)} files" in line
-    assert f" documents, {100 * share(data):.1f} % of the text" in line
+    assert f", {100 * share(data):.1f} % of the text" in line
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_names_of_held_out_files_are_understood(tmp_path, files, train, held_out
     assert texts(data, "train") == train
     assert texts(data, "validation") == held_out
     (line,) = describe_split(data)
-    assert f"{len(train) + len(held_out)} files: " in line
+    assert f"{len(train) + len(held_out)} files: {len(train) + len(held_out)} documents; held out: " in line
     assert "held out: " + ", ".join(sorted({name.split("__")[0] for name in held_out})) in line
     assert line.partition("; left out: ")[2].startswith(", ".join(left_out))
 
@@ -207,7 +207,9 @@ def test_a_warning_says_when_little_or_much_is_held_out(tmp_path, capsys):
         data = write_files(tmp_path / folder, **{"a.txt": "word " * words, "valid.txt": "word " * 10})
         (line,) = describe_split(data)
         assert line.startswith("WARNING: ")
-        assert f"% of the text; that is {size}: name files train and validation" in line
+        assert line.endswith(f"% of the text; that is {size}")
+    unequal = write_files(tmp_path / "unequal", **{"a.txt": "word " * 30, "b.txt": "word " * 31})
+    assert describe_split(unequal)[0].endswith("; that is much: name files train and validation to choose")
     command(["prepare", "--data.source", "text", "--data.path", str(tmp_path / "much")])
     assert "WARNING: " in capsys.readouterr().out
 

@@ -48,14 +48,20 @@ def describe_splits(config: DataConfig, training: Any, held_out: Any) -> list[st
     sizes = [sum(training.sizes), sum(held_out.sizes)]
     percent = 100 * sizes[1] / max(1, sum(sizes))
     line = (
-        f"{config.path}: {files} file{'s' * (files != 1)}{f', {cut} of them cut' * bool(cut)}: "
-        f"{len(training) + len(held_out):,} documents; held out: {f'{_list(names)}, ' * bool(names)}"
-        f"{len(held_out):,} documents, {percent:.1f} % of the text{f'; left out: {_list(left_out)}' * bool(left_out)}"
+        f"{config.path}: {_count(files, 'file')}{f', {cut} of them cut' * bool(cut)}: "
+        f"{_count(len(training) + len(held_out), 'document')}; held out: {f'{_list(names)}, ' * bool(names)}"
+        f"{_count(len(held_out), 'document')}, {percent:.1f} % of the text"
+        f"{f'; left out: {_list(left_out)}' * bool(left_out)}"
     )
     least, most = HELD_OUT_PERCENT
     if not least <= percent <= most:
-        line = f"WARNING: {line}; that is {'little' if percent < least else 'much'}: name files train and validation"
+        advice = "" if names else ": name files train and validation to choose"
+        line = f"WARNING: {line}; that is {'little' if percent < least else 'much'}{advice}"
     return [line.encode(errors="backslashreplace").decode()]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _list(names: list[str]) -> str:

@@ -45,7 +45,11 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
     documents = openers[config.source](config, split)
     if len(documents) == 0:
         where = config.path or config.name or config.source
-        hint = ": two documents or about 400 characters are needed to hold one out" if config.path else ""
+        hints = {
+            "text": ": two files or about 400 characters are needed to hold a part out",
+            "jsonl": ": use two or more",
+        }
+        hint = hints.get(config.source, "")
         raise UserError(f"the {split!r} split of {where} is empty: there is no document to read{hint}")
     return documents
 
