@@ -1,5 +1,6 @@
-"""Paths of local files and of files in Cloud Storage buckets."""
+"""Paths of local files and of files in Cloud Storage buckets, and the encoding of text files."""
 
+import codecs
 import contextlib
 import importlib.util
 import os
@@ -31,6 +32,25 @@ def locate(path: str) -> epath.Path:
     if not any(importlib.util.find_spec(library) for library in BUCKET_LIBRARIES):
         raise UserError(f"{path} needs gcsfs: pip install layerskip_jax[gcs]")
     return epath.Path(path)  # resolve() would make it relative to the working directory
+
+
+def decode_text(content: bytes, source: str) -> str:
+    """Return UTF-8 text without its byte-order mark; raises `UserError` that names any other encoding of ``source``."""
+    check_encoding(content[:4096], source)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {source} as UTF-8 text: {error}") from error
+
+
+def check_encoding(beginning: bytes, source: str) -> None:
+    """Raise `UserError` if ``source`` begins like UTF-16, UTF-32 or binary data, which may pass for UTF-8."""
+    wide = beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+    if wide or beginning.count(0) > len(beginning) / 8:
+        raise UserError(
+            f"cannot read {source} as UTF-8 text: it looks like UTF-16 or UTF-32, or it is no text; convert it with "
+            "iconv -f UTF-16 -t UTF-8"
+        )
 
 
 def keep_compiled_programs(run_dir: str) -> None:

@@ -81,8 +81,12 @@ def test_tokenizer_errors(corpus, tokenizer, tmp_path):
         load_tokenizer(str(tmp_path / "broken.model"))
     with pytest.raises(UserError, match=rf"has {VOCABULARY} pieces and the model's vocabulary 999"):
         tokenizer.check_vocabulary(999)
-    with pytest.raises(UserError, match="cannot make 50000 pieces"):
-        train_tokenizer(open_documents(corpus, "train"), str(tmp_path / "large.model"), 50_000)
+    with pytest.raises(
+        UserError, match=r"the smallest size is 260, for BOS, EOS, unknown, 256 bytes and one character"
+    ):
+        train_tokenizer(["text"], str(tmp_path / "small.model"), 259)
+    with pytest.raises(UserError, match=r"cannot make 300 pieces .* from this corpus: it has no text"):
+        train_tokenizer([""], str(tmp_path / "empty.model"), 300)
 
 
 # Sources
@@ -145,6 +149,25 @@ def test_python_stdlib_is_a_tfds_dataset_with_splits_by_file(tmp_path, monkeypat
         texts(dataclasses.replace(tfds_data, text_key="txt"), "train")
 
 
+@pytest.mark.parametrize("formats", [("tfrecord", ["array_record"]), ("riegeli", ["tfrecord", "array_record"])])
+def test_any_random_access_format_of_a_tfds_dataset_is_read(tmp_path, monkeypatch, formats):
+    from layerskip_jax.data.python_stdlib import python_stdlib_dataset_builder as stdlib
+
+    files = dict(itertools.islice(stdlib.source_files().items(), 60))
+    monkeypatch.setattr(stdlib, "source_files", lambda: files)
+    wanted = texts(DataConfig(source="python_stdlib", data_dir=str(tmp_path)), "train")
+    (file,) = tmp_path.rglob("dataset_info.json")
+    info = json.loads(file.read_text())
+    assert info["fileFormat"] == "array_record"
+    data = DataConfig(source="tfds", name=f"python_stdlib/{_version()}", data_dir=str(tmp_path))
+    file.write_text(json.dumps(info | {"fileFormat": formats[0], "alternativeFileFormats": formats[1]}))
+    assert texts(data, "train") == wanted
+    assert len(texts(data, "train[:50%]")) == round(len(wanted) / 2)
+    file.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    with pytest.raises(UserError, match=r"is stored as tfrecord, which cannot be read without TensorFlow: prepare it"):
+        open_documents(data, "train")
+
+
 @pytest.mark.parametrize("prepared", [True, False])
 def test_two_processes_may_prepare_the_same_dataset(tmp_path, monkeypatch, prepared):
     """The slower one fails to rename its folder; it then uses the dataset of the other, if there is one."""
@@ -191,22 +214,22 @@ def test_source_errors(tmp_path):
 
 
 def test_a_folder_with_one_split_does_not_provide_the_other(tmp_path):
-    """Otherwise held-out text would be training text: train.jsonl and test.jsonl make no validation split."""
+    """Otherwise held-out text would be training text."""
     lines = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(40))
-    for folder, names in {"lines": ["train.jsonl", "test.jsonl"], "texts": ["train/a", "train/b", "valid/c"]}.items():
-        for name in names:
-            file = tmp_path / folder / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(lines.replace("document", f"{name} document"))
+    for name in ("lines/train.jsonl", "lines/mine.jsonl", "texts/train/a", "texts/train/b", "texts/mine/c"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(lines.replace("document", f"{name} document"))
     lines_data = DataConfig(source="jsonl", path=str(tmp_path / "lines"))
     texts_data = DataConfig(source="text", path=str(tmp_path / "texts"))
-    for config, own, other in ((lines_data, "train.jsonl", "test"), (texts_data, "train", "valid")):
-        with pytest.raises(UserError, match=r"has a 'train' split but no 'validation'.*found: .*" + other):
+    for config, own in ((lines_data, "train.jsonl"), (texts_data, "train")):
+        with pytest.raises(UserError, match=r"has a 'train' split but no 'validation'.*found: .*mine"):
             open_documents(config, "validation")
         inner = dataclasses.replace(config, path=f"{config.path}/{own}")
         assert not set(texts(inner, "train")) & set(texts(inner, "validation"))
         assert texts(config, "train")
-        assert len(texts(dataclasses.replace(config, validation_split=other), other)) == (40 if other == "test" else 1)
+        named = texts(dataclasses.replace(config, validation_split="mine"), "mine")
+        assert len(named) == (40 if config.source == "jsonl" else 1)
     (tmp_path / "files").mkdir()
     for name in ("train", "validation"):
         (tmp_path / "files" / f"{name}.txt").write_text(name)
@@ -319,7 +342,9 @@ def test_the_sizes_of_a_corpus_are_bytes_or_tokens(corpus, tmp_path, capsys):
     for source in ("text", "tokens"):
         path = corpus.path if source == "text" else str(tmp_path / "tokens")
         command(["prepare", "--data.source", source, "--data.path", path, "--data.tokenizer", corpus.tokenizer])
-        for line, split in zip(capsys.readouterr().out.splitlines(), ("train", "validation"), strict=True):
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == (3 if source == "text" else 2)
+        for line, split in zip(lines, ("train", "validation"), strict=False):
             counts, size = metadata["splits"][split], sum(len(text.encode()) for text in texts(corpus, split))
             total = f"{size:,} bytes" if source == "text" else f"{counts['tokens']:,} tokens"
             assert line == f"{split}: {counts['documents']} documents, {total}"

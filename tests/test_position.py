@@ -1,6 +1,5 @@
 """Data positions, restored on any number of processes, and the worker processes of the pipeline."""
 
-import dataclasses
 import multiprocessing
 import os
 import signal
@@ -21,7 +20,6 @@ from layerskip_jax.data import pipeline
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.position import DataPosition, read_positions
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.training.checkpoints import same_rows
 
 
 def save_position(iterator, rows, folder, process=0, processes=1):
@@ -143,15 +141,6 @@ def test_with_other_settings_the_rows_resume_after_the_documents_that_were_read(
     (batch,) = take(restored, 1)
     assert batch["inputs_BT"].shape == fresh["inputs_BT"].shape
     assert not np.array_equal(batch["inputs_BT"], fresh["inputs_BT"])
-
-
-def test_same_rows_compares_the_settings_that_decide_the_rows(corpus):
-    one = make_config(corpus)
-    for change in ({"path": "elsewhere"}, {"workers": 2}, {"validation_split": "test"}):
-        assert same_rows(one, make_config(corpus, **change))
-    for change in ({"shuffle_window": 8}, {"sequence_length": 24}, {"source": "jsonl"}, {"train_split": "test"}):
-        assert not same_rows(one, make_config(corpus, **change))
-    assert not same_rows(one, dataclasses.replace(one, train=dataclasses.replace(one.train, seed=1)))
 
 
 def test_workers_ignore_sigint_and_sigterm(corpus):

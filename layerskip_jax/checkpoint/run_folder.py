@@ -28,8 +28,9 @@ from layerskip_jax.checkpoint.arrays import (
 )
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import from_dict
+from layerskip_jax.data.corpus import Corpus
 from layerskip_jax.data.load_tokenizer import find_tokenizer
-from layerskip_jax.data.position import read_positions
+from layerskip_jax.data.position import read_corpus, read_positions
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.locations import locate, names_in
@@ -161,11 +162,11 @@ def read_checksums(checkpoint: epath.Path) -> dict[str, Any]:
     return checksums
 
 
-def read_data_positions(checkpoint: epath.Path) -> dict[int, Any]:
-    """Read the data position of every row of the batch (`layerskip_jax.data.position`)."""
+def read_data_positions(checkpoint: epath.Path) -> tuple[dict[int, Any], Corpus | None]:
+    """Read the data position of every row of the batch, and what it counts (`layerskip_jax.data.position`)."""
     try:
-        return read_positions(checkpoint / "batches")
-    except (OSError, ValueError) as error:
+        return read_positions(checkpoint / "batches"), read_corpus(checkpoint / "batches")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: no data position: {error}") from error
 
 

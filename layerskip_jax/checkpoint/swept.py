@@ -35,7 +35,7 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        settings = json.loads(file.read_text())["decode"]
+        settings = json.loads(file.read_bytes())["decode"]
         from_dict(settings, DecodeConfig)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
         raise UserError(f"{file} is not what layerskip sweep writes ({error}): remove it") from error

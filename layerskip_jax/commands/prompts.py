@@ -1,10 +1,12 @@
 """Prompts from the command line, from a file, or from held-out documents."""
 
+import itertools
 import json
+import re
 
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import locate
+from layerskip_jax.locations import decode_text, locate
 
 
 def read_prompts(given: list[str] | None, file: str | None, held_out: int | None, config: Config) -> list[str]:
@@ -25,8 +27,8 @@ def read_prompts(given: list[str] | None, file: str | None, held_out: int | None
 def _read_file(file: str) -> list[str]:
     try:
         # Not `str.splitlines`: it also splits at characters such as U+2028, which JSON text may contain.
-        lines = locate(file).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-    except (OSError, ValueError) as error:
+        lines = re.split(r"\r\n|[\r\n]", decode_text(locate(file).read_bytes(), f"the prompts file {file}"))
+    except OSError as error:
         raise UserError(f"cannot read the prompts file {file} as UTF-8 text: {error}") from error
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
@@ -49,7 +51,10 @@ def _read_json_line(file: str, number: int, line: str) -> str:
 
 
 def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
-    """Return the beginnings of ``count`` held-out documents: the prompt of a pair, or up to half of the text."""
+    """Return the beginnings of ``count`` held-out documents: the prompt of a pair, or up to half of the text.
+
+    Fewer documents are cut into parts.
+    """
     from layerskip_jax.data.documents import Pair
     from layerskip_jax.data.sources import open_documents
 
@@ -57,11 +62,24 @@ def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
         raise UserError(f"--held_out must be at least 1, not {count}")
     prompts: list[str] = []
     documents = open_documents(config.data, config.data.validation_split, prepare=False)
+    parts = -(-count // len(documents))
     for index in range(len(documents)):
         text = documents[index]
         if not isinstance(text, str):
             raise UserError("--held_out needs a corpus of text, and that of this checkpoint holds tokens: use --prompt")
-        prompts.append(text.prompt if isinstance(text, Pair) else text[: min(characters, len(text) // 2)])
-        if len(prompts) == count:
-            return prompts
+        if isinstance(text, Pair):
+            prompts.append(text.prompt)
+        else:
+            ends = [len(text) * part // parts for part in range(parts + 1)]
+            spans = [(_word_start(text, start) if start else 0, end) for start, end in itertools.pairwise(ends)]
+            prompts += [
+                text[at : min(at + characters, (at + end) // 2)] for at, end in spans if end - at > 1 or parts == 1
+            ]
+        if len(prompts) >= count:
+            return prompts[:count]
     raise UserError(f"the held-out split has only {len(prompts)} documents: give --held_out {len(prompts)} or less")
+
+
+def _word_start(text: str, at: int) -> int:
+    found = re.compile(r"\s\S").search(text, at)
+    return found.start() + 1 if found else at

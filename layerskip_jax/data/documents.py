@@ -34,9 +34,22 @@ class Documents(Protocol):
     def __getitem__(self, index: int) -> Document: ...
 
 
-def documents_digest(documents: Documents) -> str:
-    """Return a cheap digest of a split: of the number of documents, the first document and the last."""
-    digest = hashlib.sha256(str(len(documents)).encode())
-    for document in (documents[0], documents[len(documents) - 1]):
-        digest.update(document.encode(errors="surrogatepass") if isinstance(document, str) else document.tobytes())
+def documents_digest(documents: Documents, sample: int = 256) -> str:
+    """Return a digest of a split: of the number of documents, of their sizes if the source knows them, and of a sample.
+
+    The sample is spread evenly and includes the first document and the last.
+    """
+    digest = hashlib.sha256(
+        f"{len(documents)} ".encode() + np.array(getattr(documents, "sizes", []), np.int64).tobytes()
+    )
+    for index in spread(len(documents), sample):
+        document = documents[index]
+        prompt = len(document.prompt) if isinstance(document, Pair) else ""
+        content = document.encode(errors="surrogatepass") if isinstance(document, str) else document.tobytes()
+        digest.update(f"{type(document).__name__} {prompt} {len(content)} ".encode() + content)
     return digest.hexdigest()
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return up to ``most`` of the indices below ``count``, spread evenly, with the first and the last."""
+    return sorted({round(index) for index in np.linspace(0, count - 1, min(count, most))})

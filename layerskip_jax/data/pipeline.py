@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from layerskip_jax.config import Config
 from layerskip_jax.data.batch import Batch
-from layerskip_jax.data.documents import Document, Pair
+from layerskip_jax.data.documents import Document, Documents, Pair, spread
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -47,28 +47,26 @@ def make_batches(
     It yields only the given ``rows`` of each batch (default: all), which a process of several uses for its local rows.
 
     In training, the documents are shuffled for every epoch and dealt out to the B rows in turn; every row packs its
-    documents, and packed rows are shuffled again within ``data.shuffle_window``. The iterator never ends. With
-    ``in_order`` (evaluation), every process packs all documents once, in order, and keeps its rows, so all processes
-    yield equally many batches; the last batch is padded with masked rows.
+    documents, and packed rows are shuffled again within ``data.shuffle_window``, or within the corpus if it is smaller.
+    The iterator never ends. With ``in_order`` (evaluation), every process packs all documents once, in order, and keeps
+    its rows, so all processes yield equally many batches; the last batch is padded with masked rows.
 
     ``segments_BT`` numbers the documents of a row from 1 (0 is padding). ``mask_BT`` is 1.0 where ``targets_BT``, the
     next token, belongs to the same document as its input (and, with prompts, to a response or its EOS).
     `layerskip_jax.data.position` saves and restores the position of an iterator.
     """
     rows = range(batch_size) if rows is None else rows
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    length = config.data.sequence_length + 1
-    tokenize = _TokenizePair(tokenizer, length) if config.data.prompt_key else _Tokenize(tokenizer)
-    documents = grain.MapDataset.source(open_documents(config.data, split))
+    tokenizer, opened = load_tokenizer(config.data.tokenizer), open_documents(config.data, split)
+    tokenize, documents = _tokenize(config, tokenizer), grain.MapDataset.source(opened)
     if in_order:
-        packed = _pack(config, documents.map(tokenize))
+        packed = _pack(config, documents.map(tokenize), PACKING_BINS)
         batches = packed.batch(batch_size, drop_remainder=False).map(_SelectRows(rows, batch_size))
         return _in_worker(batches) if config.data.workers else batches
     tokens = documents.shuffle(seed=seed).repeat().map(tokenize)
-    window = config.data.shuffle_window // batch_size
+    window, bins = packing_sizes(config, batch_size, count_sequences(config, tokenizer, opened, batch_size))
     streams = []
     for row in rows:
-        stream = _pack(config, tokens[row::batch_size])
+        stream = _pack(config, tokens[row::batch_size], bins)
         if window > 1:
             shuffled = stream.batch(window, drop_remainder=False).random_map(_shuffle, seed=seed)
             stream = grain.experimental.FlatMapIterDataset(shuffled, _Unbatch(max_fan_out=window))
@@ -81,14 +79,46 @@ def make_batches(
     return grain.experimental.ZipIterDataset(zipped).map(_flatten).map(_stack)
 
 
-def _pack(config: Config, documents: grain.MapDataset) -> grain.IterDataset:
+def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, batch_size: int, most: int = 32) -> int:
+    """Estimate how many sequences the documents fill, from a sample of ``most`` of them; at most what is needed."""
+    bins = PACKING_BINS * batch_size if config.data.prompt_key else 0
+    needed = max(config.data.shuffle_window, bins)
+    length, count, sample = config.data.sequence_length + 1, len(documents), spread(len(documents), most)
+    if needed < 2 * batch_size or 2 * count >= needed * length:
+        return needed  # nothing is shuffled, or BOS and EOS alone are enough
+    tokenize, tokens = _tokenize(config, tokenizer), 0.0
+    for index in sample:
+        document = documents[index]
+        part = document[:10_000] if isinstance(document, str) and not isinstance(document, Pair) else document
+        tokens += len(tokenize(part)["tokens"]) * len(document) / max(1, len(part))
+        if tokens >= needed * length:
+            return needed
+    return min(needed, round(tokens * count / len(sample) / length))
+
+
+def packing_sizes(config: Config, batch_size: int, sequences: int) -> tuple[int, int]:
+    """Return the window in which every row shuffles its sequences, and the bins of first-fit packing (0: not used).
+
+    Both are at most what one pass over the documents fills. Otherwise a tiny corpus is read many times before the
+    first batch.
+    """
+    bins = min(PACKING_BINS, max(1, sequences // batch_size)) if config.data.prompt_key else 0
+    return min(config.data.shuffle_window, sequences) // batch_size, bins
+
+
+def _tokenize(config: Config, tokenizer: Tokenizer) -> "_Tokenize | _TokenizePair":
+    length = config.data.sequence_length + 1
+    return _TokenizePair(tokenizer, length) if config.data.prompt_key else _Tokenize(tokenizer)
+
+
+def _pack(config: Config, documents: grain.MapDataset, bins: int) -> grain.IterDataset:
     """Pack ``{"tokens"}`` documents into rows."""
     # No read-ahead threads by default: on a small machine they compete with the compiler. Workers do read ahead.
     threads = grain.ReadOptions(num_threads=1 if config.data.workers else 0, prefetch_buffer_size=4)
     tokens, length = documents.to_iter_dataset(threads), config.data.sequence_length + 1
     if config.data.prompt_key:  # a response without its prompt is useless, so pairs are not split
         lengths = {"tokens": length, "counts": length}
-        rows = grain.experimental.FirstFitPackIterDataset(tokens, length_struct=lengths, num_packing_bins=PACKING_BINS)
+        rows = grain.experimental.FirstFitPackIterDataset(tokens, length_struct=lengths, num_packing_bins=bins)
     else:
         rows = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"tokens": length})
     return rows.map(_ToRow(config.data.cross_document_attention))

@@ -9,6 +9,8 @@ from typing import Any
 import grain
 from etils import epath
 
+from layerskip_jax.data.corpus import Corpus
+
 NEXT_DOCUMENT = "next_index"
 """grain's key, somewhere inside the state of a row, for the number of documents that the row has read."""
 
@@ -21,16 +23,19 @@ class DataPosition:
     grain 0.2.18 stores positions as JSON, which turns tuples into lists. `ConcatThenSplitIterDataset` compares its
     marker for "no remainder" with a tuple, so a restored iterator would yield other rows. `set_state` restores the
     tuples. We found no upstream issue about it.
+
+    ``corpus`` identifies the documents that the position counts.
     """
 
-    def __init__(self, iterator: grain.DatasetIterator, rows: Sequence[int]):
-        self._iterator, self._rows = iterator, rows
+    def __init__(self, iterator: grain.DatasetIterator, rows: Sequence[int], corpus: Corpus | None = None):
+        self._iterator, self._rows, self.corpus = iterator, rows, corpus
 
     def get_state(self) -> bytes:
-        """Return the positions of this process's rows as JSON, with their SHA-256."""
+        """Return the positions of this process's rows and the corpus as JSON, with their SHA-256."""
         row_states = _row_states(self._iterator.get_state())
         text = json.dumps({str(row): state for row, state in zip(self._rows, row_states, strict=True)})
-        return json.dumps({"sha256": _sha256(text), "rows": text}).encode()
+        corpus = json.dumps(self.corpus._asdict()) if self.corpus else ""
+        return json.dumps({"sha256": _sha256(text + corpus), "rows": text, "corpus": corpus}).encode()
 
     def set_state(self, states: dict[int, Any], batch_size: int, same_rows: bool = True) -> None:
         """Resume from the positions that `read_positions` returned.
@@ -58,12 +63,21 @@ def read_positions(folder: epath.Path) -> dict[int, Any]:
     # Not `glob`: a folder of the path may have brackets in its name, which are a pattern.
     for file in sorted(file for file in folder.iterdir() if re.fullmatch(r"process_\d+-of-\d+\.json", file.name)):
         saved = json.loads(file.read_text())
-        if not isinstance(saved, dict) or saved.get("sha256") != _sha256(str(saved.get("rows"))):
+        if not isinstance(saved, dict) or saved.get("sha256") != _sha256(
+            f"{saved.get('rows')}{saved.get('corpus', '')}"
+        ):
             raise ValueError(f"{file} does not hold what was written to it")
         states |= {int(row): state for row, state in json.loads(saved["rows"]).items()}
     if sorted(states) != list(range(len(states))) or not states:
         raise ValueError(f"{folder} does not hold the positions of all processes")
     return states
+
+
+def read_corpus(folder: epath.Path) -> Corpus | None:
+    """Return what the positions in ``folder`` count, or None if the checkpoint is older than `Corpus`."""
+    text = json.loads(next(iter(folder.glob("process_*-of-*.json"))).read_text()).get("corpus")
+    saved = json.loads(text) if text else None
+    return Corpus(str(saved["training"]), str(saved["held_out"]), int(saved["sequences"])) if saved else None
 
 
 def _sha256(text: str) -> str:

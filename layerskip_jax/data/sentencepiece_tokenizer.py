@@ -1,6 +1,9 @@
 """SentencePiece tokenizers, and their training on any source."""
 
 import io
+import itertools
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +13,11 @@ import sentencepiece
 from layerskip_jax.data.documents import Documents
 from layerskip_jax.data.tokenizer import SPACE, Tokenizer
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import locate, write_file
+from layerskip_jax.locations import locate
 
 UNK, BOS, EOS = 0, 1, 2
+RESERVED = 3 + 256
+"""Pieces that every vocabulary has: unknown, BOS, EOS and the bytes."""
 
 TOKENIZER = "tokenizer.model"
 
@@ -78,18 +83,58 @@ def train_tokenizer(documents: Documents, path: str, vocab_size: int, sample_byt
     """Train a BPE model with byte fallback on ``documents`` and write it to ``path``.
 
     Text is not normalized, and runs of spaces and newlines can be pieces, so code is restored exactly. The training
-    text is ``sample_bytes`` of documents spread evenly over the corpus. Training is deterministic. Raises `UserError`
+    text is ``sample_bytes`` of documents spread evenly over the corpus. Training is deterministic. If there are more
+    characters than pieces, the rare ones are left to the byte pieces, which a line on stdout says. Raises `UserError`
     if the text is too small for ``vocab_size`` pieces.
     """
+    if vocab_size <= RESERVED:
+        raise UserError(
+            f"cannot make {vocab_size} pieces (model.vocab_size): the smallest size is {RESERVED + 1}, for BOS, EOS, "
+            "unknown, 256 bytes and one character"
+        )
+    try:
+        model = _train(_sentences(documents, sample_bytes), vocab_size)
+    except _TooManyCharactersError:
+        sentences = list(_sentences(documents, sample_bytes))
+        model = _train_without_rare(sentences, vocab_size, max(1, (vocab_size - RESERVED) // 2))
+    write_file(locate(path), model)
+    return SentencePiece(model)
+
+
+class _TooManyCharactersError(Exception):
+    pass
+
+
+def _train_without_rare(sentences: list[str], vocab_size: int, kept: int) -> bytes:
+    """Train with pieces for the ``kept`` most frequent characters only, or for more if the text has too few merges."""
+    counts = Counter(itertools.chain.from_iterable(sentences))
+    frequent = dict(counts.most_common(kept))
+    rare = re.compile(f"[^{re.escape(''.join(frequent))}]+")
+    try:
+        parts = (part for sentence in sentences for part in rare.split(sentence) if part)
+        model = _train(parts, vocab_size, character_coverage=1.0)
+    except UserError:
+        if kept == vocab_size - RESERVED:
+            raise
+        return _train_without_rare(sentences, vocab_size, vocab_size - RESERVED)
+    print(
+        f"the text has {len(counts):,} characters: the {kept:,} most frequent ones, "
+        f"{sum(frequent.values()) / counts.total():.1%} of the text, have pieces of their own, and byte pieces spell "
+        "the others; a larger --model.vocab_size covers more"
+    )
+    return model
+
+
+def _train(sentences: Iterator[str], vocab_size: int, character_coverage: float = 0.9995) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(documents, sample_bytes),
+            sentence_iterator=sentences,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            character_coverage=0.9995,
+            character_coverage=character_coverage,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -104,11 +149,15 @@ def train_tokenizer(documents: Documents, path: str, vocab_size: int, sample_byt
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(
-            f"SentencePiece cannot make {vocab_size} pieces (model.vocab_size) from this corpus: {error}"
-        ) from error
-    write_file(locate(path), model.getvalue())
-    return SentencePiece(model.getvalue())
+        if "smaller than required_chars" in str(error):
+            raise _TooManyCharactersError from error
+        reason = str(error)
+        if largest := re.search(r"set it to a value <= (\d+)", reason):
+            reason = f"its text is too small: set --model.vocab_size {largest[1]} or less, or use more text"
+        elif "sentences_.empty()" in reason:
+            reason = "it has no text"
+        raise UserError(f"cannot make {vocab_size} pieces (model.vocab_size) from this corpus: {reason}") from error
+    return model.getvalue()
 
 
 def _sentences(documents: Documents, sample_bytes: int) -> Iterator[str]:

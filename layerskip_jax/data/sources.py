@@ -3,22 +3,27 @@
 A source has ``__len__`` and ``__getitem__``, which grain needs, and can be pickled into worker processes.
 """
 
-import hashlib
+import codecs
+import functools
 import json
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from etils import epath
 
 from layerskip_jax.config import DataConfig
-from layerskip_jax.data.documents import VALIDATION_PERCENT, Documents, Pair
+from layerskip_jax.data.corpus_files import CorpusFiles, File, cut_file, find_files, hold_out
+from layerskip_jax.data.documents import Documents, Pair
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, nearest
-from layerskip_jax.locations import is_remote, locate, names_in
+from layerskip_jax.locations import check_encoding, decode_text, locate, names_in
+
+CUT_BELOW_FILES = 10
+"""A text file is cut if fewer than this many of its size make the corpus: it alone could be all that is held out."""
 
 
 def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Documents:
@@ -41,7 +46,12 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
     documents = openers[config.source](config, split)
     if len(documents) == 0:
         where = config.path or config.name or config.source
-        raise UserError(f"the {split!r} split of {where} is empty: there is no document to read")
+        hints = {
+            "text": ": two files or about 400 characters are needed to hold a part out",
+            "jsonl": ": use two or more",
+        }
+        hint = hints.get(config.source, "")
+        raise UserError(f"the {split!r} split of {where} is empty: there is no document to read{hint}")
     return documents
 
 
@@ -111,12 +121,19 @@ def _tfds_builder(config: DataConfig) -> Any:
 
 
 def _records(builder: Any, config: DataConfig, split: str) -> Sequence[Any]:
-    file_format = builder.info.file_format.value if builder.info.file_format else "tfrecord"
-    if file_format != "array_record":
+    import tensorflow_datasets as tfds
+
+    # TFDS restores the second formats of a dataset with a builder in code to the proto only, not to `info`.
+    proto, readable = builder.info.as_proto, tfds.core.FileFormat.with_random_access()
+    stored = [proto.file_format or "tfrecord", *proto.alternative_file_formats]
+    found = [file_format for name in stored for file_format in readable if file_format.value == name]
+    if not found:
         raise UserError(
-            f"{builder.info.full_name} in {config.data_dir} is stored as {file_format}, which cannot be read without "
-            f"TensorFlow: prepare it again with tfds build {builder.info.full_name} --file_format array_record"
+            f"{builder.info.full_name} in {config.data_dir} is stored as {', '.join(stored)}, which cannot be read "
+            f"without TensorFlow: prepare it again with tfds build {builder.info.full_name} --file_format array_record"
         )
+    if builder.info.file_format != found[0]:
+        builder.info.set_file_format(found[0], override=True, override_if_initialized=True)
     splits = list(builder.info.splits)
     if split.split("[")[0] not in splits:
         raise UserError(f"{builder.info.full_name} has no split {split!r}: it has {', '.join(splits) or 'none'}")
@@ -134,122 +151,73 @@ def _data_source(builder: Any, config: DataConfig, split: str, keys: dict[str, s
     return _Fields(records, list(keys.values()))
 
 
-def _files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> tuple[list[epath.Path], bool]:
-    """Return the files at ``config.path``, and whether they hold only ``split``, by a name such as train/."""
-    root = locate(config.path)
-    if not root.exists():
-        others = [str(root.parent / name) for name in names_in(root.parent)]
-        raise UserError(f"no corpus at {config.path} (data.path){nearest(str(root), others)}")
-    if not root.is_dir():
-        return [root], False
-    paths = {name: _split_path(root, name, suffixes) for name in (split, config.train_split, config.validation_split)}
-    if found := paths[split]:
-        return _walk(found, suffixes), True
-    if named := [(name, path) for name, path in paths.items() if path]:
-        (name, path), entries = named[0], ", ".join(sorted(path.name for path in root.iterdir()))
-        raise UserError(
-            f"{config.path} has a {name!r} split but no {split!r}: add it, name another in data.train_split or "
-            f"data.validation_split, or hold out a part of {name!r} with --data.path {path}; found: {entries:.200}"
-        )
-    files = _walk(root, suffixes)
-    if not files:
-        kinds = f" ending in {' or '.join(suffixes)}" if suffixes else ""
-        raise UserError(f"no files{kinds} under {config.path} (data.path)")
-    return files, False
+class _Texts:
+    """Text files, or pieces of them: path, and the first byte and the end, or None for the whole file."""
 
-
-def _split_path(root: epath.Path, split: str, suffixes: tuple[str, ...]) -> epath.Path | None:
-    """Return the folder or file that is named after a split."""
-    candidates = [root / split, *(root / f"{split}{suffix}" for suffix in suffixes or (".txt",))]
-    return next((path for path in candidates if path.exists()), None)
-
-
-def _walk(path: epath.Path, suffixes: tuple[str, ...], seen: set[str] | None = None) -> list[epath.Path]:
-    """Return the files under ``path``, each folder once: symbolic links may form circles or name a folder twice."""
-    if not path.is_dir():
-        return [path] if is_remote(path) or os.path.isfile(path) else []  # not a broken link or a pipe
-    seen, real = set() if seen is None else seen, os.path.realpath(path)
-    if real in seen:
-        return []
-    seen.add(real)
-    inner = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    found = [file for entry in inner for file in _walk(entry, suffixes, seen)]
-    return [file for file in found if not suffixes or file.suffix in suffixes]
-
-
-def _in_split(names: Sequence[str], split: str, config: DataConfig) -> list[int]:
-    """Return the indices whose names hash into ``split``: about 5 % validation; of two or more names, at least one."""
-    if split not in (config.train_split, config.validation_split):
-        raise UserError(f"{config.path} has no split {split!r}: put the files into a folder of that name")
-    ranks = [int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 for name in names]
-    held_out = {i for i, rank in enumerate(ranks) if rank < VALIDATION_PERCENT}
-    if len(names) >= 2 and not held_out:
-        held_out = {min(range(len(names)), key=lambda i: (ranks[i], names[i]))}
-    if len(names) >= 2 and len(held_out) == len(names):
-        held_out.discard(max(range(len(names)), key=lambda i: (ranks[i], names[i])))
-    wants_held_out = split == config.validation_split
-    return [i for i in range(len(names)) if (i in held_out) == wants_held_out]
-
-
-class _TextFiles:
-    def __init__(self, paths: list[str]):
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> str:
-        try:
-            return epath.Path(self._paths[index]).read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {self._paths[index]} as UTF-8 text: {error}") from error
-
-
-def _open_text(config: DataConfig, split: str) -> Documents:
-    files, own = _files(config, split, ())
-    paths = [str(file) for file in files]
-    if len(paths) == 1 and not own:
-        return _Paragraphs(paths[0], split, config)
-    root = str(locate(config.path))
-    chosen = range(len(paths)) if own else _in_split([path.removeprefix(root) for path in paths], split, config)
-    return _TextFiles([paths[i] for i in chosen])
-
-
-class _Paragraphs:
-    """A single file, cut at blank lines into documents of a few thousand characters."""
-
-    def __init__(self, path: str, split: str, config: DataConfig, characters: int = 4000):
-        text = _TextFiles([path])[0]
-        pieces: list[str] = []
-        for paragraph in text.split("\n\n"):
-            if pieces and len(pieces[-1]) < characters:
-                pieces[-1] += "\n\n" + paragraph
-            else:
-                pieces.append(paragraph)
-        pieces = [piece for piece in pieces if piece.strip()]
-        self._pieces = [pieces[i] for i in _in_split([str(i) for i in range(len(pieces))], split, config)]
+    def __init__(self, pieces: list[tuple[str, int, int | None]], sizes: list[int], files: CorpusFiles, cut: int):
+        self._pieces, self.sizes, self.files, self.cut = pieces, sizes, files, cut
 
     def __len__(self) -> int:
         return len(self._pieces)
 
     def __getitem__(self, index: int) -> str:
-        return self._pieces[index]
+        path, start, end = self._pieces[index]
+        try:
+            with epath.Path(path).open("rb") as file:
+                file.seek(start)
+                content = file.read(-1 if end is None else end - start)
+        except OSError as error:
+            raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
+        return decode_text(content, path)
+
+
+def _open_text(config: DataConfig, split: str) -> Documents:
+    found = find_files(config, split, ())
+    total, root, cut = sum(file.size for file in found.files), str(locate(config.path)), 0
+    pieces: list[tuple[str, int, int | None]] = []
+    names, sizes = [], []
+    for file in found.files:
+        name = file.path.removeprefix(root) if len(found.files) > 1 else ""
+        if file.size * CUT_BELOW_FILES <= total:
+            pieces.append((file.path, 0, None))
+            names.append(name)
+            sizes.append(file.size)
+            continue
+        spans = cut_file(file, bool(found.names))
+        cut += len(spans) > 1
+        pieces += [(file.path, start, end) for start, end in spans]
+        names += [f"{name}:{number}" if name else str(number) for number in range(len(spans))]
+        sizes += [end - start for start, end in spans]
+    chosen = range(len(pieces)) if found.names else hold_out(names, sizes, config, split, cut)
+    return _Texts([pieces[i] for i in chosen], [sizes[i] for i in chosen], found, cut)
+
+
+class Line(NamedTuple):
+    """Where a line of a file is [bytes]."""
+
+    path: str
+    number: int
+    offset: int
+    size: int
 
 
 class _JsonLines:
     """Lines of JSON files, found by their offsets and parsed on access."""
 
-    def __init__(self, lines: list[tuple[str, int, int]], keys: dict[str, str]):
-        self._lines, self._keys = lines, keys
+    cut = 0
+
+    def __init__(self, lines: list[Line], keys: dict[str, str], files: CorpusFiles):
+        self._lines, self._keys, self.files = lines, keys, files
+        self.sizes = [line.size for line in lines]
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> str:
-        path, number, offset = self._lines[index]
+        path, number, offset, size = self._lines[index]
         with epath.Path(path).open("rb") as file:
             file.seek(offset)
-            line = file.readline()
+            line = file.read(size)
         texts: list[str] = []
         try:
             record = json.loads(line)
@@ -268,19 +236,30 @@ class _JsonLines:
         return Pair(*texts) if len(texts) == 2 else texts[0]
 
 
+@functools.lru_cache(maxsize=256)
+def _find_lines(file: File) -> list[Line]:
+    """Return the lines of a JSON lines file that are not blank, with any line end: JSON text contains no raw CR."""
+    lines, offset, number = [], 0, 0
+    with epath.Path(file.path).open("rb") as opened:
+        for line in opened:
+            if not offset:
+                check_encoding(line[:4096], file.path)
+            for part in line.rstrip(b"\r\n").split(b"\r"):
+                number += 1
+                if part.strip().removeprefix(codecs.BOM_UTF8):
+                    lines.append(Line(file.path, number, offset, len(part)))
+                offset += len(part) + 1
+            offset += len(line) - len(line.rstrip(b"\r\n")) - 1
+    return lines
+
+
 def _open_jsonl(config: DataConfig, split: str) -> Documents:
-    files, own = _files(config, split, (".jsonl", ".json"))
-    lines = []
-    for file in files:
-        offset = 0
-        with file.open("rb") as opened:
-            for number, line in enumerate(opened, 1):
-                if line.strip():
-                    lines.append((str(file), number, offset))
-                offset += len(line)
-    names = [f"{epath.Path(path).name}:{number}" for path, number, _ in lines]
-    chosen = range(len(lines)) if own else _in_split(names, split, config)
-    return _JsonLines([lines[i] for i in chosen], _keys(config))
+    found = find_files(config, split, (".jsonl", ".json"))
+    lines = [line for file in found.files for line in _find_lines(file)]
+    names = [f"{os.path.basename(line.path)}:{line.number}" for line in lines]
+    sizes = [line.size for line in lines]
+    chosen = range(len(lines)) if found.names else hold_out(names, sizes, config, split)
+    return _JsonLines([lines[i] for i in chosen], _keys(config), found)
 
 
 METADATA = "metadata.json"
@@ -300,7 +279,7 @@ class _Tokens:
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
     """Read the metadata of a pretokenized corpus (`layerskip_jax.data.pretokenize`)."""
     try:
-        return json.loads((folder / METADATA).read_text())
+        return json.loads((folder / METADATA).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(
             f"no pretokenized corpus at {folder} (data.path): make one with layerskip data pretokenize --out FOLDER"

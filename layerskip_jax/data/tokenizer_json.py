@@ -1,5 +1,6 @@
 """Tokenizers in Hugging Face's ``tokenizer.json``, read by the ``tokenizers`` library (extra ``huggingface``)."""
 
+import codecs
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,7 +51,7 @@ class JsonTokenizer(Tokenizer):
             import tokenizers
         except ImportError:
             raise UserError("a tokenizer.json needs tokenizers: pip install layerskip_jax[huggingface]") from None
-        return tokenizers.Tokenizer.from_buffer(self.json)
+        return tokenizers.Tokenizer.from_buffer(self.json.removeprefix(codecs.BOM_UTF8))
 
     def __getstate__(self) -> dict[str, bytes]:
         return {"json": self.json, "settings": self.settings}

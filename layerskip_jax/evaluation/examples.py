@@ -27,7 +27,7 @@ def read_file(path: str, limit: int | None = None) -> list[Example]:
     if file.suffix not in (".jsonl", ".csv", ".tsv"):
         raise UserError(f"examples must be a .jsonl, .csv or .tsv file, not {path}")
     try:
-        with file.open(encoding="utf-8", newline="") as opened:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
             rows: Iterable[Any]
             if file.suffix == ".jsonl":
                 rows = (json.loads(line) for line in opened if line.strip())

@@ -36,6 +36,7 @@ from layerskip_jax.checkpoint.run_folder import (
 )
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import saved_settings
+from layerskip_jax.data.corpus import resume_data
 from layerskip_jax.data.load_tokenizer import find_tokenizer, load_tokenizer
 from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -55,6 +56,7 @@ class Checkpoints:
         self._config = config
         self._lock = RunLock(config)
         self._tokenizer: dict[str, bytes] = {}
+        self._data_notes: list[str] = []
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -207,12 +209,14 @@ class Checkpoints:
     def _read(self, step: int, abstract: TrainState, data: DataPosition) -> tuple[TrainState | None, str]:
         """Return a checkpoint's state, or else a description of the damage, the same on all processes."""
         folder, problem = self.folder / str(step), ""
-        model, optimizer, sums, positions = {}, {}, {}, {}
+        model, optimizer, sums = {}, {}, {}
+        positions: dict[int, Any] = {}
+        corpus = None
         try:
             saved = read_config(folder)
             self._check_config(folder, saved)
             sums = read_checksums(folder)["arrays"]
-            positions = read_data_positions(folder)
+            positions, corpus = read_data_positions(folder)
             model = read_arrays(folder / "model", named_arrays(abstract.model))
             optimizer = read_arrays(folder / "optimizer", named_arrays(_optimizer_item(abstract)))
         except DamagedCheckpoint as error:
@@ -224,7 +228,9 @@ class Checkpoints:
         )
         if problem:
             return None, problem
-        data.set_state(positions, self._config.train.batch_size, same_rows(saved, self._config))
+        go_on, self._data_notes = resume_data(saved, self._config, corpus, data.corpus)
+        if go_on != "first document":
+            data.set_state(positions, self._config.train.batch_size, same_rows=go_on == "same rows")
         item = with_arrays(_optimizer_item(abstract), optimizer)
         model = with_arrays(abstract.model, model)
         return TrainState(step=item["step"], model=model, opt_state=item["state"], loss_ema=item["usual"]), ""
@@ -265,7 +271,7 @@ class Checkpoints:
         return [f"resuming after step {step}", *([jump] if jumps else [])]
 
     def changed_settings(self, step: int) -> list[str]:
-        """Describe the settings that changed since the checkpoint of ``step``, in at most one line."""
+        """Describe what changed since the checkpoint of ``step``, and what follows for the data."""
         old, new = saved_settings(read_config(self.folder / str(step))), saved_settings(self._config)
         changed = [
             f"{group}.{name} {old[group][name]} -> {value}"
@@ -273,15 +279,7 @@ class Checkpoints:
             for name, value in settings.items()
             if old[group][name] != value
         ]
-        return [f"changed settings: {', '.join(changed)}"] if changed else []
-
-
-def same_rows(one: Config, other: Config) -> bool:
-    """Return whether two configs with the same batch size pack the same documents into the same rows."""
-    names = ("source", "name", "train_split", "prompt_key", "sequence_length", "shuffle_window")
-    return one.train.seed == other.train.seed and all(
-        getattr(one.data, name) == getattr(other.data, name) for name in names
-    )
+        return [*([f"changed settings: {', '.join(changed)}"] if changed else []), *self._data_notes]
 
 
 def make_run_folder(config: Config) -> None:

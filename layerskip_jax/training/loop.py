@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 from layerskip_jax.checkpoint.reading import initial_model
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.config_dict import saved_settings
-from layerskip_jax.data.documents import documents_digest
+from layerskip_jax.data.corpus import Corpus, identify_corpus
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.position import DataPosition
-from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.distributed import StopRequest, agree, local_rows
@@ -51,15 +50,15 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
     trainer.recipe.check()
 
     with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
-        tokenizer, data, held_out = _open_data(config, mesh)
-        position = DataPosition(data, local_rows(batch_sharding(mesh), config.train.batch_size))
+        tokenizer, data, held_out, (corpus, corpus_lines) = _open_data(config, mesh)
+        position = DataPosition(data, local_rows(batch_sharding(mesh), config.train.batch_size), corpus)
         checkpoints = _open_checkpoints(config, tokenizer, stack)
         state, first, start = _restore_or_init(trainer, checkpoints, position, tokenizer)
         goodput = Goodput(read_records(config.train.run_dir), first, since=began)
         progress = stack.enter_context(Progress(config, trainer.recipe, first, goodput, peak_flops()))
         profiler = stack.enter_context(Profiler(config.train))
         bad_steps = BadSteps(config, checkpoints.latest)
-        progress.log(opening_line(config, mesh, start))
+        progress.log("\n".join([opening_line(config, mesh, start), *corpus_lines]))
         step_fn = trainer.compile_step() if first < config.train.steps else trainer.step
 
         def report_step(done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:
@@ -100,8 +99,10 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
     return state
 
 
-def _open_data(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset]:
-    """Open the tokenizer, an iterator of the training data, and the validation data.
+def _open_data(
+    config: Config, mesh: Mesh
+) -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset, tuple[Corpus, list[str]]]:
+    """Open the tokenizer, an iterator of the training data, and the validation data; identify and describe the corpus.
 
     Raises `UserError` unless all processes have the same settings and files.
     """
@@ -114,15 +115,9 @@ def _open_data(config: Config, mesh: Mesh) -> tuple[Tokenizer, grain.DatasetIter
         return tokenizer, data, held_out
 
     tokenizer, data, held_out = agree("settings", open_all, lambda _: saved_settings(config))
-
-    def fingerprints() -> dict[str, str]:
-        splits = (config.data.train_split, config.data.validation_split)
-        digests = {split: documents_digest(open_documents(config.data, split)) for split in splits}
-        return {"tokenizer": tokenizer.fingerprint()} | digests
-
-    if jax.process_count() > 1:
-        agree("tokenizer and corpus", fingerprints, lambda found: found)
-    return tokenizer, data, held_out
+    identify = partial(identify_corpus, config, tokenizer)
+    corpus = agree("tokenizer and corpus", identify, lambda found: (tokenizer.fingerprint(), found))
+    return tokenizer, data, held_out, corpus
 
 
 def _open_checkpoints(config: Config, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> Checkpoints:

@@ -41,7 +41,7 @@ def is_llama_folder(path: str) -> bool:
 def read_json(file: epath.Path) -> dict[str, Any]:
     """Read a JSON object from a file; raises `UserError` for anything else."""
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file} as JSON: {error}") from error
     if not isinstance(value, dict):

@@ -1,0 +1,127 @@
+"""Identify a corpus, describe its splits, and decide how a run resumes when the corpus or its settings have changed."""
+
+from typing import Any, Literal, NamedTuple
+
+from layerskip_jax.config import Config, DataConfig
+from layerskip_jax.data.corpus_files import HELD_OUT_PERCENT
+from layerskip_jax.data.documents import documents_digest
+from layerskip_jax.data.pipeline import count_sequences, packing_sizes
+from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import Tokenizer
+
+DOCUMENTS = ("source", "name", "path", "data_dir", "text_key", "prompt_key", "train_split")
+"""Settings that decide which documents a split has."""
+
+
+class Corpus(NamedTuple):
+    """What a data position counts; checkpoints store it."""
+
+    training: str
+    """Digest of the documents to train on (`documents_digest`)."""
+    held_out: str
+    """Digest of the documents to evaluate on."""
+    sequences: int
+    """Sequences that one pass fills, at most as many as are shuffled together (`count_sequences`)."""
+
+
+def identify_corpus(config: Config, tokenizer: Tokenizer) -> tuple[Corpus, list[str]]:
+    """Return the corpus of both splits, and lines that describe what is held out and a window that is limited by it."""
+    training = open_documents(config.data, config.data.train_split)
+    held_out = open_documents(config.data, config.data.validation_split)
+    sequences = count_sequences(config, tokenizer, training, config.train.batch_size)
+    lines, window = describe_splits(config.data, training, held_out), config.data.shuffle_window
+    if sequences < window >= 2 * config.train.batch_size:
+        lines.append(
+            f"the corpus fills about {sequences:,} sequences of {config.data.sequence_length} tokens, so these are "
+            f"shuffled together, not {window:,} (data.shuffle_window)"
+        )
+    return Corpus(documents_digest(training), documents_digest(held_out), sequences), lines
+
+
+def describe_splits(config: DataConfig, training: Any, held_out: Any) -> list[str]:
+    """Return a line about what is held out of a corpus of text or JSON lines, with a warning outside 1 to 20 %."""
+    if config.source not in ("text", "jsonl"):
+        return []
+    names, left_out = held_out.files.names, held_out.files.left_out
+    parts = [training, held_out] if names else [held_out]
+    files, cut = sum(len(part.files.files) for part in parts), sum(part.cut for part in parts)
+    sizes = [sum(training.sizes), sum(held_out.sizes)]
+    percent = 100 * sizes[1] / max(1, sum(sizes))
+    line = (
+        f"{config.path}: {_count(files, 'file')}{f', {cut} of them cut' * bool(cut)}: "
+        f"{_count(len(training) + len(held_out), 'document')}; held out: {f'{_list(names)}, ' * bool(names)}"
+        f"{_count(len(held_out), 'document')}, {percent:.1f} % of the text"
+        f"{f'; left out: {_list(left_out)}' * bool(left_out)}"
+    )
+    least, most = HELD_OUT_PERCENT
+    if not least <= percent <= most:
+        advice = "" if names else ": name files train and validation to choose"
+        line = f"WARNING: {line}; that is {'little' if percent < least else 'much'}{advice}"
+    return [line.encode(errors="backslashreplace").decode()]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+
+
+GoOn = Literal["same rows", "next documents", "first document"]
+"""How a resumed run reads on: from the stored position; from the documents after it; from the start of the corpus."""
+
+
+def resume_data(saved: Config, config: Config, before: Corpus | None, now: Corpus | None) -> tuple[GoOn, list[str]]:
+    """Return how a run with ``config`` reads on after a checkpoint, and what follows from each change.
+
+    ``before`` and ``now`` are the corpus of the checkpoint, None if it is older than `Corpus`, and that of the run.
+    """
+    effects: list[tuple[list[str], str]] = []
+
+    def changed(*names: str, group: str = "data") -> list[str]:
+        old, new = getattr(saved, group), getattr(config, group)
+        return [f"{group}.{name}" for name in names if getattr(old, name) != getattr(new, name)]
+
+    documents, rows = changed(*DOCUMENTS), changed("seed", "batch_size", group="train") + changed("sequence_length")
+    sizes = [
+        packing_sizes(settings, settings.train.batch_size, corpus.sequences if corpus else settings.data.shuffle_window)
+        for settings, corpus in ((saved, before), (config, now))
+    ]
+    go_on: GoOn = "next documents" if rows or sizes[0] != sizes[1] else "same rows"
+    if before is None or now is None:
+        if changed("source", "name", "train_split", "prompt_key"):
+            go_on = "next documents"
+        effects.append(
+            (documents or ["data"], "this checkpoint stores no digest of its corpus, which is taken to be the same")
+        )
+    elif before.training != now.training:
+        go_on = "first document"
+        effects.append(
+            (documents or ["the corpus has changed"], "other training documents, read from the first one on")
+        )
+    else:
+        effects.append((documents, "the same training documents"))
+    order = rows + changed("shuffle_window")
+    if go_on == "next documents":
+        effect = (
+            "every row continues after the documents that were read; those in its buffers may be lost or come twice"
+        )
+        effects.append((order or documents or ["the shuffle window"], effect))
+    elif go_on == "same rows":
+        effects.append((order, "the order of the data stays the same"))
+    if before and now:
+        same = before.held_out == now.held_out
+        names = changed("validation_split") or ([] if same else documents or ["the corpus has changed"])
+        effects.append(
+            (
+                names,
+                "the same held-out documents"
+                if same
+                else "other held-out documents: their losses do not compare with earlier ones",
+            )
+        )
+    effects.append((changed("sequence_length", "cross_document_attention"), "losses do not compare with earlier ones"))
+    effects.append((changed("workers"), "the order of the data stays the same"))
+    effects.append((changed("tokenizer"), "the same tokenizer"))
+    return go_on, [f"{', '.join(names)}: {effect}" for names, effect in effects if names]

@@ -1,0 +1,54 @@
+"""Cut a long text into documents of a few thousand characters."""
+
+import re
+from collections.abc import Iterator
+
+CHARACTERS = 4000
+"""The length of a piece; it ends at the first place to cut after so many characters."""
+
+ENDS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # as `str.splitlines`
+LINE_END = rf"[{ENDS}](?:(?<=\r)\n)?+"
+INVISIBLE = r"\u200b\u2060\ufeff"
+LINE = re.compile(LINE_END)
+BLANK_LINE = re.compile(rf"{LINE_END}(?:[^\S{ENDS}]|[{INVISIBLE}])*{LINE_END}")
+BLANK = re.compile(rf"[\s{INVISIBLE}]*")
+
+Span = tuple[int, int]
+
+
+def cut_text(text: str, characters: int = CHARACTERS) -> list[Span]:
+    """Return the spans of the pieces of ``text`` that are not blank, each of at least ``characters`` but the last.
+
+    The text is cut at blank lines; pieces of more than twice ``characters`` are cut at line ends, and if they stay so
+    long, after spaces or else anywhere. CR LF counts as one character, so that it is cut in the same places as LF.
+    """
+    spans: list[Span] = list(_cut_at(BLANK_LINE, text, (0, len(text)), characters))
+    spans = [piece for span in spans for piece in _cut_long(LINE, text, span, characters)]
+    anywhere = re.compile(rf"(?s:(?>\r\n|.){{1,{characters}}}(?:\r\n|\s|\Z)|(?>\r\n|.){{1,{characters}}})")
+    spans = [piece for span in spans for piece in _cut_long(anywhere, text, span, characters)]
+    return [span for span in spans if not BLANK.fullmatch(text, *span)]
+
+
+def _length(text: str, start: int, end: int) -> int:
+    return end - start - text.count("\r\n", start, end)
+
+
+def _cut_long(pattern: re.Pattern[str], text: str, span: Span, characters: int) -> Iterator[Span]:
+    if _length(text, *span) <= 2 * characters:
+        yield span
+    elif pattern is LINE:
+        yield from _cut_at(LINE, text, span, characters)
+    else:
+        yield from (found.span() for found in pattern.finditer(text, *span))
+
+
+def _cut_at(separator: re.Pattern[str], text: str, span: Span, characters: int) -> Iterator[Span]:
+    start, end = span
+    while start < end:
+        first = min(start + characters, end)
+        while first > start and BLANK.fullmatch(text, first - 1, first):
+            first -= 1  # to the first of several separators in a row
+        places = separator.finditer(text, first, end)
+        found = next((place for place in places if _length(text, start, place.start()) >= characters), None)
+        yield start, found.start() if found else end
+        start = found.end() if found else end
