@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from etils import epath
 
@@ -28,6 +29,12 @@ def locate(path: str) -> epath.Path:
     if not any(importlib.util.find_spec(library) for library in BUCKET_LIBRARIES):
         raise UserError(f"{path} needs gcsfs: pip install layerskip_jax[gcs]")
     return epath.Path(path)  # resolve() would make it relative to the working directory
+
+
+def locate_file(path: str) -> epath.Path:
+    """Return `locate` of a file under its own name, also if it is a link: the name has a meaning."""
+    located = locate(path)
+    return located if is_remote(located) else epath.Path(path).expanduser().absolute()
 
 
 def keep_compiled_programs(run_dir: str) -> None:
@@ -59,3 +66,27 @@ def new_folder(target: epath.Path) -> Iterator[epath.Path]:
     partial.mkdir(parents=True)
     yield partial
     partial.rename(target)
+
+
+def file_inside(folder: epath.Path, name: str) -> epath.Path:
+    """Return the file ``name`` of a model folder, whether it exists or not; raises `UserError` if it is elsewhere.
+
+    A name such as ``../x`` leads out of the folder, and so does a link, except into the ``blobs`` of the cache of
+    huggingface_hub: there, the files of a snapshot are links to ``../../blobs``.
+    """
+    if is_remote(folder):
+        if ".." in name.split("/") or name.startswith("/"):
+            raise UserError(f"{folder} names the file {name!r:.80}, which is not in the folder")
+        return folder / name
+    try:
+        root, real = Path(folder).resolve(), (Path(folder) / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise UserError(f"{folder} names the file {name!r:.80}, which cannot be: {error}") from error
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    cached = real.parent.name == "blobs" and (real.parent == blobs or real.parent.parent.name.startswith("models--"))
+    if not cached and not real.is_relative_to(root):
+        raise UserError(
+            f"{name!r:.80} in {folder} leads out of the folder, to {real}: only files in the folder are read; copy the "
+            "file there if you trust it"
+        )
+    return folder / name

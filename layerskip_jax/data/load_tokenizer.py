@@ -6,12 +6,12 @@ from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER, SentencePiece
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.data.tokenizer_json import JsonTokenizer
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import locate
+from layerskip_jax.locations import locate_file
 
 
 def load_tokenizer(path: str) -> Tokenizer:
     """Load a SentencePiece ``.model`` or a ``.json``, local or gs://; raises `UserError` if it cannot be used."""
-    file = locate(path)
+    file = locate_file(path)
     if not file.is_file():
         if (file.parent / "config.json").is_file():
             raise UserError(
