@@ -57,7 +57,8 @@ def report(error: BaseException) -> int:
     Raises ``error`` again if it is a bug, for its traceback.
     """
     if isinstance(error, UserError):
-        line, status = f"error: {' '.join(str(error).split())}", 2
+        text = " ".join(str(error).split())  # it may quote a file that is all one word
+        line, status = f"error: {text if len(text) <= 1000 else f'{text[:700]} ... {text[-200:]}'}", 2
     elif isinstance(error, Interrupted | LostProcess):
         line, status = str(error), error.status
     elif (unreachable := bucket_error(error)) is not None:

@@ -37,6 +37,16 @@ def locate_file(path: str) -> epath.Path:
     return located if is_remote(located) else epath.Path(path).expanduser().absolute()
 
 
+def read_limited(file: epath.Path, limit: int = 1 << 26) -> bytes:
+    """Read a file that a stranger may have written; `OSError` if it has more than ``limit`` bytes or is no file."""
+    if not file.is_file():  # a pipe would be waited for
+        raise OSError("it is missing, or not a file")
+    size = epath.Path(file).stat().length
+    if size > limit:
+        raise OSError(f"it has {size:,} bytes, more than {limit:,}")
+    return file.read_bytes()
+
+
 def keep_compiled_programs(run_dir: str) -> None:
     """Set JAX's compilation cache to ``RUN_DIR/compiled``, unless JAX_COMPILATION_CACHE_DIR is set.
 

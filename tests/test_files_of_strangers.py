@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 from bucket import STEPS, sign, trained_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from benchmarks.fuzz import Victim, try_input
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
 from layerskip_jax.checkpoint.swept import SWEPT
@@ -167,6 +170,33 @@ def test_held_out_text_prepares_no_corpus(run, tmp_path):
         checkpoint_quality(str(folder), batches=1)
     assert not data.exists()
     assert open_documents(read_config(find_checkpoint(run)).data, "validation", prepare=False)
+
+
+@pytest.fixture(scope="module")
+def victims(trained_run, tmp_path_factory):
+    found = []
+    for name in ("victim", "split"):
+        folder = tmp_path_factory.mktemp(name)
+        shutil.copytree(trained_run, folder / "run")
+        found.append(Victim(folder / "run", folder))
+    found[1].split()
+    return found
+
+
+FUZZED = ("config.json", "index", "safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+FUZZED += ("sentencepiece", "decode.json", "metrics.jsonl", "config", "checksums", "batches", "model")
+
+
+@pytest.mark.parametrize("name", FUZZED)
+@given(seed=st.integers(0, 2**40))
+@settings(max_examples=25)
+def test_damaged_files_open_or_are_refused_in_one_line(victims, name, seed):
+    """No traceback, and nothing opened or started outside; ``python -m benchmarks.fuzz`` tries more."""
+    victim = victims[name == "index"]
+    assert set(FUZZED) == victim.files.keys()
+    victim.files[name][2]()  # imports what it needs
+    finding, _ = try_input(victim, name, seed)
+    assert finding == ""
 
 
 def test_help_warns_that_config_files_are_executed():

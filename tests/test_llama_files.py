@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from layerskip_jax.checkpoint.huggingface import weights
 from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
 from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.checkpoint.reading import initial_model, load_model, open_model_folder
+from layerskip_jax.checkpoint.swept import swept_settings
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError
@@ -362,8 +364,36 @@ def test_a_config_allocates_nothing_that_the_files_do_not_have(untied, key, valu
         load_model(str(untied), unstacked=unstacked)
 
 
-def test_a_json_file_has_a_maximum_size(untied):
-    with (untied / "config.json").open("r+b") as file:
-        file.truncate(1 << 40)  # sparse: it takes no space
-    with pytest.raises(UserError, match=r"has 1,099,511,627,776 bytes: a config\.json has at most"):
+def grow(file):
+    with file.open("r+b") as opened:
+        opened.truncate(1 << 40)  # sparse: it takes no space
+
+
+def test_files_have_maximum_sizes(untied, tmp_path, corpus):
+    (untied / "decode.json").touch()
+    for name, message in (("config.json", "as JSON: it has 1,099,511,627,776 bytes"), ("decode.json", "has 1,099,")):
+        grow(untied / name)
+        with pytest.raises(UserError, match=message):
+            swept_settings(str(untied), []) if name == "decode.json" else load_model(str(untied))
+    shutil.copy(corpus.tokenizer, tmp_path / "tokenizer.model")
+    grow(tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match="is too large for a tokenizer"):
+        load_tokenizer(str(tmp_path / "tokenizer.model"))
+
+
+def test_pipes_are_not_waited_for(untied):
+    for name in ("model.safetensors", "decode.json", "tokenizer.json"):
+        (untied / name).unlink(missing_ok=True)
+        os.mkfifo(untied / name)
+    with pytest.raises(UserError, match="no weights in"):
+        load_model(str(untied))
+    with pytest.raises(UserError, match="it is missing, or not a file"):
+        swept_settings(str(untied), [])
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load_tokenizer(str(untied / "tokenizer.json"))
+
+
+def test_a_pointer_of_git_lfs_is_named(untied):
+    (untied / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match="is a pointer of Git LFS: run `git lfs pull`"):
         load_model(str(untied))

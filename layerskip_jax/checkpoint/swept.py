@@ -10,6 +10,7 @@ from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.config_dict import from_dict
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import read_limited
 
 SWEPT = "decode.json"
 
@@ -34,7 +35,7 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        settings = json.loads(file.read_text())["decode"]
+        settings = json.loads(read_limited(file))["decode"]
         from_dict(settings, DecodeConfig)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
         raise UserError(f"{file} is not what layerskip sweep writes ({error}): remove it") from error

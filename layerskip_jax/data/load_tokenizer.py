@@ -8,6 +8,8 @@ from layerskip_jax.data.tokenizer_json import JsonTokenizer
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import locate_file
 
+TOKENIZER_BYTES = 1 << 29
+
 
 def load_tokenizer(path: str) -> Tokenizer:
     """Load a SentencePiece ``.model`` or a ``.json``, local or gs://; raises `UserError` if it cannot be used."""
@@ -21,6 +23,8 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(
             f"no tokenizer at {path} (data.tokenizer): train one with layerskip data tokenizer --config configs/NAME.py"
         )
+    if epath.Path(file).stat().length > TOKENIZER_BYTES:
+        raise UserError(f"{path} (data.tokenizer) is too large for a tokenizer: more than {TOKENIZER_BYTES:,} bytes")
     if file.suffix == ".json":
         return JsonTokenizer.read(file)
     tokenizer = SentencePiece(file.read_bytes())

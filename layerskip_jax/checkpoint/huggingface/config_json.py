@@ -7,7 +7,7 @@ from etils import epath
 
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import file_inside, locate
+from layerskip_jax.locations import file_inside, locate, read_limited
 
 CONFIG = "config.json"
 
@@ -34,9 +34,6 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Keys that change what a model computes, and the values that this project implements (None: absent or null)."""
 
-JSON_BYTES = 1 << 26
-"""Maximum size of a JSON file: the largest index of a published model has a few hundred kB."""
-
 
 def is_llama_folder(path: str) -> bool:
     """Return whether ``path`` is a folder with a ``config.json``."""
@@ -45,12 +42,9 @@ def is_llama_folder(path: str) -> bool:
 
 def read_json(folder: epath.Path, name: str) -> dict[str, Any]:
     """Read a JSON object from a file of a model folder; raises `UserError` for anything else."""
-    file = epath.Path(file_inside(folder, name))
+    file = file_inside(folder, name)
     try:
-        size = file.stat().length
-        if size > JSON_BYTES:
-            raise UserError(f"{file} has {size:,} bytes: a {name} has at most {JSON_BYTES:,}")
-        value = json.loads(file.read_bytes())
+        value = json.loads(read_limited(file))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file} as JSON: {error}") from error
     if not isinstance(value, dict):

@@ -4,6 +4,7 @@ Hugging Face stores a matrix ``[outputs, inputs]`` for each layer. Here the inpu
 axis, and the layers are stacked in one array.
 """
 
+import contextlib
 import json
 from math import prod
 from typing import Any, NamedTuple
@@ -88,6 +89,9 @@ def safe_open(file: epath.Path) -> Any:
     try:
         return safetensors.safe_open(str(file), "numpy")
     except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            if opened.read(20).startswith(b"version https://git-"):
+                raise UserError(f"{file} is a pointer of Git LFS: run `git lfs pull`") from error
         raise UserError(f"cannot read {file} as safetensors: {error}") from error
 
 
