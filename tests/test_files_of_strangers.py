@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from benchmarks.fuzz import Victim, try_input
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
-from layerskip_jax.checkpoint.swept import SWEPT
+from layerskip_jax.checkpoint.swept import SWEPT, store_swept, swept_settings
 from layerskip_jax.command_line import add_config_option, make_parser
 from layerskip_jax.commands import decode
+from layerskip_jax.commands.export import export_model
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.decoding import cost
@@ -119,6 +120,27 @@ def test_the_tokenizer_comes_from_the_run_folder(hostile):
     _, config, tokenizer = load_model(str(hostile))
     assert "passwd" in config.data.tokenizer
     assert Path(str(tokenizer)) == hostile / "checkpoints" / TOKENIZER
+
+
+@pytest.mark.parametrize("kind", ["run", "exported"])
+@pytest.mark.parametrize("name", [SWEPT, "tokenizer.json", TOKENIZER, "chat_template.jinja", "generation_config.json"])
+def test_a_link_out_of_the_folder_is_neither_read_nor_written(trained_run, tmp_path, kind, name):
+    """Its target would be copied into runs and exports, or ``layerskip sweep`` would overwrite it."""
+    folder, secret = tmp_path / kind, tmp_path / "secret"
+    if kind == "run":
+        shutil.copytree(trained_run, folder)
+    else:
+        export_model(trained_run, str(folder))
+    file = folder / ("checkpoints" if kind == "run" else "") / name
+    file.unlink(missing_ok=True)
+    secret.write_text('{"secret": 1}')
+    file.symlink_to(secret)
+    with pytest.raises(UserError, match=f"'{name}' in .* leads out of the folder"):
+        store_swept(str(folder), {}, {}) if name == SWEPT else load_model(str(folder))
+    if name == SWEPT:
+        with pytest.raises(UserError, match="leads out of the folder"):
+            swept_settings(str(folder), [])
+    assert secret.read_text() == '{"secret": 1}'
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_the_card_says_what_the_model_is_and_how_to_run_it(exported, trained_run
 
 
 def test_the_command_measures_agreement(trained_run, tmp_path, capsys):
-    layerskip.main(["export", trained_run, str(tmp_path / "hf")])
+    layerskip.main(["export", trained_run, str(tmp_path / "hf"), "--batches", "1"])
     rows = [line for line in (tmp_path / "hf" / "README.md").read_text().splitlines() if line.startswith("| ")]
     assert rows[-1].startswith("| 4 | ")
     assert rows[-1].endswith("| 100.0% |")

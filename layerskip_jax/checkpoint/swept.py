@@ -10,7 +10,7 @@ from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.config_dict import from_dict
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import read_limited
+from layerskip_jax.locations import file_inside, read_limited
 
 SWEPT = "decode.json"
 
@@ -19,8 +19,11 @@ DEPENDENT = {"mode", "policy", "exit_layer", "draft_length", "exits"}
 
 
 def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:
-    """Store `DecodeConfig` fields for the model at ``path``, with their measurements; return the file."""
-    file = open_model_folder(path).model_folder / SWEPT
+    """Store `DecodeConfig` fields for the model at ``path``, with their measurements; return the file.
+
+    Raises `UserError` if the file is a link out of the folder.
+    """
+    file = file_inside(open_model_folder(path).model_folder, SWEPT)
     file.write_text(json.dumps({"decode": settings, "measured": measured}, indent=1) + "\n")
     return file
 
@@ -31,7 +34,7 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
     If one of `DEPENDENT` is given, all of them are left out. Raises `UserError` for a file that `store_swept` did not
     write.
     """
-    file = open_model_folder(path).model_folder / SWEPT
+    file = file_inside(open_model_folder(path).model_folder, SWEPT)
     if not file.exists():
         return {}
     try:

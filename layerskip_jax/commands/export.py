@@ -3,7 +3,6 @@
 The reverse needs no command: `layerskip_jax.checkpoint.reading.load_model` opens Hugging Face folders.
 """
 
-import contextlib
 import json
 import typing
 from typing import Literal
@@ -17,7 +16,7 @@ from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
 from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder
 from layerskip_jax.checkpoint.run_folder import RunFolder
-from layerskip_jax.command_line import add_run, make_parser, typed
+from layerskip_jax.command_line import add_run, make_parser, not_negative, typed
 from layerskip_jax.commands.model_card import CARD, ExitTable, model_card
 from layerskip_jax.config import Config
 from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -27,18 +26,15 @@ from layerskip_jax.evaluation.exits import checkpoint_quality
 from layerskip_jax.locations import new_folder
 from layerskip_jax.training.monitoring.metrics import read_records
 
-CARD_BATCHES = 8
-"""Held-out batches that the model card's exits are measured on."""
-
 DType = Literal["float32", "bfloat16", "float16"]
 
 
-def export_model(run: str, folder: str, dtype: DType = "float32", *, measure_exits: bool = False) -> Config:
+def export_model(run: str, folder: str, dtype: DType = "float32", batches: int = 0) -> Config:
     """Write the newest checkpoint of a run, or one checkpoint, as a new ``folder`` that transformers opens.
 
-    ``dtype`` is that of the files; checkpoints hold float32. With ``measure_exits`` the model card shows each exit's
-    loss and agreement on the run's held-out text, where that is there, and otherwise the losses that the run recorded.
-    The folder gets its name when it is complete. Returns the config of the run. Raises `UserError` if it exists.
+    ``dtype`` is that of the files; checkpoints hold float32. The model card shows the loss of each exit that the run
+    recorded, or with ``batches`` the loss and agreement measured on that many held-out batches. The folder gets its
+    name when it is complete. Returns the config of the run. Raises `UserError` if it exists.
     """
     target = epath.Path(folder).expanduser()
     if target.exists():
@@ -63,7 +59,7 @@ def export_model(run: str, folder: str, dtype: DType = "float32", *, measure_exi
     exits = resolve_exit_layer(config.decode_settings, config.model.num_layers)
     opened = open_model_folder(run)
     steps = int(opened.checkpoint.name) if isinstance(opened, RunFolder) and opened.checkpoint.name.isdigit() else None
-    table = _exit_table(run, opened.root, measure_exits) if steps is not None else ExitTable({}, {})
+    table = _exit_table(run, opened.root, batches) if steps is not None else ExitTable({}, {})
     files[CARD] = model_card(target.name, config, steps, table, exits).encode()
     with new_folder(target) as partial:
         write_weights(partial, config.model, named_arrays(model), jnp.dtype(dtype))
@@ -72,11 +68,10 @@ def export_model(run: str, folder: str, dtype: DType = "float32", *, measure_exi
     return config
 
 
-def _exit_table(run: str, root: epath.Path, measure: bool) -> ExitTable:
-    with contextlib.suppress(UserError):  # the held-out text is not on this machine
-        if measure:
-            quality = checkpoint_quality(run, CARD_BATCHES)
-            return ExitTable(*(dict(enumerate(map(float, row), 1)) for row in (quality.loss_L, quality.agreement_L)))
+def _exit_table(run: str, root: epath.Path, batches: int) -> ExitTable:
+    if batches:
+        quality = checkpoint_quality(run, batches)
+        return ExitTable(*(dict(enumerate(map(float, row), 1)) for row in (quality.loss_L, quality.agreement_L)))
     prefix, loss = "validation/exit_loss/", dict[int, float]()
     for record in read_records(str(root)):
         named = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
@@ -95,8 +90,15 @@ def main(argv: list[str] | None = None) -> None:
         default="float32",
         help="type of the written weights (default: float32, which is lossless)",
     )
+    parser.add_argument(
+        "--batches",
+        metavar="N",
+        type=not_negative,
+        default=0,
+        help="held-out batches to measure every exit on, for the model card; 0: use the losses that the run recorded",
+    )
     options = parser.parse_known_options(argv)
-    config = export_model(options.run, options.folder, options.dtype, measure_exits=True)
+    config = export_model(options.run, options.folder, options.dtype, options.batches)
     exit_layer = resolve_exit_layer(config.decode_settings, config.model.num_layers)
     print(f"{options.folder}: open it with transformers' AutoModelForCausalLM.from_pretrained")
     print(f"and draft with generate(..., assistant_early_exit={exit_layer})")
