@@ -1,11 +1,13 @@
 """Compare imported and exported Llamas with transformers: ``python -m benchmarks.parity [--tokens 256] [--json FILE]``.
 
 transformers creates and saves twelve random Llamas of different shapes, and `load_model` loads them. Compared are
-float32 logits, greedy texts, and the bytes of an exported copy with those that transformers saved. Needs
+float32 logits, greedy texts, and the bytes of an exported copy with those that transformers saved. ``--random 40``
+compares folders of random shapes, types, shards, rotary scalings and ties instead. Needs
 ``pip install layerskip_jax[huggingface] torch transformers``.
 """
 
 import argparse
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -89,15 +91,44 @@ def stored_tensors(folder: str) -> dict[str, bytes]:
     return found
 
 
-def compare(name: str, tokens: int, dtype: str = "float32") -> dict[str, Any]:
-    """Compare one of `SHAPES`: difference of logits, equal leading tokens of a greedy text, equal bytes."""
+def random_folder(seed: int) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Return shape, dtype and options of saving of a random Llama."""
+    draw = random.Random(seed)
+    key_heads = draw.choice([1, 2, 3])
+    heads, head_dim = key_heads * draw.choice([1, 2, 4]), draw.choice([4, 6, 8, 16, 24])
+    explicit = draw.random() < 0.5
+    kind, theta = draw.choice(["default", "linear", "llama3"]), draw.choice([1e4, 5e5, 1e6, 12_345.678])
+    rotary: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
+    if kind != "default":
+        rotary["factor"] = draw.choice([1.5, 2.0, 8.0, 32.0])
+    if kind == "llama3":
+        low = draw.choice([0.7, 1.0, 2.0])
+        rotary |= {"low_freq_factor": low, "high_freq_factor": low + draw.choice([0.5, 3.0, 8.0])}
+        rotary["original_max_position_embeddings"] = draw.choice([16, 50, 256])
+    shape = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "hidden_size": heads * (draw.choice([4, 6, 10, 16]) if explicit else head_dim),
+        "head_dim": head_dim if explicit else None,
+        "intermediate_size": draw.choice([8, 40, 72, 131]),
+        "num_hidden_layers": draw.choice([1, 2, 3, 5]),
+        "vocab_size": draw.choice([61, 256, 311, 1021]),
+        "tie_word_embeddings": draw.random() < 0.5,
+        "rms_norm_eps": draw.choice([1e-6, 1e-5, 1e-3]),
+        "rope_parameters": rotary,
+    }
+    saving = {"max_shard_size": draw.choice(["1GB", "30KB", "4KB"])}
+    return shape, draw.choice(["float32", "bfloat16", "float16"]), saving
+
+
+def compare(shape: dict[str, Any], tokens: int, dtype: str = "float32", **saving: Any) -> dict[str, Any]:
+    """Compare a random Llama: difference of logits, equal leading tokens of a greedy text, equal bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        make(SHAPES[name], f"{folder}/theirs", dtype)
+        make(shape, f"{folder}/theirs", dtype, **saving)
         theirs = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/theirs", dtype=torch.float32).eval()
         config = open_model_folder(f"{folder}/theirs").config.model
         model, _, _ = load_model(f"{folder}/theirs")
-        random = np.random.default_rng(0)
-        inputs = random.integers(0, config.vocab_size, (2, POSITIONS))
+        inputs = np.random.default_rng(0).integers(0, config.vocab_size, (2, POSITIONS))
         with torch.no_grad():
             expected = theirs(torch.tensor(inputs)).logits.numpy()
             prompt = inputs[:1, :PROMPT]
@@ -111,7 +142,7 @@ def compare(name: str, tokens: int, dtype: str = "float32") -> dict[str, Any]:
         back.mkdir()
         write_weights(back, config, named_arrays(model), jnp.dtype(dtype))
         return {
-            "shape": name,
+            "shape": shape,
             "largest_logit": float(np.abs(expected).max()),
             "logit_difference": float(np.abs(ours - expected).max()),
             "equal_tokens": next((i for i, (a, b) in enumerate(zip(new, text)) if a != b), len(text)),
@@ -123,15 +154,19 @@ def compare(name: str, tokens: int, dtype: str = "float32") -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=256, help="new tokens of the greedy text (default: 256)")
+    parser.add_argument("--random", type=int, default=0, help="compare this many random folders instead")
     add_json_option(parser)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # torch runs there too
+    folders = {name: (shape, "float32", {}) for name, shape in SHAPES.items()}
+    if args.random:
+        folders = {f"random {seed}": random_folder(seed) for seed in range(args.random)}
     transformers.utils.logging.disable_progress_bar()
     about = header("torch", "transformers")
     print("shape          largest logit  difference  equal greedy tokens  round trip")
     rows = []
-    for name in SHAPES:
-        row = compare(name, args.tokens)
+    for name, (shape, dtype, saving) in folders.items():
+        row = {"name": name, "dtype": dtype, **saving} | compare(shape, args.tokens, dtype, **saving)
         rows.append(row)
         print(
             f"{name:14} {row['largest_logit']:13.1f}  {row['logit_difference']:10.1e}  "

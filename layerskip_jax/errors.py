@@ -35,6 +35,11 @@ class Interrupted(Exception):  # noqa: N818  (not an error)
         """The exit status that a shell reports for the signal: 130 for SIGINT, 143 for SIGTERM."""
 
 
+def warn(line: str) -> None:
+    """Print a warning on stderr, in one line."""
+    print(f"WARNING: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known word, or ``""`` when none is close.
 
@@ -69,7 +74,8 @@ def report(error: BaseException) -> int:
     Raises ``error`` again if it is a bug, for its traceback.
     """
     if isinstance(error, UserError):
-        line, status = f"error: {' '.join(str(error).split())}", 2
+        text = " ".join(str(error).split())  # it may quote a file that is all one word
+        line, status = f"error: {text if len(text) <= 1000 else f'{text[:700]} ... {text[-200:]}'}", 2
     elif isinstance(error, Interrupted | LostProcess):
         line, status = str(error), error.status
     elif (unreachable := bucket_error(error)) is not None:

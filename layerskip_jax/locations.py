@@ -53,6 +53,27 @@ def check_encoding(beginning: bytes, source: str) -> None:
         )
 
 
+def locate_file(path: str) -> epath.Path:
+    """Return `locate` of a file under its own name, also if it is a link: the name has a meaning."""
+    located = locate(path)
+    return located if is_remote(located) else epath.Path(path).expanduser().absolute()
+
+
+def is_regular(path: epath.Path) -> bool:
+    """Return whether ``path`` is a file, and not a pipe or a device, whose readers wait (`epath` counts them too)."""
+    return path.is_file() if is_remote(path) else os.path.isfile(path)
+
+
+def read_limited(file: epath.Path, limit: int = 1 << 26) -> bytes:
+    """Read a file that a stranger may have written; `OSError` if it has more than ``limit`` bytes or is no file."""
+    if not is_regular(file):
+        raise OSError("it is missing, or not a file")
+    size = epath.Path(file).stat().length
+    if size > limit:
+        raise OSError(f"it has {size:,} bytes, more than {limit:,}")
+    return file.read_bytes()
+
+
 def keep_compiled_programs(run_dir: str) -> None:
     """Set JAX's compilation cache to ``RUN_DIR/compiled``, unless JAX_COMPILATION_CACHE_DIR is set.
 
@@ -125,3 +146,27 @@ def new_folder(target: epath.Path) -> Iterator[epath.Path]:
         if isinstance(error, OSError) or disk_error(error):
             raise UserError(f"cannot write {target}: {error}") from error
         raise
+
+
+def file_inside(folder: epath.Path, name: str) -> epath.Path:
+    """Return the file ``name`` of a model folder, whether it exists or not; raises `UserError` if it is elsewhere.
+
+    A name such as ``../x`` leads out of the folder, and so does a link, except into the ``blobs`` of the cache of
+    huggingface_hub: there, the files of a snapshot are links to ``../../blobs``.
+    """
+    if is_remote(folder):
+        if ".." in name.split("/") or name.startswith("/"):
+            raise UserError(f"{folder} names the file {name!r:.80}, which is not in the folder")
+        return folder / name
+    try:
+        root, real = Path(folder).resolve(), (Path(folder) / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise UserError(f"{folder} names the file {name!r:.80}, which cannot be: {error}") from error
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    cached = real.parent.name == "blobs" and (real.parent == blobs or real.parent.parent.name.startswith("models--"))
+    if not cached and not real.is_relative_to(root):
+        raise UserError(
+            f"{name!r:.80} in {folder} leads out of the folder, to {real}: only files in the folder are read; copy the "
+            "file there if you trust it"
+        )
+    return folder / name

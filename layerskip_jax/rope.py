@@ -5,28 +5,32 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.sharding import target_platform
 
 
-def rotary_frequencies(config: ModelConfig) -> jax.Array:
-    """``base^(-2i/H)`` for i < H/2 (RoFormer, section 3.2.2), scaled as configured [radians per token].
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """``1 / base^(2i/H)`` for i < H/2 (RoFormer, section 3.2.2), scaled as configured [radians per token].
 
     "linear" divides every frequency by ``rope_factor`` (arXiv 2306.15595). "llama3" (Llama 3.1) looks at how many turns
     a frequency makes in ``rope_original_length`` tokens. It keeps a frequency of at least ``rope_high_freq_factor``
     turns, divides one of at most ``rope_low_freq_factor`` turns, and interpolates between the two.
+
+    At position 4,000, an error of one float32 step is 2e-4 radians. So the host rounds each operation to float32, as
+    transformers does; XLA's power is less accurate.
     """
-    half = config.head_dim // 2
-    frequency_H = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    exponent_H = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequency_H = 1 / np.power(np.float32(config.rope_base), exponent_H, dtype=np.float64).astype(np.float32)
     if config.rope_scaling == "none":
         return frequency_H
-    kept_H = jnp.zeros(half)
+    kept_H = np.zeros_like(frequency_H)
     if config.rope_scaling == "llama3":
-        turns_H = frequency_H * (config.rope_original_length / (2 * math.pi))
+        turns_H = config.rope_original_length / (2 * math.pi / frequency_H)
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-        kept_H = jnp.clip((turns_H - low) / (high - low), 0, 1)
-    return frequency_H * (kept_H + (1 - kept_H) / config.rope_factor)
+        kept_H = np.clip((turns_H - low) / (high - low), 0, 1)
+    return (1 - kept_H) * frequency_H / config.rope_factor + kept_H * frequency_H
 
 
 class RotaryTables(NamedTuple):
@@ -38,7 +42,7 @@ class RotaryTables(NamedTuple):
     cos_BT1H: jax.Array
 
     @classmethod
-    def at(cls, index_BT: jax.Array, frequency_H: jax.Array) -> "RotaryTables":
+    def at(cls, index_BT: jax.Array, frequency_H: np.ndarray) -> "RotaryTables":
         """Dimensions i and i + H/2 turn by ``index * frequency_i``, for i < H/2."""
         angle_BT1H = index_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
         sin_BT1H, cos_BT1H = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)

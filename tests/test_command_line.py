@@ -21,6 +21,7 @@ ARGUMENTS = {
     "plots": ["RUN"],
     "report": ["RUN"],
     "export": ["RUN", "FOLDER"],
+    "publish": ["FOLDER", "me/model"],
 }
 """The shortest valid command lines."""
 

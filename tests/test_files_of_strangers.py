@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 from bucket import STEPS, sign, trained_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from benchmarks.fuzz import Victim, try_input
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
-from layerskip_jax.checkpoint.swept import SWEPT
+from layerskip_jax.checkpoint.swept import SWEPT, store_swept, swept_settings
 from layerskip_jax.command_line import add_config_option, make_parser
 from layerskip_jax.commands import decode
+from layerskip_jax.commands.export import export_model
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.decoding import cost
@@ -118,6 +122,27 @@ def test_the_tokenizer_comes_from_the_run_folder(hostile):
     assert Path(str(tokenizer)) == hostile / "checkpoints" / TOKENIZER
 
 
+@pytest.mark.parametrize("kind", ["run", "exported"])
+@pytest.mark.parametrize("name", [SWEPT, "tokenizer.json", TOKENIZER, "chat_template.jinja", "generation_config.json"])
+def test_a_link_out_of_the_folder_is_neither_read_nor_written(trained_run, tmp_path, kind, name):
+    """Its target would be copied into runs and exports, or ``layerskip sweep`` would overwrite it."""
+    folder, secret = tmp_path / kind, tmp_path / "secret"
+    if kind == "run":
+        shutil.copytree(trained_run, folder)
+    else:
+        export_model(trained_run, str(folder))
+    file = folder / ("checkpoints" if kind == "run" else "") / name
+    file.unlink(missing_ok=True)
+    secret.write_text('{"secret": 1}')
+    file.symlink_to(secret)
+    with pytest.raises(UserError, match=f"'{name}' in .* leads out of the folder"):
+        store_swept(str(folder), {}, {}) if name == SWEPT else load_model(str(folder))
+    if name == SWEPT:
+        with pytest.raises(UserError, match="leads out of the folder"):
+            swept_settings(str(folder), [])
+    assert secret.read_text() == '{"secret": 1}'
+
+
 @pytest.mark.parametrize(
     "file",
     [
@@ -167,6 +192,33 @@ def test_held_out_text_prepares_no_corpus(run, tmp_path):
         checkpoint_quality(str(folder), batches=1)
     assert not data.exists()
     assert open_documents(read_config(find_checkpoint(run)).data, "validation", prepare=False)
+
+
+@pytest.fixture(scope="module")
+def victims(trained_run, tmp_path_factory):
+    found = []
+    for name in ("victim", "split"):
+        folder = tmp_path_factory.mktemp(name)
+        shutil.copytree(trained_run, folder / "run")
+        found.append(Victim(folder / "run", folder))
+    found[1].split()
+    return found
+
+
+FUZZED = ("config.json", "index", "safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+FUZZED += ("sentencepiece", "decode.json", "metrics.jsonl", "config", "checksums", "batches", "model")
+
+
+@pytest.mark.parametrize("name", FUZZED)
+@given(seed=st.integers(0, 2**40))
+@settings(max_examples=25)
+def test_damaged_files_open_or_are_refused_in_one_line(victims, name, seed):
+    """No traceback, and nothing opened or started outside; ``python -m benchmarks.fuzz`` tries more."""
+    victim = victims[name == "index"]
+    assert set(FUZZED) == victim.files.keys()
+    victim.files[name][2]()  # imports what it needs
+    finding, _ = try_input(victim, name, seed)
+    assert finding == ""
 
 
 def test_help_warns_that_config_files_are_executed():

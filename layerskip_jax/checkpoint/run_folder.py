@@ -33,7 +33,7 @@ from layerskip_jax.data.load_tokenizer import find_tokenizer
 from layerskip_jax.data.position import read_corpus, read_positions
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.errors import UserError, nearest
-from layerskip_jax.locations import locate, names_in
+from layerskip_jax.locations import locate, names_in, read_limited
 from layerskip_jax.model import Transformer
 
 ITEMS = {"model", "optimizer", "batches", "config", "checksums", "_CHECKPOINT_METADATA"}
@@ -101,7 +101,7 @@ class RunFolder:
         problem = corrupted_array(folder, checksums["arrays"], prefix_names("model", arrays))
         for name, digest in checksums["tokenizer"].items():
             file = self.model_folder / epath.Path(name).name
-            if not problem and file.exists() and sha256(file.read_bytes()) != digest:
+            if not problem and file.is_file() and sha256(file.read_bytes()) != digest:
                 problem = f"{file} is damaged: it is not the tokenizer that the model was trained with"
         if problem:
             raise DamagedCheckpoint(problem)
@@ -144,13 +144,13 @@ def find_checkpoint(path: str) -> epath.Path:
 
 def read_config(checkpoint: epath.Path) -> Config:
     """Read the config that is stored in a checkpoint; raises `DamagedCheckpoint` if it was changed after the save."""
-    values = _read_json(checkpoint, "config")
-    if json_sha256(values) != read_checksums(checkpoint)["config"]:
-        raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: its config is not what was saved")
+    values, digest = _read_json(checkpoint, "config"), read_checksums(checkpoint)["config"]
     try:
-        return from_dict(values, Config)
-    except UserError as error:
+        if json_sha256(values) == digest:
+            return from_dict(values, Config)
+    except (UserError, OverflowError, RecursionError) as error:
         raise UserError(f"the checkpoint {checkpoint} has no readable config: {error}") from error
+    raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: its config is not what was saved")
 
 
 def read_checksums(checkpoint: epath.Path) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def read_data_positions(checkpoint: epath.Path) -> tuple[dict[int, Any], Corpus 
 
 def _read_json(checkpoint: epath.Path, item: str) -> Any:
     try:
-        return json.loads((checkpoint / item / "metadata").read_text())
+        return json.loads(read_limited(checkpoint / item / "metadata"))
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: no readable {item}: {error}") from error
 

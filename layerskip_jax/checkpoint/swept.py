@@ -10,7 +10,7 @@ from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.config_dict import from_dict
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import write_file
+from layerskip_jax.locations import file_inside, read_limited, write_file
 
 SWEPT = "decode.json"
 
@@ -19,8 +19,11 @@ DEPENDENT = {"mode", "policy", "exit_layer", "draft_length", "exits"}
 
 
 def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:
-    """Store `DecodeConfig` fields for the model at ``path``, with their measurements; return the file."""
-    file = open_model_folder(path).model_folder / SWEPT
+    """Store `DecodeConfig` fields for the model at ``path``, with their measurements; return the file.
+
+    Raises `UserError` if the file is a link out of the folder.
+    """
+    file = file_inside(open_model_folder(path).model_folder, SWEPT)
     write_file(file, json.dumps({"decode": settings, "measured": measured}, indent=1) + "\n")
     return file
 
@@ -31,11 +34,11 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
     If one of `DEPENDENT` is given, all of them are left out. Raises `UserError` for a file that `store_swept` did not
     write.
     """
-    file = open_model_folder(path).model_folder / SWEPT
+    file = file_inside(open_model_folder(path).model_folder, SWEPT)
     if not file.exists():
         return {}
     try:
-        settings = json.loads(file.read_bytes())["decode"]
+        settings = json.loads(read_limited(file))["decode"]
         from_dict(settings, DecodeConfig)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
         raise UserError(f"{file} is not what layerskip sweep writes ({error}): remove it") from error

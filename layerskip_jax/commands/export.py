@@ -14,22 +14,27 @@ from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
 from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
-from layerskip_jax.checkpoint.reading import context_length, load_model
-from layerskip_jax.command_line import add_run, make_parser, typed
+from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder
+from layerskip_jax.checkpoint.run_folder import RunFolder
+from layerskip_jax.command_line import add_run, make_parser, not_negative, typed
+from layerskip_jax.commands.model_card import CARD, ExitTable, model_card
 from layerskip_jax.config import Config
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation.exits import checkpoint_quality
 from layerskip_jax.locations import new_folder
+from layerskip_jax.training.monitoring.metrics import read_records
 
 DType = Literal["float32", "bfloat16", "float16"]
 
 
-def export_model(run: str, folder: str, dtype: DType = "float32") -> Config:
+def export_model(run: str, folder: str, dtype: DType = "float32", batches: int = 0) -> Config:
     """Write the newest checkpoint of a run, or one checkpoint, as a new ``folder`` that transformers opens.
 
-    ``dtype`` is that of the files; checkpoints hold float32. The folder gets its name when it is complete. Returns the
-    config of the run. Raises `UserError` if the folder exists.
+    ``dtype`` is that of the files; checkpoints hold float32. The model card shows the loss of each exit that the run
+    recorded, or with ``batches`` the loss and agreement measured on that many held-out batches. The folder gets its
+    name when it is complete. Returns the config of the run. Raises `UserError` if it exists.
     """
     target = epath.Path(folder).expanduser()
     if target.exists():
@@ -51,11 +56,27 @@ def export_model(run: str, folder: str, dtype: DType = "float32") -> Config:
         CONFIG: json.dumps(settings, indent=1).encode(),
         "generation_config.json": json.dumps(generation).encode(),
     }
+    exits = resolve_exit_layer(config.decode_settings, config.model.num_layers)
+    opened = open_model_folder(run)
+    steps = int(opened.checkpoint.name) if isinstance(opened, RunFolder) and opened.checkpoint.name.isdigit() else None
+    table = _exit_table(run, opened.root, batches) if steps is not None else ExitTable({}, {})
+    files[CARD] = model_card(target.name, config, steps, table, exits).encode()
     with new_folder(target) as partial:
         write_weights(partial, config.model, named_arrays(model), jnp.dtype(dtype))
         for name, content in files.items():
             (partial / name).write_bytes(content)
     return config
+
+
+def _exit_table(run: str, root: epath.Path, batches: int) -> ExitTable:
+    if batches:
+        quality = checkpoint_quality(run, batches)
+        return ExitTable(*(dict(enumerate(map(float, row), 1)) for row in (quality.loss_L, quality.agreement_L)))
+    prefix, loss = "validation/exit_loss/", dict[int, float]()
+    for record in read_records(str(root)):
+        named = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+        loss |= {int(name): value for name, value in named.items() if name.isdigit() and isinstance(value, float)}
+    return ExitTable(dict(sorted(loss.items())), {})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,8 +90,15 @@ def main(argv: list[str] | None = None) -> None:
         default="float32",
         help="type of the written weights (default: float32, which is lossless)",
     )
+    parser.add_argument(
+        "--batches",
+        metavar="N",
+        type=not_negative,
+        default=0,
+        help="held-out batches to measure every exit on, for the model card; 0: use the losses that the run recorded",
+    )
     options = parser.parse_known_options(argv)
-    config = export_model(options.run, options.folder, options.dtype)
+    config = export_model(options.run, options.folder, options.dtype, options.batches)
     exit_layer = resolve_exit_layer(config.decode_settings, config.model.num_layers)
     print(f"{options.folder}: open it with transformers' AutoModelForCausalLM.from_pretrained")
     print(f"and draft with generate(..., assistant_early_exit={exit_layer})")

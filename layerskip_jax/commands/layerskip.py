@@ -18,6 +18,7 @@ COMMANDS = {
     "plots": "redraw the plots of a run",
     "report": "write one HTML page with all plots of a run",
     "export": "write a run as a Hugging Face folder",
+    "publish": "push an exported folder to the Hugging Face Hub",
 }
 
 

@@ -6,13 +6,16 @@ from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER, SentencePiece
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.data.tokenizer_json import JsonTokenizer
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import locate
+from layerskip_jax.locations import file_inside, is_regular, locate_file
+
+TOKENIZER_BYTES = 1 << 29
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
 
 def load_tokenizer(path: str) -> Tokenizer:
     """Load a SentencePiece ``.model`` or a ``.json``, local or gs://; raises `UserError` if it cannot be used."""
-    file = locate(path)
-    if not file.is_file():
+    file = locate_file(path)
+    if not is_regular(file):
         if (file.parent / "config.json").is_file():
             raise UserError(
                 f"the Hugging Face folder {file.parent} has no tokenizer: put its tokenizer.json or "
@@ -21,6 +24,8 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(
             f"no tokenizer at {path} (data.tokenizer): train one with layerskip data tokenizer --config configs/NAME.py"
         )
+    if epath.Path(file).stat().length > TOKENIZER_BYTES:
+        raise UserError(f"{path} (data.tokenizer) is too large for a tokenizer: more than {TOKENIZER_BYTES:,} bytes")
     if file.suffix == ".json":
         return JsonTokenizer.read(file)
     tokenizer = SentencePiece(file.read_bytes())
@@ -34,6 +39,11 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def find_tokenizer(folder: epath.Path) -> epath.Path | None:
-    """Return the tokenizer file in a folder: ``tokenizer.json`` (as in transformers), else ``tokenizer.model``."""
-    files = [folder / name for name in ("tokenizer.json", TOKENIZER)]
-    return next((file for file in files if file.is_file()), None)
+    """Return the tokenizer file in a folder: ``tokenizer.json`` (as in transformers), else ``tokenizer.model``.
+
+    Raises `UserError` if it, or a file that is read and exported with it, is a link out of the folder.
+    """
+    for name in COMPANIONS:
+        file_inside(folder, name)
+    files = [file_inside(folder, name) for name in ("tokenizer.json", TOKENIZER)]
+    return next((file for file in files if is_regular(file)), None)

@@ -13,7 +13,7 @@ import sentencepiece
 from layerskip_jax.data.documents import Documents
 from layerskip_jax.data.tokenizer import SPACE, Tokenizer
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import locate
+from layerskip_jax.locations import locate, write_file
 
 UNK, BOS, EOS = 0, 1, 2
 RESERVED = 3 + 256

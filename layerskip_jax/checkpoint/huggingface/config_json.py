@@ -7,7 +7,7 @@ from etils import epath
 
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import locate
+from layerskip_jax.locations import file_inside, is_regular, locate, read_limited
 
 CONFIG = "config.json"
 
@@ -23,29 +23,32 @@ SHAPES = {
 
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
-    "hidden_act": ("silu", None),
+    "hidden_act": ("silu", "swish", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "sliding_window": (None,),
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
+    "transformers_weights": (None,),
+    "tie_word_embeddings": (True, False, None),
 }
 """Keys that change what a model computes, and the values that this project implements (None: absent or null)."""
 
 
 def is_llama_folder(path: str) -> bool:
     """Return whether ``path`` is a folder with a ``config.json``."""
-    return (locate(path) / CONFIG).is_file()
+    return is_regular(locate(path) / CONFIG)
 
 
-def read_json(file: epath.Path) -> dict[str, Any]:
-    """Read a JSON object from a file; raises `UserError` for anything else."""
+def read_json(folder: epath.Path, name: str) -> dict[str, Any]:
+    """Read a JSON object from a file of a model folder; raises `UserError` for anything else."""
+    file = file_inside(folder, name)
     try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+        value = json.loads(read_limited(file))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file} as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{file} must be a JSON object, not {str(value)[:40]}")
+        raise UserError(f"{file} must be a JSON object, not {_shown(value)}")
     return value
 
 
@@ -54,62 +57,89 @@ def read_model_config(folder: epath.Path) -> ModelConfig:
 
     Rotary scaling is read from ``rope_scaling`` or from the newer ``rope_parameters``.
     """
-    file = folder / CONFIG
-    values = read_json(file)
-    for key, supported in SUPPORTED.items():
-        if values.get(key) not in supported:
-            wanted = " or ".join("absent" if value is None else json.dumps(value) for value in supported)
-            raise UserError(f"{file}: {key} {json.dumps(values.get(key))[:60]} is not supported, it must be {wanted}")
+    try:
+        return _model_config(read_json(folder, CONFIG))
+    except _ConfigError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+
+
+class _ConfigError(Exception):
+    """What is wrong with a ``config.json``."""
+
+
+def _model_config(values: dict[str, Any]) -> ModelConfig:
+    _check_supported(values)
     heads = values.get("num_attention_heads")
     shape: dict[str, Any] = {"num_key_value_heads": heads} | {
         key: value for key, value in values.items() if value is not None
     }
-    for key in SHAPES:
-        if type(shape.get(key)) is not int:
-            raise UserError(f"{file}: {key} must be a whole number, not {json.dumps(shape.get(key))}")
-    settings: dict[str, Any] = {name: shape[key] for key, name in SHAPES.items()}
-    head_dim = int(values.get("head_dim") or 0)
-    return ModelConfig(
-        **settings,
-        **_rotary(file, values),
-        head_width=0 if head_dim * settings["num_heads"] == settings["dim"] else head_dim,
-        norm_epsilon=_number(file, values, "rms_norm_eps", 1e-6),
-        tied_embedding=bool(values.get("tie_word_embeddings", False)),
-        context_length=int(_number(file, values, "max_position_embeddings", 2048)),
-    )
+    settings: dict[str, Any] = {name: _whole(shape, key) for key, name in SHAPES.items()}
+    head_dim = _whole(shape, "head_dim", 0)
+    try:
+        return ModelConfig(
+            **settings,
+            **_rotary(values),
+            head_width=0 if head_dim * settings["num_heads"] == settings["dim"] else head_dim,
+            norm_epsilon=_number(values, "rms_norm_eps", 1e-6),
+            tied_embedding=bool(values.get("tie_word_embeddings")),
+            context_length=_whole(shape, "max_position_embeddings", 2048),
+        )
+    except UserError as error:
+        raise _ConfigError(error) from error
 
 
-def _number(file: epath.Path, values: dict[str, Any], key: str, default: float) -> float:
+def _check_supported(values: dict[str, Any]) -> None:
+    for key, supported in SUPPORTED.items():
+        given = values.get(key)
+        if not any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in supported):
+            wanted = " or ".join("absent" if value is None else json.dumps(value) for value in supported)
+            raise _ConfigError(f"{key} {_shown(given)} is not supported, it must be {wanted}")
+
+
+def _shown(value: Any) -> str:
+    """Return the start of a value as JSON."""
+    try:
+        return json.dumps(value)[:60]
+    except RecursionError:
+        return "a deeply nested value"
+
+
+def _whole(values: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = default if values.get(key) is None else values[key]
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise _ConfigError(f"{key} must be a whole number below 2^31, not {_shown(value)}")
+    return value
+
+
+def _number(values: dict[str, Any], key: str, default: float | None = None) -> float:
     """Return a number, or ``default`` if it is absent or null: transformers writes null for unset values."""
     value = default if values.get(key) is None else values[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{file}: {key} must be a number, not {json.dumps(value)[:60]}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise _ConfigError(f"{key} must be a number, not {_shown(value)}")
     return float(value)
 
 
-def _rotary(file: epath.Path, values: dict[str, Any]) -> dict[str, Any]:
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+def _rotary(values: dict[str, Any]) -> dict[str, Any]:
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(given, dict):
-        raise UserError(f"{file}: rotary scaling must be a JSON object, not {json.dumps(given)[:60]}")
+        raise _ConfigError(f"rotary scaling must be a JSON object, not {_shown(given)}")
+    _check_supported({"model_type": "llama", "partial_rotary_factor": given.get("partial_rotary_factor")})
     kind = given.get("rope_type") or given.get("type") or "default"
-    base = _number(file, given, "rope_theta", _number(file, values, "rope_theta", 10_000.0))
-    settings: dict[str, Any] = {"rope_base": base}
+    settings: dict[str, Any] = {"rope_base": _number(given, "rope_theta", _number(values, "rope_theta", 10_000.0))}
     if kind == "default":
         return settings
-    keys = {"rope_factor": "factor"}
+    if kind not in ("linear", "llama3"):
+        raise _ConfigError(f"rotary scaling {_shown(kind)} is not supported: it must be default, linear or llama3")
+    settings |= {"rope_scaling": kind, "rope_factor": _number(given, "factor")}
     if kind == "llama3":
-        keys |= {
-            "rope_low_freq_factor": "low_freq_factor",
-            "rope_high_freq_factor": "high_freq_factor",
-            "rope_original_length": "original_max_position_embeddings",
+        # transformers prefers the top level, and takes the whole context if the length is nowhere.
+        length = _whole(given, "original_max_position_embeddings", _whole(values, "max_position_embeddings", 2048))
+        settings |= {
+            "rope_low_freq_factor": _number(given, "low_freq_factor"),
+            "rope_high_freq_factor": _number(given, "high_freq_factor"),
+            "rope_original_length": _whole(values, "original_max_position_embeddings", length),
         }
-    elif kind != "linear":
-        raise UserError(f"{file}: rotary scaling {kind!r} is not supported: it must be default, linear or llama3")
-    missing = [key for key in keys.values() if not isinstance(given.get(key), int | float)]
-    if missing:
-        raise UserError(f"{file}: rotary scaling {kind} needs a number for {', '.join(missing)}")
-    settings |= {name: type(getattr(ModelConfig, name))(given[key]) for name, key in keys.items()}
-    return settings | {"rope_scaling": kind}
+    return settings
 
 
 def config_json(config: ModelConfig, context_length: int, dtype: str, bos: int, eos: int) -> dict[str, Any]:

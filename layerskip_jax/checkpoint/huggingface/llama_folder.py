@@ -1,5 +1,6 @@
 """Folders of Hugging Face Llamas: ``config.json``, safetensors and tokenizer files."""
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +11,12 @@ from etils import epath
 from flax import nnx
 
 from layerskip_jax.checkpoint.arrays import named_arrays, on_first_device, stacked_model, with_arrays
-from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
+from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, read_model_config
 from layerskip_jax.checkpoint.huggingface.weights import WeightFiles
 from layerskip_jax.config import Config, ModelConfig
 from layerskip_jax.data.load_tokenizer import find_tokenizer
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
+from layerskip_jax.errors import warn
 from layerskip_jax.model import Block, DecodingBlock, Transformer, compute_dtype
 
 
@@ -31,8 +33,26 @@ class LlamaFolder:
 
     @cached_property
     def config(self) -> Config:
-        """The config of the model; all other settings have their defaults."""
-        return Config(model=read_model_config(self.root))
+        """The config of the model; all other settings have their defaults.
+
+        A ``config.json`` that ties a head which the files store with other values is wrong: the files decide.
+        """
+        model = read_model_config(self.root)
+        if model.tied_embedding and self._files.has_own_head():
+            warn(
+                f"{self.root / CONFIG} says tie_word_embeddings, but the files have a head that differs from the "
+                "embedding: the head of the files is used, and the model is not tied"
+            )
+            model = dataclasses.replace(model, tied_embedding=False)
+        return Config(model=model)
+
+    @cached_property
+    def _files(self) -> WeightFiles:
+        return WeightFiles(self.root)
+
+    def check(self) -> None:
+        """Raise `UserError` unless the headers of the files are those of the model; reads no weights."""
+        self._files.check(self.config.model)
 
     @property
     def tokenizer(self) -> epath.Path:
@@ -45,17 +65,18 @@ class LlamaFolder:
         Each process reads only the shards of its devices. Raises `UserError` for weights that do not match their
         ``config.json``.
         """
-        files = WeightFiles(self.root, self.config.model)
-        return {name: files.array(name, leaf) for name, leaf in target.items()}
+        self.check()
+        return {name: self._files.array(name, leaf) for name, leaf in target.items()}
 
     def model(self, unstacked: bool = False) -> Transformer:
         """Read the model onto the first device, for training or (``unstacked``) for decoding.
 
         For decoding, blocks are read one by one in the compute type, so the host holds no second copy.
         """
+        self.check()
         if not unstacked:
             return stacked_model(self.config.model, self.weights)
-        return _read_unstacked(WeightFiles(self.root, self.config.model), self.config.model)
+        return _read_unstacked(self._files, self.config.model)
 
 
 def _read_unstacked(files: WeightFiles, config: ModelConfig) -> Transformer:

@@ -4,6 +4,7 @@ Hugging Face stores a matrix ``[outputs, inputs]`` for each layer. Here the inpu
 axis, and the layers are stacked in one array.
 """
 
+import contextlib
 import json
 from math import prod
 from typing import Any, NamedTuple
@@ -12,13 +13,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from layerskip_jax.checkpoint.huggingface.config_json import read_json
+from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, read_json
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import file_inside, is_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NO_LIBRARY = "safetensors files need safetensors: pip install layerskip_jax[huggingface]"
+READABLE = ("F64", "F32", "BF16", "F16")
+COMPARED_VALUES = 1 << 24
+"""Values of head and embedding that are in memory when they are compared."""
 FILE_BYTES = 1 << 30
 """Maximum size of an exported file. An export holds one file in memory in addition to the model."""
 
@@ -61,6 +66,20 @@ def stored_tensor(name: str, layer: int | None = None) -> StoredTensor:
     return StoredTensor(f"model.layers.{layer}.{tensor}.weight", inputs)
 
 
+def stored_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
+    """Return the shape of the tensor of the parameter ``name``, for one layer; its suffix names the axes."""
+    sizes = {
+        "D": config.dim,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "F": config.ffn_dim,
+        "V": config.vocab_size,
+    }
+    shape, inputs = tuple(sizes[axis] for axis in name.split("_")[-1]), (MODEL_TENSORS | BLOCK_TENSORS)[name].inputs
+    return (prod(shape[inputs:]), prod(shape[:inputs])) if inputs else shape
+
+
 def safe_open(file: epath.Path) -> Any:
     """Open a safetensors file; raises `UserError` without the library, or if the file cannot be read."""
     try:
@@ -70,29 +89,88 @@ def safe_open(file: epath.Path) -> Any:
     try:
         return safetensors.safe_open(str(file), "numpy")
     except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            if opened.read(20).startswith(b"version https://git-"):
+                raise UserError(f"{file} is a pointer of Git LFS: run `git lfs pull`") from error
         raise UserError(f"cannot read {file} as safetensors: {error}") from error
 
 
-class WeightFiles:
-    """The tensors of a Llama folder, read on demand. Raises `UserError` unless they are the tensors of ``config``."""
+class TensorHeader(NamedTuple):
+    """What a safetensors header says about one tensor, and the file it is in."""
 
-    def __init__(self, folder: epath.Path, config: ModelConfig):
-        self._config = config
-        self._files = {tensor: folder / name for tensor, name in _file_names(folder).items()}
-        needed = {
-            stored_tensor(name).tensor for name in MODEL_TENSORS if not (name == "head_DV" and config.tied_embedding)
-        }
-        needed |= {stored_tensor(name, layer).tensor for name in BLOCK_TENSORS for layer in range(config.num_layers)}
-        ignored = {stored_tensor("head_DV").tensor} if config.tied_embedding else set()
-        unknown = [t for t in self._files if t not in needed | ignored and not t.endswith("rotary_emb.inv_freq")]
+    file: epath.Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class WeightFiles:
+    """The tensors of a Llama folder. The constructor reads the headers only; `array` reads values."""
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self._headers = _read_headers(folder)
+
+    def has_own_head(self) -> bool:
+        """Return whether the files hold a head with other values than the embedding."""
+        embedding, head = (self._headers.get(stored_tensor(name).tensor) for name in ("embedding_VD", "head_DV"))
+        if not embedding or not head or not {embedding.dtype, head.dtype} <= set(READABLE) or len(head.shape) != 2:
+            return False
+        if embedding.shape != head.shape:
+            return True
+        count, width = head.shape
+        rows = max(1, COMPARED_VALUES // max(1, width))
+        with safe_open(embedding.file) as first, safe_open(head.file) as second:
+            tensors = first.get_slice(embedding.name), second.get_slice(head.name)
+            for start in range(0, count, rows):
+                part = slice(start, min(start + rows, count))
+                one, other = (tensor[part].astype(np.float32) for tensor in tensors)
+                if not np.array_equal(one, other, equal_nan=True):
+                    return True
+        return False
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise `UserError` unless the headers describe the model of ``config``; call it before allocating the model.
+
+        A tied model may store its matrix as the embedding or as the head.
+        """
+        if config.num_layers > len(self._headers):  # before the set of all names is built
+            raise UserError(
+                f"{self._folder / CONFIG}: num_hidden_layers is {config.num_layers}, but the files have only "
+                f"{len(self._headers)} tensors"
+            )
+        embedding, head = stored_tensor("embedding_VD").tensor, stored_tensor("head_DV").tensor
+        needed = {stored_tensor(name).tensor: stored_shape(name, config) for name in MODEL_TENSORS}
+        for name in BLOCK_TENSORS:
+            shape = stored_shape(name, config)
+            needed |= {stored_tensor(name, layer).tensor: shape for layer in range(config.num_layers)}
+        if config.tied_embedding:
+            del needed[head]
+            if head in self._headers:
+                self._headers.setdefault(embedding, self._headers[head])
+        elif head not in self._headers and embedding in self._headers:
+            raise UserError(
+                f"{self._folder} lacks {head}: if the embedding is also the head, set tie_word_embeddings to true in "
+                f"its {CONFIG}"
+            )
+        unknown = [t for t in self._headers if t not in {*needed, head} and not t.endswith("rotary_emb.inv_freq")]
         if unknown:
             raise UserError(
-                f"{folder} has tensors that do not belong to the Llama of its config.json, such as {min(unknown)}"
+                f"{self._folder} has tensors that do not belong to the Llama of its {CONFIG}, such as {min(unknown)}"
             )
-        if missing := needed - self._files.keys():
+        if missing := needed.keys() - self._headers.keys():
             raise UserError(
-                f"{folder} lacks {len(missing)} tensors of the Llama of its config.json, such as {min(missing)}"
+                f"{self._folder} lacks {len(missing)} tensors of the Llama of its {CONFIG}, such as {min(missing)}"
             )
+        for tensor, shape in needed.items():
+            header = self._headers[tensor]
+            if header.shape != shape:
+                raise UserError(
+                    f"{header.name} in {header.file} has shape {list(header.shape)}, but its {CONFIG} implies "
+                    f"{list(shape)}"
+                )
+            if header.dtype not in READABLE:
+                raise UserError(f"{header.name} is of type {header.dtype}: only {', '.join(READABLE)} can be read")
 
     def array(self, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         """Read the parameter ``name`` into the shape, type and sharding of ``target``.
@@ -121,18 +199,10 @@ class WeightFiles:
 
     def _slice(self, at: StoredTensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """Return ``parameter[index]`` of a parameter of ``shape``, from its tensor."""
-        n = at.inputs
-        stored = (prod(shape[n:]), prod(shape[:n])) if n else shape
+        n, header = at.inputs, self._headers[at.tensor]
         # Open the file for each tensor: a mapping that stays open keeps every page that was read in memory.
-        with safe_open(self._files[at.tensor]) as file:
-            tensor = file.get_slice(at.tensor)
-            if tuple(tensor.get_shape()) != stored:
-                raise UserError(
-                    f"{at.tensor} in {self._files[at.tensor]} has shape {list(tensor.get_shape())}, but its "
-                    f"config.json implies {list(stored)}"
-                )
-            if tensor.get_dtype() not in ("F32", "BF16", "F16"):
-                raise UserError(f"{at.tensor} is of type {tensor.get_dtype()}: only F32, BF16 and F16 can be read")
+        with safe_open(header.file) as file:
+            tensor = file.get_slice(header.name)
             if n == 0:
                 return tensor[index]
             # Files are sliced only along the first axis of outputs and of inputs; the other axes are cut here.
@@ -142,18 +212,38 @@ class WeightFiles:
             return part[tuple(slice(None) if axis in (0, n) else cut for axis, cut in enumerate(index))]
 
 
-def _file_names(folder: epath.Path) -> dict[str, str]:
-    """Return the name of the file that holds each tensor, from the index or from the only file."""
-    if (folder / INDEX).is_file():
-        names = read_json(folder / INDEX).get("weight_map", {})
-        for name in sorted(set(names.values())):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder} lacks the file {name}, which its {INDEX} names: download it too")
-        return names
-    if (folder / SINGLE).is_file():
-        with safe_open(folder / SINGLE) as file:
-            return dict.fromkeys(file.keys(), SINGLE)
-    raise UserError(f"no weights in {folder}: expected {SINGLE}, or {INDEX} with its files (.bin files are not read)")
+def _read_headers(folder: epath.Path) -> dict[str, TensorHeader]:
+    """Return the headers of all tensors, from the only file or else from the files of the index, as transformers.
+
+    The headers decide which tensors a file has, not the index: an index can be older than its files.
+    """
+    if is_regular(file_inside(folder, SINGLE)):
+        files = [folder / SINGLE]
+    elif is_regular(file_inside(folder, INDEX)):
+        files = _indexed_files(folder)
+    else:
+        raise UserError(
+            f"no weights in {folder}: expected {SINGLE}, or {INDEX} with its files (.bin files are not read)"
+        )
+    headers = {}
+    for file in files:
+        with safe_open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                tensor = opened.get_slice(name)
+                headers[name] = TensorHeader(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
+    return headers
+
+
+def _indexed_files(folder: epath.Path) -> list[epath.Path]:
+    """Return the files that the index names; raises `UserError` if one is missing, or not in the folder."""
+    names = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{folder / INDEX} needs a weight_map of tensors and the names of their files")
+    files = [file_inside(folder, name) for name in sorted(set(names.values()))]
+    for file in files:
+        if not is_regular(file):
+            raise UserError(f"{folder} lacks the file {file.name}, which its {INDEX} names: download it too")
+    return files
 
 
 def _along(group: tuple[int, ...], first: slice) -> slice:

@@ -21,7 +21,7 @@ import numpy as np
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import is_remote, locate
+from layerskip_jax.locations import is_regular, is_remote, locate
 
 METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 30
@@ -188,13 +188,15 @@ class WandbSink:
 def read_records(run_dir: str) -> list[dict[str, Any]]:
     """Return the records of ``RUN_DIR/metrics.jsonl`` in order; none without the file.
 
-    Skips a line that a killed process left half written.
+    Skips lines that are no records, such as one that a killed process left half written.
     """
     path = locate(run_dir) / METRICS
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if is_regular(path) else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**63:
+                records.append(record)
     return records
 
 
