@@ -28,8 +28,9 @@ CHATML = """{%- for message in messages %}
 {% endif %}
 {% if tools is not none %}tools{% endif %}"""
 ODD = (
-    "{% set ns = namespace(n=0) %}{% generation %}{{ messages | tojson }}{% set ns.n = 1 %}"
-    "{% endgeneration %}{{ ns.n }}{{ unknown }}{{ pad_token }}{{ dict(a=1)['a'] }}{{ strftime_now('%Y')[:2] }}{{ '<b>' }}{{ messages[0]['none'] }}"
+    "{% set ns = namespace(n=0) %}{% generation %}{{ messages | tojson }}{% set ns.n = 1 %}{% endgeneration %}"
+    "{{ ns.n }}{{ unknown }}{{ pad_token }}{{ dict(a=1)['a'] }}{{ strftime_now('%Y')[:2] }}{{ '<b>' }}"
+    "{{ messages[0]['none'] }}"
 )
 TEMPLATES = [LLAMA2, CHATML, ODD]
 PROMPTS = ["def x", " naïve 漢字\n", "<s>nested</s>", '"quoted" & <tag>', ""]
