@@ -92,7 +92,9 @@ def test_tokens_beyond_the_vocabulary_have_no_text(exported):
     ("content", "settings", "message"),
     [
         (None, None, "needs its tokenizer_config.json in the same folder"),
-        (None, {"eos_token": "<|end_of_text|>"}, "must name a bos_token that is in the vocabulary, not None"),
+        (None, {"bos_token": "<|begin_of_text|>"}, "must name an eos_token, and generation_config.json has no eos"),
+        (None, {"eos_token": 5}, "a special token must be text, not 5"),
+        (None, {"eos_token": "<|end_of_text|>", "add_bos_token": "no"}, "add_bos_token must be true or false"),
         ("{}", {}, "is not a tokenizer.json"),
         ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, {}, "only byte-level BPE and BPE with"),
     ],

@@ -5,6 +5,7 @@ from etils import epath
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER, SentencePiece
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.data.tokenizer_json import JsonTokenizer
+from layerskip_jax.data.tokenizer_settings import TokenizerSettings
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import file_inside, locate_file
 
@@ -28,13 +29,19 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(f"{path} (data.tokenizer) is too large for a tokenizer: more than {TOKENIZER_BYTES:,} bytes")
     if file.suffix == ".json":
         return JsonTokenizer.read(file)
-    tokenizer = SentencePiece(file.read_bytes())
+    # Other names are of tokenizers that were trained here, maybe in a folder with unrelated JSON files.
+    settings = TokenizerSettings.read(file.parent) if file.name == TOKENIZER else TokenizerSettings()
+    tokenizer = SentencePiece(file.read_bytes(), settings)
     try:
         pieces = len(tokenizer._spelling)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} (data.tokenizer) is not a SentencePiece model, or it is damaged") from error
-    if not pieces or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise UserError(f"{path} (data.tokenizer) must have pieces for the start and the end of a text: BOS, EOS")
+    try:
+        usable = pieces and tokenizer.eos_id >= 0 and tokenizer.companions is not None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if not usable:
+        raise UserError(f"{path} (data.tokenizer) must have a piece for the end of a text: EOS")
     return tokenizer
 
 
