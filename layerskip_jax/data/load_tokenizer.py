@@ -10,7 +10,6 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.locations import file_inside, locate_file
 
 TOKENIZER_BYTES = 1 << 29
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -48,9 +47,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 def find_tokenizer(folder: epath.Path) -> epath.Path | None:
     """Return the tokenizer file in a folder: ``tokenizer.json`` (as in transformers), else ``tokenizer.model``.
 
-    Raises `UserError` if it, or a file that is read and exported with it, is a link out of the folder.
+    Raises `UserError` if it is a link out of the folder.
     """
-    for name in COMPANIONS:
-        file_inside(folder, name)
     files = [file_inside(folder, name) for name in ("tokenizer.json", TOKENIZER)]
     return next((file for file in files if file.is_file()), None)

@@ -10,6 +10,7 @@ from etils import epath
 
 from layerskip_jax.checks import require
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import file_inside, read_limited
 
 SETTINGS = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
@@ -26,9 +27,13 @@ class TokenizerSettings:
 
     @classmethod
     def read(cls, folder: epath.Path) -> Self:
-        """Read the files that are in ``folder``."""
-        files = [folder / name for name in (SETTINGS, SPECIAL_TOKENS, GENERATION, MODEL_CONFIG, CHAT_TEMPLATE)]
-        return cls({file.name: file.read_bytes() for file in files if file.is_file()})
+        """Read the files that are in ``folder``; raises `UserError` for a link out of it."""
+        names = (SETTINGS, SPECIAL_TOKENS, GENERATION, MODEL_CONFIG, CHAT_TEMPLATE)
+        files = {name: file_inside(folder, name) for name in names}
+        try:
+            return cls({name: read_limited(file) for name, file in files.items() if file.is_file()})
+        except OSError as error:
+            raise UserError(f"cannot read the settings of the tokenizer in {folder}: {error}") from error
 
     def _object(self, name: str) -> dict[str, Any]:
         try:
@@ -94,9 +99,11 @@ class TokenizerSettings:
     def kept(self, eos_id: int) -> dict[str, bytes]:
         """Return the files that a run keeps with its tokenizer. ``eos_id`` ends its training documents."""
         kept = {n: self.contents[n] for n in (SETTINGS, SPECIAL_TOKENS, CHAT_TEMPLATE) if n in self.contents}
+        generation = self._object(GENERATION)
         if self.end_ids:
-            ends = {"eos_token_id": list(dict.fromkeys([*self.end_ids, eos_id]))}
-            kept[GENERATION] = json.dumps(self._object(GENERATION) | ends, indent=1).encode()
+            generation |= {"eos_token_id": list(dict.fromkeys([*self.end_ids, eos_id]))}
+        if generation:
+            kept[GENERATION] = json.dumps(generation, indent=1).encode()
         return kept
 
 
