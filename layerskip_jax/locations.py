@@ -37,9 +37,14 @@ def locate_file(path: str) -> epath.Path:
     return located if is_remote(located) else epath.Path(path).expanduser().absolute()
 
 
+def is_regular(path: epath.Path) -> bool:
+    """Return whether ``path`` is a file, and not a pipe or a device, whose readers wait (`epath` counts them too)."""
+    return path.is_file() if is_remote(path) else os.path.isfile(path)
+
+
 def read_limited(file: epath.Path, limit: int = 1 << 26) -> bytes:
     """Read a file that a stranger may have written; `OSError` if it has more than ``limit`` bytes or is no file."""
-    if not file.is_file():  # a pipe would be waited for
+    if not is_regular(file):
         raise OSError("it is missing, or not a file")
     size = epath.Path(file).stat().length
     if size > limit:

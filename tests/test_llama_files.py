@@ -381,16 +381,23 @@ def test_files_have_maximum_sizes(untied, tmp_path, corpus):
         load_tokenizer(str(tmp_path / "tokenizer.model"))
 
 
-def test_pipes_are_not_waited_for(untied):
-    for name in ("model.safetensors", "decode.json", "tokenizer.json"):
-        (untied / name).unlink(missing_ok=True)
-        os.mkfifo(untied / name)
-    with pytest.raises(UserError, match="no weights in"):
-        load_model(str(untied))
-    with pytest.raises(UserError, match="it is missing, or not a file"):
-        swept_settings(str(untied), [])
-    with pytest.raises(UserError, match="has no tokenizer"):
-        load_tokenizer(str(untied / "tokenizer.json"))
+@pytest.mark.parametrize(
+    ("name", "read", "message"),
+    [
+        ("config.json", load_model, "no checkpoint at"),
+        ("model.safetensors", load_model, "no weights in"),
+        (weights.INDEX, load_model, "no weights in"),
+        ("decode.json", lambda folder: swept_settings(folder, []), "it is missing, or not a file"),
+        ("tokenizer.json", lambda folder: load_tokenizer(f"{folder}/tokenizer.json"), "has no tokenizer"),
+    ],
+)
+def test_pipes_are_not_waited_for(untied, name, read, message):
+    (untied / name).unlink(missing_ok=True)
+    if name == weights.INDEX:
+        (untied / "model.safetensors").unlink()
+    os.mkfifo(untied / name)
+    with pytest.raises(UserError, match=message):
+        read(str(untied))
 
 
 def test_a_pointer_of_git_lfs_is_named(untied):

@@ -7,7 +7,7 @@ from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.data.tokenizer_json import JsonTokenizer
 from layerskip_jax.data.tokenizer_settings import TokenizerSettings
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import file_inside, locate_file
+from layerskip_jax.locations import file_inside, is_regular, locate_file
 
 TOKENIZER_BYTES = 1 << 29
 
@@ -15,7 +15,7 @@ TOKENIZER_BYTES = 1 << 29
 def load_tokenizer(path: str) -> Tokenizer:
     """Load a SentencePiece ``.model`` or a ``.json``, local or gs://; raises `UserError` if it cannot be used."""
     file = locate_file(path)
-    if not file.is_file():
+    if not is_regular(file):
         if (file.parent / "config.json").is_file():
             raise UserError(
                 f"the Hugging Face folder {file.parent} has no tokenizer: put its tokenizer.json or "
@@ -50,4 +50,4 @@ def find_tokenizer(folder: epath.Path) -> epath.Path | None:
     Raises `UserError` if it is a link out of the folder.
     """
     files = [file_inside(folder, name) for name in ("tokenizer.json", TOKENIZER)]
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if is_regular(file)), None)

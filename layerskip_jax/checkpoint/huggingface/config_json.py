@@ -7,7 +7,7 @@ from etils import epath
 
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import file_inside, locate, read_limited
+from layerskip_jax.locations import file_inside, is_regular, locate, read_limited
 
 CONFIG = "config.json"
 
@@ -37,7 +37,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 def is_llama_folder(path: str) -> bool:
     """Return whether ``path`` is a folder with a ``config.json``."""
-    return (locate(path) / CONFIG).is_file()
+    return is_regular(locate(path) / CONFIG)
 
 
 def read_json(folder: epath.Path, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from etils import epath
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, read_json
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import file_inside
+from layerskip_jax.locations import file_inside, is_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -217,9 +217,9 @@ def _read_headers(folder: epath.Path) -> dict[str, TensorHeader]:
 
     The headers decide which tensors a file has, not the index: an index can be older than its files.
     """
-    if file_inside(folder, SINGLE).is_file():
+    if is_regular(file_inside(folder, SINGLE)):
         files = [folder / SINGLE]
-    elif file_inside(folder, INDEX).is_file():
+    elif is_regular(file_inside(folder, INDEX)):
         files = _indexed_files(folder)
     else:
         raise UserError(
@@ -241,7 +241,7 @@ def _indexed_files(folder: epath.Path) -> list[epath.Path]:
         raise UserError(f"{folder / INDEX} needs a weight_map of tensors and the names of their files")
     files = [file_inside(folder, name) for name in sorted(set(names.values()))]
     for file in files:
-        if not file.is_file():
+        if not is_regular(file):
             raise UserError(f"{folder} lacks the file {file.name}, which its {INDEX} names: download it too")
     return files
 

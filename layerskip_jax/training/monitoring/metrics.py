@@ -19,7 +19,7 @@ import numpy as np
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import is_remote, locate
+from layerskip_jax.locations import is_regular, is_remote, locate
 
 METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 30
@@ -189,7 +189,7 @@ def read_records(run_dir: str) -> list[dict[str, Any]]:
     """
     path = locate(run_dir) / METRICS
     records = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if is_regular(path) else []:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**63:
