@@ -10,7 +10,7 @@ from etils import epath
 
 from layerskip_jax.checks import require
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import file_inside, read_limited
+from layerskip_jax.locations import file_inside, is_regular, read_limited
 
 SETTINGS = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
@@ -31,7 +31,7 @@ class TokenizerSettings:
         names = (SETTINGS, SPECIAL_TOKENS, GENERATION, MODEL_CONFIG, CHAT_TEMPLATE)
         files = {name: file_inside(folder, name) for name in names}
         try:
-            return cls({name: read_limited(file) for name, file in files.items() if file.is_file()})
+            return cls({name: read_limited(file) for name, file in files.items() if is_regular(file)})
         except OSError as error:
             raise UserError(f"cannot read the settings of the tokenizer in {folder}: {error}") from error
 
