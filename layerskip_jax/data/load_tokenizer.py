@@ -32,7 +32,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} (data.tokenizer) is not a SentencePiece model, or it is damaged") from error
     try:
-        usable = pieces and tokenizer.eos_id >= 0 and tokenizer.companions is not None
+        _ = tokenizer.encode_prompt(""), settings.added_tokens, tokenizer.companions
+        usable = pieces and tokenizer.eos_id >= 0
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not usable:

@@ -64,11 +64,10 @@ class JsonTokenizer(Tokenizer):
     def _add_tokens(self, library: Any, make: Any) -> None:
         """Add the tokens that only ``tokenizer_config.json`` names, in the order of transformers."""
         values, roles = self.settings.values, self.settings.roles
-        decoder = {int(token): value for token, value in values.get("added_tokens_decoder", {}).items()}
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         listed = {
-            token_text(value): make(token_text(value), **{flag: value[flag] for flag in flags if flag in value})
-            for _, value in sorted(decoder.items())
+            token["content"]: make(token["content"], **{flag: token[flag] for flag in flags if flag in token})
+            for token in self.settings.added_tokens
         }
         library.add_tokens(list(listed.values()))
         more = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
