@@ -87,7 +87,7 @@ class TokenizerSettings:
     def chat_template(self) -> str:
         """The chat template; of several with names, ``default``. Raises `UserError` if there is none."""
         if CHAT_TEMPLATE in self.contents:
-            return self.contents[CHAT_TEMPLATE].decode("utf-8", "replace")
+            return self.contents[CHAT_TEMPLATE].decode("utf-8-sig", "replace")
         named = self.values.get("chat_template")
         if isinstance(named, list):
             named = {str(part.get("name")): part.get("template") for part in named if isinstance(part, dict)}
