@@ -17,6 +17,9 @@ BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
 }
 """The alphabet of byte-level BPE (GPT-2): printable Latin-1 bytes keep their character, the others use U+0100 on."""
 
+LARGEST = 1 << 24
+"""Token ids of a stranger's file are below this, so that the list of all tokens fits into memory."""
+
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The roles whose tokens transformers adds to the vocabulary if they are not in it."""
 
@@ -136,7 +139,10 @@ class JsonTokenizer(Tokenizer):
             )
         added = self._library.get_added_tokens_decoder()
         ids = self._library.get_vocab(with_added_tokens=True)
-        spelling = [b""] * (max(ids.values()) + 1)
+        largest = max(ids.values())
+        if largest >= LARGEST:
+            raise UserError(f"the token id {largest} is too large: at most {LARGEST:,} tokens are supported")
+        spelling = [b""] * (largest + 1)
         for text, token in ids.items():
             if token in added:
                 spelling[token] = b"" if added[token].special else text.encode()

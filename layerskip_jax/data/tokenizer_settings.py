@@ -66,7 +66,7 @@ class TokenizerSettings:
     def added_tokens(self) -> list[dict[str, Any]]:
         """The tokens that were added to the vocabulary, with their flags, in the order of their ids."""
         added = self.values.get("added_tokens_decoder") or {}
-        known = isinstance(added, dict) and all(key.isdecimal() for key in added)
+        known = isinstance(added, dict) and all(key.isdecimal() and len(key) < 20 for key in added)
         require(known, f"{SETTINGS}: added_tokens_decoder must be an object of token ids, not {added!r:.60}")
         tokens = [added[key] for key in sorted(added, key=int)]
         return [(token if isinstance(token, dict) else {}) | {"content": token_text(token)} for token in tokens]
