@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from etils import epath
@@ -96,6 +97,12 @@ def test_the_rendered_text(folder, tmp_path):  # noqa: F811
 def test_a_template_that_fails_is_one_line(template):
     with pytest.raises(UserError, match="the chat template does not render: "):
         render_chat(template, [{"role": "user", "content": "x"}], {})
+
+
+def test_jinja2_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2.ext", None)
+    with pytest.raises(UserError, match=r"needs Jinja2: pip install layerskip_jax\[huggingface\]"):
+        render_chat("x", [], {})
 
 
 def test_a_folder_without_a_template_is_one_line(folder, tmp_path):  # noqa: F811

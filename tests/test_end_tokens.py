@@ -1,8 +1,10 @@
 """Several tokens that end a text: from a model's files, in every strategy and batch; stop strings of special tokens."""
 
 import json
+import types
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from corpora import VOCABULARY
 from etils import epath
@@ -16,6 +18,7 @@ from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.commands import decode
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.data.pipeline import _ToRow
 from layerskip_jax.data.tokenizer_settings import TokenizerSettings
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.confident_exit import ConfidentExit
@@ -26,6 +29,7 @@ from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation.likelihood import log_likelihoods
 from layerskip_jax.training.checkpoints import Checkpoints
 
 STRATEGIES = [
@@ -154,10 +158,6 @@ def spoken(monkeypatch, generator, tokens):
     from layerskip_jax.decoding import text
 
     def fake(model, prompts, new, strategy, *, eos, on_rounds=None, **_):
-        import types
-
-        import numpy as np
-
         row = list(tokens)
         for n in range(1, len(tokens) + 1):
             if on_rounds is not None:
@@ -233,6 +233,15 @@ def test_a_tokenizer_larger_than_the_model_opens(folder, tmp_path, model, capsys
     assert "4 tokens from 1 prompt" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"prompt 0 has a token outside the model's vocabulary 0\.\.339"):
         decode.main([str(small), "--prompt", "def [PAD]", "--max_new_tokens", "4", "--quiet"])
+
+
+def test_tokens_that_the_model_lacks_are_refused_wherever_texts_are_scored(model):
+    row = {"tokens": np.array([1, 7]), "tokens_segment_ids": np.array([1, 1])}
+    with pytest.raises(UserError, match="a document has the token 7, beyond the model's vocabulary of 7"):
+        _ToRow(False, 7)(row)
+    assert _ToRow(False, 8)(row)["targets_BT"].tolist() == [7]
+    with pytest.raises(UserError, match="a text has the token 340, beyond the model's vocabulary of 340"):
+        log_likelihoods(model, [([1], [2, VOCABULARY])], 4, 64, 1)
 
 
 def test_exported_tokenizer_files_follow_the_bos_policy(folder, tmp_path):

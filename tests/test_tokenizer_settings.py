@@ -1,8 +1,8 @@
 """The files of a tokenizer decide: settings that tokenizer.json can store, BOS and EOS, lone surrogates, U+2581."""
 
+import contextlib
 import json
 import pickle
-import warnings
 
 import pytest
 import sentencepiece
@@ -143,10 +143,53 @@ def test_the_settings_next_to_a_sentencepiece_model_decide(corpus, tmp_path, con
     assert tokenizer.fingerprint() == ours.fingerprint()
 
 
-def test_a_second_bos_gets_a_warning(plain, tmp_path):
+def test_a_second_bos_gets_one_warning(plain, tmp_path, capsys):
     tokenizer = write(tmp_path / "files", plain["byte_level"] | {"post_processor": template("<s>", "$A")}, NAMES)
-    with pytest.warns(UserWarning, match="starts with BOS twice"):
-        assert tokenizer.encode_prompt("<s>def")[:2] == [1, 1]
+    assert tokenizer.encode_prompt("def") == [1, *tokenizer.encode("def")]
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        assert tokenizer.encode_prompt("<s>def") == [1, 1, *tokenizer.encode("def")]
+    assert capsys.readouterr().err.count("WARNING: a text starts with BOS twice") == 1
+
+
+def test_config_json_names_eos_where_the_tokenizer_does_not(plain, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain["byte_level"]))
+    with pytest.raises(UserError, match=r"needs its tokenizer_config\.json in the same folder"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": [2, 5]}')
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_tokens(400)) == (None, 2, (2, 5))
+    assert list(tokenizer.files) == ["tokenizer.json"]
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": "<unk>"}')
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 500) | st.sampled_from(["<s>", "</s>", "", "x", "1", "[PAD]"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["1", "content", "400"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+KEYS = ["bos_token", "eos_token", "pad_token", "add_bos_token", "added_tokens_decoder", "extra_special_tokens"]
+
+
+@given(
+    config=st.dictionaries(st.sampled_from([*KEYS, "chat_template", "split_special_tokens"]), anything), end=anything
+)
+def test_any_settings_are_read_or_refused(plain, corpus, tmp_path_factory, config, end):
+    folder = tmp_path_factory.getbasetemp() / "any_settings"
+    with contextlib.suppress(UserError):
+        write(folder, plain["byte_fallback"], config)
+    (folder / "tokenizer.model").write_bytes(load_tokenizer(corpus.tokenizer).model)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    for name in ("tokenizer.json", "tokenizer.model"):
+        with contextlib.suppress(UserError):
+            tokenizer = load_tokenizer(str(folder / name))
+            tokenizer.end_tokens(340)
+            assert tokenizer.decode(tokenizer.encode("def x")) == "def x"
+            tokenizer.encode_chat([{"role": "user", "content": "x"}])
 
 
 # Against transformers
@@ -226,12 +269,10 @@ def test_ids_equal_those_of_transformers(
     else:
         values["added_tokens"] += sorted(entries, key=lambda entry: entry["id"])
     folder = tmp_path_factory.getbasetemp() / "random_tokenizer"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ours = write(folder, values, NAMES | config)
-        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-        assert ours.encode_prompt(text) == theirs(text).input_ids
-        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+    ours = write(folder, values, NAMES | config)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert ours.encode_prompt(text) == theirs(text).input_ids
+    assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (theirs.bos_token_id, theirs.eos_token_id, len(theirs))
 
 

@@ -36,7 +36,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} (data.tokenizer) is not a SentencePiece model, or it is damaged") from error
     try:
-        usable = pieces and tokenizer.eos_id >= 0 and tokenizer.companions is not None
+        _ = settings.flag("add_bos_token"), settings.flag("add_eos_token"), settings.added_tokens, tokenizer.companions
+        usable = pieces and tokenizer.eos_id >= 0
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not usable:

@@ -11,7 +11,7 @@ import sentencepiece
 
 from layerskip_jax.data.documents import Documents
 from layerskip_jax.data.tokenizer import SPACE, Tokenizer, valid_text
-from layerskip_jax.data.tokenizer_settings import SETTINGS, TokenizerSettings, token_text
+from layerskip_jax.data.tokenizer_settings import SETTINGS, TokenizerSettings
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import locate
 
@@ -94,7 +94,7 @@ class SentencePiece(Tokenizer):
 
     def _encode_rendered(self, text: str) -> list[int]:
         processor = self._processor
-        for name in map(token_text, self.settings.values.get("added_tokens_decoder", {}).values()):
+        for name in (token["content"] for token in self.settings.added_tokens):
             if name in text and processor.id_to_piece(processor.piece_to_id(name)) != name:
                 raise UserError(f"{TOKENIZER} lacks the token {name} of {SETTINGS}: put a tokenizer.json next to it")
         names = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))

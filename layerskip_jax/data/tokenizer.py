@@ -3,13 +3,12 @@
 import abc
 import codecs
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from layerskip_jax.data.chat import render_chat
 from layerskip_jax.data.tokenizer_settings import TokenizerSettings
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, warn
 
 SPACE = "\u2581"
 """SentencePiece stores a space as this character. Where a text contains the character itself, `SentencePiece.encode`
@@ -94,8 +93,15 @@ class Tokenizer(abc.ABC):
         """
         ids = self._encode_with_special_tokens(text)
         if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
-            warnings.warn("a text starts with BOS twice: it spells the BOS that the tokenizer adds", stacklevel=2)
+            _ = self._two_bos
         return ids
+
+    @cached_property
+    def _two_bos(self) -> None:
+        """Warn at the first access only: a corpus can have many such texts."""
+        warn(
+            "a text starts with BOS twice, because it spells the BOS that the tokenizer adds: leave it out of the text"
+        )
 
     def _encode_with_special_tokens(self, text: str) -> list[int]:
         before = [] if self.bos_id is None or self.settings.flag("add_bos_token") is False else [self.bos_id]

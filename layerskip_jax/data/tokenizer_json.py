@@ -17,6 +17,9 @@ BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
 }
 """The alphabet of byte-level BPE (GPT-2): printable Latin-1 bytes keep their character, the others use U+0100 on."""
 
+LARGEST = 1 << 24
+"""Token ids of a stranger's file are below this, so that the list of all tokens fits into memory."""
+
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The roles whose tokens transformers adds to the vocabulary if they are not in it."""
 
@@ -39,9 +42,12 @@ class JsonTokenizer(Tokenizer):
         tokenizer = cls(file.read_bytes(), TokenizerSettings.read(file.parent))
         try:
             _ = tokenizer._library, tokenizer._spelling, tokenizer.bos_id, tokenizer.eos_id, tokenizer.companions
+            tokenizer.encode_prompt("a")  # a post-processor with unknown tokens fails only here
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
-        except Exception as error:  # the library raises plain Exception
+        except BaseException as error:  # the library raises plain Exception, and a panic of Rust is not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise UserError(f"{file} (data.tokenizer) is not a tokenizer.json: {error}") from error
         return tokenizer
 
@@ -64,11 +70,10 @@ class JsonTokenizer(Tokenizer):
     def _add_tokens(self, library: Any, make: Any) -> None:
         """Add the tokens that only ``tokenizer_config.json`` names, in the order of transformers."""
         values, roles = self.settings.values, self.settings.roles
-        decoder = {int(token): value for token, value in values.get("added_tokens_decoder", {}).items()}
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         listed = {
-            token_text(value): make(token_text(value), **{flag: value[flag] for flag in flags if flag in value})
-            for _, value in sorted(decoder.items())
+            token["content"]: make(token["content"], **{flag: token[flag] for flag in flags if flag in token})
+            for token in self.settings.added_tokens
         }
         library.add_tokens(list(listed.values()))
         more = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
@@ -137,7 +142,10 @@ class JsonTokenizer(Tokenizer):
             )
         added = self._library.get_added_tokens_decoder()
         ids = self._library.get_vocab(with_added_tokens=True)
-        spelling = [b""] * (max(ids.values()) + 1)
+        largest = max(ids.values())
+        if largest >= LARGEST:
+            raise UserError(f"the token id {largest} is too large: at most {LARGEST:,} tokens are supported")
+        spelling = [b""] * (largest + 1)
         for text, token in ids.items():
             if token in added:
                 spelling[token] = b"" if added[token].special else text.encode()

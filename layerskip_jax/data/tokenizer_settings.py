@@ -68,6 +68,15 @@ class TokenizerSettings:
         }
 
     @property
+    def added_tokens(self) -> list[dict[str, Any]]:
+        """The tokens that were added to the vocabulary, with their flags, in the order of their ids."""
+        added = self.values.get("added_tokens_decoder") or {}
+        known = isinstance(added, dict) and all(key.isdecimal() and len(key) < 20 for key in added)
+        require(known, f"{SETTINGS}: added_tokens_decoder must be an object of token ids, not {added!r:.60}")
+        tokens = [added[key] for key in sorted(added, key=int)]
+        return [(token if isinstance(token, dict) else {}) | {"content": token_text(token)} for token in tokens]
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end a text, as the model's files list them: one, several or none."""
         for name in (GENERATION, MODEL_CONFIG):
@@ -83,7 +92,7 @@ class TokenizerSettings:
     def chat_template(self) -> str:
         """The chat template; of several with names, ``default``. Raises `UserError` if there is none."""
         if CHAT_TEMPLATE in self.contents:
-            return self.contents[CHAT_TEMPLATE].decode("utf-8", "replace")
+            return self.contents[CHAT_TEMPLATE].decode("utf-8-sig", "replace")
         named = self.values.get("chat_template")
         if isinstance(named, list):
             named = {str(part.get("name")): part.get("template") for part in named if isinstance(part, dict)}

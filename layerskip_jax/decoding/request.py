@@ -57,7 +57,7 @@ def check_request(
     )
     require(_is_listed(prompts), f"prompts must be a list of lists of token ids, not {prompts!r:.40}")
     require(len(prompts) > 0, "there is no prompt: give at least one")
-    ends: Sequence[Any] = eos if isinstance(eos, Sequence) and not isinstance(eos, str | bytes) else [eos]
+    ends: Any = eos if _is_listed(eos) and not isinstance(eos, str | bytes) else [eos]
     numbers = [("max_new_tokens", max_new_tokens, 1), ("seed", seed, -(2**31)), *(("eos", token, -1) for token in ends)]
     for name, value, least in numbers:
         require(_is_whole(value), f"{name} must be a whole number, not {value!r}")
