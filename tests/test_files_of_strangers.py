@@ -195,6 +195,31 @@ def test_held_out_text_prepares_no_corpus(run, tmp_path):
     assert open_documents(read_config(find_checkpoint(run)).data, "validation", prepare=False)
 
 
+def no_special_tokens(values):
+    values["post_processor"]["special_tokens"] = {}
+
+
+def rename_special_token(values):
+    tokens = values["post_processor"]["special_tokens"]
+    tokens["x"] = tokens.pop("<s>")
+
+
+def add_prefix(values):
+    values["model"]["continuing_subword_prefix"] = "x" * 50
+
+
+@pytest.mark.parametrize("change", [no_special_tokens, rename_special_token, add_prefix])
+def test_a_tokenizer_json_that_makes_the_library_panic_is_refused(trained_run, tmp_path, change):
+    """A panic of Rust is no `Exception`."""
+    export_model(trained_run, str(tmp_path / "hf"))
+    file = tmp_path / "hf" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="tokenizer.json"):
+        load_tokenizer(str(file))
+
+
 @pytest.fixture(scope="module")
 def victims(trained_run, tmp_path_factory):
     found = []
