@@ -216,7 +216,7 @@ def test_a_tokenizer_json_that_makes_the_library_panic_is_refused(trained_run, t
     values = json.loads(file.read_text())
     change(values)
     file.write_text(json.dumps(values))
-    with pytest.raises(UserError, match="tokenizer.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
         load_tokenizer(str(file))
 
 
