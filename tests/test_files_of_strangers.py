@@ -20,6 +20,7 @@ from layerskip_jax.checkpoint.swept import SWEPT, store_swept, swept_settings
 from layerskip_jax.command_line import add_config_option, make_parser
 from layerskip_jax.commands import decode
 from layerskip_jax.commands.export import export_model
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.decoding import cost
@@ -136,7 +137,7 @@ def test_a_link_out_of_the_folder_is_neither_read_nor_written(trained_run, tmp_p
     secret.write_text('{"secret": 1}')
     file.symlink_to(secret)
     with pytest.raises(UserError, match=f"'{name}' in .* leads out of the folder"):
-        store_swept(str(folder), {}, {}) if name == SWEPT else load_model(str(folder))
+        store_swept(str(folder), {}, {}) if name == SWEPT else load_tokenizer(str(load_model(str(folder))[2]))
     if name == SWEPT:
         with pytest.raises(UserError, match="leads out of the folder"):
             swept_settings(str(folder), [])
@@ -192,6 +193,31 @@ def test_held_out_text_prepares_no_corpus(run, tmp_path):
         checkpoint_quality(str(folder), batches=1)
     assert not data.exists()
     assert open_documents(read_config(find_checkpoint(run)).data, "validation", prepare=False)
+
+
+def no_special_tokens(values):
+    values["post_processor"]["special_tokens"] = {}
+
+
+def rename_special_token(values):
+    tokens = values["post_processor"]["special_tokens"]
+    tokens["x"] = tokens.pop("<s>")
+
+
+def add_prefix(values):
+    values["model"]["continuing_subword_prefix"] = "x" * 50
+
+
+@pytest.mark.parametrize("change", [no_special_tokens, rename_special_token, add_prefix])
+def test_a_tokenizer_json_that_makes_the_library_panic_is_refused(trained_run, tmp_path, change):
+    """A panic of Rust is no `Exception`."""
+    export_model(trained_run, str(tmp_path / "hf"))
+    file = tmp_path / "hf" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_tokenizer(str(file))
 
 
 @pytest.fixture(scope="module")

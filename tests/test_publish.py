@@ -1,14 +1,19 @@
 """The model card that an export writes, and publishing."""
 
+import dataclasses
+import json
 import shutil
 
 import huggingface_hub
 import pytest
 import yaml
 
+from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.commands import layerskip
 from layerskip_jax.commands.export import export_model
+from layerskip_jax.config import OptimizerConfig, TrainConfig
 from layerskip_jax.errors import UserError
+from layerskip_jax.training.loop import train
 from layerskip_jax.training.monitoring.metrics import read_records
 
 
@@ -129,3 +134,33 @@ def test_what_cannot_be_published_is_one_line(exported, tmp_path, monkeypatch, c
 def test_a_run_is_exported_first(trained_run):
     with pytest.raises(UserError, match=r"is a run: write it as a Hugging Face folder with layerskip export"):
         layerskip.main(["publish", trained_run, "me/my-model", "--dry_run"])
+
+
+@pytest.mark.parametrize("ends", [[2, 5], 2, None])
+def test_an_export_after_init_from_keeps_the_settings_of_the_folder(exported, corpus, tmp_path, ends):
+    """The chat template, every end token and the defaults of sampling are those of the weights it started from."""
+    base, template = tmp_path / "base", "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    shutil.copytree(exported, base)
+    (base / "chat_template.jinja").write_text(template)
+    given = {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "eos_token_id": ends}
+    (base / "generation_config.json").write_text(json.dumps({k: v for k, v in given.items() if v is not None}))
+    config = open_model_folder(str(base)).config
+    train(
+        dataclasses.replace(
+            config,
+            data=dataclasses.replace(corpus, tokenizer=str(base / "tokenizer.json")),
+            train=TrainConfig(
+                str(tmp_path / "run"), steps=1, batch_size=8, evaluate_batches=1, loss_chunk=32, init_from=str(base)
+            ),
+            optimizer=OptimizerConfig(warmup_steps=0),
+        )
+    )
+    export_model(str(tmp_path / "run"), str(tmp_path / "new"))
+    assert (tmp_path / "new" / "chat_template.jinja").read_text() == template
+    found = json.loads((tmp_path / "new" / "generation_config.json").read_text())
+    assert {name: found[name] for name in ("temperature", "top_p", "do_sample")} == {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "do_sample": True,
+    }
+    assert found["eos_token_id"] == ([2, 5] if ends == [2, 5] else 2)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from layerskip_jax.checks import require
 from layerskip_jax.decoding.request import round_up
 from layerskip_jax.evaluation.exits import token_scores
 from layerskip_jax.model import Transformer
@@ -22,6 +23,8 @@ def log_likelihoods(
     beginning. Lengths are rounded up (`round_up`), and one program is compiled for each.
     """
     rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in pairs]
+    largest, vocabulary = max((max(row) for row in rows if row), default=0), model.config.vocab_size
+    require(largest < vocabulary, f"a text has the token {largest}, beyond the model's vocabulary of {vocabulary}")
     results: dict[int, tuple[float, bool]] = {}
     longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     for batch in _batches(longest_first, batch_size):

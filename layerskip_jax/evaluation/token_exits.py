@@ -102,11 +102,12 @@ def acceptance_by_exit(continuations: Sequence[np.ndarray], draft_length: int) -
 def token_exits(model: Transformer, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> TokenExits:
     """Continue ``prompt`` greedily with an unstacked model, and predict every new token from every exit."""
     ids = tokenizer.encode_prompt(prompt)
-    result = generate(model, [ids], new_tokens, Autoregressive(Greedy()), eos=tokenizer.eos_id)
+    ends = tokenizer.end_tokens(model.config.vocab_size)
+    result = generate(model, [ids], new_tokens, Autoregressive(Greedy()), eos=ends)
     (next_LT,) = predict_continuations(model, [ids], result.tokens)
 
     def spell(token: int) -> str:
-        return tokenizer.decode([token]) or ("\u27e8end\u27e9" if token == tokenizer.eos_id else f"\u27e8{token}\u27e9")
+        return tokenizer.decode([token]) or ("\u27e8end\u27e9" if token in ends else f"\u27e8{token}\u27e9")
 
     predicted = [[spell(token) for token in next_L] for next_L in next_LT.T.tolist()]
     return TokenExits(prompt, predicted, settling_exits(next_LT).tolist())
