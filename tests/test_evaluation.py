@@ -170,7 +170,7 @@ def test_examples_from_every_file_format(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{\n")
     (tmp_path / "none.csv").write_text("a,b\n")
     for name, message in [
-        ("bad.jsonl", "cannot read examples from"),
+        ("bad.jsonl", "bad.jsonl line 1 is not JSON"),
         ("none.csv", "has no examples"),
         ("nowhere.csv", "cannot read examples from"),
         ("a.txt", r"must be a \.jsonl, \.csv or \.tsv file"),
@@ -258,6 +258,7 @@ def test_a_custom_task(trained_run, files, capsys, tmp_path):
 
 def test_wrong_tasks(trained_run, files, tmp_path):
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "no_test.jsonl").write_text(json.dumps({k: v for k, v in SOLVED.items() if k != "test"}))
     for argv, message in [
         (["--task", "xsun"], "no task 'xsun'; did you mean 'xsum'"),
         (["--task", "topv2"], "give --task NAME=FILE, with the fields semantic_parse, utterance"),
@@ -265,7 +266,8 @@ def test_wrong_tasks(trained_run, files, tmp_path):
             ["--task", f"cnn_dm={files}/cnn_dm.jsonl", "--shots", "3"],
             "has 3 examples, but the task needs more than its 3 shots",
         ),
-        (["--task", f"xsum={files}/cnn_dm.jsonl"], "have no field 'document'.*they have article, highlights"),
+        (["--task", f"xsum={files}/cnn_dm.jsonl"], "line 1 has no field 'document'.*it has article, highlights"),
+        (["--task", f"humaneval={tmp_path}/no_test.jsonl", "--run_code"], "line 1 has no field 'test'"),
         (["--task", f"{tmp_path}/empty.py={files}/xsum.jsonl"], r"has no get_task\(\) -> Task"),
         (["--task", f"{tmp_path}/none.py={files}/xsum.jsonl"], "no task file"),
         (["--task", f"xsum={files}/xsum.jsonl", "--limit", "0"], "--limit: must be at least 1"),

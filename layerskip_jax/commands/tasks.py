@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -30,7 +31,7 @@ from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.text import Completion, TextGenerator
 from layerskip_jax.errors import UserError, nearest
-from layerskip_jax.evaluation.examples import TaskExamples, read_file, read_tfds, require_fields
+from layerskip_jax.evaluation.examples import TaskExamples, read_file, read_tfds
 from layerskip_jax.evaluation.tasks import TASKS, Task
 from layerskip_jax.model import Transformer
 
@@ -72,10 +73,10 @@ def run_task(
     """Generate answers with ``settings`` and score them.
 
     ``model`` is unstacked (`Transformer.unstacked`). Prompts are cut to ``prompt_tokens``. The task sets stop strings
-    and the number of new tokens. Raises `UserError` for an example that lacks a field of the task.
+    and the number of new tokens. Raises `UserError` for an example without a text in a field of the task.
     """
-    for example in (*examples.shots, *examples.asked):
-        require_fields(example, task.fields)
+    for example, field in itertools.product((*examples.shots, *examples.asked), task.fields):
+        _ = example[field]  # raises now, not after the other answers were generated
     settings = dataclasses.replace(settings, stop=task.stop, max_new_tokens=task.max_new_tokens)
     generator = TextGenerator(model, tokenizer, settings)
 
