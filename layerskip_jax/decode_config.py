@@ -47,11 +47,12 @@ class DecodeConfig:
         check_fields(self)
         require(self.exit_layer >= 0, f"exit_layer must be 0 (automatic) or in 1..L, not {self.exit_layer}")
         require(1 <= self.draft_length < 64, f"draft_length must be in 1..63, not {self.draft_length}")
-        require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        fits = 1 <= self.max_new_tokens < 2**31
+        require(fits, f"max_new_tokens must be at least 1 and below 2**31, not {self.max_new_tokens}")
         sampled = 1e-6 <= self.temperature <= 1e6
         require(sampled or self.temperature == 0, f"temperature must be 0 or in [1e-6, 1e6], not {self.temperature}")
         require(-(2**31) <= self.seed < 2**32, f"seed must be in {-(2**31)}..{2**32 - 1}, not {self.seed}")
-        require(self.top_k >= 0, f"top_k must be 0 (off) or positive, not {self.top_k}")
+        require(0 <= self.top_k < 2**31, f"top_k must be 0 (off) or in 1..{2**31 - 1}, not {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}")
         require("" not in self.stop, "a stop string must not be empty")
         require_rising("exits", self.exits)

@@ -25,6 +25,11 @@ class Interrupted(Exception):  # noqa: N818  (not an error)
         """The exit status that a shell reports for the signal: 130 for SIGINT, 143 for SIGTERM."""
 
 
+def warn(line: str) -> None:
+    """Print a warning on stderr, in one line."""
+    print(f"WARNING: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known word, or ``""`` when none is close.
 

@@ -1,7 +1,9 @@
 """Exit quality against a plain computation; tasks and their scores; the sandbox of generated code."""
 
+import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from models import tiny_model
 
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint
+from layerskip_jax.commands import decode, sweep
 from layerskip_jax.commands import evaluate as command
 from layerskip_jax.commands import tasks as generation
 from layerskip_jax.config import DecodeConfig
@@ -244,6 +247,35 @@ def test_lossless_modes_give_the_same_texts_and_early_exit_its_own(trained_run, 
         one_layer, load_tokenizer(str(tokenizer)), task, TaskExamples(examples, []), settings, prompt_tokens=100
     )
     assert [answer.completion.text for answer in answered] == early
+
+
+def test_texts_longer_than_the_context_get_one_warning_with_both_lengths(trained_run, files, capsys, monkeypatch):
+    _, config, tokenizer_path = load_model(trained_run)
+    tokens = len(load_tokenizer(str(tokenizer_path)).encode_prompt("x = " * 20))
+    context = config.data.sequence_length
+    assert tokens > context
+
+    def measure(*_):
+        raise StopIteration  # the warning comes first
+
+    def warnings_of(main, *argv):
+        with contextlib.suppress(StopIteration):
+            main([trained_run, *argv])
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING")]
+
+    monkeypatch.setattr(sweep, "sweep", measure)
+    new = ["--max_new_tokens", "2"]
+    for main in (decode.main, sweep.main):
+        (line,) = warnings_of(main, "--prompt", "x", "--prompt", "x = " * 20, *new)
+        assert f"{tokens + 2} tokens, more than the model's context of {context}" in line
+        assert warnings_of(main, "--prompt", "x", *new) == []
+    (line,) = warnings_of(command.main, "--batches", "1", "--data.sequence_length", str(2 * context))
+    assert f"data.sequence_length is {2 * context} tokens, more than the model's context of {context}" in line
+    assert warnings_of(command.main, "--batches", "1") == []
+    task = ["--task", f"xsum={files / 'xsum.jsonl'}", "--limit", "1", "--ignore_eos"]
+    (line,) = warnings_of(generation.main, *task, "--prompt_tokens", "90", "--max_new_tokens", str(context))
+    assert re.search(rf"xsum: the longest prompt and answer have \d+ tokens, more than .* context of {context}", line)
+    assert warnings_of(generation.main, *task, "--max_new_tokens", "2") == []
 
 
 def test_a_custom_task(trained_run, files, capsys, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder
+from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder, warn_beyond_context
 from layerskip_jax.checkpoint.swept import swept_settings
 from layerskip_jax.command_line import (
     OneLineParser,
@@ -46,6 +46,7 @@ class TaskResult:
     examples: int
     scores: Mapping[str, float]
     shortened: int  # prompts that were cut to fit
+    longest: int  # tokens of the longest prompt with its answer
     new_tokens: int
     tokens_per_second: float  # of the rounds alone, without prefill and compilation
     acceptance: float
@@ -100,6 +101,7 @@ def run_task(
         examples=len(examples.asked),
         scores={name: statistics.fmean(a.scores[name] for a in answered) for name in task.scores},
         shortened=sum(cut for _, cut in prompts),
+        longest=max(len(generator.encode(a.completion.prompt)) + len(a.completion.tokens) for a in answered),
         new_tokens=sum(len(a.completion.tokens) for a in answered),
         tokens_per_second=new_tokens / sum(part.seconds for part in parts),
         acceptance=sum(part.accepted for part in parts) / drafted if drafted else math.nan,
@@ -217,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
             prompt_tokens=options.prompt_tokens or _prompt_room(context_length(config), task.max_new_tokens),
             batch_size=options.batch_size,
         )
+        warn_beyond_context(config, results[name].longest, f"{name}: the longest prompt and answer have")
         if options.json:
             for answer in answered if options.answers else []:
                 print(json.dumps({"task": name} | dataclasses.asdict(answer)))
