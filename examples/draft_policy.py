@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     policy = Careful(resolve_exit_layer(config.decode_settings, config.model.num_layers), draft_length=4)
     # `AdaptiveSpeculative` verifies no more positions than a round drafted; `SelfSpeculative` would verify d+1.
     strategy, length = AdaptiveSpeculative(Greedy(), policy), config.decode.max_new_tokens
-    result = generate(model, [tokenizer.encode_prompt(options.prompt)], length, strategy, eos=tokenizer.eos_id)
+    eos = tokenizer.end_tokens(model.config.vocab_size)
+    result = generate(model, [tokenizer.encode_prompt(options.prompt)], length, strategy, eos=eos)
     print(options.prompt + tokenizer.decode(result.tokens[0]))
     print(f"acceptance {result.acceptance:.1%}, {result.tokens_per_round:.2f} tokens per round")
 

@@ -39,8 +39,9 @@ class DecodeConfig:
     top_k: int = setting(0, "sample only among the k most likely tokens; 0 is all")
     top_p: float = setting(1.0, "sample only among the most likely tokens with this total probability; 1 is all")
     seed: int = setting(0, "seed of sampling; every batch of prompts gets its own random numbers")
-    ignore_eos: bool = setting(False, "do not stop at the end-of-text token (for benchmarks)")
-    stop: tuple[str, ...] = setting((), "strings that end the text; the text does not include them")
+    ignore_eos: bool = setting(False, "do not stop at the tokens that end a text (for benchmarks)")
+    stop: tuple[str, ...] = setting((), "strings that end the text, which leaves them out; special tokens too")
+    chat: bool = setting(False, "take each prompt as a user's message, and render the model's chat template")
     stream_every: int = setting(1, "streaming: rounds between updates of the text [rounds]")
 
     def __post_init__(self) -> None:

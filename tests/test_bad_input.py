@@ -106,7 +106,7 @@ BAD_PROMPTS = [
 BAD_NEW = [(value, "max_new_tokens") for value in (0, -1, -(1 << 70), 1 << 36, 1 << 70, 2.0, NAN, "3", None, True)]
 BAD_LENGTHS = [(value, "max_length") for value in (0, 1, -5, -(1 << 70), 2.5, "60", True)]
 TOO_LARGE = [(1 << 31, "GiB"), ((1 << 32) - 1, "GiB")]  # exceeds any memory
-BAD_EOS = [(value, "eos") for value in (-2, V, 1 << 40, 1.5, None, "</s>", NAN)]
+BAD_EOS = [(value, "eos") for value in (-2, V, 1 << 40, 1.5, None, "</s>", NAN, [2, V], (2, None))]
 BAD_SEEDS = [(value, "seed") for value in (1 << 32, -(1 << 40), 1 << 70, 0.5, None, "x")]
 
 

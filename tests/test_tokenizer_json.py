@@ -14,6 +14,7 @@ from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import SPACE
 from layerskip_jax.errors import UserError
 
+EOS = {"eos_token": "<|end_of_text|>"}
 TEXTS = st.text(
     st.one_of(st.sampled_from(" \n\tabdefx=("), st.characters(codec="utf-8", exclude_characters=SPACE + "<"))
 )
@@ -92,8 +93,11 @@ def test_tokens_beyond_the_vocabulary_have_no_text(exported):
     ("content", "settings", "message"),
     [
         (None, None, "needs its tokenizer_config.json in the same folder"),
-        (None, {"eos_token": "<|end_of_text|>"}, "must name a bos_token that is in the vocabulary, not None"),
+        (None, {"bos_token": "<|begin_of_text|>"}, "must name an eos_token, and generation_config.json has no eos"),
+        (None, {"eos_token": 5}, "a special token must be text, not 5"),
+        (None, {"eos_token": "<|end_of_text|>", "add_bos_token": "no"}, "add_bos_token must be true or false"),
         ("{}", {}, "is not a tokenizer.json"),
+        ({"model": {"type": "BPE", "vocab": {"a": 4_000_000_000}, "merges": []}}, EOS, "4000000000 is too large"),
         ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, {}, "only byte-level BPE and BPE with"),
     ],
 )

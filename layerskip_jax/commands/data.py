@@ -69,7 +69,7 @@ def _tokenizer(config: Config, overwrite: bool) -> None:
     documents = open_documents(config.data, config.data.train_split)
     tokenizer = train_tokenizer(documents, path, config.model.vocab_size)
     sample = [str(documents[i]) for i in np.linspace(0, len(documents) - 1, 20).astype(int)]
-    bytes_, tokens = sum(len(text.encode()) for text in sample), sum(len(tokenizer.encode(text)) for text in sample)
+    bytes_, tokens = sum(map(_size, sample)), sum(len(tokenizer.encode(text)) for text in sample)
     print(f"{path}: {tokenizer.vocab_size} pieces, {bytes_ / tokens:.2f} bytes a token")
 
 

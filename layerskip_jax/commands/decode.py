@@ -88,7 +88,11 @@ def main(argv: list[str] | None = None) -> None:
         else:
             answers.append(generator.generate(batch, first=number * options.batch_size))
             for completion in [] if options.quiet else answers[-1].completions:
-                print(json.dumps(dataclasses.asdict(completion)) if options.json else terminal.shown(completion))
+                print(
+                    json.dumps(dataclasses.asdict(completion))
+                    if options.json
+                    else terminal.shown(completion, settings.chat)
+                )
                 sys.stdout.flush()
     report = terminal.Report.from_answers(answers, model.config, settings, measured_bandwidth())
     if options.compare:

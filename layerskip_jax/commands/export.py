@@ -36,12 +36,12 @@ def export_model(run: str, folder: str, dtype: DType = "float32") -> Config:
         raise UserError(f"{folder} exists: name a new folder, or remove it first")
     model, config, tokenizer_path = load_model(run)
     tokenizer = load_tokenizer(str(tokenizer_path))
-    files = tokenizer_files(tokenizer)
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    files = tokenizer.companions | tokenizer_files(tokenizer)
+    bos, (eos, *others) = tokenizer.bos_id, tokenizer.settings.end_ids or (tokenizer.eos_id,)
     settings = config_json(config.model, context_length(config), dtype, bos, eos)
-    generation = {
+    generation = json.loads(files.get("generation_config.json", b"{}")) | {
         "bos_token_id": bos,
-        "eos_token_id": eos,
+        "eos_token_id": [eos, *others] if others else eos,
         # transformers reads the draft length for generate(assistant_early_exit=E) only from this file.
         "num_assistant_tokens": config.decode_settings.draft_length,
         "num_assistant_tokens_schedule": "constant",

@@ -69,7 +69,11 @@ class Measurement:
 
 
 def measure(
-    model: Transformer, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig], repeats: int, eos: int = -1
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    configs: Sequence[DecodeConfig],
+    repeats: int,
+    eos: Sequence[int] = (),
 ) -> list[Measurement]:
     """Time plain decoding and each of ``configs`` alternately, ``repeats`` times, after one run of each to compile.
 
@@ -143,7 +147,7 @@ def sweep(
     exits: Sequence[int],
     draft_lengths: Sequence[int],
     repeats: int,
-    eos: int = -1,
+    eos: Sequence[int] = (),
 ) -> tuple[list[Measurement], list[Measurement], Overhead]:
     """Measure plain decoding and every pair of exit and draft length, then plain decoding and three finalists.
 
@@ -257,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [tokenizer.encode_prompt(text) for text in texts]
     longest = max(map(len, prompts))
     warn_beyond_context(config, longest + settings.max_new_tokens, "the longest prompt and max_new_tokens are")
-    eos = -1 if settings.ignore_eos else tokenizer.eos_id
+    eos = () if settings.ignore_eos else tokenizer.end_tokens(config.model.vocab_size)
     model = with_weights(model, settings.weights)
     grid, finals, overhead = sweep(model, prompts, settings, exits, lengths, options.repeats, eos)
 

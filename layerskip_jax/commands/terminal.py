@@ -18,9 +18,10 @@ def _paint(text: str, colour: str) -> str:
     return f"{colour}{text}{END}" if sys.stdout.isatty() else text
 
 
-def shown(completion: Completion) -> str:
-    """Return the prompt and the text, with the prompt dimmed on a terminal."""
-    return f"{_paint(completion.prompt, DIM)}{completion.text}\n{'-' * 40}"
+def shown(completion: Completion, chat: bool = False) -> str:
+    """Return the prompt and the text, with the prompt dimmed on a terminal; a chat has a line for each."""
+    between = "\n" if chat else ""
+    return f"{_paint(completion.prompt, DIM)}{between}{completion.text}\n{'-' * 40}"
 
 
 def warn_untrained_exit(config: Config, settings: DecodeConfig) -> None:
@@ -38,7 +39,7 @@ def stream(generator: TextGenerator, prompt: str, config: DecodeConfig) -> Answe
     """Print one completion as it is generated; self-speculation prints accepted drafts in green."""
     if config.mode == "self_speculative" and sys.stdout.isatty():
         print(_paint("accepted drafts of the early layers", GREEN), "/", _paint("tokens of the full model", YELLOW))
-    print(_paint(prompt, DIM), end="", flush=True)
+    print(_paint(prompt, DIM), end="\n" if config.chat else "", flush=True)
 
     def show(piece: Piece) -> None:
         speculates = config.mode == "self_speculative"

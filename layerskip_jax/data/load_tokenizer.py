@@ -5,6 +5,7 @@ from etils import epath
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER, SentencePiece
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.data.tokenizer_json import JsonTokenizer
+from layerskip_jax.data.tokenizer_settings import TokenizerSettings
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import locate
 
@@ -23,13 +24,20 @@ def load_tokenizer(path: str) -> Tokenizer:
         )
     if file.suffix == ".json":
         return JsonTokenizer.read(file)
-    tokenizer = SentencePiece(file.read_bytes())
+    # Other names are of tokenizers that were trained here, maybe in a folder with unrelated JSON files.
+    settings = TokenizerSettings.read(file.parent) if file.name == TOKENIZER else TokenizerSettings()
+    tokenizer = SentencePiece(file.read_bytes(), settings)
     try:
         pieces = len(tokenizer._spelling)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} (data.tokenizer) is not a SentencePiece model, or it is damaged") from error
-    if not pieces or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise UserError(f"{path} (data.tokenizer) must have pieces for the start and the end of a text: BOS, EOS")
+    try:
+        _ = settings.flag("add_bos_token"), settings.flag("add_eos_token"), settings.added_tokens, tokenizer.companions
+        usable = pieces and tokenizer.eos_id >= 0
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if not usable:
+        raise UserError(f"{path} (data.tokenizer) must have a piece for the end of a text: EOS")
     return tokenizer
 
 

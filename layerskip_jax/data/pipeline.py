@@ -101,7 +101,7 @@ def _pack(config: Config, documents: grain.MapDataset) -> grain.IterDataset:
         rows = grain.experimental.FirstFitPackIterDataset(tokens, length_struct=lengths, num_packing_bins=PACKING_BINS)
     else:
         rows = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"tokens": length})
-    return rows.map(_ToRow(config.data.cross_document_attention))
+    return rows.map(_ToRow(config.data.cross_document_attention, config.model.vocab_size))
 
 
 def _in_worker(dataset: grain.IterDataset) -> grain.IterDataset:
@@ -220,18 +220,23 @@ def _report_pairs_without_room(pairs: Sequence[Document], tokenize: _TokenizePai
 
 
 def document_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Return the int32 tokens of one training document: BOS, the text, EOS."""
-    return np.array([*tokenizer.encode_prompt(text), tokenizer.eos_id], np.int32)
+    """Return the int32 tokens of one training document, see `Tokenizer.encode_document`."""
+    return np.array(tokenizer.encode_document(text), np.int32)
 
 
 class _ToRow:
     """Turn T+1 packed tokens into inputs, targets, segments and mask of T predictions."""
 
-    def __init__(self, cross_documents: bool):
-        self._cross_documents = cross_documents
+    def __init__(self, cross_documents: bool, vocab_size: int):
+        self._cross_documents, self._vocab_size = cross_documents, vocab_size
 
     def __call__(self, packed: dict[str, Any]) -> dict[str, np.ndarray]:
         tokens, segments = packed["tokens"], packed["tokens_segment_ids"]
+        if tokens.max() >= self._vocab_size:  # a tokenizer can have special tokens that the model lacks
+            raise UserError(
+                f"a document has the token {tokens.max()}, beyond the model's vocabulary of {self._vocab_size} "
+                "(model.vocab_size): remove the special tokens that it spells"
+            )
         counts = segments[1:] > 0
         if self._cross_documents:
             segments = (segments > 0).astype(np.int32)

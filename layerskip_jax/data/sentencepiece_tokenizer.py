@@ -1,14 +1,17 @@
 """SentencePiece tokenizers, and their training on any source."""
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import sentencepiece
 
 from layerskip_jax.data.documents import Documents
-from layerskip_jax.data.tokenizer import SPACE, Tokenizer
+from layerskip_jax.data.tokenizer import SPACE, Tokenizer, valid_text
+from layerskip_jax.data.tokenizer_settings import SETTINGS, TokenizerSettings
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import locate
 
@@ -19,16 +22,26 @@ TOKENIZER = "tokenizer.model"
 
 @dataclass(frozen=True)
 class SentencePiece(Tokenizer):
-    """A SentencePiece model."""
+    """A SentencePiece model. The files next to a ``tokenizer.model`` can name other special tokens."""
 
     model: bytes = field(repr=False)
+    settings: TokenizerSettings = field(repr=False, default=TokenizerSettings())
 
     @cached_property
     def _processor(self) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
 
-    def __getstate__(self) -> dict[str, bytes]:
-        return {"model": self.model}
+    @cached_property
+    def _inner(self) -> sentencepiece.SentencePieceProcessor:
+        """The model without its dummy prefix, for the parts of a text after the first."""
+        model = parse_model(self.model)
+        if not model.normalizer_spec.add_dummy_prefix:
+            return self._processor
+        model.normalizer_spec.add_dummy_prefix = False
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "settings": self.settings}
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -38,24 +51,59 @@ class SentencePiece(Tokenizer):
     def vocab_size(self) -> int:
         return self._processor.vocab_size()
 
-    @property
-    def bos_id(self) -> int:
-        return self._processor.bos_id()
+    @cached_property
+    def bos_id(self) -> int | None:
+        token = self.special_tokens.get(self.settings.roles.get("bos_token", ""), self._processor.bos_id())
+        return None if token < 0 else token
 
-    @property
+    @cached_property
     def eos_id(self) -> int:
-        return self._processor.eos_id()
+        token = self.special_tokens.get(self.settings.roles.get("eos_token", ""), self._processor.eos_id())
+        return next(iter(self.settings.end_ids), -1) if token < 0 else token
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        processor = self._processor
+        control = (token for token in range(processor.vocab_size()) if processor.is_control(token))
+        return {processor.id_to_piece(token): token for token in control}
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``; `decode` restores any text exactly.
 
         A model trained with a dummy prefix, such as Llama 2's, adds a space in front.
         """
+        return self._encode_parts(valid_text(text), self._processor)
+
+    def _encode_parts(self, text: str, processor: sentencepiece.SentencePieceProcessor) -> list[int]:
+        """Encode ``text`` with ``processor``, and what follows a `SPACE` in it without a dummy prefix."""
+        first, *rest = text.split(SPACE)
+        ids = processor.encode(first)
+        if rest and not first and processor is not self._inner:  # the library adds no prefix to an empty text
+            ids = [token for token in [processor.piece_to_id(SPACE)] if not processor.is_unknown(token)]
+        for part in rest:
+            in_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+            ids += in_bytes if all(map(processor.is_byte, in_bytes)) else [processor.unk_id()]
+            ids += self._inner.encode(part)
+        return ids
+
+    @property
+    def _roles(self) -> dict[str, str]:
+        names = {token: name for name, token in self.special_tokens.items()}
+        own = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return {role: names[token] for role, token in own.items() if token in names} | super()._roles
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        processor = self._processor
+        for name in (token["content"] for token in self.settings.added_tokens):
+            if name in text and processor.id_to_piece(processor.piece_to_id(name)) != name:
+                raise UserError(f"{TOKENIZER} lacks the token {name} of {SETTINGS}: put a tokenizer.json next to it")
+        names = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
         ids: list[int] = []
-        for part, piece in enumerate(text.split(SPACE)):
-            if part:
-                ids.extend(self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode())
-            ids.extend(self._processor.encode(piece.encode("utf-8", "replace").decode()))
+        for part in re.split(f"({names})", valid_text(text)) if names else [text]:
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
+            elif part:
+                ids += self._encode_parts(part, self._inner if ids else processor)
         return ids
 
     @cached_property
@@ -72,6 +120,14 @@ class SentencePiece(Tokenizer):
             else:
                 spelling.append(text.replace(SPACE, " ").encode())
         return spelling
+
+
+def parse_model(model: bytes) -> Any:
+    """Return the protocol buffer of a SentencePiece model."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2  # its classes are created at import, so mypy does not know them
+    return proto.ModelProto.FromString(model)
 
 
 def train_tokenizer(documents: Documents, path: str, vocab_size: int, sample_bytes: int = 8_000_000) -> SentencePiece:
@@ -123,8 +179,8 @@ def _sentences(documents: Documents, sample_bytes: int) -> Iterator[str]:
     for i in range(count):
         text = str(documents[i * stride % count])
         for start in range(0, len(text), 4000):
-            piece = text[start : start + 4000].replace("\0", " ")
-            taken += len(piece.encode("utf-8", "replace"))
+            piece = valid_text(text[start : start + 4000]).replace("\0", " ")
+            taken += len(piece.encode())
             yield piece
         if taken >= sample_bytes:
             return

@@ -7,10 +7,9 @@ from typing import Any
 
 from etils import epath
 
-from layerskip_jax.data.tokenizer import SPACE, Tokenizer
+from layerskip_jax.data.tokenizer import SPACE, Tokenizer, valid_text
+from layerskip_jax.data.tokenizer_settings import SETTINGS, TokenizerSettings, token_text
 from layerskip_jax.errors import UserError
-
-SETTINGS = "tokenizer_config.json"
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
@@ -18,26 +17,31 @@ BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
 }
 """The alphabet of byte-level BPE (GPT-2): printable Latin-1 bytes keep their character, the others use U+0100 on."""
 
+LARGEST = 1 << 24
+"""Token ids of a stranger's file are below this, so that the list of all tokens fits into memory."""
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The roles whose tokens transformers adds to the vocabulary if they are not in it."""
+
 
 @dataclass(frozen=True)
 class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json`` with its ``tokenizer_config.json``, which names BOS and EOS.
+    """A ``tokenizer.json`` with the files next to it; ``tokenizer_config.json`` names BOS and EOS.
 
-    Special tokens written out in a text are encoded as such, as in transformers.
+    Token ids are those of transformers: special tokens written out in a text are encoded as such, and the
+    post-processor adds BOS, unless ``add_bos_token`` says otherwise. Truncation, padding and BPE dropout, which the
+    file may store, are off.
     """
 
     json: bytes = field(repr=False)
-    settings: bytes = field(repr=False)
+    settings: TokenizerSettings = field(repr=False, default=TokenizerSettings())
 
     @classmethod
     def read(cls, file: epath.Path) -> "JsonTokenizer":
-        """Read both files; raises `UserError` if one is missing, or for a tokenizer that cannot be decoded to bytes."""
-        settings = file.parent / SETTINGS
-        if not settings.is_file():
-            raise UserError(f"{file} needs its {SETTINGS} in the same folder: that file names BOS and EOS")
-        tokenizer = cls(file.read_bytes(), settings.read_bytes())
+        """Read the files; raises `UserError` if EOS is missing, or for a tokenizer that cannot be decoded to bytes."""
+        tokenizer = cls(file.read_bytes(), TokenizerSettings.read(file.parent))
         try:
-            _ = tokenizer._library, tokenizer._spelling, tokenizer.bos_id, tokenizer.eos_id
+            _ = tokenizer._library, tokenizer._spelling, tokenizer.bos_id, tokenizer.eos_id, tokenizer.companions
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
         except Exception as error:  # the library raises plain Exception
@@ -50,37 +54,80 @@ class JsonTokenizer(Tokenizer):
             import tokenizers
         except ImportError:
             raise UserError("a tokenizer.json needs tokenizers: pip install layerskip_jax[huggingface]") from None
-        return tokenizers.Tokenizer.from_buffer(self.json)
+        library = tokenizers.Tokenizer.from_buffer(self.json)
+        library.no_truncation()
+        library.no_padding()
+        if getattr(library.model, "dropout", None):
+            library.model.dropout = None
+        library.encode_special_tokens = bool(self.settings.flag("split_special_tokens"))
+        self._add_tokens(library, tokenizers.AddedToken)
+        self._set_post_processor(library, tokenizers.processors.TemplateProcessing)
+        return library
 
-    def __getstate__(self) -> dict[str, bytes]:
+    def _add_tokens(self, library: Any, make: Any) -> None:
+        """Add the tokens that only ``tokenizer_config.json`` names, in the order of transformers."""
+        values, roles = self.settings.values, self.settings.roles
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        listed = {
+            token["content"]: make(token["content"], **{flag: token[flag] for flag in flags if flag in token})
+            for token in self.settings.added_tokens
+        }
+        library.add_tokens(list(listed.values()))
+        more = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
+        names = [roles[role] for role in dict.fromkeys([*NAMED, *roles]) if role in roles]
+        names += [token_text(value) for value in (more.values() if isinstance(more, dict) else more)]
+        library.add_special_tokens([listed.get(name) or make(name, special=True, normalized=False) for name in names])
+
+    def _set_post_processor(self, library: Any, make: Any) -> None:
+        """Let ``add_bos_token`` and ``add_eos_token`` decide, where they are given, instead of the post-processor."""
+        flags = {role: self.settings.flag(f"add_{role}_token") for role in ("bos", "eos")}
+        if all(flag is None for flag in flags.values()):
+            return
+        added = library.encode("").ids
+        ids = {name: library.token_to_id(name) for name in self.settings.roles.values()}
+        names = [self.settings.roles.get(f"{role}_token") for role in flags]
+        adds = [
+            name and (ids[name] in added if flag is None else flag)
+            for name, flag in zip(names, flags.values(), strict=True)
+        ]
+        parts = [names[0] if adds[0] else None, "$A", names[1] if adds[1] else None]
+        library.post_processor = make(single=[f"{part}:0" for part in parts if part], special_tokens=list(ids.items()))
+
+    def __getstate__(self) -> dict[str, Any]:
         return {"json": self.json, "settings": self.settings}
 
     @property
     def files(self) -> dict[str, bytes]:
-        return {"tokenizer.json": self.json, SETTINGS: self.settings}
+        settings = self.settings.contents.get(SETTINGS)
+        return {"tokenizer.json": self.json} | ({} if settings is None else {SETTINGS: settings})
 
     @property
     def vocab_size(self) -> int:
         return len(self._spelling)
 
     @cached_property
-    def bos_id(self) -> int:
-        return self._special_token_id("bos_token")
+    def bos_id(self) -> int | None:
+        return self._library.token_to_id(self.settings.roles.get("bos_token", ""))
 
     @cached_property
     def eos_id(self) -> int:
-        return self._special_token_id("eos_token")
+        token = self._library.token_to_id(self.settings.roles.get("eos_token", ""))
+        if token is None and not self.settings.end_ids:
+            if SETTINGS not in self.settings.contents:
+                raise UserError(f"it needs its {SETTINGS} in the same folder: that file names BOS and EOS")
+            raise UserError(f"{SETTINGS} must name an eos_token, and generation_config.json has no eos_token_id")
+        return self.settings.end_ids[0] if token is None else token
 
-    def _special_token_id(self, role: str) -> int:
-        name = json.loads(self.settings).get(role)
-        name = name["content"] if isinstance(name, dict) else name
-        token = self._library.token_to_id(name) if name else None
-        if token is None:
-            raise UserError(f"{SETTINGS} must name a {role} that is in the vocabulary, not {name!r}")
-        return token
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        added = self._library.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
-        return self._library.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+        return self._library.encode(valid_text(text), add_special_tokens=False).ids
+
+    def _encode_with_special_tokens(self, text: str) -> list[int]:
+        return self._library.encode(valid_text(text)).ids
 
     @cached_property
     def _spelling(self) -> list[bytes]:
@@ -92,12 +139,16 @@ class JsonTokenizer(Tokenizer):
             )
         added = self._library.get_added_tokens_decoder()
         ids = self._library.get_vocab(with_added_tokens=True)
-        spelling = [b""] * (max(ids.values()) + 1)
+        largest = max(ids.values())
+        if largest >= LARGEST:
+            raise UserError(f"the token id {largest} is too large: at most {LARGEST:,} tokens are supported")
+        spelling = [b""] * (largest + 1)
         for text, token in ids.items():
             if token in added:
                 spelling[token] = b"" if added[token].special else text.encode()
             elif byte_level:
-                spelling[token] = bytes(BYTE_OF[character] for character in text)
+                in_alphabet = all(character in BYTE_OF for character in text)
+                spelling[token] = bytes(BYTE_OF[character] for character in text) if in_alphabet else text.encode()
             elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
                 spelling[token] = bytes([int(text[3:5], 16)])
             else:

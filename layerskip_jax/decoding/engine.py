@@ -72,7 +72,7 @@ def begin(
     max_new_tokens: int,
     strategy: Strategy,
     *,
-    eos: int = -1,
+    eos: int | Sequence[int] = -1,
     seed: int = 0,
     max_length: int | None = None,
 ) -> DecodeState:
@@ -90,7 +90,7 @@ def begin(
         tokens_BS[row, : len(prompt)] = prompt
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
     limit_B = np.minimum(length_B.astype(np.int64) + max_new_tokens, max_length).astype(np.int32)
-    tokens, length, limit, end = map(jnp.asarray, (tokens_BS, length_B, limit_B, np.int32(eos)))
+    tokens, length, limit, end = map(jnp.asarray, (tokens_BS, length_B, limit_B, np.array(eos, np.int32, ndmin=1)))
     return prefill(strategy, model, Request(tokens, length, limit, end, jax.random.key(seed)), width)
 
 
@@ -100,13 +100,15 @@ def generate(
     max_new_tokens: int,
     strategy: Strategy,
     *,
-    eos: int = -1,
+    eos: int | Sequence[int] = -1,
     seed: int = 0,
     max_length: int | None = None,
     on_rounds: OnRounds | None = None,
     rounds_per_call: int = 1,
 ) -> Generation:
     """Continue ``prompts`` (token ids, of any lengths) by up to ``max_new_tokens`` each, in one jitted loop.
+
+    A row ends at the first token of ``eos``: one, several, or -1 for none.
 
     With ``on_rounds``, the loop returns to the host after every ``rounds_per_call`` rounds and calls it, for streaming
     and stop strings. Raises `UserError` as `begin` does, and if the logits of a row are not finite.

@@ -42,7 +42,7 @@ def check_request(
     max_new_tokens: int,
     max_length: int | None,
     strategy: Strategy,
-    eos: int,
+    eos: int | Sequence[int],
     seed: int,
 ) -> int:
     """Check a request and return its ``max_length``, by default the length of the longest prompt + ``max_new_tokens``.
@@ -57,13 +57,16 @@ def check_request(
     )
     require(_is_listed(prompts), f"prompts must be a list of lists of token ids, not {prompts!r:.40}")
     require(len(prompts) > 0, "there is no prompt: give at least one")
-    for name, value, least in [("max_new_tokens", max_new_tokens, 1), ("eos", eos, -1), ("seed", seed, -(2**31))]:
+    ends: Any = eos if _is_listed(eos) and not isinstance(eos, str | bytes) else [eos]
+    numbers = [("max_new_tokens", max_new_tokens, 1), ("seed", seed, -(2**31)), *(("eos", token, -1) for token in ends)]
+    for name, value, least in numbers:
         require(_is_whole(value), f"{name} must be a whole number, not {value!r}")
         require(least <= value < 2**32, f"{name} must be in {least}..{2**32 - 1}, not {value}")
-    require(
-        eos < config.vocab_size,
-        f"eos {eos} is outside the model's vocabulary 0..{config.vocab_size - 1}: give one of its tokens, or -1",
-    )
+    for token in ends:
+        require(
+            token < config.vocab_size,
+            f"eos {token} is outside the model's vocabulary 0..{config.vocab_size - 1}: give its tokens, or -1",
+        )
     check_strategy(config, strategy)
     for row, prompt in enumerate(prompts):
         _check_prompt(config, row, prompt)

@@ -53,7 +53,7 @@ class DecodeState:
     length_B: jax.Array  # known tokens
     limit_B: jax.Array  # number of known tokens at which a row is done
     done_B: jax.Array
-    eos: jax.Array  # the token that ends a row; -1 for none
+    eos: jax.Array  # the tokens that end a row: one or several; -1 for none
     cache: KVQCache
     policy_state: Any  # what the draft policy has learned
     key: jax.Array
@@ -66,7 +66,7 @@ class DecodeState:
 
 
 def emit(state: DecodeState, draft_Bd: jax.Array, accepted_B: jax.Array, next_B: jax.Array) -> DecodeState:
-    """Append each row's accepted drafts and the token after them; end a row after EOS, `NO_TOKEN` or at its limit.
+    """Append each row's accepted drafts and the token after them; end a row after an EOS, `NO_TOKEN` or at its limit.
 
     Q = d+1 slots of every row are overwritten, for which the capacity leaves room. ``length_B`` says how many of them
     are known: none in a row that was done before.
@@ -74,7 +74,7 @@ def emit(state: DecodeState, draft_Bd: jax.Array, accepted_B: jax.Array, next_B:
     slot_BQ = jnp.arange(draft_Bd.shape[1] + 1)[None]
     is_draft_BQ = slot_BQ < accepted_B[:, None]
     new_BQ = jnp.where(is_draft_BQ, jnp.pad(draft_Bd, ((0, 0), (0, 1))), next_B[:, None])
-    is_eos_BQ = ((new_BQ == state.eos) | (new_BQ == NO_TOKEN)) & (slot_BQ <= accepted_B[:, None])
+    is_eos_BQ = (jnp.isin(new_BQ, state.eos) | (new_BQ == NO_TOKEN)) & (slot_BQ <= accepted_B[:, None])
     has_eos_B = jnp.any(is_eos_BQ, axis=1)
     count_B = jnp.where(has_eos_B, jnp.argmax(is_eos_BQ, axis=1), accepted_B) + 1
     room_B = state.limit_B - state.length_B

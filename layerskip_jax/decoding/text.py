@@ -51,13 +51,18 @@ class TextGenerator:
     """Generate text with an `unstacked` model and the strategy that a `DecodeConfig` asks for."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: DecodeConfig):
-        tokenizer.check_vocabulary(model.config.vocab_size, padded=True)
+        vocabulary = model.config.vocab_size
+        if tokenizer.vocab_size > 2 * vocabulary:  # it cannot be the model's, with a few tokens added
+            tokenizer.check_vocabulary(vocabulary, padded=True)
         self.tokenizer, self.config = tokenizer, config
-        self._eos = -1 if config.ignore_eos else tokenizer.eos_id
+        self._ends = () if config.ignore_eos else tokenizer.end_tokens(vocabulary)
+        self._marks, self._stops = _mark_special_tokens(tokenizer, config.stop)
         self.model, self.strategy = configure(config, model)
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, BOS included."""
+        """Return the token ids of a prompt, BOS included, or (``chat``) of a conversation that it opens."""
+        if self.config.chat:
+            return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
         return self.tokenizer.encode_prompt(prompt)
 
     def generate(self, prompts: Sequence[str], show: Callable[[Piece], None] | None = None, first: int = 0) -> Answer:
@@ -76,14 +81,14 @@ class TextGenerator:
             if not self.config.stop:
                 return [False] * len(ids)
             new = [row[len(prompt) :] for row, prompt in zip(known_tokens(text), ids, strict=True)]
-            return [self.stop_at(self.partial_text(row)) >= 0 for row in new]
+            return [self._stop_at(self._read(row, partial=True)) >= 0 for row in new]
 
         generation = generate(
             self.model,
             ids,
             self.config.max_new_tokens,
             self.strategy,
-            eos=self._eos,
+            eos=self._ends,
             seed=int(np.random.SeedSequence((self.config.seed % 2**32, first)).generate_state(1)[0]),
             on_rounds=on_rounds if show or self.config.stop else None,
             rounds_per_call=self.config.stream_every if show else ROUNDS_BETWEEN_STOP_CHECKS,
@@ -91,32 +96,69 @@ class TextGenerator:
         return Answer([self._complete(*row) for row in zip(prompts, generation.tokens, strict=True)], generation)
 
     def text(self, new: Sequence[int]) -> str:
-        """Decode generated tokens without the EOS."""
-        return self.tokenizer.decode([token for token in new if token != self._eos])
+        """Decode generated tokens without the token that ends them."""
+        return self._visible(self._read(new))
 
     def partial_text(self, new: Sequence[int]) -> str:
-        """Decode the tokens generated so far, without EOS and without the bytes of an unfinished character."""
-        return self.tokenizer.decode_partial([token for token in new if token != self._eos])
+        """Decode the tokens generated so far, without the bytes of an unfinished character."""
+        return self._visible(self._read(new, partial=True))
 
-    def stop_at(self, text: str) -> int:
+    def _read(self, new: Sequence[int], partial: bool = False) -> str:
+        """Decode tokens, with a mark for each special token that a stop string has."""
+        parts: list[str] = []
+        rest: list[int] = []
+        for token in new:
+            if token in self._marks:
+                parts += [self.tokenizer.decode(rest), self._marks[token]]
+                rest = []
+            elif token not in self._ends:
+                rest.append(token)
+        return "".join([*parts, (self.tokenizer.decode_partial if partial else self.tokenizer.decode)(rest)])
+
+    def _visible(self, text: str) -> str:
+        return text.translate(dict.fromkeys(map(ord, self._marks.values()))) if self._marks else text
+
+    def _stop_at(self, text: str) -> int:
         """Return the index at which the first stop string begins in ``text``, or -1."""
-        return min((index for index in map(text.find, self.config.stop) if index >= 0), default=-1)
+        return min((index for index in map(text.find, self._stops) if index >= 0), default=-1)
 
     def cut(self, new: list[int]) -> tuple[str, list[int]] | None:
         """Return the text before the first stop string in ``new`` and the tokens up to its end; None without one."""
-        text = self.text(new) if self.config.stop else ""
-        if self.stop_at(text) < 0:
+        text = self._read(new) if self._stops else ""
+        if self._stop_at(text) < 0:
             return None
         # Cut after the fewest tokens that contain a stop string, so the result does not depend on `rounds_per_call`.
-        contains_stop = lambda n: self.stop_at(self.partial_text(new[:n])) >= 0  # noqa: E731
+        contains_stop = lambda n: self._stop_at(self._read(new[:n], partial=True)) >= 0  # noqa: E731
         needed = 1 + bisect.bisect_left(range(1, len(new)), True, key=contains_stop)
-        text = self.partial_text(new[:needed]) if needed < len(new) else text
-        return text[: self.stop_at(text)], new[:needed]
+        text = self._read(new[:needed], partial=True) if needed < len(new) else text
+        return self._visible(text[: self._stop_at(text)]), new[:needed]
+
+    def held_back(self, new: list[int]) -> int:
+        """Return how many characters at the end of the text may be the beginning of a stop string."""
+        text = self._read(new, partial=True)
+        held = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        return len(self._visible(text[len(text) - held :]))
 
     def _complete(self, prompt: str, new: list[int]) -> Completion:
         if stopped := self.cut(new):
             return Completion(prompt, *stopped, "stop")
-        return Completion(prompt, self.text(new), new, "eos" if new and new[-1] == self._eos else "length")
+        return Completion(prompt, self.text(new), new, "eos" if new and new[-1] in self._ends else "length")
+
+
+def _mark_special_tokens(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[dict[int, str], tuple[str, ...]]:
+    """Return a mark for each special token that is in a stop string, and the stop strings with and without marks.
+
+    A special token has no text. The marks are lone surrogates, which no decoded text has.
+    """
+    names = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    found = [name for name in names if name and any(name in stop for stop in stops)]
+    marks = {name: chr(0xD800 + number) for number, name in enumerate(found)}
+    marked = list(stops)
+    for name, mark in marks.items():
+        marked = [stop.replace(name, mark) for stop in marked]
+    return {tokenizer.special_tokens[name]: mark for name, mark in marks.items()}, tuple(
+        dict.fromkeys([*stops, *marked])
+    )
 
 
 class _Stream:
@@ -136,7 +178,7 @@ class _Stream:
         is_draft, done = host.drafted_BS[0, self._prompt_length :], bool(host.done_B[0])
         text = self._generator.text(new) if done else self._generator.partial_text(new)
         stopped = self._generator.cut(new)
-        end = len(stopped[0]) if stopped else len(text) - (0 if done else self._held_back(text))
+        end = len(stopped[0]) if stopped else len(text) - (0 if done else self._generator.held_back(new))
         pieces = []
         for count in range(self._tokens + 1, len(new) + 1):
             if count == len(new) or is_draft[count] != is_draft[count - 1]:
@@ -146,8 +188,3 @@ class _Stream:
                     self._shown = until
         self._tokens = len(new)
         return pieces
-
-    def _held_back(self, text: str) -> int:
-        """Return the length of the longest suffix of ``text`` that is the beginning of a stop string."""
-        stops = self._generator.config.stop
-        return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

@@ -38,6 +38,8 @@ def log_likelihoods(
         )
     batch_size = min(batch_size, len(pairs))
     rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in pairs]
+    largest, vocabulary = max((max(row) for row in rows if row), default=0), model.config.vocab_size
+    require(largest < vocabulary, f"a text has the token {largest}, beyond the model's vocabulary of {vocabulary}")
     results: dict[int, tuple[float, bool]] = {}
     longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     for batch in _batches(longest_first, batch_size):

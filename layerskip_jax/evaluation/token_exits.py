@@ -43,7 +43,9 @@ def settling_exits(next_LT: np.ndarray) -> np.ndarray:
 def token_exits(model: Transformer, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> TokenExits:
     """Continue ``prompt`` greedily with an unstacked model, and predict every new token from every exit."""
     ids = tokenizer.encode_prompt(prompt)
-    result = generate(model, [ids], new_tokens, Autoregressive(Greedy()), eos=tokenizer.eos_id)
+    result = generate(
+        model, [ids], new_tokens, Autoregressive(Greedy()), eos=tokenizer.end_tokens(model.config.vocab_size)
+    )
     text = [*ids, *result.tokens[0]]
     width = round_up(len(text))
     tokens_1T = jnp.zeros((1, width), jnp.int32).at[0, : len(text)].set(jnp.array(text))

@@ -87,9 +87,10 @@ class Checkpoints:
             )
 
     def save_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Copy the tokenizer to the folder of the checkpoints, so that they need no other file."""
+        """Copy the tokenizer's files to the folder of the checkpoints, so that they need no others."""
         self._tokenizer = tokenizer.files
-        for name, content in tokenizer.files.items() if jax.process_index() == 0 else ():
+        files = tokenizer.companions | tokenizer.files
+        for name, content in files.items() if jax.process_index() == 0 else ():
             partial, file = self.folder / f"{name}.begun", self.folder / name
             if not file.exists():
                 partial.write_bytes(content)

@@ -112,7 +112,7 @@ def _rotary(file: epath.Path, values: dict[str, Any]) -> dict[str, Any]:
     return settings | {"rope_scaling": kind}
 
 
-def config_json(config: ModelConfig, context_length: int, dtype: str, bos: int, eos: int) -> dict[str, Any]:
+def config_json(config: ModelConfig, context_length: int, dtype: str, bos: int | None, eos: int) -> dict[str, Any]:
     """Return the ``config.json`` of an exported model, with keys that both transformers 4 and 5 read."""
     scaling: dict[str, Any] | None = None
     if config.rope_scaling != "none":

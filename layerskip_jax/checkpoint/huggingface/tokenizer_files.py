@@ -5,9 +5,9 @@ from typing import Any
 
 import sentencepiece
 
-from layerskip_jax.data.sentencepiece_tokenizer import SentencePiece
+from layerskip_jax.data.sentencepiece_tokenizer import SentencePiece, parse_model
 from layerskip_jax.data.tokenizer import SPACE, Tokenizer
-from layerskip_jax.data.tokenizer_json import SETTINGS
+from layerskip_jax.data.tokenizer_settings import SETTINGS
 from layerskip_jax.errors import UserError
 
 
@@ -20,24 +20,21 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     if not isinstance(tokenizer, SentencePiece):
         return tokenizer.files
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
-    bos, eos, unk = (processor.id_to_piece(i) for i in (tokenizer.bos_id, tokenizer.eos_id, processor.unk_id()))
+    roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": processor.unk_id()}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "unk_token": unk,
+        **{role: None if token is None else processor.id_to_piece(token) for role, token in roles.items()},
         "clean_up_tokenization_spaces": False,
     }
+    if "chat_template" in tokenizer.settings.values:
+        settings["chat_template"] = tokenizer.settings.values["chat_template"]
     text = json.dumps(_tokenizer_json(tokenizer), ensure_ascii=False)
     return tokenizer.files | {"tokenizer.json": text.encode(), SETTINGS: json.dumps(settings, indent=1).encode()}
 
 
 def _tokenizer_json(tokenizer: SentencePiece) -> dict[str, Any]:
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto: Any = sentencepiece_model_pb2  # its classes are created at import, so mypy does not know them
-    model = proto.ModelProto.FromString(tokenizer.model)
-    kind, trained, text = proto.ModelProto.SentencePiece, model.trainer_spec, model.normalizer_spec
+    model = parse_model(tokenizer.model)
+    kind, trained, text = model.SentencePiece, model.trainer_spec, model.normalizer_spec
     control = [token for token, piece in enumerate(model.pieces) if piece.type in (kind.CONTROL, kind.UNKNOWN)]
     normal = {piece.piece: token for token, piece in enumerate(model.pieces) if piece.type == kind.NORMAL}
     byte_pieces = [piece for piece in model.pieces if piece.type == kind.BYTE]
@@ -56,11 +53,10 @@ def _tokenizer_json(tokenizer: SentencePiece) -> dict[str, Any]:
     if text.add_dummy_prefix:
         spaces = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
         back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    bos = model.pieces[tokenizer.bos_id].piece
-    begin, first, second = (
-        {kind: {"id": name, "type_id": 0}}
-        for kind, name in [("SpecialToken", bos), ("Sequence", "A"), ("Sequence", "B")]
-    )
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    added = [token for token in tokenizer.encode_prompt("") if token == tokenizer.bos_id]
+    names = [model.pieces[token].piece for token in added]
+    begin = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -71,9 +67,11 @@ def _tokenizer_json(tokenizer: SentencePiece) -> dict[str, Any]:
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [begin, first],
-            "pair": [begin, first, begin, second],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+            "single": [*begin, first],
+            "pair": [*begin, first, *begin, second],
+            "special_tokens": {
+                name: {"id": name, "ids": [token], "tokens": [name]} for name, token in zip(names, added, strict=True)
+            },
         },
         "decoder": {"type": "Sequence", "decoders": back},
         "model": {
