@@ -130,7 +130,7 @@ def test_every_number_is_checked_under_its_own_name(run, trained_run, tmp_path, 
         wrong = ["many", "nan", "-1", *([] if kind == "FLOAT" or option.startswith("data.") else [str(10**20)])]
         for value in wrong if option != "seed" else wrong[:2]:
             message = failed(run(name, *words, f"--{option}={value}"))
-            assert re.match(rf"(--)?{option}\b", message), (option, value, message)
+            assert re.match(rf"(--|decode\.)?{option}\b", message), (option, value, message)
 
 
 @pytest.mark.parametrize("argv", [["RUN", "--prompt", "x"], ["--prompt", "x", "RUN"], ["--checkpoint", "RUN"]])

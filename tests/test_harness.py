@@ -341,3 +341,18 @@ def test_six_tasks_give_the_same_numbers_as_the_hf_class(
             else:
                 mine, other = (np.array(jax.tree.leaves(s["filtered_resps"]), float) for s in (mine, other))
                 np.testing.assert_allclose(mine, other, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("default")  # warnings of third-party code
+def test_the_command_offers_rolling_perplexities_without_bos(exported, task_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    perplexity = {}
+    for score_bos in ("true", "false"):
+        words = ["--tasks", "rolling", "--include_path", task_folder, "--max_length", str(MAX_LENGTH), "--json"]
+        harness.main([exported, *words, "--score_bos", score_bos])
+        out, err = capsys.readouterr()
+        perplexity[score_bos] = json.loads(out.splitlines()[-1])["word_perplexity,none"]
+        assert ("--score_bos false leaves it out" in err) == (score_bos == "true")
+        assert f"--max_length allows {MAX_LENGTH} tokens, more than the model's context of 32" in err
+    assert perplexity["false"] < perplexity["true"]
