@@ -74,7 +74,7 @@ TASKS = {
         },
     },
     "writing": {
-        "rows": [{"q": q, "a": "a"} for q in ("x", "return value", "self " * 60, "else")],
+        "rows": [{"q": q, "a": "a"} for q in ("x", "return value", "self " * 60)],
         "yaml": {
             "output_type": "generate_until",
             "doc_to_text": "say {{q}}:",
