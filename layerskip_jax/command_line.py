@@ -65,7 +65,7 @@ def add_prompt_options(parser: OneLineParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be given several times")
     parser.add_argument("--prompts", metavar="FILE", help="file of prompts: .jsonl with a 'prompt' each, or one a line")
     parser.add_argument(
-        "--held_out", metavar="N", type=integer, help="use the beginnings of N held-out documents as prompts"
+        "--held_out", metavar="N", type=positive, help="use the beginnings of N held-out documents as prompts"
     )
 
 
@@ -122,22 +122,23 @@ def typed(hint: Any) -> Callable[[str], Any]:
     return convert
 
 
-integer, number = typed(int), typed(float)
+number = typed(float)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return the argparse ``type`` of an integer of at least ``least``."""
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return the argparse ``type`` of an integer in ``least..most``."""
 
     def convert(text: str) -> int:
-        value = integer(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        value: int = typed(int)(text)
+        if not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, not {value}")
         return value
 
     return convert
 
 
-positive, not_negative = at_least(1), at_least(0)
+positive, not_negative = whole(1), whole(0)
 
 
 # Configs

@@ -1,5 +1,6 @@
 """The command line: every command has help, and every mistake is one line on stderr with exit status 2."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,8 @@ def test_a_missing_run(run, name, tmp_path):
         (["data", "tokeniser"], "unknown command 'tokeniser'; did you mean 'tokenizer'"),
         (["data", "pretokenize"], "pretokenize needs --out FOLDER"),
         (["evaluate", "RUN", "--batches", "0"], "--batches: must be at least 1, not 0"),
+        (["sweep", "RUN", "--try_lengths", "2", "64"], "--try_lengths: must be at most 63, not 64"),
+        (["decode", "RUN", "--held_out", "0"], "--held_out: must be at least 1, not 0"),
         (["report", "RUN", "--held_out", "many"], "--held_out: must be a whole number, not 'many'"),
         (["export", "RUN", "FOLDER", "--dtype", "float23"], "did you mean 'float32'"),
         (["sweep", "RUN", "--temperatur", "1"], "unknown setting --temperatur; did you mean '--temperature'"),
@@ -114,6 +117,21 @@ def test_a_missing_run(run, name, tmp_path):
 )
 def test_mistakes(run, argv, message):
     assert message in failed(run(*argv))
+
+
+@pytest.mark.parametrize("name", ["decode", "evaluate", "tasks", "lm-eval", "sweep"])
+def test_every_number_is_checked_under_its_own_name(run, trained_run, tmp_path, name):
+    """Options are found in --help, so new ones are tested too."""
+    (tmp_path / "xsum.jsonl").write_text('{"document": "x", "summary": "y"}')
+    more = {"decode": ["--prompt", "x"], "sweep": ["--prompt", "x"], "tasks": ["--task", f"xsum={tmp_path}/xsum.jsonl"]}
+    words = [trained_run, *more.get(name, ARGUMENTS[name][1:])]
+    options = re.findall(r"^  --(\S+)(?:,.*)? \[?(INT|FLOAT|N|E|D)\b", run(name, "--help")[1], re.MULTILINE)
+    assert len(options) >= 4
+    for option, kind in options:
+        wrong = ["many", "nan", "-1", *([] if kind == "FLOAT" or option.startswith("data.") else [str(10**20)])]
+        for value in wrong if option != "seed" else wrong[:2]:
+            message = failed(run(name, *words, f"--{option}={value}"))
+            assert re.match(rf"(--|decode\.)?{option}\b", message), (option, value, message)
 
 
 @pytest.mark.parametrize("argv", [["RUN", "--prompt", "x"], ["--prompt", "x", "RUN"], ["--checkpoint", "RUN"]])

@@ -1,7 +1,9 @@
 """Exit quality against a plain computation; tasks and their scores; the sandbox of generated code."""
 
+import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from models import tiny_model
 
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint
+from layerskip_jax.commands import decode, sweep
 from layerskip_jax.commands import evaluate as command
 from layerskip_jax.commands import tasks as generation
 from layerskip_jax.config import DecodeConfig
@@ -170,7 +173,7 @@ def test_examples_from_every_file_format(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{\n")
     (tmp_path / "none.csv").write_text("a,b\n")
     for name, message in [
-        ("bad.jsonl", "cannot read examples from"),
+        ("bad.jsonl", "bad.jsonl line 1 is not JSON"),
         ("none.csv", "has no examples"),
         ("nowhere.csv", "cannot read examples from"),
         ("a.txt", r"must be a \.jsonl, \.csv or \.tsv file"),
@@ -246,6 +249,35 @@ def test_lossless_modes_give_the_same_texts_and_early_exit_its_own(trained_run, 
     assert [answer.completion.text for answer in answered] == early
 
 
+def test_texts_longer_than_the_context_get_one_warning_with_both_lengths(trained_run, files, capsys, monkeypatch):
+    _, config, tokenizer_path = load_model(trained_run)
+    tokens = len(load_tokenizer(str(tokenizer_path)).encode_prompt("x = " * 20))
+    context = config.data.sequence_length
+    assert tokens > context
+
+    def measure(*_):
+        raise StopIteration  # the warning comes first
+
+    def warnings_of(main, *argv):
+        with contextlib.suppress(StopIteration):
+            main([trained_run, *argv])
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING")]
+
+    monkeypatch.setattr(sweep, "sweep", measure)
+    new = ["--max_new_tokens", "2"]
+    for main in (decode.main, sweep.main):
+        (line,) = warnings_of(main, "--prompt", "x", "--prompt", "x = " * 20, *new)
+        assert f"{tokens + 2} tokens, more than the model's context of {context}" in line
+        assert warnings_of(main, "--prompt", "x", *new) == []
+    (line,) = warnings_of(command.main, "--batches", "1", "--data.sequence_length", str(2 * context))
+    assert f"data.sequence_length is {2 * context} tokens, more than the model's context of {context}" in line
+    assert warnings_of(command.main, "--batches", "1") == []
+    task = ["--task", f"xsum={files / 'xsum.jsonl'}", "--limit", "1", "--ignore_eos"]
+    (line,) = warnings_of(generation.main, *task, "--prompt_tokens", "90", "--max_new_tokens", str(context))
+    assert re.search(rf"xsum: the longest prompt and answer have \d+ tokens, more than .* context of {context}", line)
+    assert warnings_of(generation.main, *task, "--max_new_tokens", "2") == []
+
+
 def test_a_custom_task(trained_run, files, capsys, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from layerskip_jax.evaluation.tasks import Task\n\n"
@@ -258,6 +290,7 @@ def test_a_custom_task(trained_run, files, capsys, tmp_path):
 
 def test_wrong_tasks(trained_run, files, tmp_path):
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "no_test.jsonl").write_text(json.dumps({k: v for k, v in SOLVED.items() if k != "test"}))
     for argv, message in [
         (["--task", "xsun"], "no task 'xsun'; did you mean 'xsum'"),
         (["--task", "topv2"], "give --task NAME=FILE, with the fields semantic_parse, utterance"),
@@ -265,7 +298,8 @@ def test_wrong_tasks(trained_run, files, tmp_path):
             ["--task", f"cnn_dm={files}/cnn_dm.jsonl", "--shots", "3"],
             "has 3 examples, but the task needs more than its 3 shots",
         ),
-        (["--task", f"xsum={files}/cnn_dm.jsonl"], "have no field 'document'.*they have article, highlights"),
+        (["--task", f"xsum={files}/cnn_dm.jsonl"], "line 1 has no field 'document'.*it has article, highlights"),
+        (["--task", f"humaneval={tmp_path}/no_test.jsonl", "--run_code"], "line 1 has no field 'test'"),
         (["--task", f"{tmp_path}/empty.py={files}/xsum.jsonl"], r"has no get_task\(\) -> Task"),
         (["--task", f"{tmp_path}/none.py={files}/xsum.jsonl"], "no task file"),
         (["--task", f"xsum={files}/xsum.jsonl", "--limit", "0"], "--limit: must be at least 1"),

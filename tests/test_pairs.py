@@ -1,5 +1,7 @@
 """Prompts with responses: pairs are packed whole, and only responses have a loss."""
 
+import contextlib
+import io
 import itertools
 import json
 import pickle
@@ -50,6 +52,10 @@ def test_exactly_the_responses_have_a_loss(corpus, tmp_path_factory, pairs):
         whole = [*inputs, *tokenizer.encode(response), tokenizer.eos_id][:33]
         if len(whole) > len(inputs):
             expected.append((whole[: len(inputs)], whole[len(inputs) :]))
+    if not expected:
+        with pytest.raises(UserError, match="leave no room for a response"):
+            make_batches(config, "train", batch_size=2, in_order=True)
+        return
     found = []
     for batch in make_batches(config, "train", batch_size=2, in_order=True):
         for inputs, targets, segments, mask in zip(
@@ -65,6 +71,28 @@ def test_exactly_the_responses_have_a_loss(corpus, tmp_path_factory, pairs):
                         (inputs[own][: first - np.flatnonzero(own)[0] + 1].tolist(), targets[counted].tolist())
                     )
     assert sorted(found) == sorted(expected)
+
+
+@given(long=st.lists(st.booleans(), min_size=1, max_size=12), in_order=st.booleans())
+@settings(max_examples=15)
+def test_pairs_without_room_for_a_response_are_left_out_and_counted(corpus, tmp_path_factory, long, in_order):
+    pairs = [("x = " * 40 if is_long else "x =", f" {number}") for number, is_long in enumerate(long)]
+    config = make_config(corpus, write(tmp_path_factory.getbasetemp() / "long", pairs))
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        if all(long):
+            with pytest.raises(UserError, match=f"{len(long)} of {len(long)} pairs .* raise data.sequence_length"):
+                make_batches(config, "train", batch_size=2, in_order=in_order)
+            return
+        batches = make_batches(config, "train", batch_size=2, in_order=in_order)
+    line = f"note: {sum(long)} of {len(long)} pairs in the 'train' split are left out"
+    assert stderr.getvalue().startswith(line) if any(long) else not stderr.getvalue()
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    for batch in itertools.islice(batches, 3):
+        assert batch["mask_BT"].any()
+        for inputs, segments in zip(batch["inputs_BT"], batch["segments_BT"], strict=True):
+            for segment in range(1, segments.max() + 1):
+                assert tokenizer.decode(inputs[segments == segment].tolist()).startswith("x = ")
 
 
 def test_a_restored_position_in_pairs_yields_the_same_batches(corpus, tmp_path):

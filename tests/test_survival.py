@@ -88,6 +88,10 @@ def at_step(monkeypatch, acts):
     return taken
 
 
+def without_counted_tokens(batch):
+    return batch | {"mask_BT": np.zeros_like(batch["mask_BT"])}
+
+
 def poisoned(batch):
     return batch | {"mask_BT": batch["mask_BT"] * np.float32("nan")}
 
@@ -318,13 +322,13 @@ def test_a_run_folder_in_which_orbax_would_lose_its_files_is_refused(config, nam
 
 
 def test_a_bad_step_is_not_applied_and_its_batch_is_stored(config, monkeypatch, capsys):
-    taken = at_step(monkeypatch, {3: poisoned, 7: poisoned})
+    taken = at_step(monkeypatch, {3: poisoned, 7: without_counted_tokens})
     state = train(changed(config, steps=9))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.model)))
     stderr = capsys.readouterr().err
-    for step in (3, 7):
+    for step, reason in [(3, "not finite): loss nan"), (7, "no token counts): loss 0")]:
         file = Path(config.train.run_dir) / "bad_batches" / f"{step}.npz"
-        assert f"step {step} is not applied (not finite): loss nan" in stderr
+        assert f"step {step} is not applied ({reason}" in stderr
         assert str(file) in stderr
         with np.load(file) as stored:
             assert all(np.array_equal(stored[name], taken[step - 1][name]) for name in taken[step - 1])

@@ -69,7 +69,7 @@ def test_sweep_errors(run_folder):
     for argv, message in [
         (["--prompt", "a", "--try_exits", "5"], r"--try_exits must be in 1\.\.4"),
         (["--prompt", "a", "--try_lengths", "0"], "--try_lengths: must be at least 1, not 0"),
-        (["--prompt", "a", "--try_lengths", "64"], r"draft_length must be in 1\.\.63"),
+        (["--prompt", "a", "--try_lengths", "64"], "--try_lengths: must be at most 63"),
         (["--prompt", "a", "--held_out", "2"], "give the prompts in one way"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -323,19 +323,21 @@ def test_the_schedule_count_is_found_in_every_optimizer_or_refused(name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor", "sgd"])
-def test_a_step_that_is_not_finite_changes_only_the_step_count(name):
+def test_a_step_that_is_not_finite_or_has_no_counted_token_changes_only_the_step_count(name):
     config = changed(LAYERSKIP, optimizer={"name": name, "learning_rate": 1e-2, "clip_norm": 1.0})
     trainer, batch = make_trainer(config), make_batch(config)
     state, first = trainer.step(trainer.init(), batch)
     before = jax.device_get(state)
-    with compilations() as during:
-        state, metrics = trainer.step(state, batch._replace(mask_BT=batch.mask_BT * np.float32("nan")))
-    assert during == []
-    assert first.applied
-    assert not metrics.applied
-    assert int(state.step) == 2
-    after = jax.device_get(state)
-    jax.tree.map(np.testing.assert_array_equal, before.replace(step=after.step), after)
+    for done, factor in enumerate(("nan", 0), start=2):
+        with compilations() as during:
+            state, metrics = trainer.step(state, batch._replace(mask_BT=batch.mask_BT * np.float32(factor)))
+        assert during == []
+        assert first.applied
+        assert not metrics.applied
+        assert int(state.step) == done
+        after = jax.device_get(state)
+        jax.tree.map(np.testing.assert_array_equal, before.replace(step=after.step), after)
+    assert metrics.tokens == 0
     state, metrics = trainer.step(state, batch)
     assert metrics.applied
     assert not np.array_equal(jax.device_get(state.model.embedding_VD[...]), after.model.embedding_VD[...])

@@ -12,7 +12,7 @@ from layerskip_jax.checkpoint.huggingface.llama_folder import LlamaFolder
 from layerskip_jax.checkpoint.run_folder import RunFolder, find_checkpoint
 from layerskip_jax.config import Config, ModelConfig
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, warn
 from layerskip_jax.locations import locate
 from layerskip_jax.model import Transformer
 
@@ -71,3 +71,10 @@ def differences(saved: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, 
 def context_length(config: Config) -> int:
     """Return the context length of a model [tokens]: ``model.context_length``, or else the length it was trained at."""
     return config.model.context_length or config.data.sequence_length
+
+
+def warn_beyond_context(config: Config, tokens: int, what: str) -> None:
+    """Warn if ``tokens``, which ``what`` introduces, are more than the model's context."""
+    context = context_length(config)
+    if tokens > context:
+        warn(f"{what} {tokens} tokens, more than the model's context of {context}: expect worse predictions beyond it")

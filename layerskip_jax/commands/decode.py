@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     run, given = _given_run(options), given_settings(options, DecodeConfig)
 
     # Imported after parsing, so that --help and errors are immediate.
-    from layerskip_jax.checkpoint.reading import load_model
+    from layerskip_jax.checkpoint.reading import load_model, warn_beyond_context
     from layerskip_jax.checkpoint.swept import swept_settings
     from layerskip_jax.commands import terminal
     from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
     model = with_weights(model, settings.weights)
     generator = TextGenerator(model, tokenizer, settings)
+    longest = max(len(generator.encode(prompt)) for prompt in prompts)
+    warn_beyond_context(config, longest + settings.max_new_tokens, "the longest prompt and max_new_tokens are")
     batches = [prompts[i : i + options.batch_size] for i in range(0, len(prompts), options.batch_size)]
 
     streams = not (options.json or options.compare or options.quiet) and len(prompts) == 1

@@ -2,16 +2,16 @@
 
 import json
 
-from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder
+from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder, warn_beyond_context
 from layerskip_jax.checkpoint.swept import swept_settings
 from layerskip_jax.command_line import (
     OneLineParser,
     add_json,
     add_run,
-    integer,
     make_parser,
     not_negative,
     positive,
+    typed,
 )
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -27,7 +27,9 @@ def _parser() -> OneLineParser:
         "--task", "--tasks", metavar="TASK", nargs="+", action="extend", required=True, help="names of lm-eval tasks"
     )
     parser.add_argument("--include_path", metavar="DIR", help="folder with YAML files of more tasks")
-    parser.add_argument("--exit_layer", metavar="E", type=integer, default=0, help="exit to measure; 0 is the last")
+    parser.add_argument(
+        "--exit_layer", metavar="E", type=not_negative, default=0, help="exit to measure; 0 is the last"
+    )
     parser.add_argument(
         "--shots",
         "--num_fewshot",
@@ -39,6 +41,19 @@ def _parser() -> OneLineParser:
     parser.add_argument("--batch_size", metavar="N", type=positive, default=8, help="texts per batch (default: 8)")
     parser.add_argument(
         "--max_length", metavar="N", type=positive, help="context in tokens (default: the model's context length)"
+    )
+    parser.add_argument(
+        "--add_bos_token",
+        metavar="true|false",
+        type=typed(bool),
+        help="begin texts with BOS or not, as in lm-eval's hf class (default: as the tokenizer does)",
+    )
+    parser.add_argument(
+        "--score_bos",
+        metavar="true|false",
+        type=typed(bool),
+        default=True,
+        help="false: leave BOS after BOS out of rolling likelihoods, unlike lm-eval's hf class (default: true)",
     )
     add_json(parser, "one per task")
     return parser
@@ -57,13 +72,17 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{error}: pip install 'layerskip-jax[lm_eval]'") from None
 
     model, config, tokenizer_path = load_model(options.run, unstacked=True)
+    max_length = options.max_length or context_length(config)
+    warn_beyond_context(config, max_length, "--max_length allows")
     lm = LayerSkipLM(
         model,
         load_tokenizer(str(tokenizer_path)),
         apply_overrides(config.decode_settings, swept_settings(options.run, {})),
-        max_length=options.max_length or context_length(config),
+        max_length=max_length,
         exit_layer=options.exit_layer,
         batch_size=options.batch_size,
+        add_bos_token=options.add_bos_token,
+        score_bos=options.score_bos,
     )
     manager = TaskManager(include_path=options.include_path)
     unknown = [task for task in options.task if not manager.match_tasks([task])]

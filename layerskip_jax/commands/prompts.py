@@ -58,8 +58,6 @@ def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
     from layerskip_jax.data.documents import Pair
     from layerskip_jax.data.sources import open_documents
 
-    if count < 1:
-        raise UserError(f"--held_out must be at least 1, not {count}")
     prompts: list[str] = []
     documents = open_documents(config.data, config.data.validation_split, prepare=False)
     parts = -(-count // len(documents))

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from layerskip_jax.checkpoint.reading import load_model, open_model_folder
+from layerskip_jax.checkpoint.reading import load_model, open_model_folder, warn_beyond_context
 from layerskip_jax.checkpoint.swept import store_swept
 from layerskip_jax.command_line import (
     OneLineParser,
@@ -27,6 +27,7 @@ from layerskip_jax.command_line import (
     given_settings,
     make_parser,
     positive,
+    whole,
 )
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import DecodeConfig, ModelConfig
@@ -224,7 +225,7 @@ def _parser() -> OneLineParser:
         help="exits (default: L/8, L/4, 3L/8, L/2, and early_exit.exits of the run)",
     )
     parser.add_argument(
-        "--try_lengths", metavar="D", type=positive, nargs="+", default=[2, 4, 6, 8], help="draft lengths"
+        "--try_lengths", metavar="D", type=whole(1, 63), nargs="+", default=[2, 4, 6, 8], help="draft lengths"
     )
     parser.add_argument("--repeats", metavar="N", type=positive, default=3, help="timed runs of each (default: 3)")
     parser.add_argument("--no_store", action="store_true", help="do not store the recommendation and the plot")
@@ -249,6 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     held_out = 8 if all(source is None for source in sources) else options.held_out
     texts = read_prompts(options.prompt, options.prompts, held_out, config)
     prompts = [tokenizer.encode_prompt(text) for text in texts]
+    longest = max(map(len, prompts))
+    warn_beyond_context(config, longest + settings.max_new_tokens, "the longest prompt and max_new_tokens are")
     eos = () if settings.ignore_eos else tokenizer.end_tokens(config.model.vocab_size)
     model = with_weights(model, settings.weights)
     grid, finals, overhead = sweep(model, prompts, settings, exits, lengths, options.repeats, eos)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -10,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder
+from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder, warn_beyond_context
 from layerskip_jax.checkpoint.swept import swept_settings
 from layerskip_jax.command_line import (
     OneLineParser,
@@ -30,7 +31,7 @@ from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.text import Completion, TextGenerator
 from layerskip_jax.errors import UserError, nearest
-from layerskip_jax.evaluation.examples import TaskExamples, read_file, read_tfds, require_fields
+from layerskip_jax.evaluation.examples import TaskExamples, read_file, read_tfds
 from layerskip_jax.evaluation.tasks import TASKS, Task
 from layerskip_jax.model import Transformer
 
@@ -45,6 +46,7 @@ class TaskResult:
     examples: int
     scores: Mapping[str, float]
     shortened: int  # prompts that were cut to fit
+    longest: int  # tokens of the longest prompt with its answer
     new_tokens: int
     tokens_per_second: float  # of the rounds alone, without prefill and compilation
     acceptance: float
@@ -72,10 +74,10 @@ def run_task(
     """Generate answers with ``settings`` and score them.
 
     ``model`` is unstacked (`Transformer.unstacked`). Prompts are cut to ``prompt_tokens``. The task sets stop strings
-    and the number of new tokens. Raises `UserError` for an example that lacks a field of the task.
+    and the number of new tokens. Raises `UserError` for an example without a text in a field of the task.
     """
-    for example in (*examples.shots, *examples.asked):
-        require_fields(example, task.fields)
+    for example, field in itertools.product((*examples.shots, *examples.asked), task.fields):
+        _ = example[field]  # raises now, not after the other answers were generated
     settings = dataclasses.replace(settings, stop=task.stop, max_new_tokens=task.max_new_tokens)
     generator = TextGenerator(model, tokenizer, settings)
 
@@ -99,6 +101,7 @@ def run_task(
         examples=len(examples.asked),
         scores={name: statistics.fmean(a.scores[name] for a in answered) for name in task.scores},
         shortened=sum(cut for _, cut in prompts),
+        longest=max(len(generator.encode(a.completion.prompt)) + len(a.completion.tokens) for a in answered),
         new_tokens=sum(len(a.completion.tokens) for a in answered),
         tokens_per_second=new_tokens / sum(part.seconds for part in parts),
         acceptance=sum(part.accepted for part in parts) / drafted if drafted else math.nan,
@@ -216,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
             prompt_tokens=options.prompt_tokens or _prompt_room(context_length(config), task.max_new_tokens),
             batch_size=options.batch_size,
         )
+        warn_beyond_context(config, results[name].longest, f"{name}: the longest prompt and answer have")
         if options.json:
             for answer in answered if options.answers else []:
                 print(json.dumps({"task": name} | dataclasses.asdict(answer)))

@@ -1,9 +1,12 @@
 """Types of documents and of their sources."""
 
 import hashlib
-from typing import Protocol
+import math
+from typing import Any, Protocol
 
 import numpy as np
+
+from layerskip_jax.errors import UserError
 
 Document = str | np.ndarray
 """A text, or (source ``tokens``) its token ids as int32. With ``data.prompt_key`` every text is a `Pair`."""
@@ -32,6 +35,20 @@ class Documents(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Document: ...
+
+
+def as_text(value: Any, where: str) -> str:
+    """Return the text of a field: of a string, UTF-8 bytes or a number.
+
+    Raises `UserError`, which names the field as ``where``, for null, true or false, a list and any other value: its
+    Python spelling would be taken for text.
+    """
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not isinstance(value, str) and not (is_number and math.isfinite(value)):
+        raise UserError(f"{where} must be text, not {'null' if value is None else f'{value!r:.40}'}")
+    return str(value)
 
 
 def documents_digest(documents: Documents, sample: int = 256) -> str:

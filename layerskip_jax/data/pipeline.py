@@ -9,6 +9,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -33,6 +34,9 @@ from layerskip_jax.sharding import batch_sharding
 PACKING_BINS = 32
 """Open rows in first-fit packing of prompts with responses: each pair goes into the first open row with room."""
 
+PAIRS_CHECKED = 2000
+"""So many pairs, spread evenly over a split, are tokenized to count those without room for a response."""
+
 
 def make_batches(
     config: Config,
@@ -55,10 +59,14 @@ def make_batches(
     ``segments_BT`` numbers the documents of a row from 1 (0 is padding). ``mask_BT`` is 1.0 where ``targets_BT``, the
     next token, belongs to the same document as its input (and, with prompts, to a response or its EOS).
     `layerskip_jax.data.position` saves and restores the position of an iterator.
+
+    Pairs whose prompt fills a row are left out; a line on stderr counts them. Raises `UserError` if they all are.
     """
     rows = range(batch_size) if rows is None else rows
     tokenizer, opened = load_tokenizer(config.data.tokenizer), open_documents(config.data, split)
     tokenize, documents = _tokenize(config, tokenizer), grain.MapDataset.source(opened)
+    if isinstance(tokenize, _TokenizePair):
+        _report_pairs_without_room(documents, tokenize, split)
     if in_order:
         packed = _pack(config, documents.map(tokenize), PACKING_BINS)
         batches = packed.batch(batch_size, drop_remainder=False).map(_SelectRows(rows, batch_size))
@@ -118,6 +126,7 @@ def _pack(config: Config, documents: grain.MapDataset, bins: int) -> grain.IterD
     threads = grain.ReadOptions(num_threads=1 if config.data.workers else 0, prefetch_buffer_size=4)
     tokens, length = documents.to_iter_dataset(threads), config.data.sequence_length + 1
     if config.data.prompt_key:  # a response without its prompt is useless, so pairs are not split
+        tokens = tokens.filter(_has_counted_target)
         lengths = {"tokens": length, "counts": length}
         rows = grain.experimental.FirstFitPackIterDataset(tokens, length_struct=lengths, num_packing_bins=bins)
     else:
@@ -209,7 +218,7 @@ class _TokenizePair:
     """Tokenize a prompt and its response, cut to ``length``; ``counts`` is 1 for the response and its EOS."""
 
     def __init__(self, tokenizer: Tokenizer, length: int):
-        self._tokenizer, self._length = tokenizer, length
+        self._tokenizer, self.length = tokenizer, length
 
     def __call__(self, document: Document) -> dict[str, np.ndarray]:
         assert isinstance(document, Pair)
@@ -218,7 +227,26 @@ class _TokenizePair:
         response = [*self._tokenizer.encode(document.response), self._tokenizer.eos_id]
         counts = np.repeat(np.array([0, 1], np.int32), [len(prompt), len(response)])
         tokens = np.array(prompt + response, np.int32)
-        return {"tokens": tokens[: self._length], "counts": counts[: self._length]}
+        return {"tokens": tokens[: self.length], "counts": counts[: self.length]}
+
+
+def _has_counted_target(pair: dict[str, np.ndarray]) -> bool:
+    return bool(pair["counts"][1:].any())
+
+
+def _report_pairs_without_room(pairs: Sequence[Document], tokenize: _TokenizePair, split: str) -> None:
+    """Print how many pairs of a split are left out; raises `UserError` if they all are."""
+    checked = range(0, len(pairs), -(-len(pairs) // PAIRS_CHECKED))
+    without = sum(not _has_counted_target(tokenize(pairs[index])) for index in checked)
+    counted = f"{without} of {len(checked)} {'pairs' if len(checked) == len(pairs) else 'checked pairs'}"
+    line = (
+        f"{counted} in the {split!r} split are left out: their prompts (data.prompt_key) leave no room for a response "
+        f"in a row of {tokenize.length} tokens"
+    )
+    if without == len(checked):
+        raise UserError(f"{line}: raise data.sequence_length")
+    if without and jax.process_index() == 0:
+        print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def document_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from etils import epath
 
 from layerskip_jax.config import DataConfig
 from layerskip_jax.data.corpus_files import CorpusFiles, File, cut_file, find_files, hold_out
-from layerskip_jax.data.documents import Documents, Pair
+from layerskip_jax.data.documents import Documents, Pair, as_text
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.locations import check_encoding, decode_text, locate, names_in
@@ -65,8 +65,8 @@ class _Fields:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> str:
-        values = [self._examples[index][key] for key in self._keys]
-        texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values]
+        example = self._examples[index]
+        texts = [as_text(example[key], f"example {index}: the field {key!r}") for key in self._keys]
         return Pair(*texts) if len(texts) == 2 else texts[0]
 
 

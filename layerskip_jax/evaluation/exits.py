@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.checkpoint.reading import load_model, warn_beyond_context
+from layerskip_jax.checks import require
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.batch import Batch
@@ -139,9 +140,12 @@ def checkpoint_quality(checkpoint: str, batches: int, data: dict[str, Any] | Non
 
     Raises `UserError` if the checkpoint or the text does not exist; it prepares no corpus.
     """
+    require(batches >= 1, f"batches must be at least 1, not {batches}")
     model, config, tokenizer = load_model(checkpoint)
     overrides = {"data.tokenizer": str(tokenizer), "data.workers": 0, "train.evaluate_batches": batches}
+    own = config
     config = apply_overrides(config, overrides | {f"data.{name}": value for name, value in (data or {}).items()})
+    warn_beyond_context(own, config.data.sequence_length, f"{checkpoint}: data.sequence_length is")
     open_documents(
         config.data, config.data.validation_split, prepare=False
     )  # the config of a checkpoint must not write files

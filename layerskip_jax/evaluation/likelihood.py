@@ -7,11 +7,12 @@ import numpy as np
 
 from layerskip_jax.checks import require
 from layerskip_jax.decoding.request import round_up
+from layerskip_jax.errors import warn
 from layerskip_jax.evaluation.exits import token_scores
 from layerskip_jax.model import Transformer
 
 ContextAndContinuation = tuple[Sequence[int], Sequence[int]]
-"""Token ids of a context (at least one) and of its continuation."""
+"""Token ids of a context and of its continuation, at least one each."""
 
 
 def log_likelihoods(
@@ -20,8 +21,22 @@ def log_likelihoods(
     """Return ``log p(continuation | context)`` [nats] of each pair, and whether greedy decoding would generate it.
 
     Uses the first ``exit_layer`` blocks of an unstacked model. Pairs longer than ``max_length`` + 1 tokens lose their
-    beginning. Lengths are rounded up (`round_up`), and one program is compiled for each.
+    beginning, with a warning. Lengths are rounded up (`round_up`), and one program is compiled for each. Raises
+    `UserError` for a pair without tokens, or with a continuation longer than ``max_length``.
     """
+    for number, (context, continuation) in enumerate(pairs):
+        require(len(context) > 0 and len(continuation) > 0, f"context and continuation {number} must have tokens")
+        require(
+            len(continuation) <= max_length,
+            f"continuation {number} has {len(continuation)} tokens, more than max_length {max_length}: raise it",
+        )
+    lengths = [len(context) + len(continuation) for context, continuation in pairs]
+    if cut := sum(length > max_length + 1 for length in lengths):
+        warn(
+            f"{cut} of {len(pairs)} texts are longer than max_length {max_length} (the longest has {max(lengths)} "
+            "tokens): their beginnings are left out"
+        )
+    batch_size = min(batch_size, len(pairs))
     rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in pairs]
     largest, vocabulary = max((max(row) for row in rows if row), default=0), model.config.vocab_size
     require(largest < vocabulary, f"a text has the token {largest}, beyond the model's vocabulary of {vocabulary}")

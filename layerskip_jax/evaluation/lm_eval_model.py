@@ -4,32 +4,30 @@ import dataclasses
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import TextGenerator
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, nearest, warn
 from layerskip_jax.evaluation.likelihood import log_likelihoods
 from layerskip_jax.model import Transformer
 
-
-class _LeftTruncating(TextGenerator):
-    """Keeps the last tokens of a prompt that is too long, like lm-eval's own classes."""
-
-    room: int
-
-    def encode(self, prompt: str) -> list[int]:
-        return super().encode(prompt)[-self.room :]
+GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+"""The ``generation_kwargs`` of a task that are used, after `normalize_gen_kwargs`, which knows other names for some."""
 
 
 class LayerSkipLM(TemplateLM):
     """The first ``exit_layer`` blocks (0: all) of an unstacked model, for lm-evaluation-harness.
 
-    Texts begin with BOS, as in lm-eval's ``hf`` class with a tokenizer that adds one; so its rolling likelihoods, and
-    these, include the likelihood of a BOS after the BOS. An exit before the last scores and generates alone; the last
-    exit generates with ``settings``, by default with self-speculation. ``max_length`` is the context [tokens].
+    ``add_bos_token`` is as in lm-eval's ``hf`` class: by default the tokenizer decides whether texts begin with BOS,
+    and a text that spells the BOS gets no second one. With ``score_bos``, rolling likelihoods are those of the ``hf``
+    class, which include the likelihood of the BOS after another BOS; without it, they are those of the text alone.
+
+    An exit before the last scores and generates alone; the last exit generates with ``settings``, by default with
+    self-speculation. ``max_length`` is the context [tokens].
     """
 
     max_gen_toks = 256
@@ -44,11 +42,17 @@ class LayerSkipLM(TemplateLM):
         max_length: int,
         exit_layer: int = 0,
         batch_size: int = 8,
+        add_bos_token: bool | None = None,
+        score_bos: bool = True,
     ):
         super().__init__()
         layers = model.config.num_layers
         if not 0 <= exit_layer <= layers:
-            raise UserError(f"exit layer {exit_layer} must be in 1..{layers}, the model's layers, or 0 for the last")
+            raise UserError(
+                f"exit_layer must be in 1..{layers}, the model's layers, or 0 for the last, not {exit_layer}"
+            )
+        self.add_bos_token, self.score_bos = add_bos_token, score_bos
+        self._named: set[str] = set()  # the unknown generation_kwargs that a warning has named
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.exit_layer, self.max_length, self.batch_size = exit_layer or layers, max_length, batch_size
         if self.exit_layer < layers:
@@ -67,23 +71,60 @@ class LayerSkipLM(TemplateLM):
         return "layerskip_jax"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the token ids of a text, after a BOS unless ``add_special_tokens`` is False."""
-        encode = self.tokenizer.encode if add_special_tokens is False else self.tokenizer.encode_prompt
-        return encode(string)
+        """Return the token ids of a text; ``add_special_tokens`` overrules ``add_bos_token``."""
+        ids = self.tokenizer.encode(string)
+        if add_special_tokens is None and ids[:1] == [self.prefix_token_id]:
+            return ids
+        add = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        if add is False:
+            return ids
+        return [self.prefix_token_id, *ids] if self.add_bos_token else self.tokenizer.encode_prompt(string)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return ``log p(continuation | context)`` of each pair, and whether greedy decoding would generate it.
+
+        Raises `UserError` for a continuation without tokens, which would have the likelihood 1.
+        """
+        for context, continuation in (request.args for request in requests):
+            if not continuation or not (context or self.tok_encode(continuation, add_special_tokens=False)):
+                raise _no_tokens(context, continuation)
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if not continuation_ids:  # it has joined the last tokens of the context: score what they become
+            whole = self.tok_encode(context + continuation)
+            same = len(whole)
+            while whole[:same] != context_ids[:same]:
+                same -= 1
+            context_ids, continuation_ids = whole[:same], whole[same:]
+        return context_ids or [self.prefix_token_id], continuation_ids
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
+        for texts, _, continuation in requests:
+            if not continuation:
+                raise _no_tokens(*texts)
         pairs = [(context, continuation) for _, context, continuation in requests]
         return log_likelihoods(self.model, pairs, self.exit_layer, self.max_length, self.batch_size)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return ``log p(text)`` of each text, summed over disjoint windows."""
         windows: list[tuple[int, tuple[list[int], list[int]]]] = []
+        with_bos = 0
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
+            starts = tokens[:1] == [self.prefix_token_id]
+            with_bos += starts
+            tokens = tokens if self.score_bos else tokens[starts:]
             rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             windows += [(number, make_disjoint_window(window)) for window in rolling]
+        if with_bos and self.score_bos:
+            warn(
+                f"the likelihoods of {with_bos} texts include that of BOS after BOS, as in lm-eval's hf class: "
+                "--score_bos false leaves it out"
+            )
         pairs = [pair for _, pair in windows]
         scores = log_likelihoods(self.model, pairs, self.exit_layer, self.max_length, self.batch_size)
         totals = [0.0] * len(requests)
@@ -98,29 +139,60 @@ class LayerSkipLM(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(self._request_settings(request.args[1]), []).append(number)
         for settings, group in groups.items():
-            generator = _LeftTruncating(self.model, self.tokenizer, settings)
-            generator.room = self.max_length - settings.max_new_tokens
-            if generator.room < 1:
-                raise UserError(
-                    f"a task asks for {settings.max_new_tokens} new tokens, but the model's max_length is "
-                    f"{self.max_length}: raise --max_length or lower max_gen_toks"
-                )
+            generator = _LeftTruncating(self, settings)
             group.sort(key=lambda number: -len(requests[number].args[0]))
-            for start in tqdm(range(0, len(group), self.batch_size), disable=disable_tqdm, leave=False):
-                batch = group[start : start + self.batch_size]
-                filled = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]  # keep the shape, to avoid a recompile
+            size = min(self.batch_size, len(group))
+            for start in tqdm(range(0, len(group), size), disable=disable_tqdm, leave=False):
+                batch = group[start : start + size]
+                filled = [*batch, *[batch[-1]] * (size - len(batch))]  # keep the shape, to avoid a recompile
                 answer = generator.generate([requests[number].args[0] for number in filled])
                 texts |= {n: completion.text for n, completion in zip(batch, answer.completions, strict=False)}
         return [texts[number] for number in range(len(requests))]
 
     def _request_settings(self, request: dict[str, Any]) -> DecodeConfig:
-        until = request.get("until") or []
-        samples = request.get("do_sample", request.get("temperature", 0) > 0)
-        return dataclasses.replace(
-            self.settings,
-            stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
-            max_new_tokens=int(request.get("max_gen_toks", self.max_gen_toks)),
-            temperature=float(request.get("temperature", 1.0)) if samples else 0.0,
-            top_k=int(request.get("top_k", 0)) if samples else 0,
-            top_p=float(request.get("top_p", 1.0)) if samples else 1.0,
-        )
+        """Return the settings that a task's ``generation_kwargs`` ask for; a null value counts as not given."""
+        given = {name: value for name, value in request.items() if value is not None}
+        try:
+            wanted: dict[str, Any] = normalize_gen_kwargs(given, self.max_gen_toks)
+            samples = wanted["do_sample"]
+            settings = dataclasses.replace(
+                self.settings,
+                stop=tuple(text for text in wanted["until"] if text),
+                max_new_tokens=wanted["max_gen_toks"],
+                temperature=float(wanted.get("temperature", 1.0)) if samples else 0.0,
+                top_k=int(wanted.get("top_k", 0)) if samples else 0,
+                top_p=float(wanted.get("top_p", 1.0)) if samples else 1.0,
+            )
+        except (UserError, TypeError, ValueError) as error:
+            raise UserError(f"a task has the generation_kwargs {request}, which cannot be used: {error}") from error
+        for name in wanted.keys() - {*GENERATION_KEYS, *self._named}:
+            warn(f"the setting {name!r} of a task's generation_kwargs is not used{nearest(name, GENERATION_KEYS)}")
+            self._named.add(name)
+        return settings
+
+
+class _LeftTruncating(TextGenerator):
+    """Keeps the last tokens of a prompt that is too long, like lm-eval's own classes."""
+
+    def __init__(self, lm: LayerSkipLM, settings: DecodeConfig):
+        super().__init__(lm.model, lm.tokenizer, settings)
+        self._lm, self._room, self._warned = lm, lm.max_length - settings.max_new_tokens, False
+        if self._room < 1:
+            raise UserError(
+                f"a task asks for {settings.max_new_tokens} new tokens, but the model's max_length is "
+                f"{lm.max_length}: raise --max_length or lower max_gen_toks"
+            )
+
+    def encode(self, prompt: str) -> list[int]:
+        ids = self._lm.tok_encode(prompt) or [self._lm.prefix_token_id]
+        if len(ids) > self._room and not self._warned:
+            self._warned = True
+            warn(
+                f"a prompt of {len(ids)} tokens and {self.config.max_new_tokens} new ones are longer than max_length "
+                f"{self._lm.max_length}: the beginnings of such prompts are left out"
+            )
+        return ids[-self._room :]
+
+
+def _no_tokens(context: str, continuation: str) -> UserError:
+    return UserError(f"the continuation {continuation!r:.60} has no tokens of its own after {context!r:.60}")

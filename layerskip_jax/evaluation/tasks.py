@@ -6,9 +6,8 @@ lm-evaluation-harness ships HumanEval and CNN/DM too, but importing it needs tor
 
 import dataclasses
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from layerskip_jax.evaluation.examples import Example
 from layerskip_jax.evaluation.scores import Score, exact_match, passes_tests, rouge_2, rouge_l
 
 
@@ -31,17 +30,22 @@ class Task:
     split: str = "test"
     shots_split: str = "train"
     code_scores: Mapping[str, Score] = dataclasses.field(default_factory=dict)  # scores that run generated code
+    code_fields: tuple[str, ...] = ()  # the fields that these scores read
 
     @property
     def fields(self) -> list[str]:
-        """The fields of an example that the templates use."""
+        """The fields of an example that the templates and the scores of code use."""
         named = [field for text in (self.prompt, self.answer) for _, field, _, _ in string.Formatter().parse(text)]
+        if self.code_scores.keys() & self.scores.keys():
+            named += self.code_fields
         return sorted({field for field in named if field})
 
-    def wanted(self, example: Example) -> str:
+    def wanted(self, example: Mapping[str, str]) -> str:
         return self.answer.format_map(example)
 
-    def prompt_for(self, example: Example, shots: list[Example], fits: Callable[[str], bool]) -> tuple[str, bool]:
+    def prompt_for(
+        self, example: Mapping[str, str], shots: Sequence[Mapping[str, str]], fits: Callable[[str], bool]
+    ) -> tuple[str, bool]:
         """Return the prompt, and whether it was shortened: it drops shots, then cuts ``shortens``, until it ``fits``.
 
         A prompt that does not fit even then is returned too.
@@ -55,12 +59,17 @@ class Task:
         if not self.shortens:
             return own, bool(shots)
         whole = example[self.shortens]
+
+        def cut(length: int) -> str:
+            return self.prompt.format_map(
+                {field: example[field] for field in self.fields} | {self.shortens: whole[:length]}
+            )
+
         kept, too_many = 0, len(whole)
         while too_many - kept > 1:
             middle = (kept + too_many) // 2
-            text = self.prompt.format_map({**example, self.shortens: whole[:middle]})
-            kept, too_many = (middle, too_many) if fits(text) else (kept, middle)
-        return self.prompt.format_map({**example, self.shortens: whole[:kept]}), bool(shots or whole)
+            kept, too_many = (middle, too_many) if fits(cut(middle)) else (kept, middle)
+        return cut(kept), bool(shots or whole)
 
 
 TASKS = {
@@ -87,6 +96,7 @@ TASKS = {
         answer="{canonical_solution}",
         scores={"rouge2": rouge_2},
         code_scores={"pass@1": passes_tests},
+        code_fields=("test", "entry_point"),
         stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
         max_new_tokens=512,
     ),

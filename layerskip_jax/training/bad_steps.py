@@ -1,7 +1,8 @@
 """Handle bad steps: store their batches, and stop the run after too many in a row.
 
-A step is bad, and is not applied, if its objective or its gradient norm is not finite, or if `Recipe.is_spike` is True.
-By default it is if ``train.skip_spikes`` is set and the objective exceeds that factor times its moving average.
+A step is bad, and is not applied, if its objective or its gradient norm is not finite, if no token of its batch counts,
+or if `Recipe.is_spike` is True. By default it is if ``train.skip_spikes`` is set and the objective exceeds that factor
+times its moving average.
 """
 
 import io
@@ -38,7 +39,8 @@ class BadSteps:
             return
         self.in_a_row += 1
         loss, norm = float(metrics.objective), float(metrics.gradient_norm)
-        reason = "a loss spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        reason = "not finite" if not finite else "a loss spike" if metrics.tokens else "no token counts"
         stored = self._store(done, batch)
         if jax.process_index() == 0:
             line = (

@@ -94,7 +94,8 @@ class Trainer:
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Run one optimizer step on ``batch``; ``state`` is donated. One program serves all steps of a run.
 
-        Only ``state.step`` changes if the objective or the gradient is not finite, or ``recipe.is_spike`` is True.
+        Only ``state.step`` changes if the objective or the gradient is not finite, if no token of the batch counts, or
+        if ``recipe.is_spike`` is True.
         """
         with jax.set_mesh(self.mesh):
             return self._step(state, batch)
@@ -102,12 +103,12 @@ class Trainer:
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weight_L, drop_rate_L = self.recipe.exit_weights(state.step), self.recipe.drop_rates(state.step)
-        count = jnp.maximum(jnp.sum(batch.mask_BT), 1)
-        (value, exit_loss_L), grads = self._gradients(state, batch, weight_L, count)
+        tokens = jnp.sum(batch.mask_BT)
+        (value, exit_loss_L), grads = self._gradients(state, batch, weight_L, jnp.maximum(tokens, 1))
         updates, opt_state = make_optimizer(self.config).update(grads, state.opt_state, state.model)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        applied = finite & ~self.recipe.is_spike(value, norm, state.loss_ema)
+        applied = jnp.isfinite(value) & jnp.isfinite(norm) & (tokens > 0)
+        applied &= ~self.recipe.is_spike(value, norm, state.loss_ema)
         metrics = StepMetrics(
             objective=value,
             exit_loss_L=exit_loss_L,
@@ -117,7 +118,7 @@ class Trainer:
             gradient_norm_L=_norm_by_layer(grads.blocks),
             # The schedule counts applied steps only, so `state.step` may be ahead of it.
             learning_rate=jnp.asarray(learning_rate(self.config)(schedule_count(state.opt_state))),
-            tokens=count,
+            tokens=tokens,
             applied=applied,
         )
         new = optax.apply_updates(state.model, updates), opt_state, _update_ema(state.loss_ema, value)
