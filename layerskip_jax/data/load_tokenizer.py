@@ -41,7 +41,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not usable:
-        raise UserError(f"{path} (data.tokenizer) must have a piece for the end of a text: EOS")
+        raise UserError(f"{path} (data.tokenizer) must have pieces, one of them for the end of a text: EOS")
     return tokenizer
 
 
