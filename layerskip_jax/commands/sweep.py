@@ -285,7 +285,7 @@ def _store(
     try:
         plot(grid, *axes, picture)
         file = store_swept(options.run, chosen, measured)
-    except UserError as error:
+    except (OSError, UserError) as error:
         raise UserError(f"the result cannot be stored: {error}; --no_store stores nothing") from error
     if not options.json:
         print(f"plot: {picture}\nstored: {file}; layerskip decode uses it by default")
