@@ -62,4 +62,5 @@ class DecodeConfig:
         for name in ("start_cost", "width_cost"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name} must be finite and not negative, got {value}")
-        require(self.stream_every >= 1, f"stream_every must be at least 1, not {self.stream_every}")
+        fits = 1 <= self.stream_every < 2**31
+        require(fits, f"stream_every must be at least 1 and below 2**31, not {self.stream_every}")
