@@ -23,9 +23,7 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     """
     exponent_H = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequency_H = 1 / np.power(np.float32(config.rope_base), exponent_H, dtype=np.float64).astype(np.float32)
-    if config.rope_scaling == "none":
-        return frequency_H
-    kept_H = np.zeros_like(frequency_H)
+    kept_H = np.full_like(frequency_H, config.rope_scaling == "none")
     if config.rope_scaling == "llama3":
         turns_H = config.rope_original_length / (2 * math.pi / frequency_H)
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
