@@ -40,7 +40,9 @@ def distilled(
 
 def main(argv: list[str] | None = None) -> None:
     config, _ = parse_config(make_parser("Train with a distillation term from the last exit to the others."), argv)
-    recipe = dataclasses.replace(Recipe.from_config(config), exit_loss=distilled, teacher=last_hidden)
+    recipe = Recipe.from_config(config)
+    # `distillation` is the loss of a teacher in the same pass; this example has its own.
+    recipe = dataclasses.replace(recipe, exit_loss=distilled, teacher=last_hidden, distillation=None)
     train(config, recipe=recipe)
 
 
