@@ -49,9 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(str(tokenizer_path))
     policy = Careful(resolve_exit_layer(config.decode_settings, config.model.num_layers), draft_length=4)
     # `AdaptiveSpeculative` verifies no more positions than a round drafted; `SelfSpeculative` would verify d+1.
-    strategy, length = AdaptiveSpeculative(Greedy(), policy), config.decode.max_new_tokens
-    eos = tokenizer.end_tokens(model.config.vocab_size)
-    result = generate(model, [tokenizer.encode_prompt(options.prompt)], length, strategy, eos=eos)
+    ends, prompt = tokenizer.end_tokens(model.config.vocab_size), tokenizer.encode_prompt(options.prompt)
+    result = generate(model, [prompt], config.decode.max_new_tokens, AdaptiveSpeculative(Greedy(), policy), eos=ends)
     print(options.prompt + tokenizer.decode(result.tokens[0]))
     print(f"acceptance {result.acceptance:.1%}, {result.tokens_per_round:.2f} tokens per round")
 

@@ -18,6 +18,7 @@ ARGUMENTS = {
     "evaluate": ["RUN"],
     "tasks": ["RUN", "--task", "xsum"],
     "lm-eval": ["RUN", "--tasks", "arc_easy"],
+    "search": ["FOLDER"],
     "sweep": ["RUN"],
     "plots": ["RUN"],
     "report": ["RUN"],

@@ -296,7 +296,7 @@ def test_byte_order_marks_are_no_text(tmp_path):
         assert read_prompts(None, str(tmp_path / name), None, Config()) == ["one", "two"]
     for name in ("e.jsonl", "e.csv", "e.tsv"):
         assert read_file(str(tmp_path / name)) == [{"a": "1", "b": "2"}]
-    assert read_json(tmp_path / "config.json") == {"a": 1}
+    assert read_json(tmp_path, "config.json") == {"a": 1}
 
 
 # Prompts

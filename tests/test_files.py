@@ -96,7 +96,8 @@ def test_a_folder_that_is_a_file_is_named(writer, run, corpus):
     for name in ("plots", "tok.model.d"):
         shutil.rmtree(run / name, ignore_errors=True)
         (run / name).write_text("not a folder")
-    (run / "checkpoints" / "decode.json").mkdir()
+    if writer == "sweep":  # the others read this file
+        (run / "checkpoints" / "decode.json").mkdir()
     elsewhere = {
         "tokenizer": lambda: data_command.main(
             [

@@ -197,8 +197,8 @@ def test_a_continuation_that_joins_the_context_is_scored_and_one_without_tokens_
 def test_rolling_likelihoods_can_leave_out_the_bos(make_lm, capsys, text):
     """The oracle sums over all tokens of the text, in windows of `MAX_LENGTH`."""
     (with_bos,), note = make_lm().loglikelihood_rolling(requests((text,))), capsys.readouterr().err
-    (without,), silent = make_lm(score_bos=False).loglikelihood_rolling(requests((text,))), capsys.readouterr().err
-    assert make_lm(add_bos_token=False).loglikelihood_rolling(requests((text,))) == [without]
+    (without,), silent = make_lm(bos=(None, False)).loglikelihood_rolling(requests((text,))), capsys.readouterr().err
+    assert make_lm(bos=(False, True)).loglikelihood_rolling(requests((text,))) == [without]
     lm, ids = make_lm(), [1, *Letters().encode(text)]
     first = ids[: MAX_LENGTH + 1]
     log_p = np.asarray(
@@ -317,7 +317,7 @@ def test_six_tasks_give_the_same_numbers_as_the_hf_class(
         max_length=MAX_LENGTH,
         exit_layer=exit_layer,
         batch_size=2,
-        add_bos_token=add_bos_token,
+        bos=lm_eval_model.BosPolicy(add_bos_token),
     )
     reports = [
         evaluator.simple_evaluate(

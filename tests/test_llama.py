@@ -342,5 +342,5 @@ def test_weights_that_do_not_fit_the_config_are_refused(corpus, tokenizer, llama
 def test_impossible_shapes_are_refused():
     with pytest.raises(UserError, match=r"model\.head_width must be even"):
         tiny_config(head_width=7)
-    with pytest.raises(UserError, match="rope_low_freq_factor < rope_high_freq_factor"):
+    with pytest.raises(UserError, match=r"rope_low_freq_factor 4.0 must be less than model.rope_high_freq_factor 4.0"):
         ModelConfig(rope_low_freq_factor=4.0)

@@ -24,7 +24,7 @@ PAGES = {str(page): (ROOT / page).read_text() for page in (Path("README.md"), *D
 OTHERS = {"hf", "kill", "gcloud", "export", "ssh-add", "kubectl", "docker", "tpu/pod"}
 PROGRAMS = {"make", "python", "pip", "pytest", "layerskip", *OTHERS}
 SCRIPTS = {"train.py": "train", "decode.py": "decode"}
-RUNS = ("runs/", "layerskip-1b")
+RUNS = ("runs/", "layerskip-1b", "my-instruct-llama")
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "benchmarks").glob("[a-z]*.py")))
@@ -143,15 +143,19 @@ def check_layerskip(words):
         with pytest.raises(SystemExit) as ended:
             layerskip([name, "--help"])
         assert ended.value.code == 0
-    elif name in ("train", "data"):
+    elif name in ("train", "data", "search"):
         parser = make_parser("")
+        if name == "search":
+            parser.add_argument("folder")
+            parser.add_argument("--minutes", type=int)
+        arguments = [word.replace("runs/search/best.py", "configs/quickstart.py") for word in arguments]
         if name == "data":
             assert f'"{arguments.pop(0)}"' in (ROOT / "layerskip_jax/commands/data.py").read_text()
             parser.add_argument("--out")
         parse_config(parser, arguments)
     else:
         arguments = ["nowhere" if word.startswith(RUNS) or word == "RUN" else word for word in arguments]
-        with pytest.raises(UserError, match=r"no (checkpoint|metrics) at nowhere"):
+        with pytest.raises(UserError, match=r"no (checkpoint|metrics) at (nowhere|exported)"):
             layerskip([name, *arguments])
 
 

@@ -91,7 +91,7 @@ def test_a_search_writes_the_best_recipe_and_resumes(options, tmp_path, capsys, 
 def test_a_space_without_a_valid_recipe_is_refused(options, tmp_path, monkeypatch):
     monkeypatch.setattr(search.Search, "train_plain", lambda self: None)
     (tmp_path / "space.py").write_text(SPACE.replace("(weight,)", "(-weight,)"))
-    with pytest.raises(UserError, match=r"the search space has no valid point: 20 .*exit_weights must be finite"):
+    with pytest.raises(UserError, match=r"the search space has no valid point: 20 .*exit_weights must be at least 0"):
         search.main(options)
 
 

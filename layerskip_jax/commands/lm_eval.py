@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
 
-        from layerskip_jax.evaluation.lm_eval_model import LayerSkipLM
+        from layerskip_jax.evaluation.lm_eval_model import BosPolicy, LayerSkipLM
     except ImportError as error:
         raise UserError(f"{error}: pip install 'layerskip-jax[lm_eval]'") from None
 
@@ -81,8 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         max_length=max_length,
         exit_layer=options.exit_layer,
         batch_size=options.batch_size,
-        add_bos_token=options.add_bos_token,
-        score_bos=options.score_bos,
+        bos=BosPolicy(options.add_bos_token, options.score_bos),
     )
     manager = TaskManager(include_path=options.include_path)
     unknown = [task for task in options.task if not manager.match_tasks([task])]

@@ -21,6 +21,7 @@ from etils import epath
 from layerskip_jax.command_line import make_parser, parse_config, positive, run_file
 from layerskip_jax.config import Config, MeshConfig
 from layerskip_jax.config_dict import apply_overrides, saved_settings
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.cost import best_speedup
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.exits import exit_quality
@@ -82,6 +83,7 @@ class Search:
         self.exits = sorted(set(options.draft_exits or [max(1, layers // 4)]))
         if not 1 <= self.exits[0] <= self.exits[-1] < layers:
             raise UserError(f"--draft_exits must be in 1..{layers - 1}, not {' '.join(map(str, self.exits))}")
+        load_tokenizer(config.data.tokenizer)  # before a folder is made
         self.study = self._open_study()
         self.plain_loss: dict[int, float] = {}  # by step
 

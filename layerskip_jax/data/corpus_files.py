@@ -70,13 +70,13 @@ def find_files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> Cor
     if third and not own:
         raise UserError(f"{config.path} has no split {split!r}: put the files into a folder of that name")
     if not root.is_dir():
-        return CorpusFiles(_walk(root, (), set(), str(root.parent)), [], [])
+        return CorpusFiles(_walk(root, (), set(), _real(root.parent)), [], [])
     if not train:
         named = {*held_out, *unused}
         train = [entry for entry in texts if entry not in named]
     chosen = held_out if own and split == config.validation_split else train
-    seen = {str(root)}
-    files = [file for entry in chosen for file in _walk(entry, suffixes, seen, str(entry.parent))]
+    seen = {_real(root)}
+    files = [file for entry in chosen for file in _walk(entry, suffixes, seen, _real(entry.parent))]
     if not files:
         kinds = f" ending in {' or '.join(suffixes)}" if suffixes else ""
         if not own:
@@ -139,6 +139,10 @@ def _has_suffix(entry: epath.Path, suffixes: tuple[str, ...]) -> bool:
 
 def _visible(folder: epath.Path) -> list[epath.Path]:
     return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _real(path: epath.Path) -> str:
+    return str(path) if is_remote(path) else os.path.realpath(path)
 
 
 def _walk(path: epath.Path, suffixes: tuple[str, ...], seen: set[str], parent: str) -> list[File]:

@@ -60,8 +60,7 @@ class DataPosition:
 def read_positions(folder: epath.Path) -> dict[int, Any]:
     """Return the position of every row that any process saved in ``folder``; `ValueError` if a file is damaged."""
     states: dict[int, Any] = {}
-    # Not `glob`: a folder of the path may have brackets in its name, which are a pattern.
-    for file in sorted(file for file in folder.iterdir() if re.fullmatch(r"process_\d+-of-\d+\.json", file.name)):
+    for file in _position_files(folder):
         saved = json.loads(file.read_text())
         if not isinstance(saved, dict) or saved.get("sha256") != _sha256(
             f"{saved.get('rows')}{saved.get('corpus', '')}"
@@ -75,9 +74,14 @@ def read_positions(folder: epath.Path) -> dict[int, Any]:
 
 def read_corpus(folder: epath.Path) -> Corpus | None:
     """Return what the positions in ``folder`` count, or None if the checkpoint is older than `Corpus`."""
-    text = json.loads(next(iter(folder.glob("process_*-of-*.json"))).read_text()).get("corpus")
+    text = json.loads(_position_files(folder)[0].read_text()).get("corpus")
     saved = json.loads(text) if text else None
     return Corpus(str(saved["training"]), str(saved["held_out"]), int(saved["sequences"])) if saved else None
+
+
+def _position_files(folder: epath.Path) -> list[epath.Path]:
+    # Not `glob`: a folder of the path may have brackets in its name, which are a pattern.
+    return sorted(file for file in folder.iterdir() if re.fullmatch(r"process_\d+-of-\d+\.json", file.name))
 
 
 def _sha256(text: str) -> str:

@@ -80,7 +80,7 @@ def best_speedup(config: ModelConfig, exit_layer: int, acceptance: float, longes
 
     >>> config = ModelConfig(num_layers=8, vocab_size=1)
     >>> round(best_speedup(config, exit_layer=2, acceptance=0.8), 2)
-    1.68
+    1.69
     """
     tokens = list(itertools.accumulate(acceptance**drafted for drafted in range(longest + 1)))
     return max(predicted_speedup(config, exit_layer, drafted, tokens[drafted]) for drafted in range(longest + 1))

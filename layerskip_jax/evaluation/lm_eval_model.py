@@ -1,7 +1,7 @@
 """A model class for lm-evaluation-harness, at any exit; importing it needs the extra ``lm_eval``."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -17,6 +17,13 @@ from layerskip_jax.model import Transformer
 
 GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 """The ``generation_kwargs`` of a task that are used, after `normalize_gen_kwargs`, which knows other names for some."""
+
+
+class BosPolicy(NamedTuple):
+    """Whether every text gets a BOS (None: the tokenizer decides), and whether rolling likelihoods score it."""
+
+    add: bool | None = None
+    score: bool = True
 
 
 class LayerSkipLM(TemplateLM):
@@ -42,8 +49,7 @@ class LayerSkipLM(TemplateLM):
         max_length: int,
         exit_layer: int = 0,
         batch_size: int = 8,
-        add_bos_token: bool | None = None,
-        score_bos: bool = True,
+        bos: BosPolicy = BosPolicy(),  # noqa: B008  (immutable)
     ):
         super().__init__()
         layers = model.config.num_layers
@@ -51,7 +57,7 @@ class LayerSkipLM(TemplateLM):
             raise UserError(
                 f"exit_layer must be in 1..{layers}, the model's layers, or 0 for the last, not {exit_layer}"
             )
-        self.add_bos_token, self.score_bos = add_bos_token, score_bos
+        self.add_bos_token, self.score_bos = bos
         self._named: set[str] = set()  # the unknown generation_kwargs that a warning has named
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.exit_layer, self.max_length, self.batch_size = exit_layer or layers, max_length, batch_size
