@@ -12,20 +12,18 @@ from pathlib import Path
 
 import pytest
 from bucket import NEW, changed, sign, trained_run
-from corpora import VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import CASES, assert_one_sentence
 
 from layerskip_jax.checkpoint import reading
 from layerskip_jax.checkpoint.reading import load_model
-from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
+from layerskip_jax.checkpoint.run_folder import find_checkpoint
 from layerskip_jax.checkpoint.swept import SWEPT
 from layerskip_jax.commands import decode
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
-from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER, train_tokenizer
-from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.decoding import cost
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.errors import UserError
@@ -250,14 +248,6 @@ def written(name, content):
     return write
 
 
-def other_tokenizer(vocabulary, **options):
-    def write(step):
-        config = read_config(find_checkpoint(str(step)))
-        train_tokenizer(open_documents(config.data, "train"), str(step.parent / TOKENIZER), vocabulary)
-
-    return write
-
-
 METADATA = "config/metadata"
 # Damage to a good checkpoint, with a word of the error.
 BAD_CHECKPOINTS = {
@@ -282,7 +272,6 @@ BAD_CHECKPOINTS = {
     "no tokenizer": (lambda step: (step.parent / TOKENIZER).unlink(), "no tokenizer at"),
     "tokenizer a text": (written(TOKENIZER, "def x"), "not a SentencePiece model"),
     "tokenizer empty": (written(TOKENIZER, b""), "must have pieces"),
-    "tokenizer other": (other_tokenizer(VOCABULARY - 10), f"the tokenizer has {VOCABULARY - 10} pieces"),
     "sweep not JSON": (written(SWEPT, "}"), "decode.json is not what"),
     "sweep a list": (written(SWEPT, "[]"), "decode.json is not what"),
     "sweep of a list": (written(SWEPT, '{"decode": []}'), "decode.json is not what"),
