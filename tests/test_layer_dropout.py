@@ -71,6 +71,14 @@ def test_rate_is_the_product_of_eq_2(t, p_max, layer):
     assert float(recipe(12, p_max, steps=100).drop_rates(t)[layer]) == pytest.approx(S * D * p_max, abs=1e-6)
 
 
+@pytest.mark.parametrize("scale", layer_dropout.TIME_SCALES)
+def test_compiled_time_scales_stay_in_their_range(scale):
+    """A compiled division by T - 1 is not exact: at T = 90 the decaying scale would end below 0."""
+    for total in (*range(1, 9), *range(80, 100), 1000):
+        last = jax.jit(partial(layer_dropout.TIME_SCALES[scale], total_steps=total))(jnp.int32(total - 1))
+        assert 0 <= last <= 1 + 1e-6
+
+
 def test_linear_decaying_recipe_of_the_later_study():
     # p = p_max l/(L-1) (1 - t/(T-1))
     rates = recipe(5, 0.8, "decaying", "linear", steps=11).drop_rates(5)

@@ -157,9 +157,7 @@ class Search:
             overrides = self.space(trial, self.proxy, self.exits)
             config = self.run_config(overrides, folder)
         except UserError as error:
-            trial.set_user_attr("error", str(error))
-            self.study.tell(trial, state=state.FAIL)
-            return False
+            return self._refuse(trial, error)
         trial.set_user_attr("overrides", overrides)
         found: list[Found] = []
 
@@ -172,6 +170,8 @@ class Search:
 
         try:
             self.train(config, judge)
+        except UserError as error:  # the recipe's functions are checked where the run begins
+            return self._refuse(trial, error)
         except optuna.TrialPruned:
             self.study.tell(trial, state=state.PRUNED)
             shutil.rmtree(config.train.run_dir)
@@ -182,6 +182,13 @@ class Search:
             flush=True,
         )
         return True
+
+    def _refuse(self, trial: "optuna.Trial", error: UserError) -> bool:
+        import optuna
+
+        trial.set_user_attr("error", str(error))
+        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return False
 
     def quality(self, config: Config, model: Transformer, step: int) -> Found:
         """Measure the last exit and the drafting exit, the first of ``early_exit.exits``."""

@@ -68,7 +68,8 @@ def decaying_time_scale(step: ArrayLike, total_steps: int) -> jax.Array:
 
     Source: a later study by LayerSkip's first author ("Don't Drop Dropout", 2026), which we know only second-hand.
     """
-    return 1 - _progress(step, total_steps)
+    # XLA divides by multiplying with the rounded reciprocal, so the progress can be slightly more than 1.
+    return jnp.maximum(1 - _progress(step, total_steps), 0)
 
 
 def _progress(step: ArrayLike, total_steps: int) -> jax.Array:
