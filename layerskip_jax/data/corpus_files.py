@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import NamedTuple
@@ -75,8 +76,8 @@ def find_files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> Cor
         named = {*held_out, *unused}
         train = [entry for entry in texts if entry not in named]
     chosen = held_out if own and split == config.validation_split else train
-    seen = {_real(root)}
-    files = [file for entry in chosen for file in _walk(entry, suffixes, seen, _real(entry.parent))]
+    seen, folder = {_real(root)}, _real(texts[0].parent) if texts else ""
+    files = [file for entry in chosen for file in _walk(entry, suffixes, seen, folder)]
     if not files:
         kinds = f" ending in {' or '.join(suffixes)}" if suffixes else ""
         if not own:
@@ -150,23 +151,35 @@ def _walk(path: epath.Path, suffixes: tuple[str, ...], seen: set[str], parent: s
 
     ``parent`` is the folder of ``path`` without links.
     """
-    local = not is_remote(path)
-    real = os.path.realpath(path) if local and os.path.islink(path) else os.path.join(parent, path.name)
+    name = str(path)
+    is_link = not is_remote(path) and os.path.islink(name)
+    real = os.path.realpath(name) if is_link else os.path.join(parent, path.name)
     if real in seen:
         return []
     seen.add(real)
-    if path.is_dir():
+    is_folder, size, changed = _stat(path)
+    if is_folder:
         return [file for entry in _visible(path) for file in _walk(entry, suffixes, seen, real)]
-    if (suffixes and not _has_suffix(path, suffixes)) or not path.is_file():
-        return []  # not a file: a pipe, or a link to nothing
+    if not size or (suffixes and not _has_suffix(path, suffixes)):
+        return []
     if path.suffix in COMPRESSED:
         raise UserError(f"{path} is compressed, which cannot be read: unpack it and remove the {path.suffix} file")
-    if local:
-        size, changed = os.stat(path).st_size, os.stat(path).st_mtime_ns
-    else:
-        found = path.stat()
-        size, changed = found.length, int(found.mtime or 0)
-    return [File(str(path), size, changed)] if size else []
+    return [File(name, size, changed)]
+
+
+def _stat(path: epath.Path) -> tuple[bool, int, int]:
+    """Return whether ``path`` is a folder, its size (0 of a pipe, or of a link to nothing) and what `File` compares.
+
+    A corpus can have millions of files, so this makes one request.
+    """
+    if is_remote(path):
+        remote = path.stat()
+        return remote.is_directory, remote.length, int(remote.mtime or 0)
+    try:
+        local = os.stat(path)
+    except OSError:
+        return False, 0, 0
+    return stat.S_ISDIR(local.st_mode), local.st_size, local.st_mtime_ns
 
 
 def hold_out(names: Sequence[str], sizes: Sequence[int], config: DataConfig, split: str, cut: int = 0) -> list[int]:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from layerskip_jax.config import Config
 from layerskip_jax.data.batch import Batch
-from layerskip_jax.data.documents import Document, Documents, Pair, spread
+from layerskip_jax.data.documents import Document, Documents, Pair, read_sample
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def make_batches(
     tokenizer, opened = load_tokenizer(config.data.tokenizer), open_documents(config.data, split)
     tokenize, documents = _tokenize(config, tokenizer), grain.MapDataset.source(opened)
     if isinstance(tokenize, _TokenizePair):
-        _report_pairs_without_room(documents, tokenize, split)
+        _report_pairs_without_room(opened, tokenize, split)
     if in_order:
         packed = _pack(config, documents.map(tokenize), PACKING_BINS)
         batches = packed.batch(batch_size, drop_remainder=False).map(_SelectRows(rows, batch_size))
@@ -92,17 +92,16 @@ def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, 
     """Estimate how many sequences the documents fill, from a sample of ``most`` of them; at most what is needed."""
     bins = PACKING_BINS * batch_size if config.data.prompt_key else 0
     needed = max(config.data.shuffle_window, bins)
-    length, count, sample = config.data.sequence_length + 1, len(documents), spread(len(documents), most)
+    length, count = config.data.sequence_length + 1, len(documents)
     if needed < 2 * batch_size or 2 * count >= needed * length:
         return needed  # nothing is shuffled, or BOS and EOS alone are enough
     tokenize, tokens = _tokenize(config, tokenizer), 0.0
-    for index in sample:
-        document = documents[index]
+    for document in read_sample(documents, most):
         part = document[:10_000] if isinstance(document, str) and not isinstance(document, Pair) else document
         tokens += len(tokenize(part)["tokens"]) * len(document) / max(1, len(part))
         if tokens >= needed * length:
             return needed
-    return min(needed, round(tokens * count / len(sample) / length))
+    return min(needed, round(tokens * count / min(count, most) / length))
 
 
 def packing_sizes(config: Config, batch_size: int, sequences: int) -> tuple[int, int]:
@@ -234,16 +233,16 @@ def _has_counted_target(pair: dict[str, np.ndarray]) -> bool:
     return bool(pair["counts"][1:].any())
 
 
-def _report_pairs_without_room(pairs: Sequence[Document], tokenize: _TokenizePair, split: str) -> None:
+def _report_pairs_without_room(pairs: Documents, tokenize: _TokenizePair, split: str) -> None:
     """Print how many pairs of a split are left out; raises `UserError` if they all are."""
-    checked = range(0, len(pairs), -(-len(pairs) // PAIRS_CHECKED))
-    without = sum(not _has_counted_target(tokenize(pairs[index])) for index in checked)
-    counted = f"{without} of {len(checked)} {'pairs' if len(checked) == len(pairs) else 'checked pairs'}"
+    checked = min(len(pairs), PAIRS_CHECKED)
+    without = sum(not _has_counted_target(tokenize(pair)) for pair in read_sample(pairs, checked))
+    counted = f"{without} of {checked} {'pairs' if checked == len(pairs) else 'checked pairs'}"
     line = (
         f"{counted} in the {split!r} split are left out: their prompts (data.prompt_key) leave no room for a response "
         f"in a row of {tokenize.length} tokens"
     )
-    if without == len(checked):
+    if without == checked:
         raise UserError(f"{line}: raise data.sequence_length")
     if without and jax.process_index() == 0:
         print(f"note: {line}", file=sys.stderr, flush=True)
