@@ -17,7 +17,7 @@ from layerskip_jax.config import Config, DataConfig
 from layerskip_jax.data.corpus import describe_splits
 from layerskip_jax.data.corpus_files import hold_out
 from layerskip_jax.data.cutting import cut_text
-from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.sources import open_documents, open_splits
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.examples import read_file
 
@@ -30,7 +30,7 @@ def texts(data, split):
 
 
 def describe_split(data):
-    return describe_splits(data, open_documents(data, "train"), open_documents(data, "validation"))
+    return describe_splits(data, *open_splits(data))
 
 
 def text_corpus(path):

@@ -17,15 +17,16 @@ from layerskip_jax.data.corpus import identify_corpus, resume_data
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.position import DataPosition, read_corpus, read_positions
+from layerskip_jax.data.sources import open_splits
 from layerskip_jax.training.loop import train
 
 
-def identify(config):
-    return identify_corpus(config, load_tokenizer(config.data.tokenizer))[0]
+def identify(config, part=0):
+    return identify_corpus(config, load_tokenizer(config.data.tokenizer), *open_splits(config.data))[part]
 
 
 def describe(config):
-    return identify_corpus(config, load_tokenizer(config.data.tokenizer))[1]
+    return identify(config, 1)
 
 
 def write_lines(file, words, count=60):

@@ -4,9 +4,8 @@ from typing import Any, Literal, NamedTuple
 
 from layerskip_jax.config import Config, DataConfig
 from layerskip_jax.data.corpus_files import HELD_OUT_PERCENT
-from layerskip_jax.data.documents import documents_digest
+from layerskip_jax.data.documents import Documents, documents_digest
 from layerskip_jax.data.pipeline import count_sequences, packing_sizes
-from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
 
 DOCUMENTS = ("source", "name", "path", "data_dir", "text_key", "prompt_key", "train_split")
@@ -24,10 +23,10 @@ class Corpus(NamedTuple):
     """Sequences that one pass fills, at most as many as are shuffled together (`count_sequences`)."""
 
 
-def identify_corpus(config: Config, tokenizer: Tokenizer) -> tuple[Corpus, list[str]]:
+def identify_corpus(
+    config: Config, tokenizer: Tokenizer, training: Documents, held_out: Documents
+) -> tuple[Corpus, list[str]]:
     """Return the corpus of both splits, and lines that describe what is held out and a window that is limited by it."""
-    training = open_documents(config.data, config.data.train_split)
-    held_out = open_documents(config.data, config.data.validation_split)
     sequences = count_sequences(config, tokenizer, training, config.train.batch_size)
     lines, window = describe_splits(config.data, training, held_out), config.data.shuffle_window
     if sequences < window >= 2 * config.train.batch_size:

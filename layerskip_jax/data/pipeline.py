@@ -46,6 +46,7 @@ def make_batches(
     rows: Sequence[int] | None = None,
     in_order: bool = False,
     seed: int = 0,
+    documents: Documents | None = None,
 ) -> grain.IterDataset:
     """Return an iterable of ``{"inputs_BT", "targets_BT", "segments_BT", "mask_BT"}``, B = ``batch_size`` rows.
 
@@ -60,19 +61,21 @@ def make_batches(
     next token, belongs to the same document as its input (and, with prompts, to a response or its EOS).
     `layerskip_jax.data.position` saves and restores the position of an iterator.
 
+    ``documents`` are those of the split if they are open already: opening a large corpus takes a while.
+
     Pairs whose prompt fills a row are left out; a line on stderr counts them. Raises `UserError` if they all are.
     """
     rows = range(batch_size) if rows is None else rows
-    tokenizer, opened = load_tokenizer(config.data.tokenizer), open_documents(config.data, split)
-    tokenize, documents = _tokenize(config, tokenizer), grain.MapDataset.source(opened)
+    tokenizer, documents = load_tokenizer(config.data.tokenizer), documents or open_documents(config.data, split)
+    tokenize, source = _tokenize(config, tokenizer), grain.MapDataset.source(documents)
     if isinstance(tokenize, _TokenizePair):
-        _report_pairs_without_room(opened, tokenize, split)
+        _report_pairs_without_room(documents, tokenize, split)
     if in_order:
-        packed = _pack(config, documents.map(tokenize), PACKING_BINS)
+        packed = _pack(config, source.map(tokenize), PACKING_BINS)
         batches = packed.batch(batch_size, drop_remainder=False).map(_SelectRows(rows, batch_size))
         return _in_worker(batches) if config.data.workers else batches
-    tokens = documents.shuffle(seed=seed).repeat().map(tokenize)
-    window, bins = packing_sizes(config, batch_size, count_sequences(config, tokenizer, opened, batch_size))
+    tokens = source.shuffle(seed=seed).repeat().map(tokenize)
+    window, bins = packing_sizes(config, batch_size, count_sequences(config, tokenizer, documents, batch_size))
     streams = []
     for row in rows:
         stream = _pack(config, tokens[row::batch_size], bins)
@@ -164,8 +167,10 @@ def _shuffle(window: dict[str, np.ndarray], generator: np.random.Generator) -> d
     return {name: array[order] for name, array in window.items()}
 
 
-def local_batches(config: Config, split: str, mesh: Mesh, *, in_order: bool = False) -> grain.IterDataset:
-    """Return the local rows of the batches: shuffled and endless, or ``in_order`` and once."""
+def local_batches(
+    config: Config, split: str, mesh: Mesh, *, in_order: bool = False, documents: Documents | None = None
+) -> grain.IterDataset:
+    """Return the local rows of the batches, see `make_batches`: shuffled and endless, or ``in_order`` and once."""
     size = config.train.batch_size
     return make_batches(
         config,
@@ -174,6 +179,7 @@ def local_batches(config: Config, split: str, mesh: Mesh, *, in_order: bool = Fa
         rows=local_rows(batch_sharding(mesh), size),
         in_order=in_order,
         seed=config.train.seed,
+        documents=documents,
     )
 
 

@@ -55,6 +55,11 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
     return documents
 
 
+def open_splits(config: DataConfig) -> tuple[Documents, Documents]:
+    """Open the training split and the held-out split, see `open_documents`."""
+    return open_documents(config, config.train_split), open_documents(config, config.validation_split)
+
+
 class _Fields:
     """The text of each example, or its prompt and its text."""
 
@@ -236,7 +241,7 @@ class _JsonLines:
         return Pair(*texts) if len(texts) == 2 else texts[0]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1 << 16)  # with less, both splits would read every file of a larger corpus
 def _find_lines(file: File) -> list[Line]:
     """Return the lines of a JSON lines file that are not blank, with any line end: JSON text contains no raw CR."""
     lines, offset, number = [], 0, 0

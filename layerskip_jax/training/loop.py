@@ -13,9 +13,11 @@ from layerskip_jax.checkpoint.reading import initial_model
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.data.corpus import Corpus, identify_corpus
+from layerskip_jax.data.documents import Documents
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.position import DataPosition
+from layerskip_jax.data.sources import open_splits
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.distributed import StopRequest, agree, local_rows
@@ -107,17 +109,18 @@ def _open_data(
     Raises `UserError` unless all processes have the same settings and files.
     """
 
-    def open_all() -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset]:
+    def open_files() -> tuple[Tokenizer, tuple[Documents, Documents]]:
         tokenizer = load_tokenizer(config.data.tokenizer)
         tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
-        data = iter(local_batches(config, config.data.train_split, mesh))
-        held_out = local_batches(config, config.data.validation_split, mesh, in_order=True)
-        return tokenizer, data, held_out
+        return tokenizer, open_splits(config.data)
 
-    tokenizer, data, held_out = agree("settings", open_all, lambda _: saved_settings(config))
-    identify = partial(identify_corpus, config, tokenizer)
-    corpus = agree("tokenizer and corpus", identify, lambda found: (tokenizer.fingerprint(), found))
-    return tokenizer, data, held_out, corpus
+    def read() -> tuple[grain.DatasetIterator, grain.IterDataset, tuple[Corpus, list[str]]]:
+        data = iter(local_batches(config, config.data.train_split, mesh, documents=splits[0]))
+        held_out = local_batches(config, config.data.validation_split, mesh, in_order=True, documents=splits[1])
+        return data, held_out, identify_corpus(config, tokenizer, *splits)
+
+    tokenizer, splits = agree("settings", open_files, lambda _: saved_settings(config))
+    return tokenizer, *agree("tokenizer and corpus", read, lambda found: (tokenizer.fingerprint(), found[2]))
 
 
 def _open_checkpoints(config: Config, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> Checkpoints:
