@@ -32,6 +32,31 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tokenizer(corpus):
+    from layerskip_jax.data.load_tokenizer import load_tokenizer
+
+    return load_tokenizer(corpus.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The model in `llama`."""
+    from models import tiny_model
+
+    return tiny_model(5, vocab_size=VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def llama(model, tokenizer, tmp_path_factory):
+    """A model folder in the format of transformers; tests that write into it copy it first."""
+    from models import write_llama
+
+    from layerskip_jax.checkpoint.arrays import named_arrays
+
+    return write_llama(tmp_path_factory.mktemp("llama") / "model", model.config, named_arrays(model), tokenizer)
+
+
+@pytest.fixture(scope="session")
 def trained_run(corpus, tmp_path_factory):
     """The folder of a short run of four layers; tests that write into it copy it first."""
     from layerskip_jax.training.loop import train

@@ -1,7 +1,14 @@
-"""Small random models for tests."""
+"""Small random models for tests, and their folders in the format of transformers."""
 
+import json
+
+import jax.numpy as jnp
+from etils import epath
 from flax import nnx
 
+from layerskip_jax.checkpoint.huggingface.config_json import config_json
+from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
+from layerskip_jax.checkpoint.huggingface.weights import write_weights
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.model import Transformer
 
@@ -13,3 +20,13 @@ def tiny_config(**changes) -> ModelConfig:
 
 def tiny_model(seed: int = 0, **changes) -> Transformer:
     return Transformer(tiny_config(**changes), rngs=nnx.Rngs(seed))
+
+
+def write_llama(folder, config, arrays, tokenizer=None, dtype="float32"):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(epath.Path(folder), config, arrays, jnp.dtype(dtype))
+    values = config_json(config, config.context_length or 256, dtype, 1, 2)
+    (folder / "config.json").write_text(json.dumps(values))
+    for name, content in (tokenizer_files(tokenizer) if tokenizer else {}).items():
+        (folder / name).write_bytes(content)
+    return folder

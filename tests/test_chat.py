@@ -5,8 +5,8 @@ import re
 import sys
 
 import pytest
+import transformers
 from etils import epath
-from test_end_tokens import folder, model, tokenizer  # noqa: F401  (fixtures)
 
 from layerskip_jax.commands import decode
 from layerskip_jax.data.chat import render_chat
@@ -57,9 +57,8 @@ def store(target, source, template, kind):
 
 @pytest.mark.parametrize("kind", ["string", "list", "file"])
 @pytest.mark.parametrize("template", TEMPLATES, ids=["llama2", "chatml", "odd"])
-def test_ids_equal_those_of_transformers(folder, tmp_path, template, kind):  # noqa: F811
-    transformers = pytest.importorskip("transformers", reason="pip install -e '.[benchmarks]'")
-    ours = store(tmp_path, folder, template, kind)
+def test_ids_equal_those_of_transformers(llama, tmp_path, template, kind):
+    ours = store(tmp_path, llama, template, kind)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for prompt in PROMPTS:
         messages = [{"role": "user", "content": prompt}]
@@ -67,7 +66,7 @@ def test_ids_equal_those_of_transformers(folder, tmp_path, template, kind):  # n
         assert ours.encode_chat(messages) == expected
 
 
-def test_the_rendered_text(folder, tmp_path):  # noqa: F811
+def test_the_rendered_text(llama, tmp_path):
     roles = {"bos_token": "<s>", "eos_token": "</s>"}
     render = lambda template, *messages: render_chat(template, messages, roles)  # noqa: E731
     user, assistant = {"role": "user", "content": " hi "}, {"role": "assistant", "content": "yes"}
@@ -75,7 +74,7 @@ def test_the_rendered_text(folder, tmp_path):  # noqa: F811
     assert render(CHATML, user) == "<s>user\n hi </s><s>assistant\n"
     with pytest.raises(UserError, match="the chat template refuses these messages: roles must alternate"):
         render(LLAMA2, assistant)
-    tokenizer = store(tmp_path, folder, LLAMA2, "string")  # noqa: F811
+    tokenizer = store(tmp_path, llama, LLAMA2, "string")
     ids = tokenizer.encode_chat([user])
     assert ids[0] == tokenizer.bos_id
     assert ids[1:] == tokenizer.encode("[INST] hi [/INST]")
@@ -105,8 +104,8 @@ def test_jinja2_is_optional(monkeypatch):
         render_chat("x", [], {})
 
 
-def test_a_folder_without_a_template_is_one_line(folder, tmp_path):  # noqa: F811
-    tokenizer = store(tmp_path, folder, "", "none")  # noqa: F811
+def test_a_folder_without_a_template_is_one_line(llama, tmp_path):
+    tokenizer = store(tmp_path, llama, "", "none")
     with pytest.raises(UserError, match=r"no chat template: neither chat_template\.jinja nor.*leave out --chat"):
         tokenizer.encode_chat([{"role": "user", "content": "x"}])
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -116,9 +115,9 @@ def test_a_folder_without_a_template_is_one_line(folder, tmp_path):  # noqa: F81
         load_tokenizer(str(tmp_path / "tokenizer.json")).encode_chat([{"role": "user", "content": "x"}])
 
 
-def test_special_tokens_are_read_without_a_tokenizer_json(folder, tmp_path):  # noqa: F811
-    whole = load_tokenizer(str(folder / "tokenizer.json"))
-    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+def test_special_tokens_are_read_without_a_tokenizer_json(llama, tmp_path):
+    whole = load_tokenizer(str(llama / "tokenizer.json"))
+    (tmp_path / "tokenizer.model").write_bytes((llama / "tokenizer.model").read_bytes())
     config = {"chat_template": LLAMA2, "added_tokens_decoder": {"1": {"content": "<s>"}, "340": {"content": "[/INST]"}}}
     for more, message in [(config, r"lacks the token \[/INST\]"), ({"chat_template": LLAMA2}, None)]:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(more))
@@ -131,10 +130,10 @@ def test_special_tokens_are_read_without_a_tokenizer_json(folder, tmp_path):  # 
             assert ours.encode_chat(chat) == whole.encode(f"<s>[INST] {chat[0]['content']} [/INST]")
 
 
-def test_decode_renders_the_template(folder, model, tmp_path, capsys, monkeypatch):  # noqa: F811
-    for file in epath.Path(folder).iterdir():
+def test_decode_renders_the_template(llama, model, tmp_path, capsys, monkeypatch):
+    for file in epath.Path(llama).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    store(tmp_path, folder, CHATML, "file")
+    store(tmp_path, llama, CHATML, "file")
     seen = []
     from layerskip_jax.decoding import text
 
@@ -145,6 +144,6 @@ def test_decode_renders_the_template(folder, model, tmp_path, capsys, monkeypatc
     decode.main([str(tmp_path), "--prompt", "def x", "--chat", "--max_new_tokens", "3", "--json"])
     answer = json.loads(capsys.readouterr().out.splitlines()[0])
     assert answer["prompt"] == "def x"
-    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))  # noqa: F811
+    tokenizer = load_tokenizer(str(llama / "tokenizer.json"))
     assert seen == [tokenizer.encode("<s>user\ndef x</s><s>assistant\n")]
     assert not re.search("user|assistant", answer["prompt"])

@@ -3,8 +3,7 @@
 import json
 
 from etils import epath
-from models import tiny_model
-from test_llama import write_llama
+from models import tiny_model, write_llama
 
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import read_model_config

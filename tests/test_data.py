@@ -34,11 +34,6 @@ def texts(data, split):
     return [documents[i] for i in range(len(documents))]
 
 
-@pytest.fixture(scope="session")
-def tokenizer(corpus):
-    return load_tokenizer(corpus.tokenizer)
-
-
 # Tokenizer
 
 
@@ -73,7 +68,7 @@ def test_training_is_deterministic_and_pickles(corpus, tokenizer, tmp_path):
     assert pickle.loads(pickle.dumps(tokenizer)).encode("x = 1") == tokenizer.encode("x = 1")
 
 
-def test_tokenizer_errors(corpus, tokenizer, tmp_path):
+def test_tokenizer_errors(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer at .*layerskip data tokenizer"):
         load_tokenizer(str(tmp_path / "none.model"))
     (tmp_path / "broken.model").write_bytes(b"not a model")
@@ -81,12 +76,6 @@ def test_tokenizer_errors(corpus, tokenizer, tmp_path):
         load_tokenizer(str(tmp_path / "broken.model"))
     with pytest.raises(UserError, match=rf"has {VOCABULARY} pieces and the model's vocabulary 999"):
         tokenizer.check_vocabulary(999)
-    with pytest.raises(
-        UserError, match=r"the smallest size is 260, for BOS, EOS, unknown, 256 bytes and one character"
-    ):
-        train_tokenizer(["text"], str(tmp_path / "small.model"), 259)
-    with pytest.raises(UserError, match=r"cannot make 300 pieces .* from this corpus: it has no text"):
-        train_tokenizer([""], str(tmp_path / "empty.model"), 300)
 
 
 # Sources

@@ -21,7 +21,6 @@ from layerskip_jax.config import (
     DecodeConfig,
     ModelConfig,
 )
-from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.cost import head_share, predicted_speedup, round_cost
 from layerskip_jax.decoding.engine import begin, generate
@@ -32,11 +31,6 @@ from layerskip_jax.decoding.text import Answer, TextGenerator
 from layerskip_jax.errors import UserError
 
 PROMPTS = ["def x", "", "漢字 for y"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus):
-    return load_tokenizer(corpus.tokenizer)
 
 
 @pytest.fixture(scope="module")

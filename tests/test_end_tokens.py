@@ -10,8 +10,7 @@ from corpora import VOCABULARY
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
-from models import tiny_model
-from test_llama import write_llama
+from models import tiny_model, write_llama
 
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
@@ -41,21 +40,6 @@ STRATEGIES = [
     ConfidentExit(Greedy(), (1, 4), 2.0),
 ]
 T = 77
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus):
-    return load_tokenizer(corpus.tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(5, vocab_size=VOCABULARY)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, model, tokenizer):
-    return write_llama(tmp_path_factory.mktemp("ends") / "llama", model.config, named_arrays(model), tokenizer)
 
 
 def with_files(target, source, name="tokenizer.json", **files):
@@ -97,14 +81,14 @@ def test_an_empty_list_of_end_tokens_ends_no_row():
     ],
 )
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-def test_the_models_files_list_the_end_tokens(folder, tmp_path, name, files, ends):
-    assert with_files(tmp_path, folder, name, **files).end_tokens(VOCABULARY) == ends
+def test_the_models_files_list_the_end_tokens(llama, tmp_path, name, files, ends):
+    assert with_files(tmp_path, llama, name, **files).end_tokens(VOCABULARY) == ends
 
 
 @pytest.mark.parametrize("value", ["</s>", 2.0, [2, "x"], True, {"a": 1}, [[2]]])
-def test_end_tokens_of_another_type_are_an_error(folder, tmp_path, value):
+def test_end_tokens_of_another_type_are_an_error(llama, tmp_path, value):
     with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id must be a token id or a list"):
-        with_files(tmp_path, folder, generation_config={"eos_token_id": value})
+        with_files(tmp_path, llama, generation_config={"eos_token_id": value})
 
 
 @given(values=st.recursive(st.none() | st.booleans() | st.integers(-3, 400) | st.text(max_size=3), st.lists))
@@ -119,12 +103,12 @@ def test_any_list_of_end_tokens_is_read_or_refused(values):
 
 
 @pytest.mark.parametrize("mode", ["autoregressive", "self_speculative", "prompt_lookup", "early_exit"])
-def test_texts_end_at_any_end_token(folder, tmp_path, model, tokenizer, mode):
+def test_texts_end_at_any_end_token(llama, tmp_path, model, tokenizer, mode):
     config = DecodeConfig(mode=mode, exit_layer=4, max_new_tokens=24)
     prompts = ["def x", "for", "while y"]
     free = TextGenerator(model.unstacked(), tokenizer, config).generate(prompts).completions
     end = free[1].tokens[6]
-    ours = with_files(tmp_path, folder, generation_config={"eos_token_id": [2, end]})
+    ours = with_files(tmp_path, llama, generation_config={"eos_token_id": [2, end]})
     for before, after in zip(
         free, TextGenerator(model.unstacked(), ours, config).generate(prompts).completions, strict=True
     ):
@@ -135,9 +119,9 @@ def test_texts_end_at_any_end_token(folder, tmp_path, model, tokenizer, mode):
     assert end in after.tokens or end in free[1].tokens
 
 
-def test_runs_and_exports_keep_the_end_tokens_and_the_chat_template(folder, tmp_path):
+def test_runs_and_exports_keep_the_end_tokens_and_the_chat_template(llama, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    source = with_files(tmp_path, folder, config={"eos_token_id": [T]}, generation_config={"temperature": 0.6})
+    source = with_files(tmp_path, llama, config={"eos_token_id": [T]}, generation_config={"temperature": 0.6})
     run = tmp_path / "run" / "checkpoints"
     run.mkdir(parents=True)
     checkpoints = object.__new__(Checkpoints)
@@ -195,8 +179,8 @@ def spoken(monkeypatch, generator, tokens):
         ((" y</s>",), "def x", "stop", 5),
     ],
 )
-def test_stop_strings_match_special_tokens(monkeypatch, folder, model, name, stop, text, finish, tokens):
-    tokenizer = load_tokenizer(str(folder / name))
+def test_stop_strings_match_special_tokens(monkeypatch, llama, model, name, stop, text, finish, tokens):
+    tokenizer = load_tokenizer(str(llama / name))
     def_x, y = tokenizer.encode("def x"), tokenizer.encode(" y")
     script = [*def_x, 1, *y, 2]
     counts = {3: len(def_x) + 1, 4: len(def_x) + 1 + len(y), 5: len(script)}
@@ -206,11 +190,11 @@ def test_stop_strings_match_special_tokens(monkeypatch, folder, model, name, sto
     assert completion.tokens == script[: counts[tokens]]
 
 
-def test_a_stop_string_that_is_a_special_token_ends_a_generated_text(folder, model):
+def test_a_stop_string_that_is_a_special_token_ends_a_generated_text(llama, model):
     """With the engine: a model whose logits are all equal generates token 0, <unk>."""
     biased = tiny_model(5, vocab_size=VOCABULARY)
     biased.head_DV[...] = jnp.zeros_like(biased.head_DV[...])
-    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(llama / "tokenizer.json"))
     config = DecodeConfig(stop=("<unk>",), max_new_tokens=12, ignore_eos=True)
     completion = TextGenerator(biased.unstacked(), tokenizer, config).generate(["def"]).completions[0]
     assert (completion.text, completion.finish, completion.tokens) == ("", "stop", [0])
@@ -219,10 +203,10 @@ def test_a_stop_string_that_is_a_special_token_ends_a_generated_text(folder, mod
 # A tokenizer larger than the model
 
 
-def test_a_tokenizer_larger_than_the_model_opens(folder, tmp_path, model, capsys):
+def test_a_tokenizer_larger_than_the_model_opens(llama, tmp_path, model, capsys):
     small = write_llama(tmp_path / "small", model.config, named_arrays(model))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (small / name).write_bytes((folder / name).read_bytes())
+        (small / name).write_bytes((llama / name).read_bytes())
     settings = json.loads((small / "tokenizer_config.json").read_text()) | {"pad_token": "[PAD]"}
     (small / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(str(small / "tokenizer.json"))
@@ -244,8 +228,8 @@ def test_tokens_that_the_model_lacks_are_refused_wherever_texts_are_scored(model
         log_likelihoods(model, [([1], [2, VOCABULARY])], 4, 64, 1)
 
 
-def test_exported_tokenizer_files_follow_the_bos_policy(folder, tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+def test_exported_tokenizer_files_follow_the_bos_policy(llama, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((llama / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false, "chat_template": "x"}')
     ours = load_tokenizer(str(tmp_path / "tokenizer.model"))
     exported = tmp_path / "exported"

@@ -14,15 +14,13 @@ from etils import epath
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tiny_config, tiny_model
+from models import tiny_config, write_llama
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface import weights
 from layerskip_jax.checkpoint.huggingface.config_json import config_json, read_model_config
-from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
-from layerskip_jax.checkpoint.huggingface.weights import write_weights
 from layerskip_jax.checkpoint.reading import context_length, initial_model, load_model, open_model_folder
 from layerskip_jax.checkpoint.swept import swept_settings
 from layerskip_jax.commands import decode
@@ -62,31 +60,6 @@ def write_reference(folder, name="grouped", **changes):
     (folder / "config.json").write_text(json.dumps(LLAMA | REFERENCE_CONFIGS[name] | changes))
     save_file(tensors, str(folder / "model.safetensors"))
     return jnp.asarray(tokens), logits
-
-
-def write_llama(folder, config, arrays, tokenizer=None, dtype="float32"):
-    folder.mkdir(parents=True, exist_ok=True)
-    write_weights(epath.Path(folder), config, arrays, jnp.dtype(dtype))
-    values = config_json(config, config.context_length or 256, dtype, 1, 2)
-    (folder / "config.json").write_text(json.dumps(values))
-    for name, content in (tokenizer_files(tokenizer) if tokenizer else {}).items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus):
-    return load_tokenizer(corpus.tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(5, vocab_size=VOCABULARY)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory, model, tokenizer):
-    return write_llama(tmp_path_factory.mktemp("llama") / "model", model.config, named_arrays(model), tokenizer)
 
 
 # Logits

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tiny_model
+from models import tiny_model, write_llama
 from safetensors.numpy import load_file, save_file
-from test_llama import write_llama
 
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface import weights

@@ -4,8 +4,7 @@ import os
 import shutil
 
 import pytest
-from models import tiny_model
-from test_llama import write_llama
+from models import tiny_model, write_llama
 from test_llama_files import set_config
 
 from layerskip_jax.checkpoint.arrays import named_arrays

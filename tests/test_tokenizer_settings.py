@@ -7,6 +7,7 @@ import pickle
 import pytest
 import sentencepiece
 import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -249,7 +250,6 @@ def test_ids_equal_those_of_transformers(
     in_config,
     dropout,
 ):
-    transformers = pytest.importorskip("transformers", reason="pip install -e '.[benchmarks]'")
     values = json.loads(json.dumps(plain[kind]))
     values |= {"truncation": truncation, "padding": padding, "post_processor": post_processor}
     values["model"]["dropout"] = dropout

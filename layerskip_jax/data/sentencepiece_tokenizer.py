@@ -103,7 +103,7 @@ class SentencePiece(Tokenizer):
                 raise UserError(f"{TOKENIZER} lacks the token {name} of {SETTINGS}: put a tokenizer.json next to it")
         names = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
         ids: list[int] = []
-        for part in re.split(f"({names})", valid_text(text)) if names else [text]:
+        for part in re.split(f"({names or '(?!)'})", valid_text(text)):  # (?!) matches nothing
             if part in self.special_tokens:
                 ids.append(self.special_tokens[part])
             elif part:

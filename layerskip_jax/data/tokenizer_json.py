@@ -87,15 +87,15 @@ class JsonTokenizer(Tokenizer):
         flags = {role: self.settings.flag(f"add_{role}_token") for role in ("bos", "eos")}
         if all(flag is None for flag in flags.values()):
             return
-        added = library.encode("").ids
-        ids = {name: library.token_to_id(name) for name in self.settings.roles.values()}
-        names = [self.settings.roles.get(f"{role}_token") for role in flags]
-        adds = [
-            name and (ids[name] in added if flag is None else flag)
-            for name, flag in zip(names, flags.values(), strict=True)
-        ]
-        parts = [names[0] if adds[0] else None, "$A", names[1] if adds[1] else None]
-        library.post_processor = make(single=[f"{part}:0" for part in parts if part], special_tokens=list(ids.items()))
+        roles, added = self.settings.roles, library.encode("").ids
+        ids = {name: library.token_to_id(name) for name in roles.values()}
+
+        def part(role: str) -> list[str]:
+            name, flag = roles.get(f"{role}_token"), flags[role]
+            adds = name and (ids[name] in added if flag is None else flag)
+            return [f"{name}:0"] if adds else []
+
+        library.post_processor = make(single=[*part("bos"), "$A:0", *part("eos")], special_tokens=list(ids.items()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"json": self.json, "settings": self.settings}
