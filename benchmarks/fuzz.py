@@ -28,6 +28,7 @@ from typing import Any
 
 import sentencepiece.sentencepiece_model_pb2 as sentencepiece_proto
 from etils import epath
+from safetensors.numpy import load_file, save_file
 
 from layerskip_jax.checkpoint.huggingface.weights import INDEX, SINGLE
 from layerskip_jax.checkpoint.reading import load_model, open_model_folder
@@ -52,22 +53,12 @@ DEEP = "a deeply nested value"
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 7, 2**31 - 1, 2**31, 2**63, 10**30, 10**400, -(10**30)),
     *(0.5, -1.5, 1e-300, 1e308, float("inf"), float("-inf"), float("nan")),
-    *(
-        "",
-        "x",
-        "\0",
-        "\ud800",
-        "\u2581",
-        "x" * 5000,
-        "/etc/passwd",
-        "../../secret",
-        "http://localhost:1/x",
-        "1",
-        "true",
-    ),
+    *("", "x", "\0", "\ud800", "\u2581", "x" * 5000, "/etc/passwd", "../../secret"),
+    *("http://localhost:1/x", "1", "true"),
     *([], {}, [[]], [None], [1], ["x"], {"": None}, {"x": {"y": []}}, DEEP),
 ]
 EXECUTES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 PIECES = ("", "\0", " ", "<0x41>", "<0xZZ>", "<s>", "\u2581")
 TEXT = "def f(x):\n\treturn x  # \u6f22\u5b57 \u2581 <s></s>"
 
@@ -121,15 +112,11 @@ def change_value(value: Any, draw: random.Random) -> Any:
     return draw.choice(VALUES) if draw.random() < 0.01 else result
 
 
-def to_json(value: Any) -> bytes:
-    text = json.dumps(value).replace(f'"{DEEP}"', "[" * 20_000 + "]" * 20_000)
-    return text.encode()
-
-
 def change_json(content: bytes, draw: random.Random) -> bytes:
     if draw.random() < 0.2:
         return change_bytes(content, draw)
-    return to_json(change_value(json.loads(content), draw))
+    text = json.dumps(change_value(json.loads(content), draw))
+    return text.replace(f'"{DEEP}"', "[" * 20_000 + "]" * 20_000).encode()
 
 
 def change_lines(content: bytes, draw: random.Random) -> bytes:
@@ -192,15 +179,12 @@ class Victim:
         """Return path, change and reader of each file."""
         checkpoint = Path(str(find_checkpoint(str(self.run))))
         step, llama = epath.Path(checkpoint), self.llama
-        encode = lambda name: lambda: self._encode(llama / name)  # noqa: E731
         return {
             "config.json": (llama / "config.json", change_json, self._load),
             "index": (llama / INDEX, change_json, self._load),
             "safetensors": (llama / SINGLE, change_safetensors, self._load),
-            "tokenizer.json": (llama / "tokenizer.json", change_json, encode("tokenizer.json")),
-            "tokenizer_config.json": (llama / "tokenizer_config.json", change_json, encode("tokenizer.json")),
-            "generation_config.json": (llama / "generation_config.json", change_json, encode("tokenizer.json")),
-            "sentencepiece": (llama / TOKENIZER, change_sentencepiece, encode(TOKENIZER)),
+            **{name: (llama / name, change_json, lambda: self._encode("tokenizer.json")) for name in TOKENIZER_FILES},
+            "sentencepiece": (llama / TOKENIZER, change_sentencepiece, lambda: self._encode(TOKENIZER)),
             "decode.json": (llama / SWEPT, change_json, lambda: swept_settings(str(llama), [])),
             "metrics.jsonl": (self.run / "metrics.jsonl", change_lines, lambda: read_metrics(str(self.run))),
             "config": (checkpoint / "config" / "metadata", change_json, lambda: self._signed_config(checkpoint)),
@@ -214,8 +198,8 @@ class Victim:
         folder.check()
         folder.model()
 
-    def _encode(self, file: Path) -> None:
-        tokenizer = load_tokenizer(str(file))
+    def _encode(self, name: str) -> None:
+        tokenizer = load_tokenizer(str(self.llama / name))
         tokenizer.decode(tokenizer.encode_prompt(TEXT))
 
     def _signed_config(self, checkpoint: Path) -> None:
@@ -239,16 +223,16 @@ class Victim:
     def config(self) -> Config:
         return read_config(find_checkpoint(str(self.run)))
 
-    def split(self) -> None:
-        """Give the Hugging Face folder an index of two files."""
-        from safetensors.numpy import load_file, save_file
 
-        tensors = load_file(str(self.llama / SINGLE))
-        names = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
-        for file in sorted(set(names.values())):
-            save_file({name: tensors[name] for name in names if names[name] == file}, str(self.llama / file))
-        (self.llama / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
-        (self.llama / SINGLE).unlink()
+def split_weights(folder: Path, files: int = 2) -> dict[str, str]:
+    """Split model.safetensors into files with an index; return the name of each tensor's file."""
+    tensors = load_file(str(folder / SINGLE))
+    names = {name: f"model-{number % files + 1:05d}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(names.values()):
+        save_file({name: tensors[name] for name in names if names[name] == file}, str(folder / file))
+    (folder / SINGLE).unlink()
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return names
 
 
 class Audit:
@@ -324,7 +308,7 @@ def try_inputs(run: Path, name: str, seeds: range, deadline: float) -> tuple[int
     shutil.copytree(run, work / "run", dirs_exist_ok=True)
     victim = Victim(work / "run", work)
     if name == "index":
-        victim.split()
+        split_weights(victim.llama)
     victim.files[name][2]()  # imports what it needs
     with open(run.parent / CURRENT, "wb") as current:
         for seed in seeds:

@@ -82,8 +82,8 @@ def report(error: BaseException) -> int:
         line, status = f"error: the bucket does not answer: {' '.join(str(unreachable).split())}", 2
     elif isinstance(error, BrokenPipeError):  # the reader of a pipe, such as head, has seen enough
         return 141
-    elif disk_error(error):
-        line, status = f"error: {' '.join(disk_error(error).split())}", 2
+    elif refused := disk_error(error):
+        line, status = f"error: {' '.join(refused.split())}", 2
     elif isinstance(error, KeyboardInterrupt):
         line, status = "interrupted; the last complete checkpoint, if any, is intact", 130
     else:

@@ -64,11 +64,19 @@ def is_regular(path: epath.Path) -> bool:
     return path.is_file() if is_remote(path) else os.path.isfile(path)
 
 
+def file_size(file: epath.Path) -> int:
+    """Return the size of a file [bytes]. `epath` fails for local files whose owner has no name, as in containers."""
+    return file.stat().length if is_remote(file) else os.path.getsize(file)
+
+
 def read_limited(file: epath.Path, limit: int = 1 << 26) -> bytes:
-    """Read a file that a stranger may have written; `OSError` if it has more than ``limit`` bytes or is no file."""
-    if not is_regular(file):
-        raise OSError("it is missing, or not a file")
-    size = epath.Path(file).stat().length
+    """Read a file that a stranger may have written.
+
+    Raises `FileNotFoundError` if it is not a file, and `OSError` if it has more than ``limit`` bytes.
+    """
+    if not is_remote(file) and not is_regular(file):
+        raise FileNotFoundError("it is missing, or not a file")
+    size = file_size(file)
     if size > limit:
         raise OSError(f"it has {size:,} bytes, more than {limit:,}")
     return file.read_bytes()

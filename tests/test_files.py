@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.checkpoint.run_folder import checkpoint_steps, find_checkpoint
 from layerskip_jax.checkpoint.swept import store_swept
 from layerskip_jax.commands import data as data_command
@@ -206,6 +208,13 @@ def test_links_in_a_corpus_are_followed_once(corpus, tmp_path):
     for path in (folder, tmp_path / "link"):
         found = DataConfig(source="text", path=str(path))
         assert sum(len(open_documents(found, split)) for split in ("train", "validation")) == expected
+
+
+def test_the_owner_of_a_file_needs_no_name(run, tmp_path, monkeypatch):
+    """In a container, files may belong to a user and a group that only the host knows."""
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    export_model(str(run), str(tmp_path / "hf"))
+    assert open_model_folder(str(tmp_path / "hf")).config.model.num_layers == 4
 
 
 def test_paths_that_cannot_exist_are_refused():

@@ -13,7 +13,7 @@ from bucket import STEPS, sign, trained_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import Victim, try_input
+from benchmarks.fuzz import Victim, split_weights, try_input
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
 from layerskip_jax.checkpoint.swept import SWEPT, store_swept, swept_settings
@@ -227,7 +227,7 @@ def victims(trained_run, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         shutil.copytree(trained_run, folder / "run")
         found.append(Victim(folder / "run", folder))
-    found[1].split()
+    split_weights(found[1].llama)
     return found
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from models import tiny_model, write_llama
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.fuzz import split_weights
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface import weights
 from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
@@ -34,23 +35,12 @@ def change_tensors(folder, change):
     file = str(folder / "model.safetensors")
     tensors = load_file(file)
     change(tensors)
-    save_file(tensors, file)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def set_config(folder, **values):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def shard(folder, files=3):
-    """Split model.safetensors into files with an index; return the name of each tensor's file."""
-    tensors = load_file(str(folder / "model.safetensors"))
-    names = {name: f"model-{number % files + 1:05d}.safetensors" for number, name in enumerate(sorted(tensors))}
-    for file in set(names.values()):
-        save_file({name: tensors[name] for name in names if names[name] == file}, str(folder / file))
-    (folder / "model.safetensors").unlink()
-    write_index(folder, names)
-    return names
 
 
 def write_index(folder, weight_map):
@@ -171,7 +161,7 @@ def test_training_starts_with_the_head_of_the_files(untied, tied, corpus):
 def test_a_single_file_wins_over_an_index(untied):
     """As in transformers: the index and its files may be older, or gone."""
     expected = load_file(str(untied / "model.safetensors"))
-    names = shard(untied)
+    names = split_weights(untied, 3)
     for file in set(names.values()):
         change = load_file(str(untied / file))
         save_file({name: -values for name, values in change.items()}, str(untied / file))
@@ -189,7 +179,7 @@ def test_the_files_decide_which_tensors_they_have(tmp_path_factory, files, data)
     model = tiny_model(1, num_layers=2)
     folder = write_llama(tmp_path_factory.mktemp("sharded") / "x", model.config, named_arrays(model))
     expected = read(folder)
-    names = shard(folder, files)
+    names = split_weights(folder, files)
     shards = sorted(set(names.values()))
     listed = dict(zip(shards, shards)) | {
         name: data.draw(st.sampled_from(shards)) for name in data.draw(st.sets(st.sampled_from(sorted(names))))
@@ -200,7 +190,7 @@ def test_the_files_decide_which_tensors_they_have(tmp_path_factory, files, data)
 
 
 def test_a_tensor_that_no_file_has_is_named(untied):
-    names = shard(untied)
+    names = split_weights(untied, 3)
     for name in (HEAD, EMBEDDING, "model.layers.2.mlp.up_proj.weight"):
         file = str(untied / names[name])
         tensors = load_file(file)
@@ -227,14 +217,14 @@ def test_a_tensor_that_no_file_has_is_named(untied):
     ],
 )
 def test_an_index_of_another_form_is_refused(untied, index):
-    shard(untied)
+    split_weights(untied, 3)
     (untied / weights.INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"needs a weight_map|must be a JSON object"):
         load_model(str(untied))
 
 
 def test_a_missing_file_of_the_index_is_named(untied):
-    names = shard(untied)
+    names = split_weights(untied, 3)
     (untied / names[HEAD]).unlink()
     with pytest.raises(UserError, match=rf"lacks the file {names[HEAD]}, which its .* names: download it too"):
         load_model(str(untied))
@@ -272,7 +262,7 @@ def test_an_index_leads_to_no_file_outside(untied, tmp_path, name):
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", weights.INDEX])
 def test_a_link_out_of_the_folder_is_refused(untied, tmp_path, file):
     if file == weights.INDEX:
-        shard(untied)
+        split_weights(untied, 3)
     os.replace(untied / file, tmp_path / "elsewhere")
     (untied / file).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="leads out of the folder"):
@@ -281,7 +271,7 @@ def test_a_link_out_of_the_folder_is_refused(untied, tmp_path, file):
 
 def test_links_within_the_folder_and_to_it_are_followed(untied, tmp_path):
     expected = read(untied)
-    names = shard(untied)
+    names = split_weights(untied, 3)
     (untied / "data").mkdir()
     for file in set(names.values()):
         os.replace(untied / file, untied / "data" / file)
@@ -297,7 +287,7 @@ def test_a_snapshot_of_the_cache_is_read(untied, tmp_path, corpus, sharded, repo
     """huggingface_hub stores a repository's files in ``blobs``, and a snapshot of links to them."""
     expected = read(untied)
     if sharded:
-        shard(untied)
+        split_weights(untied, 3)
     tokenizer = load_tokenizer(corpus.tokenizer)
     for name, content in tokenizer.files.items() if kind == "tokenizer.model" else tokenizer_files(tokenizer).items():
         (untied / name).write_bytes(content)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from test_llama_files import EMBEDDING, HEAD, change_tensors
 
 PEERS = "pip install -e '.[benchmarks]'"
 torch = pytest.importorskip("torch", reason=PEERS)
@@ -49,22 +49,14 @@ def test_random_folders_equal_those_of_transformers(seed):
     assert row["same_bytes"]
 
 
-def change_tensors(folder, change):
-    file = str(folder / "model.safetensors")
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize("case", ["both", "head only", "single file and index"])
 def test_ties_and_stale_files_are_read_as_by_transformers(tmp_path, case, caplog):
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     folder = tmp_path / "model"
     make(SHAPES["tied_grouped"], str(folder))
     if case == "both":
-        change_tensors(folder, lambda tensors: tensors.update({head: tensors[embedding][::-1].copy()}))
+        change_tensors(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING][::-1].copy()}))
     elif case == "head only":
-        change_tensors(folder, lambda tensors: tensors.update({head: tensors.pop(embedding)}))
+        change_tensors(folder, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
     else:
         make(SHAPES["tied_grouped"] | {"initializer_range": 0.3}, str(tmp_path / "old"), max_shard_size="30KB")
         for file in (tmp_path / "old").glob("model*"):

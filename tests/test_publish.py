@@ -62,7 +62,7 @@ def test_a_model_that_was_not_trained_here_has_no_recipe(exported, tmp_path):
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(exported, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", None)
-    folder = tmp_path / "my-model"
+    folder = tmp_path / "my [1e-3] model"
     shutil.copytree(exported, folder)
     for name in (".env", "notes.txt", ".token.json"):
         (folder / name).write_text("secret")

@@ -7,13 +7,13 @@ from typing import Any
 from etils import epath
 
 from layerskip_jax.checkpoint.arrays import named_arrays, with_arrays
-from layerskip_jax.checkpoint.huggingface.config_json import is_llama_folder
+from layerskip_jax.checkpoint.huggingface.config_json import CONFIG
 from layerskip_jax.checkpoint.huggingface.llama_folder import LlamaFolder
 from layerskip_jax.checkpoint.run_folder import RunFolder, find_checkpoint
 from layerskip_jax.config import Config, ModelConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError, warn
-from layerskip_jax.locations import locate
+from layerskip_jax.locations import is_regular, locate
 from layerskip_jax.model import Transformer
 
 
@@ -22,7 +22,8 @@ def open_model_folder(path: str) -> RunFolder | LlamaFolder:
 
     Raises `UserError` if ``path`` is none of them.
     """
-    return LlamaFolder(locate(path)) if is_llama_folder(path) else RunFolder(find_checkpoint(path))
+    root = locate(path)
+    return LlamaFolder(root) if is_regular(root / CONFIG) else RunFolder(find_checkpoint(path))
 
 
 def load_model(path: str, *, unstacked: bool = False) -> tuple[Transformer, Config, epath.Path]:
@@ -52,7 +53,7 @@ def initial_model(config: Config, tokenizer: Tokenizer, abstract: Transformer) -
         )
     for name, content in tokenizer.files.items():
         stored = folder.model_folder / name
-        if stored.is_file() and stored.read_bytes() != content:
+        if is_regular(stored) and stored.read_bytes() != content:
             raise UserError(
                 f"{config.data.tokenizer} (data.tokenizer) differs from the tokenizer of {path} (train.init_from): set "
                 f"--data.tokenizer {stored}"

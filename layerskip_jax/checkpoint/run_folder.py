@@ -33,7 +33,7 @@ from layerskip_jax.data.load_tokenizer import find_tokenizer
 from layerskip_jax.data.position import read_corpus, read_positions
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.errors import UserError, nearest
-from layerskip_jax.locations import locate, names_in, read_limited
+from layerskip_jax.locations import is_regular, locate, names_in, read_limited
 from layerskip_jax.model import Transformer
 
 ITEMS = {"model", "optimizer", "batches", "config", "checksums", "_CHECKPOINT_METADATA"}
@@ -53,8 +53,9 @@ class CheckpointNames(ocp.step.NameFormat):
         names = [entry.name for entry in base.iterdir()] if base.is_dir() else []
         for step in sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True):
             folder = base / str(step)
-            with contextlib.suppress(ValueError, FileNotFoundError):  # not complete, in a bucket; removed meanwhile
-                if folder.is_dir() and ITEMS & {item.name for item in folder.iterdir()}:
+            # Not complete, in a bucket; removed meanwhile; no folder.
+            with contextlib.suppress(ValueError, FileNotFoundError, NotADirectoryError):
+                if ITEMS & {item.name for item in folder.iterdir()}:
                     yield self._standard.find_step(base, step)
 
     def find_step(self, base_path: epath.PathLike, step: int) -> ocp.step.Metadata:
@@ -101,7 +102,7 @@ class RunFolder:
         problem = corrupted_array(folder, checksums["arrays"], prefix_names("model", arrays))
         for name, digest in checksums["tokenizer"].items():
             file = self.model_folder / epath.Path(name).name
-            if not problem and file.is_file() and sha256(file.read_bytes()) != digest:
+            if not problem and is_regular(file) and sha256(file.read_bytes()) != digest:
                 problem = f"{file} is damaged: it is not the tokenizer that the model was trained with"
         if problem:
             raise DamagedCheckpoint(problem)
@@ -135,11 +136,12 @@ def find_checkpoint(path: str) -> epath.Path:
     if (root / "model").exists() and (root / "config").exists():
         return root
     folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
-    complete = (step for step in checkpoint_steps(folder) if (folder / str(step) / "model").exists())
-    newest = next(complete, None)
+    # One by one, the newest first: in a bucket, each takes several round trips.
+    steps = (found.path for found in CheckpointNames().find_all(folder))
+    newest = next((step for step in steps if (step / "model").exists()), None)
     if newest is None:
         raise UserError(f"no checkpoint at {path}: expected a run folder with checkpoints/STEP, as train.py writes it")
-    return folder / str(newest)
+    return newest
 
 
 def read_config(checkpoint: epath.Path) -> Config:

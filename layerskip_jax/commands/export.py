@@ -14,7 +14,7 @@ from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
 from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
-from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder
+from layerskip_jax.checkpoint.reading import context_length, open_model_folder
 from layerskip_jax.checkpoint.run_folder import RunFolder
 from layerskip_jax.command_line import add_run, make_parser, not_negative, typed
 from layerskip_jax.commands.model_card import CARD, ExitTable, model_card
@@ -34,13 +34,16 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
 
     ``dtype`` is that of the files; checkpoints hold float32. The model card shows the loss of each exit that the run
     recorded, or with ``batches`` the loss and agreement measured on that many held-out batches. The folder gets its
-    name when it is complete. Returns the config of the run. Raises `UserError` if it exists.
+    name when it is complete. Returns the config of the run. Raises `UserError` if ``folder`` exists.
     """
     target = epath.Path(folder).expanduser()
     if target.exists():
         raise UserError(f"{folder} exists: name a new folder, or remove it first")
-    model, config, tokenizer_path = load_model(run)
-    tokenizer = load_tokenizer(str(tokenizer_path))
+    opened = open_model_folder(run)
+    config = opened.config
+    trained = opened if isinstance(opened, RunFolder) and opened.checkpoint.name.isdigit() else None
+    table = _exit_table(trained, batches) if trained else ExitTable({}, {})  # before the weights: it reads its own
+    model, tokenizer = opened.model(), load_tokenizer(str(opened.tokenizer))
     files = tokenizer.companions | tokenizer_files(tokenizer)
     bos, (eos, *others) = tokenizer.bos_id, tokenizer.settings.end_ids or (tokenizer.eos_id,)
     settings = config_json(config.model, context_length(config), dtype, bos, eos)
@@ -56,11 +59,9 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
         CONFIG: json.dumps(settings, indent=1).encode(),
         "generation_config.json": json.dumps(generation).encode(),
     }
-    exits = resolve_exit_layer(config.decode_settings, config.model.num_layers)
-    opened = open_model_folder(run)
-    steps = int(opened.checkpoint.name) if isinstance(opened, RunFolder) and opened.checkpoint.name.isdigit() else None
-    table = _exit_table(run, opened.root, batches) if steps is not None else ExitTable({}, {})
-    files[CARD] = model_card(target.name, config, steps, table, exits).encode()
+    steps = int(trained.checkpoint.name) if trained else None
+    draft_exit = resolve_exit_layer(config.decode_settings, config.model.num_layers)
+    files[CARD] = model_card(target.name, config, steps, table, draft_exit).encode()
     with new_folder(target) as partial:
         write_weights(partial, config.model, named_arrays(model), jnp.dtype(dtype))
         for name, content in files.items():
@@ -68,12 +69,12 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
     return config
 
 
-def _exit_table(run: str, root: epath.Path, batches: int) -> ExitTable:
+def _exit_table(run: RunFolder, batches: int) -> ExitTable:
     if batches:
-        quality = checkpoint_quality(run, batches)
+        quality = checkpoint_quality(str(run.checkpoint), batches)
         return ExitTable(*(dict(enumerate(map(float, row), 1)) for row in (quality.loss_L, quality.agreement_L)))
     prefix, loss = "validation/exit_loss/", dict[int, float]()
-    for record in read_records(str(root)):
+    for record in read_records(str(run.root)):
         named = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
         loss |= {int(name): value for name, value in named.items() if name.isdigit() and isinstance(value, float)}
     return ExitTable(dict(sorted(loss.items())), {})

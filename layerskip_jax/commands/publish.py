@@ -1,5 +1,7 @@
 """``layerskip publish FOLDER REPO_ID`` pushes an exported folder to the Hugging Face Hub."""
 
+import fnmatch
+
 from etils import epath
 
 from layerskip_jax.checkpoint.huggingface.llama_folder import LlamaFolder
@@ -7,7 +9,7 @@ from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.command_line import make_parser
 from layerskip_jax.commands.model_card import CARD
 from layerskip_jax.errors import UserError, warn
-from layerskip_jax.locations import file_inside
+from layerskip_jax.locations import file_inside, file_size, is_regular, names_in
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", CARD, "LICENSE*")
 """The files of a model. Others, such as hidden files, are never pushed."""
@@ -15,8 +17,9 @@ PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", CARD, "LICE
 
 def published_files(folder: epath.Path) -> list[epath.Path]:
     """Return the files to push; raises `UserError` for a link out of the folder."""
-    names = sorted({file.name for pattern in PATTERNS for file in folder.glob(pattern)})
-    return [file_inside(folder, name) for name in names if not name.startswith(".") and (folder / name).is_file()]
+    # Not `glob`: a folder of the path may have brackets in its name, which are a pattern.
+    names = sorted(name for name in names_in(folder) if any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS))
+    return [file_inside(folder, name) for name in names if not name.startswith(".") and is_regular(folder / name)]
 
 
 def publish(folder: str, repo_id: str, *, dry_run: bool = False, private: bool = False) -> list[epath.Path]:
@@ -41,7 +44,7 @@ def publish(folder: str, repo_id: str, *, dry_run: bool = False, private: bool =
         raise UserError(f"REPO_ID is the name of a repository, such as me/my-model: {error}") from error
     files = published_files(opened.root)
     card = opened.root / CARD
-    if not card.is_file() or not any(line.startswith("license:") for line in card.read_text("utf-8").splitlines()):
+    if not is_regular(card) or not any(line.startswith(b"license:") for line in card.read_bytes().splitlines()):
         warn(f"{card} names no license: add a line such as 'license: apache-2.0' to its front matter")
     if dry_run:
         return files
@@ -69,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     files = publish(options.folder, options.repo_id, dry_run=options.dry_run, private=options.private)
     total = 0
     for file in files:
-        size = file.stat().length
+        size = file_size(file)
         total += size
         print(f"{size:>14,} {file.name}")
     verb = "would be pushed" if options.dry_run else "pushed"

@@ -7,7 +7,7 @@ from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.data.tokenizer_json import JsonTokenizer
 from layerskip_jax.data.tokenizer_settings import TokenizerSettings
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import file_inside, is_regular, locate_file
+from layerskip_jax.locations import file_inside, file_size, is_regular, locate_file
 
 TOKENIZER_BYTES = 1 << 29
 
@@ -24,7 +24,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(
             f"no tokenizer at {path} (data.tokenizer): train one with layerskip data tokenizer --config configs/NAME.py"
         )
-    if epath.Path(file).stat().length > TOKENIZER_BYTES:
+    if file_size(file) > TOKENIZER_BYTES:
         raise UserError(f"{path} (data.tokenizer) is too large for a tokenizer: more than {TOKENIZER_BYTES:,} bytes")
     if file.suffix == ".json":
         return JsonTokenizer.read(file)

@@ -7,7 +7,7 @@ from etils import epath
 
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import file_inside, is_regular, locate, read_limited
+from layerskip_jax.locations import file_inside, read_limited
 
 CONFIG = "config.json"
 
@@ -35,11 +35,6 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 """Keys that change what a model computes, and the values that this project implements (None: absent or null)."""
 
 
-def is_llama_folder(path: str) -> bool:
-    """Return whether ``path`` is a folder with a ``config.json``."""
-    return is_regular(locate(path) / CONFIG)
-
-
 def read_json(folder: epath.Path, name: str) -> dict[str, Any]:
     """Read a JSON object from a file of a model folder; raises `UserError` for anything else."""
     file = file_inside(folder, name)
@@ -57,35 +52,26 @@ def read_model_config(folder: epath.Path) -> ModelConfig:
 
     Rotary scaling is read from ``rope_scaling`` or from the newer ``rope_parameters``.
     """
+    values = read_json(folder, CONFIG)
     try:
-        return _model_config(read_json(folder, CONFIG))
-    except _ConfigError as error:
+        return _model_config(values)
+    except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
-
-
-class _ConfigError(Exception):
-    """What is wrong with a ``config.json``."""
 
 
 def _model_config(values: dict[str, Any]) -> ModelConfig:
     _check_supported(values)
-    heads = values.get("num_attention_heads")
-    shape: dict[str, Any] = {"num_key_value_heads": heads} | {
-        key: value for key, value in values.items() if value is not None
-    }
-    settings: dict[str, Any] = {name: _whole(shape, key) for key, name in SHAPES.items()}
-    head_dim = _whole(shape, "head_dim", 0)
-    try:
-        return ModelConfig(
-            **settings,
-            **_rotary(values),
-            head_width=0 if head_dim * settings["num_heads"] == settings["dim"] else head_dim,
-            norm_epsilon=_number(values, "rms_norm_eps", 1e-6),
-            tied_embedding=bool(values.get("tie_word_embeddings")),
-            context_length=_whole(shape, "max_position_embeddings", 2048),
-        )
-    except UserError as error:
-        raise _ConfigError(error) from error
+    older = {"num_key_value_heads": values.get("num_attention_heads")}
+    settings: dict[str, Any] = {name: _whole(values, key, older.get(key)) for key, name in SHAPES.items()}
+    head_dim = _whole(values, "head_dim", 0)
+    return ModelConfig(
+        **settings,
+        **_rotary(values),
+        head_width=0 if head_dim * settings["num_heads"] == settings["dim"] else head_dim,
+        norm_epsilon=_number(values, "rms_norm_eps", 1e-6),
+        tied_embedding=bool(values.get("tie_word_embeddings")),
+        context_length=_whole(values, "max_position_embeddings", 2048),
+    )
 
 
 def _check_supported(values: dict[str, Any]) -> None:
@@ -93,7 +79,7 @@ def _check_supported(values: dict[str, Any]) -> None:
         given = values.get(key)
         if not any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in supported):
             wanted = " or ".join("absent" if value is None else json.dumps(value) for value in supported)
-            raise _ConfigError(f"{key} {_shown(given)} is not supported, it must be {wanted}")
+            raise UserError(f"{key} {_shown(given)} is not supported, it must be {wanted}")
 
 
 def _shown(value: Any) -> str:
@@ -107,7 +93,7 @@ def _shown(value: Any) -> str:
 def _whole(values: dict[str, Any], key: str, default: int | None = None) -> int:
     value = default if values.get(key) is None else values[key]
     if type(value) is not int or not 0 <= value < 2**31:
-        raise _ConfigError(f"{key} must be a whole number below 2^31, not {_shown(value)}")
+        raise UserError(f"{key} must be a whole number below 2^31, not {_shown(value)}")
     return value
 
 
@@ -115,21 +101,21 @@ def _number(values: dict[str, Any], key: str, default: float | None = None) -> f
     """Return a number, or ``default`` if it is absent or null: transformers writes null for unset values."""
     value = default if values.get(key) is None else values[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        raise _ConfigError(f"{key} must be a number, not {_shown(value)}")
+        raise UserError(f"{key} must be a number, not {_shown(value)}")
     return float(value)
 
 
 def _rotary(values: dict[str, Any]) -> dict[str, Any]:
     given = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(given, dict):
-        raise _ConfigError(f"rotary scaling must be a JSON object, not {_shown(given)}")
-    _check_supported({"model_type": "llama", "partial_rotary_factor": given.get("partial_rotary_factor")})
+        raise UserError(f"rotary scaling must be a JSON object, not {_shown(given)}")
+    _check_supported(values | {"partial_rotary_factor": given.get("partial_rotary_factor")})
     kind = given.get("rope_type") or given.get("type") or "default"
     settings: dict[str, Any] = {"rope_base": _number(given, "rope_theta", _number(values, "rope_theta", 10_000.0))}
     if kind == "default":
         return settings
     if kind not in ("linear", "llama3"):
-        raise _ConfigError(f"rotary scaling {_shown(kind)} is not supported: it must be default, linear or llama3")
+        raise UserError(f"rotary scaling {_shown(kind)} is not supported: it must be default, linear or llama3")
     settings |= {"rope_scaling": kind, "rope_factor": _number(given, "factor")}
     if kind == "llama3":
         # transformers prefers the top level, and takes the whole context if the length is nowhere.

@@ -73,9 +73,9 @@ class LlamaFolder:
 
         For decoding, blocks are read one by one in the compute type, so the host holds no second copy.
         """
-        self.check()
         if not unstacked:
             return stacked_model(self.config.model, self.weights)
+        self.check()
         return _read_unstacked(self._files, self.config.model)
 
 

@@ -3,8 +3,6 @@
 import json
 from typing import Any
 
-import sentencepiece
-
 from layerskip_jax.data.sentencepiece_tokenizer import SentencePiece, parse_model
 from layerskip_jax.data.tokenizer import SPACE, Tokenizer
 from layerskip_jax.data.tokenizer_settings import SETTINGS
@@ -19,21 +17,20 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """
     if not isinstance(tokenizer, SentencePiece):
         return tokenizer.files
-    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
-    roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": processor.unk_id()}
+    model = parse_model(tokenizer.model)
+    roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": model.trainer_spec.unk_id}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{role: None if token is None else processor.id_to_piece(token) for role, token in roles.items()},
+        **{role: None if token is None else model.pieces[token].piece for role, token in roles.items()},
         "clean_up_tokenization_spaces": False,
     }
     if "chat_template" in tokenizer.settings.values:
         settings["chat_template"] = tokenizer.settings.values["chat_template"]
-    text = json.dumps(_tokenizer_json(tokenizer), ensure_ascii=False)
+    text = json.dumps(_tokenizer_json(tokenizer, model), ensure_ascii=False)
     return tokenizer.files | {"tokenizer.json": text.encode(), SETTINGS: json.dumps(settings, indent=1).encode()}
 
 
-def _tokenizer_json(tokenizer: SentencePiece) -> dict[str, Any]:
-    model = parse_model(tokenizer.model)
+def _tokenizer_json(tokenizer: SentencePiece, model: Any) -> dict[str, Any]:
     kind, trained, text = model.SentencePiece, model.trainer_spec, model.normalizer_spec
     control = [token for token, piece in enumerate(model.pieces) if piece.type in (kind.CONTROL, kind.UNKNOWN)]
     normal = {piece.piece: token for token, piece in enumerate(model.pieces) if piece.type == kind.NORMAL}

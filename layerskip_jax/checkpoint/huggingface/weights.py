@@ -153,8 +153,8 @@ class WeightFiles:
                 f"{self._folder} lacks {head}: if the embedding is also the head, set tie_word_embeddings to true in "
                 f"its {CONFIG}"
             )
-        unknown = [t for t in self._headers if t not in {*needed, head} and not t.endswith("rotary_emb.inv_freq")]
-        if unknown:
+        others = self._headers.keys() - needed.keys() - {head}
+        if unknown := [name for name in others if not name.endswith("rotary_emb.inv_freq")]:
             raise UserError(
                 f"{self._folder} has tensors that do not belong to the Llama of its {CONFIG}, such as {min(unknown)}"
             )
@@ -217,8 +217,8 @@ def _read_headers(folder: epath.Path) -> dict[str, TensorHeader]:
 
     The headers decide which tensors a file has, not the index: an index can be older than its files.
     """
-    if is_regular(file_inside(folder, SINGLE)):
-        files = [folder / SINGLE]
+    if is_regular(single := file_inside(folder, SINGLE)):
+        files = [single]
     elif is_regular(file_inside(folder, INDEX)):
         files = _indexed_files(folder)
     else:
