@@ -46,6 +46,7 @@ def make_batches(
     rows: Sequence[int] | None = None,
     in_order: bool = False,
     seed: int = 0,
+    prepare: bool = True,
 ) -> grain.IterDataset:
     """Return an iterable of ``{"inputs_BT", "targets_BT", "segments_BT", "mask_BT"}``, B = ``batch_size`` rows.
 
@@ -61,9 +62,10 @@ def make_batches(
     `layerskip_jax.data.position` saves and restores the position of an iterator.
 
     Pairs whose prompt fills a row are left out; a line on stderr counts them. Raises `UserError` if they all are.
+    ``prepare`` is as in `open_documents`.
     """
     rows = range(batch_size) if rows is None else rows
-    tokenizer, opened = load_tokenizer(config.data.tokenizer), open_documents(config.data, split)
+    tokenizer, opened = load_tokenizer(config.data.tokenizer), open_documents(config.data, split, prepare)
     tokenize, documents = _tokenize(config, tokenizer), grain.MapDataset.source(opened)
     if isinstance(tokenize, _TokenizePair):
         _report_pairs_without_room(documents, tokenize, split)
@@ -165,7 +167,9 @@ def _shuffle(window: dict[str, np.ndarray], generator: np.random.Generator) -> d
     return {name: array[order] for name, array in window.items()}
 
 
-def local_batches(config: Config, split: str, mesh: Mesh, *, in_order: bool = False) -> grain.IterDataset:
+def local_batches(
+    config: Config, split: str, mesh: Mesh, *, in_order: bool = False, prepare: bool = True
+) -> grain.IterDataset:
     """Return the local rows of the batches: shuffled and endless, or ``in_order`` and once."""
     size = config.train.batch_size
     return make_batches(
@@ -175,6 +179,7 @@ def local_batches(config: Config, split: str, mesh: Mesh, *, in_order: bool = Fa
         rows=local_rows(batch_sharding(mesh), size),
         in_order=in_order,
         seed=config.train.seed,
+        prepare=prepare,
     )
 
 
