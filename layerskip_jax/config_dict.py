@@ -28,6 +28,17 @@ def saved_settings(config: Config) -> dict[str, Any]:
     return {group: settings for group, settings in to_dict(config).items() if group != "distributed"}
 
 
+def changed_settings(config: Config) -> dict[str, Any]:
+    """Return the `saved_settings` that differ from their defaults, by their dotted names."""
+    defaults = saved_settings(Config())
+    return {
+        f"{group}.{name}": value
+        for group, settings in saved_settings(config).items()
+        for name, value in settings.items()
+        if value != defaults[group][name]
+    }
+
+
 def from_dict(values: Mapping[str, Any], kind: type[T], where: str = "") -> T:
     """Rebuild a config from the output of `to_dict`; raises `UserError` for an unknown name or a wrong type.
 

@@ -16,7 +16,6 @@ from layerskip_jax.commands.plots import plot_run
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, run_command
-from layerskip_jax.evaluation.exits import checkpoint_quality
 from layerskip_jax.locations import locate
 from layerskip_jax.training.monitoring.metrics import MetricsWriter, read_records
 
@@ -49,7 +48,6 @@ def test_a_report_is_written_to_the_bucket(corpus, monkeypatch):
     monkeypatch.setattr(
         report, "load_model", lambda run, **options: load_model(here, **options)
     )  # a mock without arrays
-    monkeypatch.setattr(report, "checkpoint_quality", lambda run, batches: checkpoint_quality(here, batches))
     with served(trained(corpus)):
         page = report.write_report(RUN, ["def x"], 3, 1)
     assert str(page) == f"{RUN}/report.html"

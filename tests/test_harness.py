@@ -6,6 +6,7 @@ likelihoods are tested, against all logits.
 
 import json
 import shutil
+import sys
 import types
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
@@ -127,7 +129,7 @@ def test_likelihoods_are_sums_over_all_logits(lengths, exit_layer, max_length):
 
 
 def test_a_missing_extra_is_a_one_line_error(trained_run, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"lm_eval.*pip install 'layerskip-jax\[lm_eval\]'"):
         harness.main([trained_run, "--tasks", "choices"])
 
@@ -272,7 +274,7 @@ def exported(trained_run, tmp_path_factory, lm_eval_model):
 
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory):
-    yaml, folder = pytest.importorskip("yaml"), tmp_path_factory.mktemp("tasks")
+    folder = tmp_path_factory.mktemp("tasks")
     for name, task in TASKS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task["rows"]))
         source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}}

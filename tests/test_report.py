@@ -27,7 +27,7 @@ from models import tiny_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
 from layerskip_jax.checkpoint.swept import store_swept
 from layerskip_jax.command_line import load_config_file, make_parser, parse_config
-from layerskip_jax.commands import report, sweep
+from layerskip_jax.commands import plots, report, sweep
 from layerskip_jax.commands.plots import Run, exits_picture, find_plain, loss_picture, plot_run, schedules_picture
 from layerskip_jax.config import Config, DecodeConfig, EarlyExitConfig, TrainConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -241,11 +241,10 @@ def test_acceptance_by_exit_is_that_of_decoding_from_each_exit():
 def test_every_character_of_a_token_is_visible(text, keep):
     shown = visible(text, keep)
     assert all(c in keep or unicodedata.category(c)[0] not in "ZC" for c in shown)
-    assert [c for c in shown if c.isalnum()][:1] == [c for c in shown if c.isalnum()][:1]
+    rest = iter(shown)  # its other characters stay, in their order
+    assert all(c in rest for c in text if c in keep or unicodedata.category(c)[0] not in "ZC")
     plain = "".join(c for c in text if unicodedata.category(c)[0] not in "ZCM")
-    assert re.sub("[\u2423\u21b5\u21e5]|\u27e8U\\+[0-9A-F]+\u27e9", "", visible(plain)) == re.sub(
-        "[\u2423\u21b5\u21e5]", "", plain
-    )
+    assert visible(plain) == plain
 
 
 @given(st.lists(st.lists(st.text(max_size=4), min_size=3, max_size=3), min_size=1, max_size=4))
@@ -275,10 +274,10 @@ def test_smoothing_keeps_straight_lines_and_the_range(values):
 
 
 def test_missing_text_is_reported_on_the_page(trained_run, tmp_path, monkeypatch):
-    def no_text(*_):
+    def no_text(*_, **__):
         raise UserError("no corpus at <gone>")
 
-    monkeypatch.setattr(report, "checkpoint_quality", no_text)
+    monkeypatch.setattr(plots, "checkpoint_quality", no_text)
     page = report.write_report(shutil.copytree(trained_run, tmp_path / "run").as_posix(), ["x"], 2, 1).read_text()
     assert "Not measured: no corpus at &lt;gone&gt;" in page
     assert "Not swept yet" in page

@@ -1,10 +1,9 @@
 """The ``README.md`` of an exported model: what it is, how it was trained, each exit's quality, and how to run it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from layerskip_jax.config import Config
-from layerskip_jax.config_dict import saved_settings
+from layerskip_jax.config_dict import changed_settings
 
 CARD = "README.md"
 
@@ -63,12 +62,10 @@ def model_card(name: str, config: Config, steps: int | None, exits: ExitTable, d
 
 
 def _changed_settings(config: Config) -> str:
-    defaults: dict[str, Any] = saved_settings(Config())
     return "\n".join(
-        f"{group}.{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
-        for group, settings in saved_settings(config).items()
-        for name, value in settings.items()
-        if value != defaults[group][name] and name not in PRIVATE and group != "mesh"
+        f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in changed_settings(config).items()
+        if name.split(".")[1] not in PRIVATE and not name.startswith("mesh.")
     )
 
 

@@ -34,7 +34,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .legend span { padding: .05rem .4rem; font: .82rem ui-monospace, monospace; }
 .command span { display: inline-block; } .sample { line-height: 1.7; } .sample .prompt { color: var(--muted); }
 .sample .drafted { color: var(--accent); text-decoration: underline; text-underline-offset: .25em; }
-summary { cursor: pointer; padding: .4rem 0; } summary h2 { display: inline; border: 0; }
+summary { cursor: pointer; padding: .4rem 0; }
 """.replace("LIGHT", "".join(f"--{name}: {color}; " for name, color in PAGE["light"].items())).replace(
     "DARK", "".join(f"--{name}: {color}; " for name, color in PAGE["dark"].items())
 )

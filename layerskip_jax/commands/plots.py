@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import sys
 from collections import defaultdict
-from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -18,10 +16,11 @@ from layerskip_jax.command_line import OneLineParser, add_run, make_parser
 from layerskip_jax.config import Config, DecodeConfig
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.decoding.configure import resolve_exit_layer
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, warn
 from layerskip_jax.evaluation.exits import ExitQuality, checkpoint_quality
 from layerskip_jax.evaluation.pictures import PLAIN, Picture, exit_color, smooth, ticks
 from layerskip_jax.locations import locate
+from layerskip_jax.model import Transformer
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.monitoring.metrics import METRICS, read_records
 
@@ -52,8 +51,8 @@ class Run:
     def open(cls, path: str) -> "Run":
         """Read the run at ``path``, a run folder or one checkpoint in it; raises `UserError` if there is none."""
         checkpoint = find_checkpoint(path)
-        config, swept = read_config(checkpoint), swept_settings(path, set())
-        decode = apply_overrides(config.decode_settings, swept)
+        config = read_config(checkpoint)
+        decode = apply_overrides(config.decode_settings, swept_settings(str(checkpoint), set()))
         return cls(checkpoint, config, read_metrics(str(checkpoint.parent.parent)), decode)
 
     @property
@@ -94,6 +93,15 @@ class Run:
         loss_L = np.array([values[-1] if len(values) else math.nan for values in last])
         return ExitQuality(loss_L, np.full(self.layers, math.nan))
 
+    def measured_quality(
+        self, batches: int, loaded: tuple[Transformer, Config, epath.Path] | None = None
+    ) -> tuple[ExitQuality, str]:
+        """Return `checkpoint_quality` and ""; if the text is missing, `last_quality` and the reason."""
+        try:
+            return checkpoint_quality(str(self.checkpoint), batches, loaded=loaded), ""
+        except UserError as error:
+            return self.last_quality(), str(error)
+
 
 def find_plain(run: str, given: str | None) -> str:
     """Return the run of the plain model to compare with: ``given``, else ``RUN_plain`` if it exists, else ""."""
@@ -101,15 +109,11 @@ def find_plain(run: str, given: str | None) -> str:
     return given or (beside if (locate(beside) / METRICS).exists() else "")
 
 
-def measure_exits(runs: Iterable[str], batches: int) -> dict[str, ExitQuality]:
-    """Measure the exits of each run on held-out text; a run whose text is missing is left out, with a warning."""
-    qualities = {}
-    for run in filter(None, runs):
-        try:
-            qualities[run] = checkpoint_quality(run, batches)
-        except UserError as error:
-            print(f"WARNING: the exits of {run} are not measured: {error}", file=sys.stderr)
-    return qualities
+def open_runs(run_dir: str, plain_dir: str | None) -> tuple[Run, Run | None]:
+    """Open a run and the plain model's, see `find_plain`."""
+    run = Run.open(run_dir)
+    beside = find_plain(str(run.folder), plain_dir)
+    return run, Run.open(beside) if beside else None
 
 
 def plot_run(run_dir: str, plain_dir: str | None = None, measure: bool = False) -> list[epath.Path]:
@@ -118,15 +122,19 @@ def plot_run(run_dir: str, plain_dir: str | None = None, measure: bool = False) 
     ``plain_dir`` is as for `find_plain`. With ``measure``, `exit_quality` measures the exits; without, the plot of the
     exits shows the last losses of training only.
     """
-    run = Run.open(run_dir)
-    plain_dir = find_plain(str(run.folder), plain_dir)
-    plain = Run.open(plain_dir) if plain_dir else None
-    found = measure_exits([run_dir, plain_dir], run.config.train.evaluate_batches) if measure else {}
-    quality = found.get(run_dir, run.last_quality())
-    plain_quality = found.get(plain_dir, plain.last_quality()) if plain else None
+    run, plain = open_runs(run_dir, plain_dir)
+
+    def quality(one: Run) -> ExitQuality:
+        found, problem = (
+            one.measured_quality(run.config.train.evaluate_batches) if measure else (one.last_quality(), "")
+        )
+        if problem:
+            warn(f"the exits of {one.folder} are not measured: {problem}")
+        return found
+
     pictures = {
         "loss": loss_picture(run, plain),
-        "exits": exits_picture(run, quality, plain_quality),
+        "exits": exits_picture(run, quality(run), quality(plain) if plain else None),
         "schedules": schedules_picture(run),
     }
     return [picture.save(run.folder / "plots" / f"{name}.png") for name, picture in pictures.items()]

@@ -19,19 +19,19 @@ from layerskip_jax.commands.plots import (
     Run,
     add_plain,
     exits_picture,
-    find_plain,
     loss_picture,
+    open_runs,
     schedules_picture,
 )
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import Config
-from layerskip_jax.config_dict import saved_settings
+from layerskip_jax.config_dict import changed_settings, saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import Piece, TextGenerator
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation import token_exits
-from layerskip_jax.evaluation.exits import ExitQuality, checkpoint_quality
+from layerskip_jax.evaluation.exits import ExitQuality
 from layerskip_jax.evaluation.pictures import Picture, embedded, smooth
 from layerskip_jax.locations import write_file
 from layerskip_jax.model import Transformer, parameter_count
@@ -42,14 +42,10 @@ TIMED_PROMPTS = 4
 
 def train_command(config: Config) -> list[str]:
     """Return a command that trains the same run, in parts: it sets every setting that differs from its default."""
-    words, defaults = ["layerskip train"], saved_settings(Config())
-    for group, settings in saved_settings(config).items():
-        for name, value in settings.items():
-            if value != defaults[group][name]:
-                values = (
-                    value if isinstance(value, tuple) else (str(value).lower() if isinstance(value, bool) else value,)
-                )
-                words.append(" ".join([f"--{group}.{name}", *(shlex.quote(str(one)) for one in values)]))
+    words = ["layerskip train"]
+    for name, value in changed_settings(config).items():
+        values = value if isinstance(value, tuple) else (str(value).lower() if isinstance(value, bool) else value,)
+        words.append(" ".join([f"--{name}", *(shlex.quote(str(one)) for one in values)]))
     return words
 
 
@@ -65,9 +61,10 @@ def decode_prompts(run: Run, model: Transformer, tokenizer: Tokenizer, prompts: 
     settings = dataclasses.replace(run.decode, mode="self_speculative", temperature=0.0)
     plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
     drafting, batches = TextGenerator(model, tokenizer, settings), [[prompt] for prompt in prompts]
-    report = terminal.Report.from_answers([drafting.generate(batch) for batch in batches], model.config, settings)
+    answers = [drafting.generate(batch) for batch in batches]
+    report = terminal.Report.from_answers(answers, model.config, settings)
     report = dataclasses.replace(report, **compare(drafting, plain, batches))
-    new = [plain.generate(batch).completions[0].tokens for batch in batches]
+    new = [answer.completions[0].tokens for answer in answers]
     continuations = token_exits.predict_continuations(model, [plain.encode(prompt) for prompt in prompts], new)
     return Decoded(report, token_exits.acceptance_by_exit(continuations, settings.draft_length))
 
@@ -80,14 +77,13 @@ def write_report(
     ``prompts`` defaults to ``train.sample_prompt``, or else to one held-out document. ``plain_dir`` is as for
     `find_plain`. Where the held-out text is missing, the page says so.
     """
-    run = Run.open(run_dir)
-    plain_dir = find_plain(str(run.folder), plain_dir)
-    plain = Run.open(plain_dir) if plain_dir else None
+    run, plain = open_runs(run_dir, plain_dir)
     batches = batches or run.config.train.evaluate_batches  # as in training, so that the numbers agree
-    quality, missing = _quality(run, run_dir, batches)
-    plain_quality = _quality(plain, plain_dir, batches)[0] if plain else None
-    model, _, tokenizer_path = load_model(run_dir, unstacked=True)
-    tokenizer = load_tokenizer(str(tokenizer_path))
+    plain_quality = plain.measured_quality(batches)[0] if plain else None
+    model, config, tokenizer_path = load_model(str(run.checkpoint))
+    quality, problem = run.measured_quality(batches, (model, config, tokenizer_path))
+    missing = f"<p>Not measured: {html.escape(problem)}</p>" if problem else ""
+    model, tokenizer = model.unstacked(), load_tokenizer(str(tokenizer_path))
     shown, timed, no_prompt = _prompts(run.config, prompts)
     decoded = decode_prompts(run, model, tokenizer, timed) if timed else None
 
@@ -211,24 +207,19 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
 
 
-def _quality(run: Run, path: str, batches: int) -> tuple[ExitQuality, str]:
-    try:
-        return checkpoint_quality(path, batches), ""
-    except UserError as error:
-        return run.last_quality(), f"<p>Not measured: {html.escape(str(error))}</p>"
-
-
 def _prompts(config: Config, given: list[str] | None) -> tuple[list[str], list[str], str]:
     """Return the prompts to show, those to time, and HTML that says why there are none."""
-    shown = given or ([config.train.sample_prompt] if config.train.sample_prompt else [])
-    held_out: list[str] = []
-    problem = ""
+    if given:
+        return given, given, ""
+    sample, problem = [config.train.sample_prompt] if config.train.sample_prompt else [], ""
     for count in (TIMED_PROMPTS, 1):
         try:
-            held_out = held_out or read_prompts(None, None, count, config)
+            held_out = read_prompts(None, None, count, config)
         except UserError as error:
             problem = f"<p>Not shown: {html.escape(str(error))}; --prompt TEXT names a text</p>"
-    return shown or held_out[:1], given or held_out or shown, problem
+        else:
+            return sample or held_out[:1], held_out, ""
+    return sample, sample, problem
 
 
 def _explained(run: Run, decoded: Decoded | None) -> str:

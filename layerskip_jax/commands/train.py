@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
 
         if jax.default_backend() != "cpu":
             keep_compiled_programs(config.train.run_dir)
-        state = train(config)
+        steps = int(train(config).step)  # does not keep the weights: the plots read them again
         if jax.process_index() == 0:
             run = config.train.run_dir
             try:
@@ -36,4 +36,4 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"plot: {path}")
             except Exception as error:  # the run is complete and saved, so a failed plot is only a warning
                 print(f"WARNING: no plots: {error}", file=sys.stderr)
-            print(f"{run} has {int(state.step)} steps; next: layerskip decode {shlex.quote(run)} --prompt ...")
+            print(f"{run} has {steps} steps; next: layerskip decode {shlex.quote(run)} --prompt ...")

@@ -120,11 +120,8 @@ class SelfSpeculative:
                 logits_BV = model.unembed(queries[-1])[:, 0]
                 token_B, probs = self.sampler.propose(logits_BV, jax.random.fold_in(key, slot))
                 keep_B = self.policy.keep_drafting(state.policy_state, token_B, logits_BV)
-                return (
-                    drafting_B & keep_B & ~jnp.isin(token_B, state.eos),
-                    token_B,
-                    drafts.put(slot, token_B, probs, drafting_B),
-                )
+                drafts = drafts.put(slot, token_B, probs, drafting_B)
+                return drafting_B & keep_B & ~jnp.isin(token_B, state.eos), token_B, drafts
 
             more = (slot < plan.draft_length) & jnp.any(drafting_B)
             return slot + 1, more, cache, *jax.lax.cond(more, propose, lambda *same: same, drafting_B, token_B, drafts)

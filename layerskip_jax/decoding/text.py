@@ -81,7 +81,7 @@ class TextGenerator:
             if not self.config.stop:
                 return [False] * len(ids)
             new = [row[len(prompt) :] for row, prompt in zip(known_tokens(text), ids, strict=True)]
-            return [self._stop_at(self._read(row, partial=True)) >= 0 for row in new]
+            return [self._stop_at(self.read(row, partial=True)) >= 0 for row in new]
 
         generation = generate(
             self.model,
@@ -97,13 +97,13 @@ class TextGenerator:
 
     def text(self, new: Sequence[int]) -> str:
         """Decode generated tokens without the token that ends them."""
-        return self._visible(self._read(new))
+        return self.visible(self.read(new))
 
     def partial_text(self, new: Sequence[int]) -> str:
         """Decode the tokens generated so far, without the bytes of an unfinished character."""
-        return self._visible(self._read(new, partial=True))
+        return self.visible(self.read(new, partial=True))
 
-    def _read(self, new: Sequence[int], partial: bool = False) -> str:
+    def read(self, new: Sequence[int], partial: bool = False) -> str:
         """Decode tokens, with a mark for each special token that a stop string has."""
         parts: list[str] = []
         rest: list[int] = []
@@ -115,7 +115,8 @@ class TextGenerator:
                 rest.append(token)
         return "".join([*parts, (self.tokenizer.decode_partial if partial else self.tokenizer.decode)(rest)])
 
-    def _visible(self, text: str) -> str:
+    def visible(self, text: str) -> str:
+        """Return a text of `read` without the marks."""
         return text.translate(dict.fromkeys(map(ord, self._marks.values()))) if self._marks else text
 
     def _stop_at(self, text: str) -> int:
@@ -124,20 +125,19 @@ class TextGenerator:
 
     def cut(self, new: list[int]) -> tuple[str, list[int]] | None:
         """Return the text before the first stop string in ``new`` and the tokens up to its end; None without one."""
-        text = self._read(new) if self._stops else ""
+        text = self.read(new) if self._stops else ""
         if self._stop_at(text) < 0:
             return None
         # Cut after the fewest tokens that contain a stop string, so the result does not depend on `rounds_per_call`.
-        contains_stop = lambda n: self._stop_at(self._read(new[:n], partial=True)) >= 0  # noqa: E731
+        contains_stop = lambda n: self._stop_at(self.read(new[:n], partial=True)) >= 0  # noqa: E731
         needed = 1 + bisect.bisect_left(range(1, len(new)), True, key=contains_stop)
-        text = self._read(new[:needed], partial=True) if needed < len(new) else text
-        return self._visible(text[: self._stop_at(text)]), new[:needed]
+        text = self.read(new[:needed], partial=True) if needed < len(new) else text
+        return self.visible(text[: self._stop_at(text)]), new[:needed]
 
-    def held_back(self, new: list[int]) -> int:
-        """Return how many characters at the end of the text may be the beginning of a stop string."""
-        text = self._read(new, partial=True)
+    def held_back(self, text: str) -> int:
+        """Return how many visible characters at the end of a text of `read` may begin a stop string."""
         held = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        return len(self._visible(text[len(text) - held :]))
+        return len(self.visible(text[len(text) - held :]))
 
     def _complete(self, prompt: str, new: list[int]) -> Completion:
         if stopped := self.cut(new):
@@ -150,15 +150,13 @@ def _mark_special_tokens(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[di
 
     A special token has no text. The marks are lone surrogates, which no decoded text has.
     """
-    names = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    found = [name for name in names if name and any(name in stop for stop in stops)]
-    marks = {name: chr(0xD800 + number) for number, name in enumerate(found)}
-    marked = list(stops)
-    for name, mark in marks.items():
+    special, marked = tokenizer.special_tokens, list(stops)
+    found = [name for name in special if name and any(name in stop for stop in stops)]
+    marks: dict[int, str] = {}
+    for name in sorted(found, key=len, reverse=True):
+        mark = marks[special[name]] = chr(0xD800 + len(marks))
         marked = [stop.replace(name, mark) for stop in marked]
-    return {tokenizer.special_tokens[name]: mark for name, mark in marks.items()}, tuple(
-        dict.fromkeys([*stops, *marked])
-    )
+    return marks, tuple(dict.fromkeys([*stops, *marked]))
 
 
 class _Stream:
@@ -176,9 +174,9 @@ class _Stream:
         """Return the text that is new in ``host``, split where drafted tokens meet the full model's."""
         new = known_tokens(host)[0][self._prompt_length :]
         is_draft, done = host.drafted_BS[0, self._prompt_length :], bool(host.done_B[0])
-        text = self._generator.text(new) if done else self._generator.partial_text(new)
-        stopped = self._generator.cut(new)
-        end = len(stopped[0]) if stopped else len(text) - (0 if done else self._generator.held_back(new))
+        marked = self._generator.read(new, partial=not done)
+        text, stopped = self._generator.visible(marked), self._generator.cut(new)
+        end = len(stopped[0]) if stopped else len(text) - (0 if done else self._generator.held_back(marked))
         pieces = []
         for count in range(self._tokens + 1, len(new) + 1):
             if count == len(new) or is_draft[count] != is_draft[count - 1]:

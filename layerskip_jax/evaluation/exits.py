@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.checkpoint.reading import load_model, warn_beyond_context
@@ -119,12 +120,14 @@ def agreements(model: Transformer, batch: Batch) -> jax.Array:
 def exit_quality(model: Transformer, config: Config) -> ExitQuality:
     """Measure every exit on the first ``train.evaluate_batches`` batches of the validation split.
 
-    Uses data parallelism over as many devices as divide the batch size.
+    Uses data parallelism over as many devices as divide the batch size. Prepares no corpus.
     """
     devices = jax.devices()[: math.gcd(config.train.batch_size, jax.device_count())]
     mesh = Mesh(np.reshape(devices, (-1, 1, 1, 1)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     model = jax.device_put(model, named_shardings(model, model, mesh))
-    held_out = local_batches(config, config.data.validation_split, mesh, in_order=True)
+    split = config.data.validation_split
+    documents = open_documents(config.data, split, prepare=False)  # a checkpoint's config must not write files
+    held_out = local_batches(config, split, mesh, in_order=True, documents=documents)
     batches = held_out_batches(held_out, config.train.evaluate_batches)
     loss_L = evaluate(model, batches, config, mesh)
     agreed_L, tokens = np.zeros(config.model.num_layers), 0.0
@@ -135,20 +138,22 @@ def exit_quality(model: Transformer, config: Config) -> ExitQuality:
     return ExitQuality(loss_L, agreed_L / tokens)
 
 
-def checkpoint_quality(checkpoint: str, batches: int, data: dict[str, Any] | None = None) -> ExitQuality:
+def checkpoint_quality(
+    checkpoint: str,
+    batches: int,
+    data: dict[str, Any] | None = None,
+    loaded: tuple[Transformer, Config, epath.Path] | None = None,
+) -> ExitQuality:
     """Measure a checkpoint on its own held-out split, with the `DataConfig` fields in ``data`` replaced.
 
-    Raises `UserError` if the checkpoint or the text does not exist; it prepares no corpus.
+    ``loaded`` is what `load_model` has returned for it, if it has been read already. Raises `UserError` if the
+    checkpoint or the text does not exist.
     """
     require(batches >= 1, f"batches must be at least 1, not {batches}")
-    model, config, tokenizer = load_model(checkpoint)
+    model, own, tokenizer = loaded or load_model(checkpoint)
     overrides = {"data.tokenizer": str(tokenizer), "data.workers": 0, "train.evaluate_batches": batches}
-    own = config
-    config = apply_overrides(config, overrides | {f"data.{name}": value for name, value in (data or {}).items()})
+    config = apply_overrides(own, overrides | {f"data.{name}": value for name, value in (data or {}).items()})
     warn_beyond_context(own, config.data.sequence_length, f"{checkpoint}: data.sequence_length is")
-    open_documents(
-        config.data, config.data.validation_split, prepare=False
-    )  # the config of a checkpoint must not write files
     return exit_quality(model, config)
 
 

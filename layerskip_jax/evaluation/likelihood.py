@@ -38,7 +38,7 @@ def log_likelihoods(
         )
     batch_size = min(batch_size, len(pairs))
     rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in pairs]
-    largest, vocabulary = max((max(row) for row in rows if row), default=0), model.config.vocab_size
+    largest, vocabulary = max(map(max, rows), default=0), model.config.vocab_size
     require(largest < vocabulary, f"a text has the token {largest}, beyond the model's vocabulary of {vocabulary}")
     results: dict[int, tuple[float, bool]] = {}
     longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
@@ -50,7 +50,7 @@ def log_likelihoods(
         scores_BT, greedy_BT = map(np.asarray, token_scores(model, tokens_BT[:, :-1], tokens_BT[:, 1:], exit_layer))
         for place, index in enumerate(batch):
             end = len(rows[index]) - 1
-            own = slice(max(0, end - len(pairs[index][1])), end)
+            own = slice(end - len(pairs[index][1]), end)
             results[index] = float(scores_BT[place, own].sum()), bool(greedy_BT[place, own].all())
     return [results[index] for index in range(len(rows))]
 

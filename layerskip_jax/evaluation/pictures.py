@@ -5,6 +5,7 @@ import dataclasses
 import html
 import io
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -43,7 +44,12 @@ class Picture:
     panels: int = 2
     size: tuple[float, float] = (11, 4)  # [inches]
 
-    def png(self, theme: Theme = "light") -> bytes:
+    @cached_property
+    def light(self) -> bytes:
+        """The picture as PNG in light colors."""
+        return self._png("light")
+
+    def _png(self, theme: Theme) -> bytes:
         import matplotlib
         from matplotlib.figure import Figure
 
@@ -56,13 +62,13 @@ class Picture:
 
     def save(self, path: epath.Path) -> epath.Path:
         """Write the light picture as PNG, locally or to a bucket."""
-        write_file(path, self.png())
+        write_file(path, self.light)
         return path
 
     def html(self) -> str:
         """Return the light and the dark picture as HTML that needs no other file."""
-        source = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(self.png("dark"))}">'
-        return f"<picture>{source}{embedded(self.png(), self.alt)}</picture>"
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(self._png("dark"))}">'
+        return f"<picture>{source}{embedded(self.light, self.alt)}</picture>"
 
 
 def embedded(png: bytes, alt: str) -> str:
@@ -106,11 +112,11 @@ def _style(theme: Theme) -> Any:
     }
 
 
-def exit_color(exit_layer: int, layers: int) -> tuple[float, ...]:
-    """Return the color of an exit 1..L on the sequential scale of the current theme."""
+def exit_color(exit_layer: int, layers: int, scale: str = "") -> tuple[float, float, float, float]:
+    """Return the color of an exit 1..L on a sequential scale, by default that of the current theme."""
     import matplotlib
 
-    return matplotlib.colormaps[matplotlib.rcParams["image.cmap"]]((exit_layer - 1) / max(layers - 1, 1))
+    return matplotlib.colormaps[scale or matplotlib.rcParams["image.cmap"]]((exit_layer - 1) / max(layers - 1, 1))
 
 
 def ticks(layers: int) -> list[int]:

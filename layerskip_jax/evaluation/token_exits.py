@@ -15,7 +15,7 @@ from layerskip_jax.decoding.request import round_up
 from layerskip_jax.decoding.rounds import Autoregressive
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.evaluation.exits import exit_predictions
-from layerskip_jax.evaluation.pictures import ink_on
+from layerskip_jax.evaluation.pictures import exit_color, ink_on
 from layerskip_jax.model import Transformer
 
 NAMES = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
@@ -115,10 +115,9 @@ def token_exits(model: Transformer, tokenizer: Tokenizer, prompt: str, new_token
 
 def colors(exit_layer: int, layers: int) -> tuple[str, str]:
     """Return the color of an exit, which is the same in light and dark mode, and black or white for text on it."""
-    import matplotlib
     from matplotlib.colors import to_hex
 
-    color = matplotlib.colormaps["viridis"]((exit_layer - 1) / max(layers - 1, 1))
+    color = exit_color(exit_layer, layers, "viridis")
     return to_hex(color), ink_on(color)
 
 
