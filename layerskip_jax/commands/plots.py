@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
@@ -18,7 +17,7 @@ from layerskip_jax.command_line import OneLineParser, add_run, make_parser
 from layerskip_jax.config import Config, DecodeConfig
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.decoding.configure import resolve_exit_layer
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, warn
 from layerskip_jax.evaluation.exits import ExitQuality, checkpoint_quality
 from layerskip_jax.evaluation.pictures import PLAIN, Picture, exit_color, smooth, ticks
 from layerskip_jax.locations import locate
@@ -108,7 +107,7 @@ def measure_exits(runs: Iterable[str], batches: int) -> dict[str, ExitQuality]:
         try:
             qualities[run] = checkpoint_quality(run, batches)
         except UserError as error:
-            print(f"WARNING: the exits of {run} are not measured: {error}", file=sys.stderr)
+            warn(f"the exits of {run} are not measured: {error}")
     return qualities
 
 

@@ -4,7 +4,6 @@ orbax saves model, optimizer, data position and config as one atomic checkpoint.
 """
 
 import contextlib
-import sys
 from functools import partial
 from typing import Any
 
@@ -41,7 +40,7 @@ from layerskip_jax.data.load_tokenizer import find_tokenizer, load_tokenizer
 from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import agree, first_message
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, warn
 from layerskip_jax.locations import write_file
 from layerskip_jax.training.optimizer import learning_rate
 from layerskip_jax.training.run_lock import RunLock
@@ -93,7 +92,7 @@ class Checkpoints:
             if kind is None:
                 self._handle_failed_save(error)
             else:
-                _warn(f"the last checkpoint could not be written: {summarize(error)}")
+                warn(f"the last checkpoint could not be written: {summarize(error)}")
         finally:
             with contextlib.suppress(Exception):  # it may raise the same error again
                 self._manager.close()
@@ -175,7 +174,7 @@ class Checkpoints:
             raise UserError(f"{line}; fix this and restart") from error
         if self._config.train.failed_save == "stop" or not alone:
             raise UserError(f"{line} (train.failed_save go_on lets a run of one process continue)") from error
-        _warn(f"{line}; the run continues and retries at the next checkpoint (train.failed_save)")
+        warn(f"{line}; the run continues and retries at the next checkpoint (train.failed_save)")
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, or None; waits for a save in progress."""
@@ -200,7 +199,7 @@ class Checkpoints:
             if self._config.train.damaged_checkpoint == "stop":
                 raise DamagedCheckpoint(f"{problem} (train.damaged_checkpoint go_back restores the one before)")
             if jax.process_index() == 0:
-                _warn(f"{problem}; trying the one before (train.damaged_checkpoint)")
+                warn(f"{problem}; trying the one before (train.damaged_checkpoint)")
         if damaged:
             raise DamagedCheckpoint(
                 f"no checkpoint in {self.folder} is intact: start a new run with another --train.run_dir"
@@ -301,7 +300,3 @@ def make_run_folder(config: Config) -> None:
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     # These names are in every stored checkpoint: "usual" is the former name of `loss_ema`.
     return {"step": state.step, "state": state.opt_state, "usual": state.loss_ema}
-
-
-def _warn(line: str) -> None:
-    print(f"WARNING: {line}", file=sys.stderr, flush=True)
