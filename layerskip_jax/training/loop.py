@@ -138,8 +138,7 @@ def _restore_or_init(
     config, abstract = trainer.config, trainer.abstract_state()
     state = checkpoints.restore(abstract, position)
     if state is not None:
-        step = int(state.step)
-        return state, step, "; ".join([*checkpoints.resumed_schedule(step), *checkpoints.changed_settings(step)])
+        return state, int(state.step), checkpoints.resumed
     if config.train.init_from:
         load = agree("initial weights", partial(initial_model, config, tokenizer, abstract.model))
         return trainer.init(load()), 0, f"from {config.train.init_from}"
