@@ -116,17 +116,25 @@ def agreements(model: Transformer, batch: Batch) -> jax.Array:
     return jnp.sum((next_LBT == next_LBT[-1:]) * batch.mask_BT[None], axis=(1, 2))
 
 
-def exit_quality(model: Transformer, config: Config) -> ExitQuality:
+def exit_quality(
+    model: Transformer,
+    config: Config,
+    held_out: Iterable[dict[str, np.ndarray]] | None = None,
+    loss_L: np.ndarray | None = None,
+) -> ExitQuality:
     """Measure every exit on the first ``train.evaluate_batches`` batches of the validation split.
 
-    Uses data parallelism over as many devices as divide the batch size.
+    Uses data parallelism over as many devices as divide the batch size. Pass the opened split, ``held_out``, and the
+    result of `evaluate` on it, ``loss_L``, if they are known.
     """
     devices = jax.devices()[: math.gcd(config.train.batch_size, jax.device_count())]
     mesh = Mesh(np.reshape(devices, (-1, 1, 1, 1)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     model = jax.device_put(model, named_shardings(model, model, mesh))
-    held_out = local_batches(config, config.data.validation_split, mesh, in_order=True)
+    if held_out is None:
+        held_out = local_batches(config, config.data.validation_split, mesh, in_order=True)
     batches = held_out_batches(held_out, config.train.evaluate_batches)
-    loss_L = evaluate(model, batches, config, mesh)
+    if loss_L is None:
+        loss_L = evaluate(model, batches, config, mesh)
     agreed_L, tokens = np.zeros(config.model.num_layers), 0.0
     with jax.set_mesh(mesh):
         for batch in batches:

@@ -33,8 +33,8 @@ from layerskip_jax.training.monitoring.progress import Progress, opening_line
 from layerskip_jax.training.monitoring.watch import Profiler
 from layerskip_jax.training.step import StepMetrics, Trainer, TrainState
 
-OnEvaluation = Callable[[int, Transformer], None]
-"""Gets the step and the model after each evaluation; an exception from it ends the run."""
+OnEvaluation = Callable[[int, Transformer, grain.IterDataset, np.ndarray], None]
+"""Gets the step, the model, the held-out split and ``loss_L`` after each `evaluate`; its exceptions end the run."""
 
 
 def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluation = lambda *_: None) -> TrainState:
@@ -50,7 +50,7 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
     trainer.recipe.check()
 
     with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
-        tokenizer, data, held_out, (corpus, corpus_lines) = _open_data(config, mesh)
+        tokenizer, data, held_out, corpus, corpus_lines = _open_data(config, mesh)
         position = DataPosition(data, local_rows(batch_sharding(mesh), config.train.batch_size), corpus)
         checkpoints = _open_checkpoints(config, tokenizer, stack)
         state, first, start = _restore_or_init(trainer, checkpoints, position, tokenizer)
@@ -83,8 +83,9 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
                 pending = None
             if evaluates:
                 with progress.during("evaluating"):
-                    progress.after_evaluation(done, evaluate(state.model, held_out, config, mesh))
-                    on_evaluation(done, state.model)
+                    loss_L = evaluate(state.model, held_out, config, mesh)
+                    progress.after_evaluation(done, loss_L)
+                    on_evaluation(done, state.model, held_out, loss_L)
             last = bool(stopped) or done == config.train.steps
             # After bad steps the parameters may be bad too: do not push out the good checkpoint.
             if saves and (last or not bad_steps.in_a_row):
@@ -101,7 +102,7 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
 
 def _open_data(
     config: Config, mesh: Mesh
-) -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset, tuple[Corpus, list[str]]]:
+) -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset, Corpus, list[str]]:
     """Open the tokenizer, an iterator of the training data, and the validation data; identify and describe the corpus.
 
     Raises `UserError` unless all processes have the same settings and files.
@@ -116,8 +117,8 @@ def _open_data(
 
     tokenizer, data, held_out = agree("settings", open_all, lambda _: saved_settings(config))
     identify = partial(identify_corpus, config, tokenizer)
-    corpus = agree("tokenizer and corpus", identify, lambda found: (tokenizer.fingerprint(), found))
-    return tokenizer, data, held_out, corpus
+    corpus, lines = agree("tokenizer and corpus", identify, lambda found: (tokenizer.fingerprint(), found))
+    return tokenizer, data, held_out, corpus, lines
 
 
 def _open_checkpoints(config: Config, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> Checkpoints:
