@@ -57,7 +57,7 @@ WORKER = """
         return to_devices(batch, mesh)
 
     training.to_devices = to_devices_and_signal
-    plots.plot_run = lambda run_dir, measure: []  # plots take longer than the training
+    plots.plot_run = lambda run_dir: []  # plots take longer than the training
     run_command(train.main)
 """
 

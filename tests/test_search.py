@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import optuna
 import pytest
 from corpora import VOCABULARY
 
@@ -13,8 +14,6 @@ from layerskip_jax.config import Config, ModelConfig
 from layerskip_jax.decoding.cost import best_speedup, predicted_speedup
 from layerskip_jax.errors import UserError
 from layerskip_jax.training.search_space import Found, default_space, frontier
-
-optuna = pytest.importorskip("optuna")
 
 SPACE = """
 def get_space():
@@ -51,23 +50,25 @@ def options(corpus, tmp_path):
 
 
 def test_a_search_writes_the_best_recipe_and_resumes(options, tmp_path, capsys, monkeypatch):
-    """The second trial is interrupted in its training; the next call gives its recipe to the third trial."""
+    """The first trial is interrupted after its last step, and the last before its first; each is taken up again."""
     trained, train = [], search.train
 
     def interrupted(config, **more):
         trained.append(config)
-        if len(trained) == 3:
+        if len(trained) != 5:
+            train(config, **more)
+        if len(trained) in (2, 5):
             raise KeyboardInterrupt
-        train(config, **more)
 
     monkeypatch.setattr(search, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        search.main(options)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            search.main(options)
     search.main(options)
     capsys.readouterr()
-    plain, _, stopped, resumed = trained[:4]
+    plain, stopped, resumed, _, last, resumed_last = trained
     assert (plain.early_exit.curriculum, plain.layer_dropout.p_max) == ("none", 0)
-    assert resumed == stopped
+    assert (resumed, resumed_last) == (stopped, last)
     assert all(config.model.dim == 8 and config.model.num_layers == 4 for config in trained)
 
     rows = json.loads((tmp_path / "study/search.json").read_text())

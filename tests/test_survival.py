@@ -365,7 +365,7 @@ def test_a_failing_logger_warns_once_and_the_run_continues(config, monkeypatch, 
 
 
 def test_a_failing_plot_warns(config, monkeypatch, capsys):
-    def fail(run_dir, measure):
+    def fail(run_dir):
         raise ValueError("no font")
 
     monkeypatch.setattr(plots, "plot_run", fail)

@@ -10,11 +10,11 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import grain
 import numpy as np
 from etils import epath
 
@@ -24,12 +24,12 @@ from layerskip_jax.config_dict import apply_overrides, saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.cost import best_speedup
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation.exits import exit_quality
+from layerskip_jax.evaluation.exits import ExitQuality, exit_quality
 from layerskip_jax.evaluation.pictures import Picture
 from layerskip_jax.locations import write_file
 from layerskip_jax.model import Transformer
 from layerskip_jax.presets import without_layerskip
-from layerskip_jax.training.loop import train
+from layerskip_jax.training.loop import OnEvaluation, train
 from layerskip_jax.training.search_space import Found, Overrides, SearchSpace, default_space, frontier
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Search:
         study.set_user_attr("config", mine)
         for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # stopped: take it up first
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            study.enqueue_trial(trial.params, user_attrs={"folder": trial.user_attrs.get("folder", str(trial.number))})
+            study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
         return study
 
     def train_plain(self) -> None:
@@ -127,18 +127,17 @@ class Search:
         if self.proxy.train.steps in self.plain_loss:
             return
 
-        def record(step: int, model: Transformer) -> None:
-            self.plain_loss[step] = float(exit_quality(model, config).loss_L[-1])
+        def record(step: int, model: Transformer, held_out: grain.IterDataset, loss_L: np.ndarray) -> None:
+            self.plain_loss[step] = float(loss_L[-1])
             self.study.set_user_attr("plain_loss", self.plain_loss)
 
-        config = without_layerskip(self.run_config({}, "plain"))
-        self.train(config, record)
+        self.train(without_layerskip(self.run_config({}, "plain")), record)
         print(f"plain: loss {self.plain_loss[self.proxy.train.steps]:.3f}", flush=True)
 
     def run_config(self, overrides: Overrides, folder: str) -> Config:
         return apply_overrides(self.proxy, overrides | {"train.run_dir": str(self.folder / "trials" / folder)})
 
-    def train(self, config: Config, on_evaluation: Callable[[int, Transformer], None]) -> None:
+    def train(self, config: Config, on_evaluation: OnEvaluation) -> None:
         """Train a run whose messages go to ``log.txt`` in its folder."""
         run = Path(config.train.run_dir)
         run.mkdir(parents=True, exist_ok=True)
@@ -149,7 +148,6 @@ class Search:
         """Train one recipe of the space until it ends or is pruned; return whether its config was valid."""
         import optuna
 
-        state = optuna.trial.TrialState
         trial = self.study.ask()
         folder = str(trial.user_attrs.get("folder", trial.number))
         trial.set_user_attr("folder", folder)
@@ -159,28 +157,29 @@ class Search:
         except UserError as error:
             return self._refuse(trial, error)
         trial.set_user_attr("overrides", overrides)
-        found: list[Found] = []
 
-        def judge(step: int, model: Transformer) -> None:
-            found.append(self.quality(config, model, step))
-            trial.report(found[-1].score(self.options.loss_tolerance), step)
-            trial.set_user_attr("found", found[-1])
+        def judge(step: int, model: Transformer, held_out: grain.IterDataset, loss_L: np.ndarray) -> None:
+            found = self.found(config, step, exit_quality(model, config, held_out, loss_L))
+            trial.report(found.score(self.options.loss_tolerance), step)
+            trial.set_user_attr("found", found)
             if step < config.train.steps and trial.should_prune():
                 raise optuna.TrialPruned
 
+        pruned = False
         try:
             self.train(config, judge)
         except UserError as error:  # the recipe's functions are checked where the run begins
             return self._refuse(trial, error)
         except optuna.TrialPruned:
-            self.study.tell(trial, state=state.PRUNED)
+            pruned = True
             shutil.rmtree(config.train.run_dir)
+        # Not from `judge`, since a trial that was stopped after its last evaluation trains no more.
+        found = Found(*trial.user_attrs["found"])
+        if pruned:
+            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
-            self.study.tell(trial, found[-1].score(self.options.loss_tolerance))
-        print(
-            f"trial {trial.number}: {'' if len(found) == RUNGS else 'pruned, '}{shown(found[-1], overrides)}",
-            flush=True,
-        )
+            self.study.tell(trial, found.score(self.options.loss_tolerance))
+        print(f"trial {trial.number}: {'pruned, ' * pruned}{shown(found, overrides)}", flush=True)
         return True
 
     def _refuse(self, trial: "optuna.Trial", error: UserError) -> bool:
@@ -190,11 +189,11 @@ class Search:
         self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return False
 
-    def quality(self, config: Config, model: Transformer, step: int) -> Found:
-        """Measure the last exit and the drafting exit, the first of ``early_exit.exits``."""
-        measured, exit_layer = exit_quality(model, config), min(config.early_exit.exits or self.exits)
-        agreement = float(measured.agreement_L[exit_layer - 1])
-        increase = float(measured.loss_L[-1]) / self.plain_loss[step] - 1
+    def found(self, config: Config, step: int, quality: ExitQuality) -> Found:
+        """Return the quality of the last exit and of the drafting exit, the first of ``early_exit.exits``."""
+        exit_layer = min(config.early_exit.exits or self.exits)
+        agreement = float(quality.agreement_L[exit_layer - 1])
+        increase = float(quality.loss_L[-1]) / self.plain_loss[step] - 1
         return Found(increase, agreement, best_speedup(self.config.model, exit_layer, agreement))
 
     def results(self) -> list[tuple[Found, Overrides, int]]:
@@ -221,12 +220,8 @@ def _word(value: Any) -> str:
 
 def config_source(search: Search, found: Found, overrides: Overrides) -> str:
     """Return a config file: the user's config with the recipe. A proxy's learning rate does not fit another width."""
-    kept = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in overrides.items()
-        if not search.options.width or name != "optimizer.learning_rate"
-    }
-    lines = "\n".join(f"    {name!r}: {value!r}," for name, value in kept.items())
+    left_out = "optimizer.learning_rate" if search.options.width else ""
+    lines = "\n".join(f"    {name!r}: {value!r}," for name, value in overrides.items() if name != left_out)
     model, given = search.proxy.model, search.options.config
     base = f"load_config_file({given!r})" if given else "Config()"
     imports = "from layerskip_jax.command_line import load_config_file" if given else "from layerskip_jax import Config"
@@ -304,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     search, began = Search(config, options, space), time.monotonic()
     search.train_plain()
     invalid = 0
-    while sum(trial.state.name != "FAIL" for trial in search.study.trials) < options.trials:
+    while sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in search.study.trials) < options.trials:
         if options.minutes and time.monotonic() - began > 60 * options.minutes:
             break
         invalid = 0 if search.run_trial() else invalid + 1

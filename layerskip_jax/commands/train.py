@@ -1,9 +1,9 @@
 """``layerskip train --config configs/NAME.py [--group.setting value ...]``"""
 
 import shlex
-import sys
 
 from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.errors import warn
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,13 +27,12 @@ def main(argv: list[str] | None = None) -> None:
 
         if jax.default_backend() != "cpu":
             keep_compiled_programs(config.train.run_dir)
-        steps = int(train(config).step)  # does not keep the weights: the plots read them again
+        steps = int(train(config).step)
         if jax.process_index() == 0:
             run = config.train.run_dir
             try:
-                # Reading the checkpoint again is no collective, so a run of several processes does not measure.
-                for path in plot_run(run, measure=jax.process_count() == 1):
+                for path in plot_run(run):
                     print(f"plot: {path}")
             except Exception as error:  # the run is complete and saved, so a failed plot is only a warning
-                print(f"WARNING: no plots: {error}", file=sys.stderr)
+                warn(f"no plots: {error}")
             print(f"{run} has {steps} steps; next: layerskip decode {shlex.quote(run)} --prompt ...")

@@ -117,19 +117,27 @@ def agreements(model: Transformer, batch: Batch) -> jax.Array:
     return jnp.sum((next_LBT == next_LBT[-1:]) * batch.mask_BT[None], axis=(1, 2))
 
 
-def exit_quality(model: Transformer, config: Config) -> ExitQuality:
+def exit_quality(
+    model: Transformer,
+    config: Config,
+    held_out: Iterable[dict[str, np.ndarray]] | None = None,
+    loss_L: np.ndarray | None = None,
+) -> ExitQuality:
     """Measure every exit on the first ``train.evaluate_batches`` batches of the validation split.
 
-    Uses data parallelism over as many devices as divide the batch size. Prepares no corpus.
+    Uses data parallelism over as many devices as divide the batch size. Pass the opened split, ``held_out``, and the
+    result of `evaluate` on it, ``loss_L``, if they are known. Prepares no corpus.
     """
     devices = jax.devices()[: math.gcd(config.train.batch_size, jax.device_count())]
     mesh = Mesh(np.reshape(devices, (-1, 1, 1, 1)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     model = jax.device_put(model, named_shardings(model, model, mesh))
-    split = config.data.validation_split
-    documents = open_documents(config.data, split, prepare=False)  # a checkpoint's config must not write files
-    held_out = local_batches(config, split, mesh, in_order=True, documents=documents)
+    if held_out is None:
+        split = config.data.validation_split
+        documents = open_documents(config.data, split, prepare=False)  # a checkpoint's config must not write files
+        held_out = local_batches(config, split, mesh, in_order=True, documents=documents)
     batches = held_out_batches(held_out, config.train.evaluate_batches)
-    loss_L = evaluate(model, batches, config, mesh)
+    if loss_L is None:
+        loss_L = evaluate(model, batches, config, mesh)
     agreed_L, tokens = np.zeros(config.model.num_layers), 0.0
     with jax.set_mesh(mesh):
         for batch in batches:

@@ -4,7 +4,6 @@ orbax saves model, optimizer, data position and config as one atomic checkpoint.
 """
 
 import contextlib
-import sys
 from functools import partial
 from typing import Any
 
@@ -41,7 +40,7 @@ from layerskip_jax.data.load_tokenizer import find_tokenizer, load_tokenizer
 from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import agree, first_message
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, warn
 from layerskip_jax.locations import write_file
 from layerskip_jax.training.optimizer import learning_rate
 from layerskip_jax.training.run_lock import RunLock
@@ -56,7 +55,8 @@ class Checkpoints:
         self._config = config
         self._lock = RunLock(config)
         self._tokenizer: dict[str, bytes] = {}
-        self._data_notes: list[str] = []
+        self.resumed = ""
+        """How the run goes on from the restored checkpoint, and what has changed since."""
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -93,7 +93,7 @@ class Checkpoints:
             if kind is None:
                 self._handle_failed_save(error)
             else:
-                _warn(f"the last checkpoint could not be written: {summarize(error)}")
+                warn(f"the last checkpoint could not be written: {summarize(error)}")
         finally:
             with contextlib.suppress(Exception):  # it may raise the same error again
                 self._manager.close()
@@ -175,7 +175,7 @@ class Checkpoints:
             raise UserError(f"{line}; fix this and restart") from error
         if self._config.train.failed_save == "stop" or not alone:
             raise UserError(f"{line} (train.failed_save go_on lets a run of one process continue)") from error
-        _warn(f"{line}; the run continues and retries at the next checkpoint (train.failed_save)")
+        warn(f"{line}; the run continues and retries at the next checkpoint (train.failed_save)")
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, or None; waits for a save in progress."""
@@ -200,7 +200,7 @@ class Checkpoints:
             if self._config.train.damaged_checkpoint == "stop":
                 raise DamagedCheckpoint(f"{problem} (train.damaged_checkpoint go_back restores the one before)")
             if jax.process_index() == 0:
-                _warn(f"{problem}; trying the one before (train.damaged_checkpoint)")
+                warn(f"{problem}; trying the one before (train.damaged_checkpoint)")
         if damaged:
             raise DamagedCheckpoint(
                 f"no checkpoint in {self.folder} is intact: start a new run with another --train.run_dir"
@@ -229,7 +229,8 @@ class Checkpoints:
         )
         if problem:
             return None, problem
-        go_on, self._data_notes = resume_data(saved, self._config, corpus, data.corpus)
+        go_on, data_notes = resume_data(saved, self._config, corpus, data.corpus)
+        self.resumed = "; ".join([*_resumed(saved, self._config, step), *data_notes])
         if go_on != "first document":
             data.set_state(positions, self._config.train.batch_size, same_rows=go_on == "same rows")
         item = with_arrays(_optimizer_item(abstract), optimizer)
@@ -261,27 +262,6 @@ class Checkpoints:
         agree("damaged checkpoints", move)
         self._manager.reload()
 
-    def resumed_schedule(self, step: int) -> list[str]:
-        """Say that the run goes on after ``step`` or has ended, and from what to what its learning rate then jumps."""
-        if step >= self._config.train.steps:
-            return [f"the run has {step} steps already, so nothing is trained (train.steps)"]
-        saved = read_config(self.folder / str(step))
-        old, new = (float(learning_rate(config)(step)) for config in (saved, self._config))
-        jumps = abs(new - old) > 1e-6 * max(old, new)
-        jump = f"the learning rate of step {step + 1} goes from {old:.3g} to {new:.3g}"
-        return [f"resuming after step {step}", *([jump] if jumps else [])]
-
-    def changed_settings(self, step: int) -> list[str]:
-        """Describe what changed since the checkpoint of ``step``, and what follows for the data."""
-        old, new = saved_settings(read_config(self.folder / str(step))), saved_settings(self._config)
-        changed = [
-            f"{group}.{name} {old[group][name]} -> {value}"
-            for group, settings in new.items()
-            for name, value in settings.items()
-            if old[group][name] != value
-        ]
-        return [*([f"changed settings: {', '.join(changed)}"] if changed else []), *self._data_notes]
-
 
 def make_run_folder(config: Config) -> None:
     """Create the folder of a run's checkpoints; raises `UserError` if that fails."""
@@ -298,10 +278,25 @@ def make_run_folder(config: Config) -> None:
         raise UserError(f"the run folder {config.train.run_dir} (train.run_dir) cannot be created: {error}") from error
 
 
+def _resumed(saved: Config, config: Config, step: int) -> list[str]:
+    """Say how a run goes on after ``step``, by how much its learning rate then jumps, and which settings changed."""
+    lines = [f"resuming after step {step}"]
+    if step >= config.train.steps:
+        lines = [f"the run has {step} steps already, so nothing is trained (train.steps)"]
+    else:
+        old_rate, rate = (float(learning_rate(settings)(step)) for settings in (saved, config))
+        if abs(rate - old_rate) > 1e-6 * max(old_rate, rate):
+            lines.append(f"the learning rate of step {step + 1} goes from {old_rate:.3g} to {rate:.3g}")
+    old = saved_settings(saved)
+    changed = [
+        f"{group}.{name} {old[group][name]} -> {value}"
+        for group, settings in saved_settings(config).items()
+        for name, value in settings.items()
+        if old[group][name] != value
+    ]
+    return [*lines, *([f"changed settings: {', '.join(changed)}"] if changed else [])]
+
+
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     # These names are in every stored checkpoint: "usual" is the former name of `loss_ema`.
     return {"step": state.step, "state": state.opt_state, "usual": state.loss_ema}
-
-
-def _warn(line: str) -> None:
-    print(f"WARNING: {line}", file=sys.stderr, flush=True)

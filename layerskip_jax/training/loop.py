@@ -35,8 +35,8 @@ from layerskip_jax.training.monitoring.progress import Progress, opening_line
 from layerskip_jax.training.monitoring.watch import Profiler
 from layerskip_jax.training.step import StepMetrics, Trainer, TrainState
 
-OnEvaluation = Callable[[int, Transformer], None]
-"""Gets the step and the model after each evaluation; an exception from it ends the run."""
+OnEvaluation = Callable[[int, Transformer, grain.IterDataset, np.ndarray], None]
+"""Gets the step, the model, the held-out split and ``loss_L`` after each `evaluate`; its exceptions end the run."""
 
 
 def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluation = lambda *_: None) -> TrainState:
@@ -52,7 +52,7 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
     trainer.recipe.check()
 
     with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
-        tokenizer, data, held_out, (corpus, corpus_lines) = _open_data(config, mesh)
+        tokenizer, data, held_out, corpus, corpus_lines = _open_data(config, mesh)
         position = DataPosition(data, local_rows(batch_sharding(mesh), config.train.batch_size), corpus)
         checkpoints = _open_checkpoints(config, tokenizer, stack)
         state, first, start = _restore_or_init(trainer, checkpoints, position, tokenizer)
@@ -85,8 +85,9 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
                 pending = None
             if evaluates:
                 with progress.during("evaluating"):
-                    progress.after_evaluation(done, evaluate(state.model, held_out, config, mesh))
-                    on_evaluation(done, state.model)
+                    loss_L = evaluate(state.model, held_out, config, mesh)
+                    progress.after_evaluation(done, loss_L)
+                    on_evaluation(done, state.model, held_out, loss_L)
             last = bool(stopped) or done == config.train.steps
             # After bad steps the parameters may be bad too: do not push out the good checkpoint.
             if saves and (last or not bad_steps.in_a_row):
@@ -103,7 +104,7 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
 
 def _open_data(
     config: Config, mesh: Mesh
-) -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset, tuple[Corpus, list[str]]]:
+) -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset, Corpus, list[str]]:
     """Open the tokenizer, an iterator of the training data, and the validation data; identify and describe the corpus.
 
     Raises `UserError` unless all processes have the same settings and files.
@@ -114,13 +115,13 @@ def _open_data(
         tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
         return tokenizer, open_splits(config.data)
 
-    def read() -> tuple[grain.DatasetIterator, grain.IterDataset, tuple[Corpus, list[str]]]:
+    def read() -> tuple[grain.DatasetIterator, grain.IterDataset, Corpus, list[str]]:
         data = iter(local_batches(config, config.data.train_split, mesh, documents=splits[0]))
         held_out = local_batches(config, config.data.validation_split, mesh, in_order=True, documents=splits[1])
-        return data, held_out, identify_corpus(config, tokenizer, *splits)
+        return data, held_out, *identify_corpus(config, tokenizer, *splits)
 
     tokenizer, splits = agree("settings", open_files, lambda _: saved_settings(config))
-    return tokenizer, *agree("tokenizer and corpus", read, lambda found: (tokenizer.fingerprint(), found[2]))
+    return tokenizer, *agree("tokenizer and corpus", read, lambda found: (tokenizer.fingerprint(), *found[2:]))
 
 
 def _open_checkpoints(config: Config, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> Checkpoints:
@@ -141,8 +142,7 @@ def _restore_or_init(
     config, abstract = trainer.config, trainer.abstract_state()
     state = checkpoints.restore(abstract, position)
     if state is not None:
-        step = int(state.step)
-        return state, step, "; ".join([*checkpoints.resumed_schedule(step), *checkpoints.changed_settings(step)])
+        return state, int(state.step), checkpoints.resumed
     if config.train.init_from:
         load = agree("initial weights", partial(initial_model, config, tokenizer, abstract.model))
         return trainer.init(load()), 0, f"from {config.train.init_from}"

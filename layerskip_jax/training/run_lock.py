@@ -24,7 +24,7 @@ from etils import epath
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.config_dict import from_dict
 from layerskip_jax.distributed import agree
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, warn
 from layerskip_jax.locations import is_remote, locate, write_file
 
 LOCK = "writer.json"
@@ -71,7 +71,7 @@ class RunLock:
         beat = BEAT_SECONDS if is_remote(folder) else LOCAL_BEAT_SECONDS
         token, every = uuid.uuid4().hex, min(beat, self._hang / 4)
         self._me = Holder(*_this_process(), str(folder), token, every, time=time.time())
-        self._wake, self._ended, self._taken_over = threading.Event(), False, ""
+        self._ended, self._taken_over = threading.Event(), ""
         self._thread = threading.Thread(target=self._beat, daemon=True, name="run lock")
 
     def acquire(self) -> None:
@@ -82,39 +82,40 @@ class RunLock:
         agree("run folder", lambda: self._acquire() if jax.process_index() == 0 else None)
 
     def _acquire(self) -> None:
-        found, reason = self._read(), ""
-        if found:
-            reason = self._wait(found)
+        found = self._read()
+        stale = self._wait(found) if found else ""
         with _alone(self._file.parent):
-            if (now := self._read()) and not (reason and now == found):
+            if (now := self._read()) and not (stale and now == found):
                 raise self._refusal(now)
             self._write()
         if is_remote(self._file):
             time.sleep(SETTLE_SECONDS)
             if (now := self._read()) and not self._is_ours(now):
                 raise self._refusal(now)
-        if found and reason:
-            self._say(f"WARNING: {_parse(found)} {reason}: its run folder {self._run_dir} is taken over")
+        if stale:
+            warn(f"{stale}: its run folder {self._run_dir} is taken over")
         self._thread.start()
 
     def _wait(self, found: Sign) -> str:
-        """Return why the lock ``found`` is stale, or "" if it is removed; `UserError` if its process is alive.
+        """Return who left the lock ``found`` and why it is stale, or "" if it is removed while this waits.
 
-        Waits for a sign of life unless the process is one of this host.
+        Waits for a sign of life unless the process is one of this host. Raises `UserError` if the process is alive.
         """
         holder, silent = _parse(found), time.time() - found[0]
         one_kernel = (holder.host, holder.system) == (self._me.host, self._me.system)
         if one_kernel and _started(holder.process) != holder.started:
-            return "is gone"
+            return f"{holder} is gone"
         if one_kernel and holder.folder == self._me.folder and silent <= self._hang:
             raise self._refusal(found)
         # A container or a machine that was restarted keeps its name, and a copy of a run folder keeps its lock.
         patience = 2.5 * holder.every
         if holder.host != self._me.host:
             patience = max(self._hang - max(silent, 0), patience)
-        self._say(
+        print(
             f"{holder} has the run folder {self._run_dir}: waiting for a sign of life, at most {patience:.0f} s; if "
-            f"it is gone, remove {self._file}"
+            f"it is gone, remove {self._file}",
+            file=sys.stderr,
+            flush=True,
         )
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
@@ -124,7 +125,7 @@ class RunLock:
                 return ""
             if now != found:
                 raise self._refusal(now)
-        return f"has shown no sign of life for {max(silent, 0) + patience:.0f} s (train.hang_seconds)"
+        return f"{holder} has shown no sign of life for {max(silent, 0) + patience:.0f} s (train.hang_seconds)"
 
     def _refusal(self, found: Sign) -> UserError:
         return UserError(
@@ -132,19 +133,13 @@ class RunLock:
             f"process or name another --train.run_dir (if it is gone, remove {self._file})"
         )
 
-    def _say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     def check(self, step: int, now: bool = False) -> None:
         """Record the last ``step``; raises `UserError` if another process has taken the lock over.
 
         With ``now`` the file is read, else the answer is some seconds old.
         """
         if step > self._me.step:
-            first = self._me.step == 0
             self._me = dataclasses.replace(self._me, step=step, time=time.time())
-            if first:
-                self._wake.set()  # say at once that the run trains
         if now and self._thread.is_alive():
             with contextlib.suppress(Exception):
                 self._look()
@@ -156,21 +151,16 @@ class RunLock:
 
     def release(self) -> None:
         """Remove the lock, if this process still holds it."""
-        self._ended = True
-        self._wake.set()
+        self._ended.set()
         if self._thread.ident is None:  # not process 0, or not acquired
             return
         self._thread.join(BEAT_SECONDS)
         with contextlib.suppress(OSError), _alone(self._file.parent):
-            if (now := self._read()) and self._is_ours(now):
+            if self._look():
                 self._file.unlink()
 
     def _beat(self) -> None:
-        while not self._taken_over:
-            self._wake.wait(self._me.every)
-            self._wake.clear()
-            if self._ended:
-                return
+        while not self._taken_over and not self._ended.wait(self._me.every):
             with contextlib.suppress(Exception), _alone(self._file.parent):  # such as a network that is down
                 if self._look():
                     self._write()

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import socket
-import sys
 import tempfile
 import time
 import uuid
@@ -20,7 +19,7 @@ import numpy as np
 
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import saved_settings
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, warn
 from layerskip_jax.locations import is_regular, is_remote, locate
 
 METRICS = "metrics.jsonl"
@@ -70,7 +69,7 @@ class MetricsWriter:
             if broken := self._sinks.pop(name, None):
                 with contextlib.suppress(Exception):
                     broken.close()
-            print(f"WARNING: no more metrics are written to {name}: {error}", file=sys.stderr, flush=True)
+            warn(f"no more metrics are written to {name}: {error}")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write numbers and texts for ``step`` (the number of optimizer steps done)."""
