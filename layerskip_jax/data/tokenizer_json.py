@@ -80,7 +80,9 @@ class JsonTokenizer(Tokenizer):
         more = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
         names = [roles[role] for role in dict.fromkeys([*NAMED, *roles]) if role in roles]
         names += [token_text(value) for value in (more.values() if isinstance(more, dict) else more)]
-        library.add_special_tokens([listed.get(name) or make(name, special=True, normalized=False) for name in names])
+        known = {token.content for token in library.get_added_tokens_decoder().values()}  # these keep their flags
+        new = {name: make(name, special=True, normalized=False) for name in names if name not in known}
+        library.add_special_tokens([(listed | new)[name] for name in names if name in listed or name in new])
 
     def _set_post_processor(self, library: Any, make: Any) -> None:
         """Let ``add_bos_token`` and ``add_eos_token`` decide, where they are given, instead of the post-processor."""
