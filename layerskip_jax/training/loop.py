@@ -85,8 +85,7 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
                 pending = None
             if evaluates:
                 with progress.during("evaluating"):
-                    loss_L = evaluate(state.model, held_out, config, mesh)
-                    progress.after_evaluation(done, loss_L)
+                    progress.after_evaluation(done, loss_L := evaluate(state.model, held_out, config, mesh))
                     on_evaluation(done, state.model, held_out, loss_L)
             last = bool(stopped) or done == config.train.steps
             # After bad steps the parameters may be bad too: do not push out the good checkpoint.
