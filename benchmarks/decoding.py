@@ -34,7 +34,7 @@ from layerskip_jax.decoding.cost import (
     round_cost,
     weight_bytes,
 )
-from layerskip_jax.decoding.engine import begin, generate, run_rounds
+from layerskip_jax.decoding.engine import begin, generate, rounds_program, run_rounds
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.quantization import quantized
@@ -42,7 +42,7 @@ from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.state import KVQCache
-from layerskip_jax.model import weight_count
+from layerskip_jax.model import compute_dtype, weight_count
 
 PLAIN = Autoregressive(Greedy())
 Row = dict[str, Any]
@@ -150,7 +150,8 @@ def memory(name: str, repeats: int) -> list[Row]:
     }
     for way, strategy in strategies.items():
         state = begin(model, random_prompts(config), 256, strategy, max_length=1024)
-        analysis = run_rounds.lower(strategy, model, state, jnp.int32(0)).compile().memory_analysis()
+        program = rounds_program(jax.default_backend(), compute_dtype(config).name)
+        analysis = program.lower(strategy, model, state, jnp.int32(0)).compile().memory_analysis()
         cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
         rows.append(
             {"part": "memory", "model": name, "way": way, "cache_MiB": cache / 2**20,

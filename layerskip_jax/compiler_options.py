@@ -1,8 +1,9 @@
-"""XLA options of the training step for each kind of TPU, without those that the installed compiler rejects.
+"""XLA options of the training step on each kind of TPU, and of decoding on a CPU.
 
-They make collectives overlap matmuls, and tiles larger. No option here is one that the compiler warns about. In
-particular, none turns on continuation fusion (``xla_tpu_enable_async_collective_fusion``): libtpu 0.0.44 and newer
-reject it on every chip but v5e, because it may give wrong results.
+Options that the installed compiler rejects are dropped. Those for TPUs make collectives overlap matmuls, and tiles
+larger. The compiler warns about none of them. In particular, none turns on continuation fusion
+(``xla_tpu_enable_async_collective_fusion``): libtpu 0.0.44 and newer reject it on every chip but v5e, because it may
+give wrong results.
 """
 
 import re
@@ -50,6 +51,29 @@ STEP_OPTIONS: dict[str, Options] = {
     "TPU7x": WHOLE_MATMULS | SPARSE_CORE,
 }
 
+# In bfloat16 on a CPU, plain decoding and a verification must round at the same places to give the same text. Without
+# excess precision, each operation rounds its result, whatever it is fused with. YNNPACK has its own roundings. Neither
+# option costs time; float32 programs need none (benchmarks/bfloat16.py).
+ROUNDS_OPTIONS: dict[tuple[str, str], dict[str, str | bool]] = {
+    ("cpu", "bfloat16"): {"xla_allow_excess_precision": False, "xla_cpu_experimental_ynn_fusion_type": ""},
+}
+
+
+def rounds_options(platform: str, dtype: str) -> dict[str, str | bool]:
+    """Return the options of decoding's rounds on ``platform``, in ``dtype``, that the installed compiler knows."""
+    options = ROUNDS_OPTIONS.get((platform, dtype), {})
+    return {name: value for name, value in options.items() if _is_known(name, value)}
+
+
+def _is_known(name: str, value: str | bool) -> bool:
+    import jax  # not above: `layerskip_jax.config` imports this module, and --help of a command must not wait for JAX
+
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
 
 def parse_options(text: str) -> Options:
     """Parse ``name=value,name=value``, the form of ``train.compiler_options``; raise `UserError` on another form.
@@ -72,7 +96,7 @@ def compile_step(lowered: "jax.stages.Lowered", device_kind: str, chosen: str = 
     ``chosen`` is ``train.compiler_options``; the value ``off`` removes an option of the table. If the compiler rejects
     an option of the table, it is dropped with a warning; if it rejects a chosen one, `UserError` is raised.
     """
-    import jax  # not above: `layerskip_jax.config` imports this module, and --help of a command must not wait for JAX
+    import jax
 
     more = parse_options(chosen)
     options = {name: value for name, value in (STEP_OPTIONS.get(device_kind, {}) | more).items() if value != "off"}

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from layerskip_jax import compiler_options
 from layerskip_jax.compiler_options import STEP_OPTIONS, compile_step, parse_options
 from layerskip_jax.config import TrainConfig
 from layerskip_jax.errors import UserError
@@ -54,3 +55,11 @@ def test_an_unknown_chosen_option_is_an_error():
 def test_an_error_of_the_program_does_not_blame_an_option(message):
     with pytest.raises(jax.errors.JaxRuntimeError):
         compile_step(StubLowered(message), "chip", "xla_c=3")
+
+
+def test_the_compiler_knows_the_options_for_decoding_and_others_are_left_out(monkeypatch):
+    ours, known = ("cpu", "bfloat16"), compiler_options.ROUNDS_OPTIONS["cpu", "bfloat16"]
+    assert compiler_options.rounds_options(*ours) == known
+    monkeypatch.setattr(compiler_options, "ROUNDS_OPTIONS", {ours: {"xla_no_such_option": "1"} | known})
+    assert compiler_options.rounds_options(*ours) == known
+    assert compiler_options.rounds_options("cpu", "float32") == {}

@@ -15,7 +15,7 @@ from test_decoding_lossless import NeverAgrees, with_tail
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.cost import head_share, round_cost
-from layerskip_jax.decoding.engine import begin, generate, run_rounds
+from layerskip_jax.decoding.engine import begin, generate, rounds_program, run_rounds
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed, Outcome, Plan, Probe
 from layerskip_jax.decoding.prompt_lookup import PromptLookup, look_up
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -288,7 +288,7 @@ def test_rounds_copy_neither_cache_nor_weights(strategy, batch):
     """The compiled loop's temporary memory is a small part of the cache for one row, at most its size for several."""
     model = tiny_model(num_heads=4, num_kv_heads=4).unstacked()
     state = begin(model, [[1, 2]] * batch, 8, strategy, max_length=2000)
-    memory = run_rounds.lower(strategy, model, state, jnp.int32(1)).compile().memory_analysis()
+    memory = rounds_program("cpu", "float32").lower(strategy, model, state, jnp.int32(1)).compile().memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
     print(f"temporary memory: {memory.temp_size_in_bytes / cache_bytes:.3f} of the cache's {cache_bytes} bytes")
     assert memory.temp_size_in_bytes < (0.2 if batch == 1 else 1.1) * cache_bytes
@@ -298,9 +298,9 @@ def test_rounds_copy_neither_cache_nor_weights(strategy, batch):
 def test_a_generation_compiles_its_rounds_once(name):
     model, strategy = tiny_model().unstacked(), STRATEGIES[name]
     generate(model, PROMPTS, 30, strategy)
-    compiled = run_rounds._cache_size()
+    compiled = rounds_program("cpu", "float32")._cache_size()
     generate(model, [[5, 6], [7, 8, 9]], 30, strategy, seed=3)
-    assert run_rounds._cache_size() == compiled
+    assert rounds_program("cpu", "float32")._cache_size() == compiled
 
 
 def plain_look_up(tokens, max_ngram, draft_length):

@@ -29,7 +29,7 @@ from models import tiny_config, tiny_model
 
 from layerskip_jax.attention import LayerCache, attend_documents, write_cache
 from layerskip_jax.data.batch import Batch
-from layerskip_jax.decoding.engine import prefill, run_rounds
+from layerskip_jax.decoding.engine import prefill, rounds_program
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.prompt_lookup import look_up
 from layerskip_jax.decoding.request import Request
@@ -146,7 +146,13 @@ def test_no_array_has_seven_axes():
     state = jax.eval_shape(
         lambda model: prefill(strategy, model, Request(*text_and_limits, jax.random.key(0)), 8), model
     )
-    assert 4 <= largest_rank(run_rounds.lower(strategy, model, state, jnp.int32(1)).compile().as_text()) <= 6
+    assert (
+        4
+        <= largest_rank(
+            rounds_program("cpu", "float32").lower(strategy, model, state, jnp.int32(1)).compile().as_text()
+        )
+        <= 6
+    )
 
 
 def write_often(cache, new_BTKH, start_B, times):

@@ -9,7 +9,7 @@ import pytest
 from models import tiny_model
 
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
-from layerskip_jax.decoding.engine import begin, generate, run_rounds
+from layerskip_jax.decoding.engine import begin, generate, rounds_program
 from layerskip_jax.decoding.policies import Adaptive, Fixed
 from layerskip_jax.decoding.quantization import OUTPUT_AXES, quantized, with_weights
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -46,7 +46,7 @@ def test_the_loop_reads_a_quarter_of_the_bytes():
     embedding = model.embedding_VD[...].nbytes  # not quantized: a token reads only one row of it
     assert tree_bytes(rounded) - embedding < 0.27 * (tree_bytes(model) - embedding)
     state = begin(rounded, [[1, 2]], 8, strategy)
-    memory = run_rounds.lower(strategy, rounded, state, jnp.int32(1)).compile().memory_analysis()
+    memory = rounds_program("cpu", "float32").lower(strategy, rounded, state, jnp.int32(1)).compile().memory_analysis()
     assert memory.argument_size_in_bytes < 0.5 * tree_bytes(model)
 
 

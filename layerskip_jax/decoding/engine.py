@@ -1,26 +1,28 @@
 """Generation on token ids: prefill the cache, then run rounds in one jitted `lax.while_loop`."""
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerskip_jax.compiler_options import rounds_options
 from layerskip_jax.decoding.request import Generation, HostText, Request, check_request, fetch_text, round_up
 from layerskip_jax.decoding.rounds import Strategy
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics
 from layerskip_jax.model import Transformer, compute_dtype, empty_cache
-from layerskip_jax.sharding import constrain
+from layerskip_jax.sharding import constrain, target_platform
 
 OnRounds = Callable[[HostText], Sequence[bool]]
 """Reads the text so far, and returns which rows to end now."""
 
 
-@partial(jax.jit, static_argnames=("strategy", "width"))
+@functools.partial(jax.jit, static_argnames=("strategy", "width"))
 def prefill(strategy: Strategy, model: Transformer, request: Request, width: int) -> DecodeState:
     """Run the first ``width`` tokens through all blocks to fill the cache; return the state before the first round.
 
@@ -30,7 +32,7 @@ def prefill(strategy: Strategy, model: Transformer, request: Request, width: int
     B, S = request.tokens_BS.shape
     layers = empty_cache(model.config, B, S)
     if width:
-        position = model.rotary_tables(jnp.tile(jnp.arange(width)[None], (B, 1)))
+        position = model.rotary_tables(jnp.tile(jnp.arange(width), (B, 1)))
         x_BPD = model.embed(request.tokens_BS[:, :width])
         _, layers = model.run_cached(x_BPD, position, layers, 0, model.config.num_layers, filled=width)
     query_BQD = jnp.zeros((B, strategy.draft_length + 1, model.config.dim), compute_dtype(model.config))
@@ -53,10 +55,18 @@ def prefill(strategy: Strategy, model: Transformer, request: Request, width: int
     )
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def run_rounds(strategy: Strategy, model: Transformer, state: DecodeState, until: jax.Array) -> DecodeState:
-    """Run rounds until every row is done or the state has counted ``until`` rounds in total."""
+    """Run rounds until every row is done or ``state``, which is donated, has counted ``until`` rounds in total."""
+    return rounds_program(target_platform(), compute_dtype(model.config).name)(strategy, model, state, until)
 
+
+@functools.cache
+def rounds_program(platform: str, dtype: str) -> Any:
+    """Return the jitted form of `run_rounds`, with the compiler's options for a platform and a compute dtype."""
+    return jax.jit(_run_rounds, static_argnums=0, donate_argnums=2, compiler_options=rounds_options(platform, dtype))
+
+
+def _run_rounds(strategy: Strategy, model: Transformer, state: DecodeState, until: jax.Array) -> DecodeState:
     def unfinished(state: DecodeState) -> jax.Array:
         return jnp.any(~state.done_B) & (state.statistics.rounds < until)
 
@@ -126,8 +136,8 @@ def generate(
     """
     began = time.perf_counter()
     state = begin(model, prompts, max_new_tokens, strategy, eos=eos, seed=seed, max_length=max_length)
-    # Compile `run_rounds` by a call that runs no round, so that `Generation.seconds` never includes compilation. Unlike
-    # `lower().compile()`, this costs nothing if jit's cache has a program for these shapes.
+    # Compile by a call that runs no round, so that `Generation.seconds` has no compilation. Unlike `lower().compile()`,
+    # this costs nothing if jit's cache has the program.
     state = jax.block_until_ready(run_rounds(strategy, model, state, jnp.int32(0)))
     prefilled = time.perf_counter()
     if on_rounds is None:
@@ -138,7 +148,7 @@ def generate(
             text = fetch_text(state)
             # In numpy, since a jnp operation would compile here, in the timed part.
             done_B = text.done_B | np.asarray(on_rounds(text))
-            sharding = state.done_B.sharding if state.done_B.committed else None  # keep it, or run_rounds recompiles
+            sharding = state.done_B.sharding if state.done_B.committed else None  # another one would recompile
             state = dataclasses.replace(state, done_B=jax.device_put(done_B, sharding))
             if done_B.all():
                 break
