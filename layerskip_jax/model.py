@@ -18,7 +18,6 @@ blocks, because slicing a stack would copy weights.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -30,7 +29,7 @@ from layerskip_jax.attention import LayerCache, attend_cache, attend_documents, 
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError
 from layerskip_jax.rope import RotaryTables, rotary_frequencies, rotate
-from layerskip_jax.sharding import constrain, target_platform
+from layerskip_jax.sharding import constrain, row_major, target_platform
 
 BlockFn = Callable[["Block", Any, Any], tuple[Any, Any]]
 """``(block, x, inputs_l) -> (x, outputs_l)``: one block; x is ``x_BTD``, or a tuple that starts with it."""
@@ -58,6 +57,15 @@ def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, epsilon: float) -> jax.Array:
     x32_BTD = x_BTD.astype(jnp.float32)
     inverse_BT1 = jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True) + epsilon)
     return (x32_BTD * inverse_BT1 * scale_D[...][None, None]).astype(x_BTD.dtype)
+
+
+def project(equation: str, x_BTM: jax.Array, matrix: jax.Array, **options: Any) -> jax.Array:
+    """Return ``einsum(equation, x, matrix)`` with a weight matrix in the dtype of ``x``; ``options`` go to einsum."""
+    T = x_BTM.shape[1]
+    if target_platform() == "tpu" and len(x_BTM) * T == 1:
+        # XLA:TPU multiplies a single row on the vector unit, at a quarter of HBM bandwidth, and two on the matrix unit.
+        x_BTM = jnp.pad(x_BTM, [(0, 0), (0, 1), *[(0, 0)] * (x_BTM.ndim - 2)])
+    return jnp.einsum(equation, x_BTM, matrix.astype(x_BTM.dtype), **options)[:, :T]
 
 
 class Block(nnx.Module):
@@ -92,7 +100,6 @@ class Block(nnx.Module):
         (``segments_BT``). With a cache, it attends to the slots up to itself. ``filled`` is for a prefill from position
         0: the static number of slots to read, as in `attend_cache`.
         """
-        dtype = x_BTD.dtype
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
         q_BTNH, k_BTKH, v_BTKH = self.queries_keys_values(h_BTD)
         q_BTNH, k_BTKH = rotate(q_BTNH, position), rotate(k_BTKH, position)
@@ -103,17 +110,16 @@ class Block(nnx.Module):
             start_B = position.index_BT[:, 0] if filled is None else None
             cache = write_cache(cache, k_BTKH, v_BTKH, start_B)
             attended_BTNH = attend_cache(q_BTNH, cache, position.index_BT, filled)
-        output_NHD = self.output_NHD[...].astype(dtype)
         if target_platform() == "tpu":
             # The kernel's output has heads before positions. Contracting over N and H reads it without a transpose.
-            attention_BTD = jnp.einsum("BTNH,NHD->BTD", attended_BTNH, output_NHD)
+            attention_BTD = project("BTNH,NHD->BTD", attended_BTNH, self.output_NHD[...])
         else:  # XLA:CPU would transpose the weights for that einsum at every token
             attended_BTM = attended_BTNH.reshape(*attended_BTNH.shape[:2], -1)
-            attention_BTD = attended_BTM @ output_NHD.reshape(-1, x_BTD.shape[-1])
+            attention_BTD = project("BTM,MD->BTD", attended_BTM, self.output_NHD[...].reshape(-1, x_BTD.shape[-1]))
 
         h_BTD = rms_norm(x_BTD + attention_BTD, self.ffn_norm_D, self.epsilon)
         gate_BTF, up_BTF = self.gate_up(h_BTD)
-        ffn_BTD = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...].astype(dtype))
+        ffn_BTD = project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...])
         return attention_BTD + ffn_BTD, cache
 
     def propagate(self, x_BTD: jax.Array, position: RotaryTables, cache: LayerCache) -> LayerCache:
@@ -127,16 +133,13 @@ class Block(nnx.Module):
 
     def queries_keys_values(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return ``q_BTNH, k_BTKH, v_BTKH``, not yet rotated."""
-        project = partial(jnp.einsum, "BTD,DNH->BTNH", h_BTD)
-        q_BTNH, k_BTKH, v_BTKH = (
-            project(matrix[...].astype(h_BTD.dtype)) for matrix in (self.query_DNH, self.key_DKH, self.value_DKH)
-        )
+        weights = self.query_DNH, self.key_DKH, self.value_DKH
+        q_BTNH, k_BTKH, v_BTKH = (project("BTD,DNH->BTNH", h_BTD, weight[...]) for weight in weights)
         return q_BTNH, k_BTKH, v_BTKH
 
     def gate_up(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return ``gate_BTF, up_BTF`` of SwiGLU."""
-        dtype = h_BTD.dtype
-        return h_BTD @ self.gate_DF[...].astype(dtype), h_BTD @ self.up_DF[...].astype(dtype)
+        return project("BTD,DF->BTF", h_BTD, self.gate_DF[...]), project("BTD,DF->BTF", h_BTD, self.up_DF[...])
 
 
 class DecodingBlock(Block):
@@ -147,8 +150,7 @@ class DecodingBlock(Block):
     """
 
     def __init__(self, block: Block):
-        D, N, H = block.query_DNH.shape
-        self.query_heads, self.head_dim = N, H
+        D, self.query_heads, self.head_dim = block.query_DNH.shape
         concatenated = lambda *matrices: nnx.Param(  # noqa: E731
             jnp.concatenate([matrix[...].reshape(D, -1) for matrix in matrices], axis=1)
         )
@@ -160,14 +162,14 @@ class DecodingBlock(Block):
         self.epsilon, self.attention = block.epsilon, block.attention
 
     def queries_keys_values(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        qkv_BTM = h_BTD @ self.query_key_value_DM[...].astype(h_BTD.dtype)
+        qkv_BTM = row_major(project("BTD,DM->BTM", h_BTD, self.query_key_value_DM[...]))
         qkv_BTNH = qkv_BTM.reshape(*h_BTD.shape[:2], -1, self.head_dim)
         q_BTNH, keys_values_BTKH = jnp.split(qkv_BTNH, [self.query_heads], axis=2)
         k_BTKH, v_BTKH = jnp.split(keys_values_BTKH, 2, axis=2)
         return q_BTNH, k_BTKH, v_BTKH
 
     def gate_up(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gate_BTF, up_BTF = jnp.split(h_BTD @ self.gate_up_DM[...].astype(h_BTD.dtype), 2, axis=-1)
+        gate_BTF, up_BTF = jnp.split(project("BTD,DM->BTM", h_BTD, self.gate_up_DM[...]), 2, axis=-1)
         return gate_BTF, up_BTF
 
 
@@ -232,7 +234,7 @@ class Transformer(nnx.Module):
         This copies the weights once; decoding a token then copies none.
         """
         dtype, layers = compute_dtype(self.config), range(self.config.num_layers)
-        cast = partial(jax.tree.map, lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf)
+        cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, tree)  # noqa: E731
         model = nnx.merge(*nnx.split(self))
         model.blocks = nnx.List([DecodingBlock(cast(jax.tree.map(itemgetter(layer), self.blocks))) for layer in layers])
         return cast(model)
@@ -246,8 +248,7 @@ class Transformer(nnx.Module):
         """Return the model that exits at ``exit_layer``: blocks [0, E) of an `unstacked` model, with shared weights."""
         if not 1 <= exit_layer <= self.config.num_layers:
             raise UserError(f"exit layer {exit_layer} must be in 1..{self.config.num_layers}, the model's layers")
-        graph, state = nnx.split(self)
-        early = nnx.merge(graph, state)
+        early = nnx.merge(*nnx.split(self))
         early.blocks = nnx.List(list(self.blocks)[:exit_layer])
         early.config = dataclasses.replace(self.config, num_layers=exit_layer)
         return early
@@ -293,20 +294,20 @@ def unembed(config: ModelConfig, head: Head, x_BTD: jax.Array) -> jax.Array:
     norm_D, matrix = head
     h_BTD = rms_norm(x_BTD, norm_D, config.norm_epsilon)
     equation = "BTD,VD->BTV" if config.tied_embedding else "BTD,DV->BTV"
-    logits_BTV = jnp.einsum(equation, h_BTD, matrix[...].astype(h_BTD.dtype), preferred_element_type=jnp.float32)
+    logits_BTV = project(equation, h_BTD, matrix[...], preferred_element_type=jnp.float32)
     return constrain(logits_BTV, "batch", "length", "vocab")
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int) -> list[LayerCache]:
     """Return zeroed keys and values of every block for ``capacity`` positions, in the compute dtype."""
-    K, H, dtype = config.num_kv_heads, config.head_dim, compute_dtype(config)
-    return [LayerCache.empty(batch, K, capacity, H, dtype) for _ in range(config.num_layers)]
+    shape = batch, config.num_kv_heads, capacity, config.head_dim
+    return [LayerCache.empty(*shape, compute_dtype(config)) for _ in range(config.num_layers)]
 
 
 def parameter_count(config: ModelConfig) -> int:
     """Return the number of parameters, including embedding and head."""
-    attention = config.dim * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
-    block = attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
+    attention = 2 * config.head_dim * (config.num_heads + config.num_kv_heads)
+    block = config.dim * (attention + 3 * config.ffn_dim + 2)
     tables = config.vocab_size * config.dim * (1 if config.tied_embedding else 2)
     return config.num_layers * block + tables + config.dim
 

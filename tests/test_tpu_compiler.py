@@ -6,6 +6,7 @@ newest versions that the default Python can install, and with those of tpu/requi
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ from layerskip_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from layerskip_jax.decoding.engine import prefill, run_rounds
+from layerskip_jax.decoding.engine import prefill, rounds_program
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.request import Request
 from layerskip_jax.decoding.rounds import SelfSpeculative
@@ -85,8 +86,11 @@ def test_a_sharded_step_compiles_for_every_chip_without_a_warning(topology, slic
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_a_decode_loop_compiles_for_every_chip(topology):
-    """Drafting and verification in one while loop on one chip, in bfloat16."""
+def test_a_decode_loop_runs_its_matmuls_on_the_matrix_unit_of_every_chip(topology):
+    """Drafting and verification in one while loop on one chip, in bfloat16, for one text.
+
+    A matmul on the vector unit is a fusion that multiplies a weight matrix and sums the products.
+    """
     device = topology_devices(topology, 1)[0]
     mesh = Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     config = dataclasses.replace(MODEL, num_layers=3)
@@ -103,9 +107,14 @@ def test_a_decode_loop_compiles_for_every_chip(topology):
     with jax.set_mesh(mesh):
         model = abstract(lambda: Transformer(config, rngs=nnx.Rngs(0)).unstacked())
         state, until = abstract(prefilled, model), abstract(lambda: jnp.int32(1))
-        text = run_rounds.lower(strategy, model, state, until).compile().as_text()
+        text = rounds_program("tpu", "bfloat16").lower(strategy, model, state, until).compile().as_text()
     assert "while(" in text
-    assert "bf16[" in text
+    matrices = [leaf for leaf in jax.tree.leaves((model.blocks, model.head_DV)) if leaf.ndim > 1]
+    shapes = {f"bf16[{leaf.shape[0]},{leaf.size // leaf.shape[0]}]" for leaf in matrices}
+    fusions = re.findall(r"^%fused_computation[^\n]*\{$.*?^\}", text, re.MULTILINE | re.DOTALL)
+    with_weights = [fusion for fusion in fusions if any(shape in fusion.split("\n")[0] for shape in shapes)]
+    assert any(" convolution(" in fusion for fusion in with_weights)
+    assert all(" convolution(" in fusion for fusion in with_weights if " reduce(" in fusion)
 
 
 def tiny_program():
