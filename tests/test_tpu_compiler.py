@@ -174,10 +174,10 @@ def test_the_skipping_form_compiles_around_the_kernel(mesh, remat):
     assert [kernel for kernel in SPLASH if kernel not in text] == []
 
 
-def compile_ahead(*options):
+def compile_ahead(*options, script="compile_ahead"):
     model = "--model.num_layers 4 --model.dim 1024 --model.num_heads 8 --model.num_kv_heads 8 --model.ffn_dim 4096"
     settings = [*model.split(), "--early_exit.dilation", "3", *options]
-    command = [sys.executable, "tpu/compile_ahead.py", "--config", "configs/quickstart.py", *settings]
+    command = [sys.executable, f"tpu/{script}.py", "--config", "configs/quickstart.py", *settings]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
@@ -195,6 +195,30 @@ def test_compile_ahead_agrees_with_the_formula_and_the_data_sheet():
     assert shares == sorted(shares, reverse=True)
     assert 0.5 < sum(shares) <= 1
     assert all(0 <= one["of_peak"] <= 1 for one in found["operations"])
+
+
+def test_decode_ahead_predicts_from_the_passes():
+    options = ("--chip", "v5e", "--exit_layer", "1", "--draft_length", "2", "--length", "100", "--json")
+    done = compile_ahead(*options, "--early_exit.exits", "1", script="decode_ahead")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    passes, (one,) = found["passes"], found["rounds"]
+    parts = [passes[name]["seconds"] for name in ("draft", "draft", "last early pass", "verify 3 positions")]
+    assert one["seconds"] == pytest.approx(sum(parts))
+    # Four blocks, the head of 1,024 x 2,048, and keys and values of half of 128 positions; bfloat16 at 0.81e12 bytes/s.
+    numbers = 4 * (3 * 1024 * 4096 + 4 * 1024 * 1024) + 1024 * 2048 + 4 * 64 * 2 * 1024
+    assert passes["plain"]["reading"] == pytest.approx(2 * numbers / 0.81e12, rel=1e-3)
+    assert all(part["seconds"] == max(part["operations"], part["reading"]) for part in passes.values())
+    tokens = 1 + 0.5 + 0.5**2
+    assert one["predictions"][0]["speedup"] == pytest.approx(tokens * passes["plain"]["seconds"] / sum(parts))
+    # Blocks on the vector unit would take four times the time to read them.
+    assert passes["plain"]["seconds"] < 2 * passes["plain"]["reading"]
+
+
+def test_decode_ahead_needs_an_exit_below_the_last():
+    done = compile_ahead("--chip", "v5e", "--exit_layer", "4", "--early_exit.exits", "1", script="decode_ahead")
+    assert done.returncode == 2
+    assert "--exit_layer must be in 1..3, not 4" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -44,17 +44,18 @@ class Chip(NamedTuple):
     """
 
     hbm: float  # [bytes]
+    hbm_bandwidth: float  # [bytes/s]
     clock: float  # peak FLOP/s over the FLOPs of the matrix units per cycle [Hz]
     ici: float  # all links to neighbors together, in one direction [bytes/s]
     dcn: float  # a chip's share of the network to other slices [bytes/s]
 
 
 CHIPS = {
-    "v4": Chip(32e9, 1.05e9, 6 * 45e9, 3.1e9),
-    "v5e": Chip(16e9, 1.5e9, 4 * 45e9, 3.1e9),
-    "v5p": Chip(95e9, 1.75e9, 6 * 90e9, 6.25e9),
-    "v6e": Chip(32e9, 1.75e9, 4 * 90e9, 12.5e9),
-    "tpu7x": Chip(96e9, 2.2e9, 300e9, 6.25e9),
+    "v4": Chip(32e9, 1.2e12, 1.05e9, 6 * 45e9, 3.1e9),
+    "v5e": Chip(16e9, 0.81e12, 1.5e9, 4 * 45e9, 3.1e9),
+    "v5p": Chip(95e9, 2.8e12, 1.75e9, 6 * 90e9, 6.25e9),
+    "v6e": Chip(32e9, 1.6e12, 1.75e9, 4 * 90e9, 12.5e9),
+    "tpu7x": Chip(96e9, 3.7e12, 2.2e9, 300e9, 6.25e9),
 }
 
 SHOWN = 24  # operations in the list of --operations

@@ -1,0 +1,219 @@
+"""Compile decoding for one TPU chip, on any machine, and predict tokens/s and the speedup of self-speculation.
+
+    python tpu/decode_ahead.py --config configs/scratch_1b5.py --chip v5e --exit_layer 6 --draft_length 4 8
+
+Prints the time of each pass: a plain pass, a draft (blocks [0, E) and the head), the last early pass of a round (no
+head), and the verification (blocks [E, L) and the head). A time is the larger of the compiler's estimate for the
+operations and the time to read the weights and the cache at the chip's HBM bandwidth, since the compiler's estimate
+leaves out waiting for weights that are copied ahead. Nothing runs: no figure is a measured time. Needs libtpu (``pip
+install -e '.[tpu]'``), but no TPU.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from compile_ahead import CHIPS, Chip, topology_devices  # sets the environment for libtpu
+from etils import epath
+from flax import nnx
+from hlo import Program, shares_by_scope
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from layerskip_jax.attention import LayerCache
+from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
+from layerskip_jax.checks import require
+from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.decoding.cost import predicted_speedup, weight_bytes
+from layerskip_jax.decoding.engine import prefill, rounds_program
+from layerskip_jax.decoding.policies import Fixed
+from layerskip_jax.decoding.request import Request, round_up
+from layerskip_jax.decoding.rounds import SelfSpeculative
+from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.errors import run_command
+from layerskip_jax.model import Transformer, empty_cache, weight_count
+from layerskip_jax.sharding import AXES
+
+ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
+PASSES = 64
+"""Passes in the loop that is compiled for each kind of pass, so that work before the loop counts little."""
+
+
+class Pass(NamedTuple):
+    """Blocks [first, last) on ``width`` positions, with or without the head."""
+
+    first: int
+    last: int
+    width: int
+    head: bool
+
+    def weights(self, config: ModelConfig) -> int:
+        """Return how many weights the pass reads."""
+        head = config.vocab_size * config.dim
+        blocks = (weight_count(config) - head) * (self.last - self.first) // config.num_layers
+        return blocks + (head if self.head else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The time of a pass. The larger of its two parts counts."""
+
+    operations: float  # the compiler's estimate [s]
+    reading: float  # weights and cache at the HBM bandwidth [s]
+
+    @property
+    def seconds(self) -> float:
+        return max(self.operations, self.reading)
+
+
+class ChipCompiler:
+    """Compiles programs of one model for one chip. Arrays are only shapes, so no model is made."""
+
+    def __init__(self, config: ModelConfig, chip: str, rows: int, capacity: int):
+        device = topology_devices(f"{chip}:2x2" if chip in ("v5e", "v6e") else f"{chip}:2x2x1", 1)[0]
+        self.mesh = Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        self.chip, self.config, self.rows, self.capacity = CHIPS[chip], config, rows, capacity
+        with jax.set_mesh(self.mesh):
+            self.model = self.shapes(lambda: Transformer(config, rngs=nnx.Rngs(0)).unstacked())
+
+    def shapes(self, f: Callable[..., Any], *arguments: Any) -> Any:
+        """Return the shapes of ``f(*arguments)``, on the chip."""
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        on_chip = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(on_chip, jax.eval_shape(f, *arguments))
+
+    def estimate(self, one: Pass) -> Estimate:
+        """Compile a loop of passes, each of which starts at the next position, and estimate one."""
+
+        def passes(
+            model: Transformer, x_BWD: jax.Array, layers: list[LayerCache]
+        ) -> tuple[jax.Array, list[LayerCache]]:
+            def run(index: jax.Array, carry: tuple[jax.Array, list[LayerCache]]) -> tuple[jax.Array, list[LayerCache]]:
+                x_BWD, layers = carry
+                index_BW = jnp.zeros((self.rows, 1), jnp.int32) + index + jnp.arange(one.width)[None]
+                x_BWD, layers = model.run_cached(x_BWD, model.rotary_tables(index_BW), layers, one.first, one.last)
+                return (model.embed(jnp.argmax(model.unembed(x_BWD), -1)) if one.head else x_BWD), layers
+
+            return jax.lax.fori_loop(0, PASSES, run, (x_BWD, layers))
+
+        with jax.set_mesh(self.mesh):
+            tokens_BW = self.shapes(lambda: jnp.zeros((self.rows, one.width), jnp.int32))
+            x_BWD = self.shapes(lambda model, tokens: model.embed(tokens), self.model, tokens_BW)
+            layers = self.shapes(partial(empty_cache, self.config, self.rows, self.capacity))
+            compiled = jax.jit(passes, donate_argnums=2).lower(self.model, x_BWD, layers).compile()
+        cycles = Program(compiled.as_text()).work(shares_by_scope({})).cycles / PASSES
+        # The cache is half full in the mean.
+        c = self.config
+        cached = (one.last - one.first) * self.rows * self.capacity // 2 * 2 * c.num_kv_heads * c.head_dim
+        size = (one.weights(c) + cached) * weight_bytes(c)
+        return Estimate(cycles / self.chip.clock, size / self.chip.hbm_bandwidth)
+
+    def rounds(self, strategy: SelfSpeculative) -> tuple[int, int, float]:
+        """Compile the decode loop; return the bytes of its arguments and temporaries, and the seconds to compile it."""
+
+        def prefilled(model: Transformer) -> Any:
+            tokens_BS, row_B = jnp.zeros((self.rows, self.capacity), jnp.int32), jnp.full(self.rows, 9)
+            request = Request(tokens_BS, row_B, row_B + 8, jnp.full(1, -1), jax.random.key(0))
+            return prefill(strategy, model, request, 8)
+
+        began = time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            state, until = self.shapes(prefilled, self.model), self.shapes(lambda: jnp.int32(1))
+            compiled = rounds_program("tpu", "bfloat16").lower(strategy, self.model, state, until).compile()
+        memory = compiled.memory_analysis()
+        return memory.argument_size_in_bytes, memory.temp_size_in_bytes, time.perf_counter() - began
+
+
+def report(compiler: ChipCompiler, exit_layer: int, draft_lengths: Sequence[int]) -> dict[str, Any]:
+    """Return the estimates of every pass, and the predictions for every draft length and acceptance."""
+    config, E, L = compiler.config, exit_layer, compiler.config.num_layers
+    plain, draft, early = (
+        compiler.estimate(Pass(0, last, 1, head)) for last, head in ((L, True), (E, True), (E, False))
+    )
+    passes, rounds = {"plain": plain, "draft": draft, "last early pass": early}, []
+    for d in draft_lengths:
+        verification = passes[f"verify {d + 1} positions"] = compiler.estimate(Pass(E, L, d + 1, True))
+        seconds = d * draft.seconds + early.seconds + verification.seconds
+        by_bytes = d * draft.reading + early.reading + verification.reading
+        arguments, temporaries, compile_seconds = compiler.rounds(SelfSpeculative(Greedy(), Fixed(E, d)))
+        predictions = []
+        for acceptance in ACCEPTANCES:
+            tokens = sum(acceptance**drafted for drafted in range(d + 1))
+            predictions.append(
+                {"acceptance": acceptance, "tokens_per_second": compiler.rows * tokens / seconds,
+                 "speedup": tokens * plain.seconds / seconds,
+                 "speedup_by_bytes": predicted_speedup(config, E, d, tokens)}
+            )  # fmt: skip
+        rounds.append(
+            {"draft_length": d, "seconds": seconds, "of_bytes": seconds / by_bytes, "arguments": arguments,
+             "temporaries": temporaries, "compile_seconds": compile_seconds, "predictions": predictions}
+        )  # fmt: skip
+    return {
+        "exit_layer": E,
+        "passes": {name: {**dataclasses.asdict(one), "seconds": one.seconds} for name, one in passes.items()},
+        "plain_tokens_per_second": compiler.rows / plain.seconds,
+        "rounds": rounds,
+    }
+
+
+def show(found: dict[str, Any], chip: Chip) -> None:
+    print(f"  {'pass':24}{'ms':>8}{'operations':>12}{'reading':>9}{'of bandwidth':>14}")
+    for name, one in found["passes"].items():
+        milliseconds = (1e3 * one[key] for key in ("seconds", "operations", "reading"))
+        share = one["reading"] / one["seconds"]
+        print(f"  {name:24}{'{:8.3f}{:12.3f}{:9.3f}'.format(*milliseconds)}{share:14.0%}")
+    print(f"  plain decoding: {found['plain_tokens_per_second']:.0f} tokens/s")
+    for one in found["rounds"]:
+        memory, temporaries = (one["arguments"] + one["temporaries"]) / 1e9, one["temporaries"] / 1e6
+        print(
+            f"  d = {one['draft_length']}: {1e3 * one['seconds']:.3f} ms a round, {one['of_bytes']:.2f}x of its bytes;"
+        )
+        print(f"    {memory:.2f} GB of {chip.hbm / 1e9:.0f}, of them {temporaries:.0f} MB temporaries; ", end="")
+        print(f"compiles in {one['compile_seconds']:.0f} s")
+        for row in one["predictions"]:
+            print(f"    {row['acceptance']:.0%} accepted: {row['tokens_per_second']:6.0f} tokens/s, ", end="")
+            print(f"{row['speedup']:.2f}x plain ({row['speedup_by_bytes']:.2f}x by the bytes of the weights)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser("Compile decoding for one TPU chip, without a TPU, and predict its speed.")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--folder", help="take the model of this Hugging Face folder, not of the config")
+    parser.add_argument("--chip", required=True, choices=CHIPS)
+    parser.add_argument("--exit_layer", type=int, help="E; by default a quarter of the layers")
+    parser.add_argument("--draft_length", type=int, nargs="+", default=[4, 8], metavar="D", help="(default: 4 8)")
+    parser.add_argument("--rows", type=int, default=1, help="texts that are decoded together (default: 1)")
+    parser.add_argument("--length", type=int, default=1000, help="positions of a text with its prompt (default: 1000)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line")
+    config, options = parse_config(parser, argv)
+    model = read_model_config(epath.Path(options.folder)) if options.folder else config.model
+    exit_layer = options.exit_layer or max(1, model.num_layers // 4)
+    require(1 <= exit_layer < model.num_layers, f"--exit_layer must be in 1..{model.num_layers - 1}, not {exit_layer}")
+    for name, value in (
+        ("draft_length", min(options.draft_length)),
+        ("rows", options.rows),
+        ("length", options.length),
+    ):
+        require(value >= 1, f"--{name} must be at least 1, not {value}")
+    longest = options.length + max(options.draft_length) + 1
+    model = dataclasses.replace(model, compute_dtype="bfloat16")
+    found = report(ChipCompiler(model, options.chip, options.rows, round_up(longest)), exit_layer, options.draft_length)
+    if options.json:
+        print(json.dumps({"config": options.config, "chip": options.chip, "rows": options.rows, **found}))
+    else:
+        print(
+            f"{options.folder or options.config} on one {options.chip}: {options.rows} row{'s' * (options.rows > 1)}, "
+            f"exit {exit_layer} of {model.num_layers}. The compiler's estimates, not measured:"
+        )
+        show(found, CHIPS[options.chip])
+
+
+if __name__ == "__main__":
+    run_command(main)
