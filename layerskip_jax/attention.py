@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from layerskip_jax.errors import UserError
-from layerskip_jax.sharding import on_each_device, target_platform
+from layerskip_jax.sharding import on_each_device, row_major, target_platform
 
 SPLASH_TILE = 128
 """The length of splash attention's tiles must be a multiple of this, the lanes of a TPU vector [positions]."""
@@ -215,7 +215,7 @@ def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array)
     # unrolled loop, XLA:CPU fuses a row's write into the next row's read, and copies the piece twice.
     rows = start_B.shape[0]
     unroll = 1 if target_platform() == "cpu" else min(8, rows)
-    return jax.lax.fori_loop(0, rows, write_row, piece_BKSH, unroll=unroll)
+    return row_major(jax.lax.fori_loop(0, rows, write_row, piece_BKSH, unroll=unroll))
 
 
 def read_sizes(capacity: int, first: int = 128) -> list[int]:
