@@ -2,10 +2,10 @@
 
     python -m benchmarks.bfloat16 --prompts 500
 
-A model with random weights continues random prompts. Every row of the table adds one setting to the row before it: XLA
-rounds every intermediate result to bfloat16 (`xla_allow_excess_precision` off), it calls no YNNPACK (these two are what
-decoding uses, `ROUNDS_OPTIONS`), and plain decoding gets a second row, so that its matmuls take the kernel of several
-rows too.
+A model with random weights continues random prompts. The first line of the table uses XLA's defaults. Each later line
+adds one setting: round every intermediate result to bfloat16 (`xla_allow_excess_precision` off); do not call YNNPACK;
+decode each plain prompt next to a copy of it, so that its matmuls use the kernel for several rows. Decoding uses the
+first two (`ROUNDS_OPTIONS`).
 """
 
 import argparse

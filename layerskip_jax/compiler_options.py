@@ -1,9 +1,8 @@
 """XLA options of the training step on each kind of TPU, and of decoding on a CPU.
 
-Options that the installed compiler rejects are dropped. Those for TPUs make collectives overlap matmuls, and tiles
-larger. The compiler warns about none of them. In particular, none turns on continuation fusion
-(``xla_tpu_enable_async_collective_fusion``): libtpu 0.0.44 and newer reject it on every chip but v5e, because it may
-give wrong results.
+An option of these tables is dropped if the installed compiler rejects it. The options for TPUs overlap collectives with
+matmuls and enlarge tiles. Async collective fusion (``xla_tpu_enable_async_collective_fusion``) is left out: libtpu
+0.0.44 and newer reject it on every chip but v5e, because it may give wrong results.
 """
 
 import re
@@ -51,9 +50,8 @@ STEP_OPTIONS: dict[str, Options] = {
     "TPU7x": WHOLE_MATMULS | SPARSE_CORE,
 }
 
-# In bfloat16 on a CPU, plain decoding and a verification must round at the same places to give the same text. Without
-# excess precision, each operation rounds its result, whatever it is fused with. YNNPACK has its own roundings. Neither
-# option costs time; float32 programs need none (benchmarks/bfloat16.py).
+# These options make most speculative bfloat16 texts on a CPU equal plain decoding's; benchmarks/bfloat16.py counts the
+# rest. Without excess precision, each operation rounds its result, fused or not. YNNPACK rounds differently.
 ROUNDS_OPTIONS: dict[tuple[str, str], dict[str, str | bool]] = {
     ("cpu", "bfloat16"): {"xla_allow_excess_precision": False, "xla_cpu_experimental_ynn_fusion_type": ""},
 }

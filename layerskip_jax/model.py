@@ -60,10 +60,10 @@ def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, epsilon: float) -> jax.Array:
 
 
 def project(equation: str, x_BTM: jax.Array, matrix: jax.Array, **options: Any) -> jax.Array:
-    """Return ``einsum(equation, x, matrix)`` with a weight matrix in the dtype of ``x``; ``options`` go to einsum."""
+    """Return ``einsum(equation, x, matrix)`` after casting a weight matrix to the dtype of ``x``."""
     T = x_BTM.shape[1]
     if target_platform() == "tpu" and len(x_BTM) * T == 1:
-        # XLA:TPU multiplies a single row on the vector unit, at a quarter of HBM bandwidth, and two on the matrix unit.
+        # Pad one row to two. XLA:TPU multiplies one on the vector unit, by its estimate at a quarter of HBM bandwidth.
         x_BTM = jnp.pad(x_BTM, [(0, 0), (0, 1), *[(0, 0)] * (x_BTM.ndim - 2)])
     return jnp.einsum(equation, x_BTM, matrix.astype(x_BTM.dtype), **options)[:, :T]
 
@@ -146,7 +146,7 @@ class DecodingBlock(Block):
     """A block with query, key and value in one matrix, and gate and up in another.
 
     With a few tokens, a matmul costs a fixed overhead and the time to read its weights, so fewer matmuls are faster.
-    Training keeps the matrices separate, because tensor parallelism shards each one differently.
+    Training keeps them separate, because tensor parallelism splits the columns of each one over the devices.
     """
 
     def __init__(self, block: Block):

@@ -4,9 +4,10 @@
 
 Prints the time of each pass: a plain pass, a draft (blocks [0, E) and the head), the last early pass of a round (no
 head), and the verification (blocks [E, L) and the head). A time is the larger of the compiler's estimate for the
-operations and the time to read the weights and the cache at the chip's HBM bandwidth, since the compiler's estimate
-leaves out waiting for weights that are copied ahead. Nothing runs: no figure is a measured time. Needs libtpu (``pip
-install -e '.[tpu]'``), but no TPU.
+operations and the time to read the weights and the cache at the chip's HBM bandwidth, because the compiler's estimate
+omits the wait for prefetched weights. From these times follow the tokens/s if each draft is accepted with probability
+a, given that those before it were. The memory is the compiler's. The model never runs: only the time to compile is
+measured. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU.
 """
 
 import argparse
@@ -41,7 +42,8 @@ from layerskip_jax.errors import run_command
 from layerskip_jax.model import Transformer, empty_cache, weight_count
 from layerskip_jax.sharding import AXES
 
-ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
+PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Of accepting a draft, given that those before it in the round were accepted."""
 PASSES = 64
 """Passes in the loop that is compiled for each kind of pass, so that work before the loop counts little."""
 
@@ -144,10 +146,11 @@ def report(compiler: ChipCompiler, exit_layer: int, draft_lengths: Sequence[int]
         by_bytes = d * draft.reading + early.reading + verification.reading
         arguments, temporaries, compile_seconds = compiler.rounds(SelfSpeculative(Greedy(), Fixed(E, d)))
         predictions = []
-        for acceptance in ACCEPTANCES:
-            tokens = sum(acceptance**drafted for drafted in range(d + 1))
+        for probability in PROBABILITIES:
+            tokens = sum(probability**drafted for drafted in range(d + 1))
             predictions.append(
-                {"acceptance": acceptance, "tokens_per_second": compiler.rows * tokens / seconds,
+                {"probability": probability, "accepted": (tokens - 1) / d,
+                 "tokens_per_second": compiler.rows * tokens / seconds,
                  "speedup": tokens * plain.seconds / seconds,
                  "speedup_by_bytes": predicted_speedup(config, E, d, tokens)}
             )  # fmt: skip
@@ -172,13 +175,13 @@ def show(found: dict[str, Any], chip: Chip) -> None:
     print(f"  plain decoding: {found['plain_tokens_per_second']:.0f} tokens/s")
     for one in found["rounds"]:
         memory, temporaries = (one["arguments"] + one["temporaries"]) / 1e9, one["temporaries"] / 1e6
-        print(
-            f"  d = {one['draft_length']}: {1e3 * one['seconds']:.3f} ms a round, {one['of_bytes']:.2f}x of its bytes;"
-        )
-        print(f"    {memory:.2f} GB of {chip.hbm / 1e9:.0f}, of them {temporaries:.0f} MB temporaries; ", end="")
+        print(f"  d = {one['draft_length']}: {1e3 * one['seconds']:.3f} ms a round, ", end="")
+        print(f"{one['of_bytes']:.2f}x the time to read its bytes;")
+        print(f"    {memory:.2f} GB of {chip.hbm / 1e9:.0f}, including {temporaries:.0f} MB of temporaries; ", end="")
         print(f"compiles in {one['compile_seconds']:.0f} s")
         for row in one["predictions"]:
-            print(f"    {row['acceptance']:.0%} accepted: {row['tokens_per_second']:6.0f} tokens/s, ", end="")
+            print(f"    a = {row['probability']:.1f} ({row['accepted']:.0%} of the drafts accepted): ", end="")
+            print(f"{row['tokens_per_second']:6.0f} tokens/s, ", end="")
             print(f"{row['speedup']:.2f}x plain ({row['speedup_by_bytes']:.2f}x by the bytes of the weights)")
 
 
@@ -210,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         print(
             f"{options.folder or options.config} on one {options.chip}: {options.rows} row{'s' * (options.rows > 1)}, "
-            f"exit {exit_layer} of {model.num_layers}. The compiler's estimates, not measured:"
+            f"exit {exit_layer} of {model.num_layers}. Estimates from the compiler and the data sheet:"
         )
         show(found, CHIPS[options.chip])
 

@@ -168,7 +168,7 @@ def _walk(path: epath.Path, suffixes: tuple[str, ...], seen: set[str], parent: s
 
 
 def _stat(path: epath.Path) -> tuple[bool, int, int]:
-    """Return whether ``path`` is a folder, its size (0 of a pipe, or of a link to nothing) and what `File` compares.
+    """Return whether ``path`` is a folder, its size (0 if it cannot be read) and its modification time.
 
     A corpus can have millions of files, so this makes one request.
     """

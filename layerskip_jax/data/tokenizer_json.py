@@ -69,7 +69,7 @@ class JsonTokenizer(Tokenizer):
         return library
 
     def _add_tokens(self, library: Any, make: Any) -> None:
-        """Add the tokens that only ``tokenizer_config.json`` names, in the order of transformers."""
+        """Add the tokens of the settings, in the order of transformers, so that new ones get the same ids."""
         values, roles = self.settings.values, self.settings.roles
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         listed = {
@@ -85,7 +85,10 @@ class JsonTokenizer(Tokenizer):
         library.add_special_tokens([(listed | new)[name] for name in names if name in listed or name in new])
 
     def _set_post_processor(self, library: Any, make: Any) -> None:
-        """Let ``add_bos_token`` and ``add_eos_token`` decide, where they are given, instead of the post-processor."""
+        """Replace the post-processor if ``add_bos_token`` or ``add_eos_token`` is given: a flag says what is added.
+
+        Without its flag, BOS or EOS is added if the old post-processor added it.
+        """
         flags = {role: self.settings.flag(f"add_{role}_token") for role in ("bos", "eos")}
         if all(flag is None for flag in flags.values()):
             return

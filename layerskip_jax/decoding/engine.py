@@ -118,7 +118,7 @@ def generate(
 ) -> Generation:
     """Continue ``prompts`` (token ids, of any lengths) by up to ``max_new_tokens`` each, in one jitted loop.
 
-    A row ends at the first token of ``eos``: one, several, or -1 for none.
+    A row ends at its first end token. ``eos`` is one token id, several, or -1 for none.
 
     With ``on_rounds``, the loop returns to the host after every ``rounds_per_call`` rounds and calls it, for streaming
     and stop strings. Raises `UserError` as `begin` does, and if the logits of a row are not finite.
@@ -136,7 +136,7 @@ def generate(
     """
     began = time.perf_counter()
     state = begin(model, prompts, max_new_tokens, strategy, eos=eos, seed=seed, max_length=max_length)
-    # Compile by a call that runs no round, so that `Generation.seconds` has no compilation. Unlike `lower().compile()`,
+    # Compile by a call that runs no round, so that `Generation.seconds` excludes it. Unlike `lower().compile()`,
     # this costs nothing if jit's cache has the program.
     state = jax.block_until_ready(run_rounds(strategy, model, state, jnp.int32(0)))
     prefilled = time.perf_counter()
@@ -148,7 +148,7 @@ def generate(
             text = fetch_text(state)
             # In numpy, since a jnp operation would compile here, in the timed part.
             done_B = text.done_B | np.asarray(on_rounds(text))
-            sharding = state.done_B.sharding if state.done_B.committed else None  # another one would recompile
+            sharding = state.done_B.sharding if state.done_B.committed else None  # another would recompile
             state = dataclasses.replace(state, done_B=jax.device_put(done_B, sharding))
             if done_B.all():
                 break

@@ -1,8 +1,9 @@
 """One writer for a run folder: a lock that names its process, shows signs of life, and is taken over when stale.
 
 ``RUN_DIR/writer.json`` names the process and its last step. The process rewrites the file every few seconds and removes
-it at the end. Another process takes it over if the first is gone, or has not rewritten it for ``train.hang_seconds``.
-Clocks of two hosts are not compared: a change of the file is what counts.
+it at the end. Another process takes it over if the first is gone or does not rewrite it: for ``train.hang_seconds``, or
+for a few beats if the lock names the same host. Whatever the clocks of two hosts say, a lock of another host is taken
+over only if the file does not change during the wait. The file's age only shortens the wait.
 """
 
 import contextlib
@@ -29,9 +30,9 @@ from layerskip_jax.locations import is_remote, locate, write_file
 
 LOCK = "writer.json"
 BEAT_SECONDS, LOCAL_BEAT_SECONDS = 10.0, 2.0
-"""Time between two signs of life, in buckets and elsewhere, or a quarter of ``train.hang_seconds`` if that is less."""
+"""Seconds between signs of life in a bucket and in other folders, at most a quarter of ``train.hang_seconds``."""
 SETTLE_SECONDS = 1.0
-"""How long a write to a bucket may take: two processes that start at once both see the later write after it."""
+"""How long a write to a bucket may take. After this time, two processes that start at once both see the later write."""
 
 Sign = tuple[int, bytes]
 """When the file was last changed [seconds], and its content."""
@@ -99,7 +100,8 @@ class RunLock:
     def _wait(self, found: Sign) -> str:
         """Return who left the lock ``found`` and why it is stale, or "" if it is removed while this waits.
 
-        Waits for a sign of life unless the process is one of this host. Raises `UserError` if the process is alive.
+        A process of this kernel that is gone, or that wrote the lock of this folder recently, is clear at once. For
+        others, this watches the file for a change. Raises `UserError` if the process is alive.
         """
         holder, silent = _parse(found), time.time() - found[0]
         one_kernel = (holder.host, holder.system) == (self._me.host, self._me.system)
@@ -107,7 +109,8 @@ class RunLock:
             return f"{holder} is gone"
         if one_kernel and holder.folder == self._me.folder and silent <= self._hang:
             raise self._refusal(found)
-        # A container or a machine that was restarted keeps its name, and a copy of a run folder keeps its lock.
+        # A restarted container or machine keeps its name, and a copy of a run folder keeps its lock. So neither shows
+        # that the process is alive.
         patience = 2.5 * holder.every
         if holder.host != self._me.host:
             patience = max(self._hang - max(silent, 0), patience)
@@ -169,7 +172,7 @@ class RunLock:
         """Return whether the lock is ours or missing; remember who has taken it over."""
         now = self._read()
         ours = now is None or self._is_ours(now)
-        if now and not ours and (holder := _parse(now)).token:  # what is not a lock names nobody
+        if now and not ours and (holder := _parse(now)).token:  # a damaged file names no process
             self._taken_over = str(holder)
         return ours
 
@@ -186,7 +189,7 @@ class RunLock:
         self._me = dataclasses.replace(self._me, beats=self._me.beats + 1)
         try:
             write_file(self._file, json.dumps(dataclasses.asdict(self._me)))
-        except UserError:  # a full disk has room for a new time of an old file
+        except UserError:  # the modification time can change on a full disk
             if self._me.beats == 1 or is_remote(self._file):
                 raise
             os.utime(self._file)
@@ -194,7 +197,7 @@ class RunLock:
 
 @contextlib.contextmanager
 def _alone(folder: epath.Path) -> Iterator[None]:
-    """Keep other processes of this kernel out of the body; does nothing for folders that cannot be locked: buckets."""
+    """Keep other processes of this kernel out of the body; does nothing for a folder without locks: a bucket."""
     handle = -1
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
