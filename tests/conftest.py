@@ -12,8 +12,8 @@ if not os.environ.get("ACCELERATOR"):  # as in the Makefile; with it, run single
 os.environ["XLA_FLAGS"] = " ".join(
     ["--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", "")]
 )
-# Workers of xdist, and processes that tests start, inherit this cache: a program compiles once per session, though tests
-# trace it again because their run folders differ. Nothing outlives the session.
+# Workers of xdist, and processes that tests start, inherit this cache. A program compiles once per session, although
+# tests trace it again for every run folder. Nothing outlives the session.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="layerskip-tests-")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
