@@ -220,10 +220,12 @@ def test_the_step_is_stored_for_a_run(mesh, tmp_path, monkeypatch):
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     keep_compiled_programs(str(tmp_path))
-    # Another length than in the tests above, whose programs JAX has in memory.
-    shorter = dataclasses.replace(CONFIG, data=DataConfig(sequence_length=256))
+    # Another shape than in the tests above, whose programs JAX has in memory.
+    small = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(MODEL, num_layers=2, vocab_size=256), data=DataConfig(sequence_length=128)
+    )
     try:
-        compiled_step(shorter, mesh)
+        compiled_step(small, mesh)
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)
         compilation_cache.reset_cache()
