@@ -10,9 +10,16 @@ export JAX_PLATFORMS ?= $(if $(ACCELERATOR),,cpu)
 # The newest installed Python, for `make test-newest`.
 NEWEST_PYTHON ?= $(firstword $(foreach python,python3.14 python3.13 python3.12,$(shell $(python) --version >/dev/null 2>&1 && echo $(python))))
 NEWEST_VENV ?= .venv-newest
-# These depend most on the version of jax: compiled TPU programs, numerics, sharding, losses, decoding, resuming.
-NEWEST_TESTS = $(addprefix tests/test_,tpu_compiler.py numerics.py sharding.py losses.py decoding_lossless.py \
-	decoding_sampling.py training.py)
+# These depend most on the version of jax: compiled TPU programs, numerics and sharding in full, and of decoding, sampling,
+# losses and resuming one test for every kind of compiled program.
+NEWEST_TESTS = $(addprefix tests/test_,tpu_compiler.py numerics.py sharding.py \
+	decoding_lossless.py::test_speculation_equals_autoregressive_decoding[2] \
+	decoding_lossless.py::test_autoregressive_equals_a_plain_loop_without_a_cache \
+	decoding_sampling.py::test_every_policy_samples_the_full_models_distribution[ConfidenceStop] \
+	decoding_sampling.py::test_a_draft_with_the_same_distribution_is_always_accepted \
+	losses.py::test_gradients_equal_those_of_cut_models losses.py::test_flops_of_an_exit \
+	losses.py::test_full_remat_repeats_every_matmul_of_a_block_but_the_down_projection \
+	training.py::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit)
 
 # Fast tests of most packages; modules that train a model or start many processes are left to `make test`.
 CHECK_TESTS = $(addprefix tests/test_,config.py structure.py reading_cost.py benchmark_common.py early_exit.py \

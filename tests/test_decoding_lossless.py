@@ -25,10 +25,11 @@ SHAPES = [
     {"num_layers": 2, "num_kv_heads": 1},
     {"num_layers": 3, "tied_embedding": True, "vocab_size": 97},
     {"num_layers": 4},
-    {"num_layers": 5, "num_heads": 2, "num_kv_heads": 2, "dim": 20, "ffn_dim": 24},
-    {"num_layers": 6, "num_heads": 8, "num_kv_heads": 2, "dim": 64},
+    {"num_layers": 3, "num_heads": 2, "num_kv_heads": 2, "dim": 20, "ffn_dim": 24},
+    {"num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "dim": 64},
 ]
-DRAFT_LENGTHS = [1, 2, 3, 4, 5, 8, 12]
+# The longest drafts on the smallest models: a program has the blocks once for every width of verification.
+DRAFT_LENGTHS = [12, 8, 5, 3, 4, 2, 1]
 BATCHES = [1, 2, 4, 8]
 COMBINATIONS = 7
 CASES_EACH = 288
@@ -48,7 +49,11 @@ def with_tail(model, exit_layer, scale):
 
 @dataclasses.dataclass(frozen=True)
 class Erratic(Adaptive):
-    """A stub policy that plans another exit and another draft length, 0 included, in every round."""
+    """A stub policy that plans another exit and another draft length, 0 included, in every round; it has few widths."""
+
+    @property
+    def verify_widths(self):
+        return tuple(sorted({1, self.draft_length // 2 + 1, self.draft_length + 1}))
 
     def init_state(self, model):
         return jnp.int32(0)

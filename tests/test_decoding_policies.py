@@ -27,12 +27,12 @@ PROMPTS = [[1, 2, 3], [4]]
 
 def test_confidence_stop_drafts_one_token_if_never_confident_and_all_if_always():
     model = tiny_model(1).unstacked()
-    never = generate(model, PROMPTS, 30, AdaptiveSpeculative(Greedy(), ConfidenceStop(2, 5, 1.0)))
-    always = generate(model, PROMPTS, 30, AdaptiveSpeculative(Greedy(), ConfidenceStop(2, 5, 0.0)))
+    never = generate(model, PROMPTS, 30, AdaptiveSpeculative(Greedy(), ConfidenceStop(2, 3, 1.0)))
+    always = generate(model, PROMPTS, 30, AdaptiveSpeculative(Greedy(), ConfidenceStop(2, 3, 0.0)))
     assert sum(never.accepted_histogram[2:]) == 0
     assert never.drafted == sum(never.accepted_histogram)
     assert always == dataclasses.replace(
-        generate(model, PROMPTS, 30, SelfSpeculative(Greedy(), Fixed(2, 5))),
+        generate(model, PROMPTS, 30, SelfSpeculative(Greedy(), Fixed(2, 3))),
         seconds=always.seconds,
         prefill_seconds=always.prefill_seconds,
     )
@@ -230,18 +230,27 @@ class Recorder(Adaptive):
         return Plan(jnp.int32(len(self.exits) - 1), jnp.int32(self.draft_length))
 
 
+class FromExit(Recorder):
+    """Drafts from the exit in its state, so that all exits share a program."""
+
+    def init_state(self, model):
+        return super().init_state(model), jnp.int32(0)
+
+    def plan(self, policy_state):
+        return Plan(policy_state[1], jnp.int32(self.draft_length))
+
+    def update(self, policy_state, outcome):
+        return super().update(policy_state[0], outcome), policy_state[1]
+
+
 @pytest.mark.parametrize("used", [0, 1, 2])
 def test_probes_count_what_each_exit_would_have_drafted(used):
     """From whatever exit a round drafts, the counts are those of the exits run alone on the generated text."""
     exits, d = (1, 2, 3), 3
-
-    class FromExit(Recorder):
-        def plan(self, policy_state):
-            return Plan(jnp.int32(used), jnp.int32(d))
-
     model = with_tail(tiny_model(7), 2, 0.15)
     strategy = AdaptiveSpeculative(Greedy(), FromExit(exits, d))
     state = begin(model, [[1, 2]], 60, strategy)
+    state = dataclasses.replace(state, policy_state=(state.policy_state[0], jnp.int32(used)))
     state = run_rounds(strategy, model, state, jnp.int32(0))
     lengths = [int(state.length_B[0])]
     for round_number in range(1, 12):
@@ -250,15 +259,16 @@ def test_probes_count_what_each_exit_would_have_drafted(used):
     sequence = np.asarray(state.tokens_BS[0, : lengths[-1]])
     agreed, reached = np.zeros((3, d)), np.zeros((3, d))
     for row, exit_layer in enumerate(exits):
-        guesses = np.asarray(jnp.argmax(model.first_layers(exit_layer)(jnp.asarray(sequence)[None])[0], -1))
+        # The whole buffer has one shape; what comes after the text changes nothing before it.
+        guesses = np.asarray(jnp.argmax(model.first_layers(exit_layer)(state.tokens_BS)[0], -1))
         for before, after in itertools.pairwise(lengths):
             for depth, position in enumerate(range(before, after)[:d]):
                 reached[row, depth] += 1
                 if guesses[position - 1] != sequence[position]:
                     break
                 agreed[row, depth] += 1
-    np.testing.assert_allclose(state.policy_state.agreed_Xd, agreed, rtol=1e-5)
-    np.testing.assert_allclose(state.policy_state.reached_Xd, reached, rtol=1e-5)
+    np.testing.assert_allclose(state.policy_state[0].agreed_Xd, agreed, rtol=1e-5)
+    np.testing.assert_allclose(state.policy_state[0].reached_Xd, reached, rtol=1e-5)
 
 
 def test_candidates_must_be_increasing_and_in_the_model():
@@ -274,10 +284,10 @@ def test_candidates_must_be_increasing_and_in_the_model():
 
 STRATEGIES = {
     "autoregressive": Autoregressive(Greedy()),
-    "fixed": SelfSpeculative(Greedy(), Fixed(2, 4)),
-    "confidence": AdaptiveSpeculative(Greedy(), ConfidenceStop(2, 4, 0.1)),
-    "adaptive": AdaptiveSpeculative(Greedy(), Adaptive((1, 2, 3), 4)),
-    "prompt_lookup": PromptLookup(Greedy(), 4),
+    "fixed": SelfSpeculative(Greedy(), Fixed(2, 2)),
+    "confidence": AdaptiveSpeculative(Greedy(), ConfidenceStop(2, 2, 0.1)),
+    "adaptive": AdaptiveSpeculative(Greedy(), Adaptive((1, 3), 2)),
+    "prompt_lookup": PromptLookup(Greedy(), 2),
     "confident_exit": ConfidentExit(Greedy(), (1, 2, 4), 0.1),
 }
 
@@ -335,16 +345,18 @@ def test_prompt_lookup_accepts_repetition():
 
 def confident_oracle(model, prompt, exits, threshold, new_tokens):
     """Early exit without a cache: ``entries[l]`` holds the inputs of block l, constant after a token's exit."""
-    entries = [np.zeros((0, model.config.dim), np.float32) for _ in range(model.config.num_layers)]
+    # Zeros after the last input: attention is causal, and one length is one program.
+    N = len(prompt) + new_tokens
+    entries = [np.zeros((N, model.config.dim), np.float32) for _ in range(model.config.num_layers)]
+    positions, one_text = model.rotary_tables(jnp.arange(N)[None]), jnp.ones((1, N), int)
+    run_block = jax.jit(lambda block, x_TD: block(x_TD[None], positions, one_text)[0][0])
     known, used = list(prompt), []  # tokens, and the exit layer of each new one
     for position in range(len(prompt) + new_tokens - 1):
         x, exited, token = np.asarray(model.embed(jnp.array([[known[position]]])))[0, 0], None, None
         for layer, block in enumerate(model.blocks):
-            entries[layer] = np.concatenate([entries[layer], x[None]])
+            entries[layer][position] = x
             if exited is None:
-                n = position + 1
-                positions = model.rotary_tables(jnp.arange(n)[None])
-                x = x + np.asarray(block(jnp.asarray(entries[layer])[None], positions, jnp.ones((1, n), int))[0])[0, -1]
+                x = x + np.asarray(run_block(block, entries[layer]))[position]
             prefill = position < len(prompt) - 1  # all blocks prefill the prompt
             if exited is None and not prefill and layer + 1 in exits:
                 logits = model.unembed(jnp.asarray(x)[None, None])[0, 0]

@@ -47,7 +47,7 @@ def losses_of_cut_models(model, batch):
     return jnp.stack(losses)
 
 
-@given(seed=st.integers(0, 50), chunk=st.sampled_from([1, 3, 4, 12, 100]))
+@given(seed=st.integers(0, 50), chunk=st.sampled_from([1, 4, 100]))
 @settings(max_examples=12)
 def test_every_exit_equals_the_model_cut_there(seed, chunk):
     model, batch, every = tiny_model(seed), make_batch(seed), jnp.ones(L)
@@ -58,13 +58,23 @@ def test_every_exit_equals_the_model_cut_there(seed, chunk):
         np.testing.assert_allclose(loss_L, expected, rtol=1e-5)
 
 
+@partial(jax.jit, static_argnums=3)
+def gradient_of_fused(model, batch, weight_L, fused):
+    return jax.grad(lambda m: fused_exit_losses(m, batch, weight_L / 3, fused).objective * 3)(model)
+
+
+@jax.jit
+def gradient_of_cut_models(model, batch, weight_L):
+    return jax.grad(lambda m: jnp.sum(weight_L * losses_of_cut_models(m, batch)))(model)
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
 @pytest.mark.parametrize("weight", [(0.1, 0.0, 0.3, 0.6), (0.0, 0.7, 0.3, 0.0), (0.0, 0.0, 0.0, 1.0)])
 def test_gradients_equal_those_of_cut_models(remat, weight):
     """With the last exit on and off. The objective is scaled, because a step divides it by the number of tokens."""
-    model, batch, weight, fused = tiny_model(1), make_batch(1), jnp.array(weight), FusedSettings(4, remat)
-    ours = jax.jit(jax.grad(lambda m: fused_exit_losses(m, batch, weight / 3, fused).objective * 3))(model)
-    oracle = jax.jit(jax.grad(lambda m: jnp.sum(weight * losses_of_cut_models(m, batch))))(model)
+    model, batch, weight = tiny_model(1), make_batch(1), jnp.array(weight)
+    ours = gradient_of_fused(model, batch, weight, FusedSettings(4, remat))
+    oracle = gradient_of_cut_models(model, batch, weight)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), ours, oracle)
 
 
@@ -137,8 +147,7 @@ def test_integer_weights_are_allowed():
     jax.tree.map(np.testing.assert_array_equal, whole, real)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_the_fused_form_needs_less_temporary_memory(remat):
+def test_the_fused_form_needs_less_temporary_memory():
     """The plain form saves the logits of every exit, 4 x 3 x 12 x 2000 floats; the fused one a chunk at a time."""
     model, batch = tiny_model(vocab_size=2000), make_batch()
 
@@ -149,7 +158,9 @@ def test_the_fused_form_needs_less_temporary_memory(remat):
         return jax.jit(gradient).lower(model).compile().memory_analysis().temp_size_in_bytes
 
     saved_logits = 4 * L * B * T * 2000
-    assert temporary_bytes(exit_losses) - temporary_bytes(fused_exit_losses, FusedSettings(1, remat)) > saved_logits
+    plain = temporary_bytes(exit_losses)
+    for remat in ("none", "dots", "full"):
+        assert plain - temporary_bytes(fused_exit_losses, FusedSettings(1, remat)) > saved_logits, remat
 
 
 def test_exits_that_are_off_are_zero_and_change_nothing():
@@ -164,7 +175,7 @@ def test_index_l_supervises_the_output_of_block_l(layer):
     """A known mistake is to supervise the input of block l, which leaves the last block without a gradient."""
     model, batch = tiny_model(3), make_batch(3)
     weight = jnp.zeros(L).at[layer].set(1)
-    grads = jax.grad(lambda m: fused_exit_losses(m, batch, weight, FusedSettings(chunk=4)).objective)(model)
+    grads = gradient_of_fused(model, batch, weight, FusedSettings(4, "none"))
     norm_L = jnp.abs(grads.blocks.down_FD[...]).max((1, 2))
     assert (norm_L > 0).tolist() == [l <= layer for l in range(L)]  # noqa: E741
 

@@ -6,6 +6,7 @@ newest versions that the default Python can install, and with those of tpu/requi
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -243,14 +244,18 @@ def test_offloaded_inputs_are_in_host_memory(mesh):
     assert memory.host_temp_size_in_bytes == 2 * MODEL.num_layers * rows * CONFIG.data.sequence_length * MODEL.dim
 
 
-def test_the_step_is_stored_for_a_run(mesh, tmp_path):
+def test_the_step_is_stored_for_a_run(mesh, tmp_path, monkeypatch):
     """Under the name that JAX looks for. Whether a pod then loads it is not tested."""
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     keep_compiled_programs(str(tmp_path))
-    # Another length than in the tests above, whose programs JAX has in memory.
-    shorter = dataclasses.replace(CONFIG, data=DataConfig(sequence_length=256))
+    # Another shape than in the tests above, whose programs JAX has in memory.
+    small = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(MODEL, num_layers=2, vocab_size=256), data=DataConfig(sequence_length=128)
+    )
     try:
-        compiled_step(shorter, mesh)
+        compiled_step(small, mesh)
     finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_compilation_cache_dir", cache)
         compilation_cache.reset_cache()
     assert [file.name for file in (tmp_path / "compiled").iterdir() if file.name.startswith("jit__step-")]

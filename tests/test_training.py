@@ -157,8 +157,8 @@ def test_the_stack_of_a_blocked_source_is_printed(config, monkeypatch, capfd):
                 time.sleep(1.5)
             return next(self._batches)
 
-    def local_batches(config, split, mesh, in_order=False):
-        batches = original(config, split, mesh, in_order=in_order)
+    def local_batches(config, split, mesh, in_order=False, **more):
+        batches = original(config, split, mesh, in_order=in_order, **more)
         return batches if in_order else Blocked(iter(batches))
 
     train(config)  # fills the caches, so that compilation does not count as a hang
