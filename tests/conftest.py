@@ -1,9 +1,6 @@
 """Strictness for the whole suite, and eight simulated devices."""
 
-import atexit
 import os
-import shutil
-import tempfile
 
 if not os.environ.get("ACCELERATOR"):  # as in the Makefile; with it, run single tests that want a chip
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,14 +9,6 @@ if not os.environ.get("ACCELERATOR"):  # as in the Makefile; with it, run single
 os.environ["XLA_FLAGS"] = " ".join(
     ["--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", "")]
 )
-# Workers of xdist, and processes that tests start, inherit this cache. A program compiles once per session, although
-# tests trace it again for every run folder. Nothing outlives the session.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    compiled = tempfile.mkdtemp(prefix="layerskip-tests-")
-    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax

@@ -6,7 +6,6 @@ newest versions that the default Python can install, and with those of tpu/requi
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -244,10 +243,8 @@ def test_offloaded_inputs_are_in_host_memory(mesh):
     assert memory.host_temp_size_in_bytes == 2 * MODEL.num_layers * rows * CONFIG.data.sequence_length * MODEL.dim
 
 
-def test_the_step_is_stored_for_a_run(mesh, tmp_path, monkeypatch):
+def test_the_step_is_stored_for_a_run(mesh, tmp_path):
     """Under the name that JAX looks for. Whether a pod then loads it is not tested."""
-    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     keep_compiled_programs(str(tmp_path))
     # Another shape than in the tests above, whose programs JAX has in memory.
     small = dataclasses.replace(
@@ -256,6 +253,6 @@ def test_the_step_is_stored_for_a_run(mesh, tmp_path, monkeypatch):
     try:
         compiled_step(small, mesh)
     finally:
-        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
     assert [file.name for file in (tmp_path / "compiled").iterdir() if file.name.startswith("jit__step-")]
