@@ -116,10 +116,10 @@ def test_a_decode_loop_runs_its_matmuls_on_the_matrix_unit_of_every_chip(topolog
     assert any(" convolution(" in fusion for fusion in with_weights)
     assert all(" convolution(" in fusion for fusion in with_weights if " reduce(" in fusion)
     # No call copies the cache or the weights into another layout: a stream makes a call every few rounds. S(1) is the
-    # chip's vector memory, into which weights this small are copied ahead. For a tpu7x the compiler changes the tiles
-    # of one matrix.
+    # chip's vector memory, into which weights this small are copied ahead. For a tpu7x, libtpu 0.0.42 changes the
+    # tiles of one matrix.
     copies = re.findall(r"= (bf16\S+) copy\(", text.split("\nENTRY")[1])
-    assert len([shape for shape in copies if "S(1)" not in shape]) == (1 if "tpu7x" in topology else 0)
+    assert len([shape for shape in copies if "S(1)" not in shape]) <= (1 if "tpu7x" in topology else 0)
 
 
 def tiny_program():
