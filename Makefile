@@ -54,6 +54,7 @@ ifdef BASELINE
 	$(LAYERSKIP) train --config $(CONFIG) --early_exit.curriculum none --early_exit.exits --layer_dropout.p_max 0 --train.run_dir $(RUN)_plain
 endif
 	$(LAYERSKIP) evaluate $(RUN) $(if $(BASELINE),$(RUN)_plain)
+	$(LAYERSKIP) plots $(RUN)
 	$(LAYERSKIP) decode $(RUN) --prompt 'import os' --temperature 0.8 --top_p 0.95
 	$(LAYERSKIP) decode $(RUN) --held_out 8 --ignore_eos --compare --quiet
 	@echo

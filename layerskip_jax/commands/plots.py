@@ -40,7 +40,7 @@ def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is read of a run: its newest checkpoint, config and metrics, and the settings that decode it."""
+    """A run that is read: its newest checkpoint, config, metrics, and decode settings."""
 
     checkpoint: epath.Path
     config: Config
@@ -148,6 +148,8 @@ def loss_picture(run: Run, plain: Run | None = None) -> Picture:
     notes = {layers: ", full model"} | ({run.draft_exit: ", drafts"} if run.draft_exit != layers else {})
 
     smoothed = len(run.series(f"train/exit_loss/{layers}")[1]) > 20
+    # The training loss of a distilled exit is no cross-entropy with the data, which the axis shows.
+    in_training = [layers] if run.config.early_exit.distillation != "none" else shown
 
     def plot(axis: Any, run: Run, name: str, **style: Any) -> None:
         steps, values = run.series(name)
@@ -160,7 +162,7 @@ def loss_picture(run: Run, plain: Run | None = None) -> Picture:
     def draw(axes: np.ndarray) -> None:
         titles = {"train": "Training loss" + ", smoothed" * smoothed, "validation": "Held-out loss"}
         for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-            for exit_layer in shown:
+            for exit_layer in in_training if kind == "train" else shown:
                 label, color = f"exit {exit_layer}{notes.get(exit_layer, '')}", exit_color(exit_layer, layers)
                 plot(axis, run, f"{kind}/exit_loss/{exit_layer}", color=color, label=label)
             if plain:
@@ -182,7 +184,11 @@ def loss_picture(run: Run, plain: Run | None = None) -> Picture:
 def exits_picture(
     run: Run, quality: ExitQuality, plain: ExitQuality | None = None, acceptance_L: np.ndarray | None = None
 ) -> Picture:
-    """Plot loss and agreement by exit, with the draft exit marked, and the acceptance and a plain model if given."""
+    """Plot loss and agreement by exit, with the draft exit marked, and the acceptance and a plain model if given.
+
+    If neither agreement nor acceptance is known, as at the end of training, the picture has the loss only.
+    """
+    has_agreement = acceptance_L is not None or not np.isnan(quality.agreement_L).all()
     lines = [(quality, {"color": "C0", "label": "this model"})] + (
         [(plain, {"label": "plain model"} | PLAIN)] if plain else []
     )
@@ -191,16 +197,15 @@ def exits_picture(
         for line, style in lines:
             exits = np.arange(1, len(line.loss_L) + 1)
             axes[0].plot(exits, line.loss_L, marker="o", **style)
-            axes[1].plot(exits, line.agreement_L, marker="o", **style)
+            if has_agreement:
+                axes[1].plot(exits, line.agreement_L, marker="o", **style)
         if acceptance_L is not None:
             label = f"acceptance, {run.decode.draft_length} drafts a round"
             exits = np.arange(1, run.layers + 1)
             axes[1].plot(exits[:-1], acceptance_L[:-1], color="C0", linestyle=":", marker="s", label=label)
-        if np.isnan(quality.agreement_L).all():
-            note = "not measured in training:\nlayerskip plots measures it"
-            axes[1].text(0.5, 0.5, note, ha="center", va="center", transform=axes[1].transAxes)
         axes[0].set(title="Held-out loss by exit", ylabel="cross-entropy [nats/token]")
-        axes[1].set(title="Same next token as the full model", ylabel="share of tokens", ylim=(0, 1.05))
+        if has_agreement:
+            axes[1].set(title="Same next token as the full model", ylabel="share of tokens", ylim=(0, 1.05))
         for axis in axes:
             axis.axvline(run.draft_exit, color="C1", linewidth=1.4, label=f"draft exit {run.draft_exit}")
             axis.set_xlabel("exit (blocks that run)")
@@ -208,11 +213,15 @@ def exits_picture(
             axis.legend()
 
     at = run.draft_exit - 1
-    accepted = "" if acceptance_L is None else f", {acceptance_L[at]:.0%} of its drafts accepted"
+    agreed = quality.agreement_L[at]
+    described = "" if np.isnan(agreed) else f", the full model's next token in {agreed:.0%} of the cases"
+    described += "" if acceptance_L is None else f", {acceptance_L[at]:.0%} of its drafts accepted"
     return Picture(
         draw,
-        f"Loss and agreement by exit. Draft exit {run.draft_exit}: loss {quality.loss_L[at]:.2f}, the full model's "
-        f"next token in {quality.agreement_L[at]:.0%} of the cases{accepted}. Full model: {quality.loss_L[-1]:.2f}.",
+        f"Loss{' and agreement' * has_agreement} by exit. Draft exit {run.draft_exit}: loss {quality.loss_L[at]:.2f}"
+        f"{described}. Full model: {quality.loss_L[-1]:.2f}.",
+        panels=1 + has_agreement,
+        size=(5.5 * (1 + has_agreement), 4),
     )
 
 
