@@ -24,6 +24,7 @@ from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.exits import checkpoint_quality
 from layerskip_jax.locations import new_folder
+from layerskip_jax.model import Transformer
 from layerskip_jax.training.monitoring.metrics import read_records
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -42,8 +43,8 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
     opened = open_model_folder(run)
     config = opened.config
     trained = opened if isinstance(opened, RunFolder) and opened.checkpoint.name.isdigit() else None
-    table = _exit_table(trained, batches) if trained else ExitTable({}, {})  # before the weights: it reads its own
     model, tokenizer = opened.model(), load_tokenizer(str(opened.tokenizer))
+    table = _exit_table(trained, batches, model) if trained else ExitTable({}, {})
     files = tokenizer.companions | tokenizer_files(tokenizer)
     bos, (eos, *others) = tokenizer.bos_id, tokenizer.settings.end_ids or (tokenizer.eos_id,)
     settings = config_json(config.model, context_length(config), dtype, bos, eos)
@@ -69,9 +70,9 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
     return config
 
 
-def _exit_table(run: RunFolder, batches: int) -> ExitTable:
+def _exit_table(run: RunFolder, batches: int, model: Transformer) -> ExitTable:
     if batches:
-        quality = checkpoint_quality(str(run.checkpoint), batches)
+        quality = checkpoint_quality(str(run.checkpoint), batches, loaded=(model, run.config, run.tokenizer))
         return ExitTable(*(dict(enumerate(map(float, row), 1)) for row in (quality.loss_L, quality.agreement_L)))
     prefix, loss = "validation/exit_loss/", dict[int, float]()
     for record in read_records(str(run.root)):
