@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -31,19 +30,17 @@ from layerskip_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from layerskip_jax.decoding.engine import prefill, rounds_program
 from layerskip_jax.decoding.policies import Fixed
-from layerskip_jax.decoding.request import Request
 from layerskip_jax.decoding.rounds import SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import keep_compiled_programs
-from layerskip_jax.model import Transformer
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import AXES, make_mesh
 from layerskip_jax.training.monitoring.flops import PEAK_FLOPS
 from layerskip_jax.training.step import Trainer
 from tpu.compile_ahead import topology_devices
+from tpu.decode_ahead import ChipCompiler
 
 pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
 ROOT = Path(__file__).parent.parent
@@ -91,23 +88,8 @@ def test_a_decode_loop_runs_its_matmuls_on_the_matrix_unit_of_every_chip(topolog
 
     A matmul on the vector unit is a fusion that multiplies a weight matrix and sums the products.
     """
-    device = topology_devices(topology, 1)[0]
-    mesh = Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
-    config = dataclasses.replace(MODEL, num_layers=3)
-    strategy, sharding = SelfSpeculative(Greedy(), Fixed(1, 3)), NamedSharding(mesh, PartitionSpec())
-
-    def abstract(f, *arguments):
-        on_chip = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-        return jax.tree.map(on_chip, jax.eval_shape(f, *arguments))
-
-    def prefilled(model):
-        row_B, tokens_BS = jnp.full(1, 9), jnp.zeros((1, 256), jnp.int32)
-        return prefill(strategy, model, Request(tokens_BS, row_B, row_B + 8, jnp.int32(-1), jax.random.key(0)), 8)
-
-    with jax.set_mesh(mesh):
-        model = abstract(lambda: Transformer(config, rngs=nnx.Rngs(0)).unstacked())
-        state, until = abstract(prefilled, model), abstract(lambda: jnp.int32(1))
-        text = rounds_program("tpu", "bfloat16").lower(strategy, model, state, until).compile().as_text()
+    compiler = ChipCompiler(dataclasses.replace(MODEL, num_layers=3), topology.split(":")[0], rows=1, capacity=256)
+    text, model = compiler.rounds(SelfSpeculative(Greedy(), Fixed(1, 3))).as_text(), compiler.model
     assert "while(" in text
     matrices = [leaf for leaf in jax.tree.leaves((model.blocks, model.head_DV)) if leaf.ndim > 1]
     shapes = {f"bf16[{leaf.shape[0]},{leaf.size // leaf.shape[0]}]" for leaf in matrices}

@@ -36,7 +36,7 @@ from layerskip_jax.decoding.cost import predicted_speedup, weight_bytes
 from layerskip_jax.decoding.engine import prefill, rounds_program
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.request import Request, round_up
-from layerskip_jax.decoding.rounds import SelfSpeculative
+from layerskip_jax.decoding.rounds import SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import run_command
 from layerskip_jax.model import Transformer, empty_cache, weight_count
@@ -46,6 +46,9 @@ PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Of accepting a draft, given that those before it in the round were accepted."""
 PASSES = 64
 """Passes in the loop that is compiled for each kind of pass, so that work before the loop counts little."""
+
+Carry = tuple[jax.Array, list[LayerCache]]
+"""Of a loop of passes: ``x_BWD`` and the cache."""
 
 
 class Pass(NamedTuple):
@@ -94,10 +97,8 @@ class ChipCompiler:
     def estimate(self, one: Pass) -> Estimate:
         """Compile a loop of passes, each of which starts at the next position, and estimate one."""
 
-        def passes(
-            model: Transformer, x_BWD: jax.Array, layers: list[LayerCache]
-        ) -> tuple[jax.Array, list[LayerCache]]:
-            def run(index: jax.Array, carry: tuple[jax.Array, list[LayerCache]]) -> tuple[jax.Array, list[LayerCache]]:
+        def passes(model: Transformer, x_BWD: jax.Array, layers: list[LayerCache]) -> Carry:
+            def run(index: jax.Array, carry: Carry) -> Carry:
                 x_BWD, layers = carry
                 index_BW = jnp.zeros((self.rows, 1), jnp.int32) + index + jnp.arange(one.width)[None]
                 x_BWD, layers = model.run_cached(x_BWD, model.rotary_tables(index_BW), layers, one.first, one.last)
@@ -117,24 +118,21 @@ class ChipCompiler:
         size = (one.weights(c) + cached) * weight_bytes(c)
         return Estimate(cycles / self.chip.clock, size / self.chip.hbm_bandwidth)
 
-    def rounds(self, strategy: SelfSpeculative) -> tuple[int, int, float]:
-        """Compile the decode loop; return the bytes of its arguments and temporaries, and the seconds to compile it."""
+    def rounds(self, strategy: Strategy) -> jax.stages.Compiled:
+        """Compile the decode loop."""
 
         def prefilled(model: Transformer) -> Any:
             tokens_BS, row_B = jnp.zeros((self.rows, self.capacity), jnp.int32), jnp.full(self.rows, 9)
             request = Request(tokens_BS, row_B, row_B + 8, jnp.full(1, -1), jax.random.key(0))
             return prefill(strategy, model, request, 8)
 
-        began = time.perf_counter()
         with jax.set_mesh(self.mesh):
             state, until = self.shapes(prefilled, self.model), self.shapes(lambda: jnp.int32(1))
-            compiled = rounds_program("tpu", "bfloat16").lower(strategy, self.model, state, until).compile()
-        memory = compiled.memory_analysis()
-        return memory.argument_size_in_bytes, memory.temp_size_in_bytes, time.perf_counter() - began
+            return rounds_program("tpu", "bfloat16").lower(strategy, self.model, state, until).compile()
 
 
 def report(compiler: ChipCompiler, exit_layer: int, draft_lengths: Sequence[int]) -> dict[str, Any]:
-    """Return the estimates of every pass, and the predictions for every draft length and acceptance."""
+    """Return the estimates of every pass, and the predictions for every draft length and probability."""
     config, E, L = compiler.config, exit_layer, compiler.config.num_layers
     plain, draft, early = (
         compiler.estimate(Pass(0, last, 1, head)) for last, head in ((L, True), (E, True), (E, False))
@@ -144,8 +142,9 @@ def report(compiler: ChipCompiler, exit_layer: int, draft_lengths: Sequence[int]
         verification = passes[f"verify {d + 1} positions"] = compiler.estimate(Pass(E, L, d + 1, True))
         seconds = d * draft.seconds + early.seconds + verification.seconds
         by_bytes = d * draft.reading + early.reading + verification.reading
-        arguments, temporaries, compile_seconds = compiler.rounds(SelfSpeculative(Greedy(), Fixed(E, d)))
-        predictions = []
+        began, predictions = time.perf_counter(), []
+        memory = compiler.rounds(SelfSpeculative(Greedy(), Fixed(E, d))).memory_analysis()
+        compile_seconds = time.perf_counter() - began
         for probability in PROBABILITIES:
             tokens = sum(probability**drafted for drafted in range(d + 1))
             predictions.append(
@@ -155,8 +154,9 @@ def report(compiler: ChipCompiler, exit_layer: int, draft_lengths: Sequence[int]
                  "speedup_by_bytes": predicted_speedup(config, E, d, tokens)}
             )  # fmt: skip
         rounds.append(
-            {"draft_length": d, "seconds": seconds, "of_bytes": seconds / by_bytes, "arguments": arguments,
-             "temporaries": temporaries, "compile_seconds": compile_seconds, "predictions": predictions}
+            {"draft_length": d, "seconds": seconds, "of_bytes": seconds / by_bytes,
+             "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+             "compile_seconds": compile_seconds, "predictions": predictions}
         )  # fmt: skip
     return {
         "exit_layer": E,
