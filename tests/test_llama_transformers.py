@@ -1,5 +1,6 @@
-"""Comparison with transformers, if it is installed (extra ``benchmarks``); tests/test_llama.py uses stored logits.
+"""Comparison with transformers' models, if torch is installed (extra ``benchmarks``).
 
+tests/test_llama.py compares with stored logits, and needs no torch.
 ``python -m benchmarks.parity`` compares 256 tokens.
 """
 
@@ -13,7 +14,8 @@ from test_llama_files import EMBEDDING, HEAD, change_tensors
 
 PEERS = "pip install -e '.[benchmarks]'"
 torch = pytest.importorskip("torch", reason=PEERS)
-transformers = pytest.importorskip("transformers", reason=PEERS)
+
+import transformers  # noqa: E402
 
 from benchmarks.parity import LLAMA3, SHAPES, compare, make, random_folder, stored_tensors  # noqa: E402
 from layerskip_jax.checkpoint.arrays import named_arrays  # noqa: E402

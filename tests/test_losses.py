@@ -47,7 +47,7 @@ def losses_of_cut_models(model, batch):
     return jnp.stack(losses)
 
 
-@given(seed=st.integers(0, 50), chunk=st.sampled_from([1, 4, 100]))
+@given(seed=st.integers(0, 50), chunk=st.sampled_from([1, 4, 12, 100]))
 @settings(max_examples=12)
 def test_every_exit_equals_the_model_cut_there(seed, chunk):
     model, batch, every = tiny_model(seed), make_batch(seed), jnp.ones(L)
