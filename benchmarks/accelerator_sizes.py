@@ -118,7 +118,7 @@ class ImpossibleHereError(UserError):
 
 @dataclasses.dataclass
 class Bench:
-    """What a part receives: the sizes, the deadline, and the figures of the parts before it."""
+    """Arguments of a part: the sizes, the deadline, and the figures of earlier parts."""
 
     sizes: Sizes
     ends: float

@@ -1,4 +1,4 @@
-"""How often greedy speculative texts differ from plain decoding's in bfloat16 on a CPU, and why.
+"""Count the greedy speculative texts that differ from plain decoding's in bfloat16 on a CPU, by cause.
 
     python -m benchmarks.bfloat16 --prompts 500
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a header that identifies a measurement, timing in turn, and ``--json FILE``."""
+"""Functions that the benchmarks share: a header that identifies a measurement, timing in turn, and ``--json FILE``."""
 
 import argparse
 import dataclasses

@@ -12,7 +12,7 @@ from layerskip_jax.errors import UserError, nearest
 T = TypeVar("T")
 
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-"""What error messages call the plain types."""
+"""Names of the plain types in error messages."""
 ANY = "(-inf, inf)"
 INT32_MAX, FLOAT32_MAX = 2**31 - 1, 3.4028234663852886e38
 """The largest numbers that programs on devices hold."""

@@ -221,7 +221,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes of a run, one for each host, find each other. Checkpoints do not store it."""
+    """Connects the processes of a run, one for each host. Checkpoints do not store it."""
 
     coordinator_address: str = setting("", "HOST:PORT of process 0; not needed on TPU pods, GKE, Slurm and Open MPI")
     num_processes: int = setting(

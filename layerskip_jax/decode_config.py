@@ -8,7 +8,7 @@ from layerskip_jax.checks import ANY, check_fields, require, require_rising, set
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How text is generated."""
+    """Settings of text generation."""
 
     mode: Literal["self_speculative", "autoregressive", "prompt_lookup", "early_exit"] = setting(
         "self_speculative",

@@ -12,7 +12,7 @@ DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
 }
-"""What a file system refuses for reasons outside the program."""
+"""Errors of a file system whose causes are outside the program."""
 
 
 class UserError(Exception):

@@ -255,7 +255,7 @@ def test_config_files_that_are_not_python_are_named(name, tmp_path):
 
 
 def test_a_config_file_may_have_any_name_and_a_byte_order_mark(tmp_path):
-    """It is read anew each time: a cached program would be stale within a second, or after the clock went back."""
+    """The file is read each time. Python's cache misses a change within a second, or after the clock is set back."""
     file = tmp_path / "größe 1.py"
     for steps in (3, 4):
         file.write_bytes(

@@ -1,4 +1,4 @@
-"""A resumed run says what has changed in its data, and what follows; the corpus is known by its content."""
+"""A resumed run reports changes of its data and their effects. The content identifies the corpus."""
 
 import dataclasses
 import json
@@ -163,7 +163,7 @@ def test_a_position_stores_the_corpus_that_it_counts(lines, tmp_path):
 
 
 def test_a_run_resumes_on_another_corpus_and_says_so(trained_run, tmp_path, capsys):
-    """On the same documents elsewhere it goes on; on others it starts with the first batch of a new run."""
+    """The same documents in another folder continue the run; others start with the first batch of a new run."""
     runs = [shutil.copytree(trained_run, tmp_path / name) for name in ("moved", "other")]
     saved = open_model_folder(trained_run).config
     paths = shutil.copytree(saved.data.path, tmp_path / "texts"), write_corpus(tmp_path / "more", 50, seed=7)

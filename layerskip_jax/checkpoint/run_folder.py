@@ -37,11 +37,11 @@ from layerskip_jax.locations import is_regular, locate, names_in, read_limited
 from layerskip_jax.model import Transformer
 
 ITEMS = {"model", "optimizer", "batches", "config", "checksums", "_CHECKPOINT_METADATA"}
-"""What a checkpoint holds; a folder without any of them is not one, whatever its name."""
+"""Items of a checkpoint. A folder without any of them is not a checkpoint, whatever its name."""
 
 
 class CheckpointNames(ocp.step.NameFormat):
-    """orbax's names of checkpoints, ``4``, without files and folders that others put beside the checkpoints."""
+    """orbax's names of checkpoints, ``4``, without files and folders that others put next to the checkpoints."""
 
     _standard = ocp.step.standard_name_format()
 

@@ -51,7 +51,7 @@ def train_command(config: Config) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """How fast held-out prompts were continued greedily, and how many drafts of each exit would be accepted."""
+    """Speed of greedy decoding on held-out prompts, and the share of accepted drafts of each exit."""
 
     report: terminal.Report
     acceptance_L: np.ndarray

@@ -13,7 +13,7 @@ DOCUMENTS = ("source", "name", "path", "data_dir", "text_key", "prompt_key", "tr
 
 
 class Corpus(NamedTuple):
-    """What a data position counts; checkpoints store it."""
+    """Identifies the documents that a data position counts; checkpoints store it."""
 
     training: str
     """Digest of the documents to train on (`documents_digest`)."""
@@ -68,7 +68,7 @@ def _list(names: list[str]) -> str:
 
 
 GoOn = Literal["same rows", "next documents", "first document"]
-"""How a resumed run reads on: from the stored position; from the documents after it; from the start of the corpus."""
+"""Where a resumed run starts to read: the stored position, the documents after it, or the start of the corpus."""
 
 
 def resume_data(saved: Config, config: Config, before: Corpus | None, now: Corpus | None) -> tuple[GoOn, list[str]]:

@@ -27,7 +27,7 @@ NO_TEXT = re.compile(
     r"(readme|licen[cs]e|copying|notice|authors|changelog|contributing|citation|dataset_infos?)([-_.].*)?",
     re.IGNORECASE,
 )
-"""Files beside a corpus that describe it; a corpus of nothing else is read."""
+"""Files that describe a corpus. They are left out, unless the corpus has no others."""
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz"}
 
@@ -112,8 +112,8 @@ def _split_entries(
 ) -> tuple[list[epath.Path], list[epath.Path], list[epath.Path]]:
     """Return the entries named after training, after the held-out split, and after a held-out split that is not used.
 
-    A name with something in front of it, such as wiki.valid.txt, counts beside a wiki.train.txt only: parser_test.go
-    is no split.
+    A name with something in front of it, such as wiki.valid.txt, counts only if there is a wiki.train.txt:
+    parser_test.go is no split.
     """
     named: dict[str, list[epath.Path]] = {}
     match_name = SPLIT_NAME.fullmatch

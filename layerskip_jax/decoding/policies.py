@@ -27,7 +27,7 @@ class Plan(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """How many drafts from each of X candidate exits would be accepted at the positions that a round verified.
+    """Counts of the drafts that each of X candidate exits would get accepted at the positions of a verification.
 
     Counts are sums over the active rows. A stochastic sampler adds up probabilities of acceptance instead of 0 and 1.
     """

@@ -22,7 +22,7 @@ from layerskip_jax.rope import RotaryTables
 
 
 class Strategy(Protocol):
-    """What `engine.generate` needs of a decoding strategy. It must be hashable, because it is static under jit."""
+    """The interface of a decoding strategy for `engine.generate`. It is hashable, because it is static under jit."""
 
     @property
     def draft_length(self) -> int:

@@ -23,7 +23,7 @@ class KVQCache:
     """One cache for drafting and verification (LayerSkip section 4.3.3): keys and values, and the exit queries.
 
     ``exit_query_BQD`` has an array per exit of the strategy. It holds the hidden states at that exit of the Q = d+1
-    positions of the current round, from which the verification goes on. Exits above the one that drafted repeat its
+    positions of the current round, where the verification starts. Exits above the one that drafted repeat its
     hidden states. Strategies that do not draft by early exit leave it at zero.
     """
 

@@ -40,7 +40,7 @@ class Picture:
 
     draw: Callable[[np.ndarray], None]
     alt: str = ""
-    """What the picture shows, for readers who do not see it."""
+    """Describes the picture for readers who do not see it."""
     panels: int = 2
     size: tuple[float, float] = (11, 4)  # [inches]
 

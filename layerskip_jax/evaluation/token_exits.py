@@ -19,7 +19,7 @@ from layerskip_jax.evaluation.pictures import exit_color, ink_on
 from layerskip_jax.model import Transformer
 
 NAMES = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
-"""What stands for a space, a line end and a tab: \u2423, \u21b5 and \u21e5."""
+"""Symbols for a space, a line end and a tab: \u2423, \u21b5 and \u21e5."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ def gather(matrix: nnx.Param) -> nnx.Param:
 
 
 class ExitContext(NamedTuple):
-    """What all exits of a forward pass share."""
+    """Values that all exits of a forward pass share."""
 
     loss: ChunkedLoss
     labels: Labels

@@ -59,7 +59,7 @@ class FusedSettings:
     chunk: int
     """Positions of each sequence whose logits exist at once; must divide T, or exceed it."""
     remat: str = "none"
-    """What the backward pass recomputes: ``train.remat``."""
+    """``train.remat``, which decides what the backward pass recomputes."""
     loss: ExitLoss = cross_entropy
     apply_dropout: ApplyDropout = apply_masked
     exits: tuple[int, ...] = ()

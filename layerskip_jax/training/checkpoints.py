@@ -56,7 +56,7 @@ class Checkpoints:
         self._lock = RunLock(config)
         self._tokenizer: dict[str, bytes] = {}
         self.resumed = ""
-        """How the run goes on from the restored checkpoint, and what has changed since."""
+        """Describes the restored checkpoint, and the settings and data that changed after it."""
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -279,7 +279,7 @@ def make_run_folder(config: Config) -> None:
 
 
 def _resumed(saved: Config, config: Config, step: int) -> list[str]:
-    """Say how a run goes on after ``step``, by how much its learning rate then jumps, and which settings changed."""
+    """Describe a resumed run: its next step, a jump of the learning rate, and the settings that changed."""
     lines = [f"resuming after step {step}"]
     if step >= config.train.steps:
         lines = [f"the run has {step} steps already, so nothing is trained (train.steps)"]

@@ -32,7 +32,7 @@ LOCK = "writer.json"
 BEAT_SECONDS, LOCAL_BEAT_SECONDS = 10.0, 2.0
 """Seconds between signs of life in a bucket and in other folders, at most a quarter of ``train.hang_seconds``."""
 SETTLE_SECONDS = 1.0
-"""How long a write to a bucket may take. After this time, two processes that start at once both see the later write."""
+"""Seconds that a write to a bucket may take. Two processes that start together then both see the later write."""
 
 Sign = tuple[int, bytes]
 """When the file was last changed [seconds], and its content."""

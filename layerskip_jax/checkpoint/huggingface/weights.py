@@ -96,7 +96,7 @@ def safe_open(file: epath.Path) -> Any:
 
 
 class TensorHeader(NamedTuple):
-    """What a safetensors header says about one tensor, and the file it is in."""
+    """The entry of one tensor in a safetensors header, and the file that holds it."""
 
     file: epath.Path
     name: str

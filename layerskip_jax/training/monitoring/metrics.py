@@ -24,7 +24,7 @@ from layerskip_jax.locations import is_regular, is_remote, locate
 
 METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 30
-"""How far TensorBoard may lag behind metrics.jsonl, which is written line by line."""
+"""Seconds that TensorBoard may lag behind metrics.jsonl, which is written line by line."""
 
 
 class Sink(Protocol):
