@@ -104,10 +104,7 @@ def free_port():
 def start(config, process, port, timeout=60, heartbeat=100, **environment):
     """Start process number ``process`` of two."""
     here = DistributedConfig(f"localhost:{port}", 2, process, timeout, heartbeat)
-    devices = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_llvm_disable_expensive_passes=true",
-    }
+    devices = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}  # the last flag wins
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(WORKER), *options(dataclasses.replace(config, distributed=here))],
         stdout=subprocess.PIPE,
