@@ -32,8 +32,8 @@ class LayerCache(NamedTuple):
     @classmethod
     def empty(cls, batch: int, heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> "LayerCache":
         """Return zeroed pieces that end at `read_sizes`."""
-        # A GPU waits for the host at the switch in `attend_cache`, as long as it takes to read about 2,000 positions.
-        # A cache of up to 4,096 is one piece, which needs no switch: on average it reads 2,000 unused positions.
+        # On a GPU, the switch in `attend_cache` waits for the host, which costs as much as reading 2,000 positions. A
+        # cache of up to 4,096 positions is one piece: it needs no switch, and reads 2,000 unused positions on average.
         ends = read_sizes(capacity, first=4096 if on_gpu() else 128)
         shapes = [(batch, heads, end - start, head_dim) for start, end in zip([0, *ends], ends, strict=False)]
         return cls(tuple(jnp.zeros(s, dtype) for s in shapes), tuple(jnp.zeros(s, dtype) for s in shapes))
@@ -187,8 +187,8 @@ def write_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B
 def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
     """Write the positions of ``new_BKTH`` that fall into a piece; ``start_B`` counts from the piece's first slot."""
     S, T = piece_BKSH.shape[2], new_BKTH.shape[2]
-    # Each row writes T slots of the piece, starting at slot_B: its new positions, or the slots nearest to them if some
-    # lie outside the piece. Slot t of this window gets new position source_BT[t], or keeps its value if there is none.
+    # Each row writes a window of T slots from slot_B on: the slots of its new positions, shifted into the piece if some
+    # are outside. Slot t of the window gets new position source_BT[t], or keeps its value if that is not in [0, T).
     slot_B = jnp.clip(start_B, 0, S - T)
     source_BT = (slot_B - start_B)[:, None] + jnp.arange(T)[None]
     is_new_BT = (source_BT >= 0) & (source_BT < T)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Options = dict[str, str]
 
-# Gather sharded weights whole. By default the partitioner splits a matmul into one narrow matmul per shard and overlaps
-# it with the transfer of the next shard, but the matrix unit runs narrow matmuls at a third of its speed.
+# All-gather sharded weights in one piece. By default the partitioner splits a matmul into one narrow matmul per shard
+# and overlaps it with the transfer of the next shard, but the matrix unit runs narrow matmuls at a third of its speed.
 WHOLE_MATMULS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 # Run collectives on the SparseCores, so that they overlap matmuls. On a v6e this also turns the all-reduce of a 7B
@@ -36,7 +36,7 @@ SPARSE_CORE = dict.fromkeys(
 def vmem_limit(kib: int) -> Options:
     """Let one fusion use up to ``kib`` of vector memory, for larger tiles: matmuls then read operands fewer times.
 
-    The default is 16 MiB, of 128 MiB on a v5e or v6e and 64 MiB on a core of a v5p. Compiling takes longer.
+    The default is 16 MiB. A v5e or v6e has 128 MiB, and each core of a v5p 64 MiB. Compiling takes longer.
     """
     return {"xla_tpu_scoped_vmem_limit_kib": str(kib)}
 
@@ -50,8 +50,9 @@ STEP_OPTIONS: dict[str, Options] = {
     "TPU7x": WHOLE_MATMULS | SPARSE_CORE,
 }
 
-# These options make most speculative bfloat16 texts on a CPU equal plain decoding's; benchmarks/bfloat16.py counts the
-# rest. Without excess precision, each operation rounds its result, fused or not. YNNPACK rounds differently.
+# With these options, most texts of speculative decoding in bfloat16 on a CPU equal those of plain decoding
+# (benchmarks/bfloat16.py counts the others). Without excess precision, each operation rounds its result, fused or not.
+# YNNPACK is off, because it rounds differently.
 ROUNDS_OPTIONS: dict[tuple[str, str], dict[str, str | bool]] = {
     ("cpu", "bfloat16"): {"xla_allow_excess_precision": False, "xla_cpu_experimental_ynn_fusion_type": ""},
 }

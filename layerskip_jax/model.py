@@ -4,7 +4,7 @@ Legend of shape suffixes:
     B  sequences in a batch            D  width of the residual stream      L  blocks; also exits
     T  positions in a sequence         F  feed-forward width                E  blocks before the exit that drafts
     S  positions in the cache          V  vocabulary                        X  candidate exits
-    C  positions in a chunk            N  query heads                       d  drafted tokens of a round, at most
+    C  positions in a chunk            N  query heads                       d  most drafted tokens in a round
     W  positions that are verified     K  key and value heads               Q  d + 1, positions of a round
     A  microbatches                    G  query heads per key head, N / K   R  rows of a loop, or of a matrix
     P  positions of a prompt           H  width of a head                   M  several axes flattened
@@ -63,7 +63,7 @@ def project(equation: str, x_BTM: jax.Array, matrix: jax.Array, **options: Any) 
     """Return ``einsum(equation, x, matrix)`` after casting a weight matrix to the dtype of ``x``."""
     T = x_BTM.shape[1]
     if target_platform() == "tpu" and len(x_BTM) * T == 1:
-        # Pad one row to two. XLA:TPU multiplies one on the vector unit, by its estimate at a quarter of HBM bandwidth.
+        # Pad one row to two. XLA:TPU multiplies one row on the vector unit, at a quarter of HBM bandwidth (estimated).
         x_BTM = jnp.pad(x_BTM, [(0, 0), (0, 1), *[(0, 0)] * (x_BTM.ndim - 2)])
     return jnp.einsum(equation, x_BTM, matrix.astype(x_BTM.dtype), **options)[:, :T]
 
@@ -125,7 +125,7 @@ class Block(nnx.Module):
     def propagate(self, x_BTD: jax.Array, position: RotaryTables, cache: LayerCache) -> LayerCache:
         """Write the keys and values of ``x``, and compute nothing else (state propagation: CALM, arXiv 2207.07061).
 
-        Later tokens can then attend, in this block, to a token that left the model before it.
+        Later tokens can then attend, in this block, to a token that exited before it.
         """
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
         _, k_BTKH, v_BTKH = self.queries_keys_values(h_BTD)

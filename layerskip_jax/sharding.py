@@ -1,6 +1,6 @@
 """The device mesh, and `RULES`, the one table that maps logical axes to mesh axes.
 
-To try another layout, edit `RULES`, and `_check_divides`, which checks that dimensions divide. For example,
+To try another layout, edit `RULES`, and `_check_divides`, which checks that the mesh divides them. For example,
 ``"embed": None`` replicates parameters over fsdp and sequence. The axis sequence is then free for another dimension:
 ``"ffn": ("tensor", "sequence")`` shards the feed-forward width over tensor and sequence.
 """
@@ -81,7 +81,7 @@ def _check_divides(config: Config, data: int) -> None:
     microbatch = config.train.batch_size // config.train.accumulate
     if microbatch % (data * wanted.fsdp):
         raise UserError(
-            f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulate) does not divide over "
+            f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulate) is not divisible by "
             f"mesh.data * mesh.fsdp = {data * wanted.fsdp} devices; make it a multiple"
         )
     for name in ("num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
@@ -90,20 +90,20 @@ def _check_divides(config: Config, data: int) -> None:
             over |= {"mesh.sequence": wanted.sequence} if wanted.sequence > 1 else {}
         if size % math.prod(over.values()):
             raise UserError(
-                f"model.{name} {size} does not divide over {' * '.join(over)} = {math.prod(over.values())} devices"
+                f"model.{name} {size} is not divisible by {' * '.join(over)} = {math.prod(over.values())} devices"
             )
     if config.model.dim % parameters:
         raise UserError(
-            f"model.dim {config.model.dim} does not divide over mesh.fsdp * mesh.sequence = {parameters} devices"
+            f"model.dim {config.model.dim} is not divisible by mesh.fsdp * mesh.sequence = {parameters} devices"
         )
     if config.data.sequence_length % wanted.sequence:
         raise UserError(
-            f"data.sequence_length {config.data.sequence_length} does not divide over mesh.sequence = "
+            f"data.sequence_length {config.data.sequence_length} is not divisible by mesh.sequence = "
             f"{wanted.sequence} devices"
         )
     if config.train.loss_chunk % wanted.sequence:
         raise UserError(
-            f"train.loss_chunk {config.train.loss_chunk} does not divide over mesh.sequence = {wanted.sequence} devices"
+            f"train.loss_chunk {config.train.loss_chunk} is not divisible by mesh.sequence = {wanted.sequence} devices"
         )
 
 
@@ -136,7 +136,7 @@ def named_shardings(tree: Any, model: nnx.Module, mesh: Mesh) -> Any:
     known = {(param.get_metadata()["axes"], param.shape) for param in jax.tree.leaves(model, is_leaf=_is_param)}
 
     def leaf_sharding(leaf: Any) -> Any:
-        empty = not jax.tree.leaves(leaf)  # in the state of an optimizer for other parameters
+        empty = not jax.tree.leaves(leaf)  # muon's state has no array for a parameter that adamw updates
         if empty or not _is_param(leaf) or (leaf.get_metadata()["axes"], leaf.shape) not in known:
             return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), leaf)
         axes = leaf.get_metadata()["axes"]
@@ -153,7 +153,7 @@ def _is_param(leaf: Any) -> bool:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrain the sharding of an activation along the mesh axes that are left to the compiler.
 
-    A dimension that does not divide, such as the single row when generating a sample, is replicated. Does nothing
+    A dimension that is not divisible, such as the single row when generating a sample, is replicated. Does nothing
     outside `jax.set_mesh`.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -200,8 +200,8 @@ def on_each_device(
     ``inputs`` holds the logical axes of each argument, for all arrays in it; () is replicated. ``output`` holds those
     of the single output, or is a list with those of each output. ``along`` names logical axes: their mesh axes become
     manual axes of the `shard_map`, and the compiler partitions the other mesh axes as before. None makes all axes
-    manual. Where no axis is left to map, outside `jax.set_mesh` or in a `shard_map` over these axes, the result is
-    ``f`` itself.
+    manual. Returns ``f`` itself if no axis is left to map: outside `jax.set_mesh`, or inside a `shard_map` over these
+    axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = _free_axes(mesh)

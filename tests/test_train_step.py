@@ -175,7 +175,7 @@ def test_parameters_and_moments_are_sharded_by_the_table():
     [
         ({"data": 3}, "product of its axes must be 8"),
         ({"fsdp": 16}, "product of its axes must be 8"),
-        ({"tensor": 8}, "num_heads 4 does not divide over mesh.tensor = 8"),
+        ({"tensor": 8}, "num_heads 4 is not divisible by mesh.tensor = 8"),
     ],
 )
 def test_a_mesh_that_does_not_fit_raises(mesh, message):
@@ -184,7 +184,7 @@ def test_a_mesh_that_does_not_fit_raises(mesh, message):
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh_raises():
-    with pytest.raises(UserError, match=r"microbatch of 4 sequences .* does not divide over .* 8 devices"):
+    with pytest.raises(UserError, match=r"microbatch of 4 sequences .* is not divisible by .* 8 devices"):
         make_mesh(changed(PLAIN, train={"batch_size": 4}))
 
 

@@ -293,7 +293,7 @@ def test_settings_that_do_not_fit_raise_before_anything_is_written(config, tmp_p
             changed(config, "model", vocab_size=VOCABULARY + 1),
             "the tokenizer has 340 pieces and the model's vocabulary 341",
         ),
-        (changed(config, "train", batch_size=12), "does not divide over mesh.data"),
+        (changed(config, "train", batch_size=12), "is not divisible by mesh.data"),
     ]
     for bad, message in cases:
         with pytest.raises(UserError, match=message):

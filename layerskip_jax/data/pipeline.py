@@ -32,10 +32,10 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.sharding import batch_sharding
 
 PACKING_BINS = 32
-"""Open rows in first-fit packing of prompts with responses: each pair goes into the first open row with room."""
+"""Number of open rows in first-fit packing: each prompt with its response goes into the first open row with room."""
 
 PAIRS_CHECKED = 2000
-"""So many pairs, spread evenly over a split, are tokenized to count those without room for a response."""
+"""Number of pairs, spread evenly over a split, to tokenize to count those without room for a response."""
 
 
 def make_batches(
@@ -50,12 +50,12 @@ def make_batches(
 ) -> grain.IterDataset:
     """Return an iterable of ``{"inputs_BT", "targets_BT", "segments_BT", "mask_BT"}``, B = ``batch_size`` rows.
 
-    It yields only the given ``rows`` of each batch (default: all), which a process of several uses for its local rows.
+    It yields only the given ``rows`` of each batch (default: all). In a run of several processes, each passes its own.
 
     In training, the documents are shuffled for every epoch and dealt out to the B rows in turn; every row packs its
     documents, and packed rows are shuffled again within ``data.shuffle_window``, or within the corpus if it is smaller.
     The iterator never ends. With ``in_order`` (evaluation), every process packs all documents once, in order, and keeps
-    its rows, so all processes yield equally many batches; the last batch is padded with masked rows.
+    its rows, so all processes yield the same number of batches; the last batch is padded with masked rows.
 
     ``segments_BT`` numbers the documents of a row from 1 (0 is padding). ``mask_BT`` is 1.0 where ``targets_BT``, the
     next token, belongs to the same document as its input (and, with prompts, to a response or its EOS).
@@ -63,7 +63,7 @@ def make_batches(
 
     ``documents`` are those of the split if they are open already: opening a large corpus takes a while.
 
-    Pairs whose prompt fills a row are left out; a line on stderr counts them. Raises `UserError` if they all are.
+    Pairs whose prompt fills a row are left out; a line on stderr counts them. Raises `UserError` if no pair has room.
     """
     rows = range(batch_size) if rows is None else rows
     tokenizer, documents = load_tokenizer(config.data.tokenizer), documents or open_documents(config.data, split)
@@ -92,7 +92,7 @@ def make_batches(
 
 
 def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, batch_size: int, most: int = 32) -> int:
-    """Estimate how many sequences the documents fill, from a sample of ``most`` of them; at most what is needed."""
+    """Estimate from ``most`` documents how many sequences all of them fill, up to what shuffling and packing need."""
     bins = PACKING_BINS * batch_size if config.data.prompt_key else 0
     needed = max(config.data.shuffle_window, bins)
     length, count = config.data.sequence_length + 1, len(documents)

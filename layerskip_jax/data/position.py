@@ -40,12 +40,13 @@ class DataPosition:
     def set_state(self, states: dict[int, Any], batch_size: int, same_rows: bool = True) -> None:
         """Resume from the positions that `read_positions` returned.
 
-        If the batch size has changed, or another setting that decides which documents make a row (then ``same_rows`` is
-        false), every row resumes after the furthest document of any row. Documents that slower rows had not reached are
-        skipped. The buffers for packing and shuffling start empty, so their documents may be lost or come twice.
+        Every row resumes after the furthest document of any row if the batch size has changed, or if ``same_rows`` is
+        false: another setting that decides which documents make a row has changed. This skips documents that slower
+        rows had not yielded. It repeats documents that the furthest row had yielded from its shuffle window or packing
+        bins, because its saved count ends before them.
         """
         same_rows = same_rows and len(states) == batch_size
-        # + 1: a row may be within its next document.
+        # Add 1, because a row may have yielded a part of its next document.
         first = max(row + len(states) * (_documents_read(state) + 1) for row, state in states.items())
         iterator_state = self._iterator.get_state()
         for row, row_state in zip(self._rows, _row_states(iterator_state), strict=True):

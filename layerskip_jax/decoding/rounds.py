@@ -41,7 +41,7 @@ class Strategy(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Autoregressive:
-    """Plain decoding: run all blocks for one token. On `Transformer.first_layers` of a model it is lossy early exit."""
+    """Plain decoding: run all blocks for one token. With `Transformer.first_layers` of a model: lossy early exit."""
 
     sampler: Sampler
     draft_length: int = dataclasses.field(init=False, default=0)
@@ -175,9 +175,9 @@ def finish_round(
 ) -> DecodeState:
     """Emit each row's accepted drafts and its next token, and update the statistics.
 
-    ``exit_index`` is the entry of `Strategy.exits` whose statistics grow by this round; ``used_exit`` false leaves them
-    unchanged. `ConfidentExit`, which drafts nothing, passes an index per row: each row then counts for its own exit, or
-    for none if its index is beyond the exits.
+    ``exit_index`` selects the entry of `Strategy.exits` that this round counts for. With ``used_exit`` false, the round
+    counts for no exit. `ConfidentExit` drafts nothing and passes an index per row: each row counts for its own exit, or
+    for none if its index is out of range.
     """
     active_B, old = ~state.done_B, state.statistics
     counted_BQ = jax.nn.one_hot(verdict.accepted_B, drafts.tokens_Bd.shape[1] + 1, dtype=jnp.int32) * active_B[:, None]

@@ -22,9 +22,9 @@ from layerskip_jax.decoding.sampling import NO_TOKEN
 class KVQCache:
     """One cache for drafting and verification (LayerSkip section 4.3.3): keys and values, and the exit queries.
 
-    ``exit_query_BQD`` has an array per exit of the strategy. It holds the hidden states at that exit of the Q = d+1
-    positions of the current round, where the verification starts. Exits above the one that drafted repeat its
-    hidden states. Strategies that do not draft by early exit leave it at zero.
+    ``exit_query_BQD`` has one array per exit of the strategy: the hidden states at that exit, for the Q = d+1 positions
+    of the current round. The verification starts from them. Arrays of exits after the one that drafted hold a copy of
+    its hidden states. Strategies that do not draft by early exit leave all arrays zero.
     """
 
     layers: list[LayerCache]
@@ -46,7 +46,7 @@ class Statistics:
 
 @flax.struct.dataclass
 class DecodeState:
-    """The state between rounds; the module's docstring gives its invariants. S is the capacity, above ``limit_B``."""
+    """The state between rounds; its invariants are at the top of the file. The capacity S exceeds every ``limit_B``."""
 
     tokens_BS: jax.Array
     drafted_BS: jax.Array  # whether a known token was an accepted draft
@@ -68,8 +68,8 @@ class DecodeState:
 def emit(state: DecodeState, draft_Bd: jax.Array, accepted_B: jax.Array, next_B: jax.Array) -> DecodeState:
     """Append each row's accepted drafts and the token after them; end a row after an EOS, `NO_TOKEN` or at its limit.
 
-    Q = d+1 slots of every row are overwritten, for which the capacity leaves room. ``length_B`` says how many of them
-    are known: none in a row that was done before.
+    Every row overwrites Q = d+1 slots; the capacity has room for them. ``length_B`` grows by the number of emitted
+    tokens, and does not change in a row that was done before.
     """
     slot_BQ = jnp.arange(draft_Bd.shape[1] + 1)[None]
     is_draft_BQ = slot_BQ < accepted_B[:, None]

@@ -80,8 +80,8 @@ class ChunkedLoss:
         return value, d_x_BTD, (d_norm_D, d_matrix)
 
     def _chunk_value(self, labels: Labels, x_BCD: jax.Array, norm_D: nnx.Param, matrix: nnx.Param) -> jax.Array:
-        # The matrix is gathered before the loop over chunks. Without this constraint, which then moves no data, the
-        # partitioner may shard it again and gather it in every chunk.
+        # The callers gather the matrix before the loop over chunks, so this constraint moves no data. Without it, the
+        # partitioner may shard the matrix again and gather it in every chunk.
         g = partial(unembed, self.config, (norm_D, gather(matrix)))
         return self.loss(g, x_BCD, *labels)
 
@@ -135,7 +135,7 @@ class ExitContext(NamedTuple):
 def exit_with_saved_gradients(
     exits: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
 ) -> tuple[jax.Array, nnx.Param, ExitLosses]:
-    """Compute an exit's loss and all its gradients now; save those for ``x`` and the norm for the backward pass.
+    """Compute an exit's loss and all its gradients now; the backward pass reads the saved ones of ``x`` and the norm.
 
     Returns ``x``, ``d_matrix`` plus the gradient of the head's matrix, and the losses.
     """

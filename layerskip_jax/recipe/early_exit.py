@@ -3,7 +3,7 @@
     J(t) = sum_l w(t,l) CE(g(x_{l+1}), Y)                         (eq. 5)
     w(t,l) = C(t,l) e(l) / sum_i C(t,i) e(i)                      (eq. 6)
 
-Index l weighs the *output* of block l, which is "exit l+1": the model that runs blocks 0..l, then the head g.
+w(t, l) weights the *output* of block l, which is "exit l+1": the model that runs blocks 0..l, then the head g.
 ``C`` is a `Curriculum`: any pure function of the same signature can take its place in a
 `layerskip_jax.recipe.recipe.Recipe`. t counts optimizer steps over the whole run, also across restarts.
 """
@@ -25,8 +25,8 @@ ExitScale = Callable[[int], jax.Array]
 ExitLoss = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax.Array, Any], jax.Array]
 """``(g, x_BCD, targets_BC, mask_BC, teacher) -> loss``: the loss of an exit, summed over counted positions [nats].
 
-``g(x_BCD)`` returns the logits of C positions of each sequence. ``teacher`` has the same positions of the arrays that
-`Recipe.teacher` computed for the batch; it is None without one.
+``g(x_BCD)`` returns the logits of C positions of each sequence. ``teacher`` holds the arrays of `Recipe.teacher` at
+these positions, or None if the recipe has no teacher. In `Recipe.distillation` it is ``(x_L, m)``.
 """
 
 
@@ -97,10 +97,10 @@ def exit_weights(enabled_L: jax.Array, scale_L: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Rotational:
-    """Every ``dilation``-th exit, shifted by one each step: on iff ``l mod R = t mod R`` (LayerSkip section 4.1.2).
+    """Turn exit l on if ``l mod R = t mod R``, where R is ``dilation`` (LayerSkip section 4.1.2).
 
-    Each exit is on once in R steps, about L/R of them at a time. ``always_last`` keeps the last exit on at every step.
-    With ``exits``, only these rotate: the k-th of them is on iff ``k mod R = t mod R`` (not in the paper).
+    At each step, about L/R exits are on. Each exit is on once in R steps. ``always_last`` keeps the last exit on at
+    every step. If ``exits`` is given, only these rotate: the k-th is on if ``k mod R = t mod R`` (not in the paper).
     """
 
     dilation: int

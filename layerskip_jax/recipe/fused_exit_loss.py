@@ -63,18 +63,18 @@ class FusedSettings:
     loss: ExitLoss = cross_entropy
     apply_dropout: ApplyDropout = apply_masked
     exits: tuple[int, ...] = ()
-    """If not empty, no other exits than these and the last may have a weight above 0."""
+    """If not empty, only these and the last exit may have a weight above 0."""
     distillation: ExitLoss | None = None
     """Takes the place of ``loss`` at ``exits``, which must then be given; its teacher is ``(x_L, share)``."""
 
     @property
     def recompute(self) -> bool:
-        """Whether the backward pass recomputes a block from its input."""
+        """Return whether the backward pass recomputes a block from its input."""
         return self.remat in ("full", "offload")
 
     @property
     def policy(self) -> Any:
-        """Where the inputs of blocks are saved if `recompute`."""
+        """Return where to save the inputs of blocks if `recompute`."""
         return OFFLOAD_BLOCK_INPUTS if self.remat == "offload" else None
 
 
@@ -91,12 +91,12 @@ def fused_exit_losses(
 
     Each exit is inside a conditional on its weight: one compiled program serves every step of a curriculum, and an
     exit of weight 0 costs no FLOPs. The carry of the scan over blocks accumulates the gradient of the head. With
-    ``remat`` none or dots, the forward pass also computes each exit's gradient with respect to ``x``. With full or
-    offload, the backward pass recomputes the logits of inner exits instead of saving that gradient: 8 D V FLOPs per
-    token.
+    ``remat`` none or dots, the forward pass also computes and saves each exit's gradient with respect to ``x``. With
+    full or offload, the backward pass recomputes the logits of inner exits to compute that gradient. An inner exit then
+    costs 8 D V FLOPs per token instead of 6.
 
-    If ``settings.exits`` names the exits, their losses follow the scan, which only keeps their inputs. Their gradients
-    then take memory for these exits alone, and the last exit can be their teacher.
+    If ``settings.exits`` names the exits, their losses are computed after the scan, which keeps only the inputs.
+    Their gradients then take memory for these exits alone, and the last exit can be their teacher.
 
     Only the objective has a gradient; ``loss_L`` has none.
     """
@@ -175,9 +175,9 @@ def exits_after_scan(
         kept_KBTD = jax.lax.dynamic_update_index_in_dim(kept_KBTD, value_BTD, slot, 0)
         return (run_named_block(block, x_BTD, mask), kept_KBTD), None
 
-    # Exit e reads the input of block e, counted from 0. Every block writes its input to the slot of the next exit, so
-    # the last block to write a slot is the one at its exit. Blocks after the last of `settings.exits` write back what
-    # the last slot holds: an update of one slot happens in place, but a conditional would copy all slots.
+    # Exit e reads the input of block e; blocks are counted from 0. Every block writes its input to the slot of the next
+    # exit, so block e is the last to change the slot of exit e. Blocks after the last of `settings.exits` write the
+    # last slot's own value back. XLA updates one slot in place, but would copy all slots for a conditional.
     exit_K, layer_L = jnp.array(settings.exits), jnp.arange(L)
     slot_L = jnp.minimum(jnp.searchsorted(exit_K, layer_L), K - 1)
     before_exit_L = layer_L <= exit_K[-1]

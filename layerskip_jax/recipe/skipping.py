@@ -99,8 +99,8 @@ class _GroupLoop:
         groups = _Groups.create(keep_R, self.groups)
 
         def run_group(i: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
-            # Read rows from x_RTD and not from out_RTD, which still has the same values in them: if `jax.checkpoint`
-            # repeats this loop only for its residuals, XLA can then remove out_RTD.
+            # Read the rows from x_RTD, although out_RTD still holds the same values for them. XLA can then remove
+            # out_RTD when `jax.checkpoint` reruns this loop only for the residuals.
             out_RTD, saved = carry
             x_JTD, segments_JT, keep_J = (groups.read(array, i) for array in (x_RTD, segments_RT, keep_R))
             out_JTD, pullback = self._vjp(weights, x_JTD, segments_JT, keep_J, scale)
@@ -152,8 +152,8 @@ class _GroupLoop:
     ) -> tuple[list[jax.ShapeDtypeStruct], list[bool]]:
         """Return the shape of each residual of a group's pullback, and whether it depends on the rows.
 
-        A residual depends on the rows if its shape does. A scalar computed from the rows would look constant and give a
-        wrong gradient, but a block has none: its rows are independent of each other (`BlockFunction`).
+        A residual depends on the rows if its shape changes with their number. A scalar computed from the rows would be
+        missed and give a wrong gradient. A block has none: its rows are independent of each other (`BlockFunction`).
         """
 
         def shapes(rows: int) -> list[jax.ShapeDtypeStruct]:

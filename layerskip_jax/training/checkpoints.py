@@ -187,7 +187,7 @@ class Checkpoints:
         """Restore the newest checkpoint into the shapes and shardings of ``abstract``, and its position into ``data``.
 
         Returns None without a checkpoint. If the newest is damaged, ``train.damaged_checkpoint`` decides whether to
-        raise `DamagedCheckpoint`, or to warn, restore the one before and move the damaged one to ``RUN_DIR/damaged``.
+        raise `DamagedCheckpoint`, or to warn, restore the previous one and move the damaged one to ``RUN_DIR/damaged``.
         Raises `UserError` if the checkpoint holds another model, or if none is intact.
         """
         damaged: list[tuple[int, str]] = []
@@ -200,7 +200,7 @@ class Checkpoints:
             if self._config.train.damaged_checkpoint == "stop":
                 raise DamagedCheckpoint(f"{problem} (train.damaged_checkpoint go_back restores the one before)")
             if jax.process_index() == 0:
-                warn(f"{problem}; trying the one before (train.damaged_checkpoint)")
+                warn(f"{problem}; trying the previous one (train.damaged_checkpoint)")
         if damaged:
             raise DamagedCheckpoint(
                 f"no checkpoint in {self.folder} is intact: start a new run with another --train.run_dir"
@@ -266,7 +266,7 @@ class Checkpoints:
 def make_run_folder(config: Config) -> None:
     """Create the folder of a run's checkpoints; raises `UserError` if that fails."""
     folder = checkpoint_folder(config)
-    # orbax takes the path for a pattern, finds none of the files it has just written, and commits an empty checkpoint.
+    # orbax treats the path as a glob pattern, finds none of the files that it has written, and commits an empty folder.
     if signs := set("*?[") & set(str(folder)):
         raise UserError(
             f"checkpoints cannot be saved below a folder with {' or '.join(sorted(signs))} in its name: rename it or "

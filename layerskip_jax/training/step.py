@@ -24,7 +24,10 @@ from layerskip_jax.training.optimizer import learning_rate, make_optimizer, sche
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that an optimizer step changes. Dropout keys, schedules and curricula follow from ``step``."""
+    """Everything that an optimizer step changes.
+
+    Dropout keys, drop rates and exit weights follow from ``step``, the learning rate from the count in ``opt_state``.
+    """
 
     step: jax.Array
     model: Transformer
@@ -126,7 +129,8 @@ class Trainer:
         # Not lax.cond, which would keep old and new in memory at once: a select fuses into the update.
         chosen = jax.tree.map(lambda new, old: jnp.where(applied, new, old), new, old)
         state = TrainState(state.step + 1, *chosen)
-        # Return the state in the shardings of the input. If the compiler chose others, the next step would recompile.
+        # Return the state in the shardings of the input. If the compiler chose others, the next call would recompile,
+        # and a program that is compiled ahead would reject the state.
         replicated = NamedSharding(self.mesh, PartitionSpec())  # so that every process can read the metrics
         return jax.lax.with_sharding_constraint((state, metrics), (self.state_shardings(), replicated))
 
