@@ -50,6 +50,23 @@ def test_create_spot_queued_and_many_slices(cloud, options, command, more):
     assert call == ["compute", "tpus", command, "create", "my-run", *PLACE, "--accelerator-type=v6e-16", *more]
 
 
+@pytest.mark.parametrize(
+    ("options", "variable", "alpha", "more"),
+    [
+        ("--flex-start=24h", "POD_FLEX_START", True, ["--provisioning-model=flex-start", "--max-run-duration=24h"]),
+        ("--reservation=mine", "POD_RESERVATION", True, ["--reservation=mine"]),
+        ("--reservation=any", "POD_RESERVATION", False, ["--reserved"]),
+    ],
+)
+def test_create_flex_start_and_reserved(cloud, options, variable, alpha, more):
+    cloud.pod("create", options)
+    (call,) = cloud.calls()
+    words = ["--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e", "--node-id=my-run", *more]
+    group = ["alpha"] * alpha + ["compute", "tpus", "queued-resources"]
+    assert call == [*group, "create", "my-run", *PLACE, *words]
+    assert cloud.pod("status", **{variable: options.partition("=")[2]}) == "my-run: PROVISIONING\n"
+
+
 def test_create_warns_that_ironwood_may_be_refused(cloud):
     warning = "Google offers tpu7x through GKE and Compute Engine, so this request may fail: see tpu/README.md"
     assert warning in cloud.pod("create", "--accelerator=tpu7x-8")
@@ -211,6 +228,9 @@ MISTAKES = [
     (["create", "--slices", "two"], {}, "--slices must be a whole number, got 'two'"),
     (["create", "--slices", "0"], {}, "--slices must be at least 1, got 0"),
     (["create"], {"POD_SPOT": "yes"}, "POD_SPOT must be 0 or 1, got 'yes'"),
+    (["create", "--spot", "--flex-start=4h"], {}, "use only one of --spot, --flex-start and --reservation"),
+    (["create", "--reservation=any"], {"POD_FLEX_START": "4h"}, "use only one of --spot, --flex-start and"),
+    (["create", "--flex-start", "4"], {}, "--flex-start must be a time such as 24h, 90m or 7d, got '4'"),
     (["create", "--zone"], {}, "--zone needs a value: --zone VALUE"),
     (["create", "--zome=x"], {}, "unknown option --zome=x: tpu/pod help lists the options"),
     (["create", *TRAIN], {}, "tpu/pod create takes no train options, got: --config"),
@@ -257,7 +277,7 @@ def test_help_names_every_command_and_option(cloud):
     source = (ROOT / "tpu/common.sh").read_text()
     for option in re.findall(r"--[a-z-]+", source[source.index("read_options()") : source.index("whole_number()")]):
         assert option in (*text.split(), "--config"), option
-    for variable in set(re.findall(r"POD_[A-Z]+", source)):
+    for variable in set(re.findall(r"POD_[A-Z_]+", source)):
         assert variable in text, variable
 
 
@@ -330,6 +350,7 @@ def test_another_process_with_a_stale_pid_is_not_the_run(installed):
 DRY = {
     "create": ["create", "--spot"],
     "queued": ["create", "--slices=2"],
+    "flex-start": ["create", "--flex-start=4h"],
     "status": ["status"],
     "install": ["install"],
     "launch": ["launch", *TRAIN, *AWKWARD],

@@ -36,26 +36,30 @@ run() {  # WORD...: run the command; with --dry-run, print it quoted instead
 dry_run=0 yes=0
 name=${POD_NAME-} project=${POD_PROJECT-} zone=${POD_ZONE-} accelerator=${POD_ACCELERATOR-} runtime=${POD_RUNTIME-}
 slices=${POD_SLICES:-1} queued=${POD_QUEUED:-0} spot=${POD_SPOT:-0}
+flex_start=${POD_FLEX_START-} reservation=${POD_RESERVATION-}
 worker=0 grace=300 poll=60 retries=5
 
 read_options() {  # OPTION...: set the settings, and rest to the number of words after --
-  local option value
+  local option variable value
   while [ $# -gt 0 ]; do
     option=${1%%=*}
+    variable=${option#--}
+    variable=${variable//-/_}
     case $1 in
       --) shift; break ;;
       --dry-run) dry_run=1 ;;
       --yes) yes=1 ;;
       --spot) spot=1 ;;
       --queued) queued=1 ;;
-      --name | --project | --zone | --accelerator | --runtime | --slices | --worker | --grace | --poll | --retries)
+      --name | --project | --zone | --accelerator | --runtime | --slices | --flex-start | --reservation | --worker | \
+        --grace | --poll | --retries)
         [ $# -gt 1 ] || usage_error "$option needs a value: $option VALUE"
-        printf -v "${option#--}" %s "$2"
+        printf -v "$variable" %s "$2"
         shift ;;
-      --name=* | --project=* | --zone=* | --accelerator=* | --runtime=* | --slices=* | --worker=* | --grace=* | \
-        --poll=* | --retries=*)
+      --name=* | --project=* | --zone=* | --accelerator=* | --runtime=* | --slices=* | --flex-start=* | \
+        --reservation=* | --worker=* | --grace=* | --poll=* | --retries=*)
         value=${1#*=}
-        printf -v "${option#--}" %s "$value" ;;
+        printf -v "$variable" %s "$value" ;;
       --config* | --*.*) usage_error "$1 is an option of train.py: put it after --, as in: tpu/pod launch -- $1 ..." ;;
       *) usage_error "unknown option $1: tpu/pod help lists the options" ;;
     esac
@@ -86,6 +90,14 @@ check_settings() {
   for switch in POD_QUEUED="$queued" POD_SPOT="$spot"; do
     case ${switch#*=} in 0 | 1) ;; *) usage_error "${switch%%=*} must be 0 or 1, got '${switch#*=}'" ;; esac
   done
+  local kinds=0
+  [ "$spot" = 0 ] || kinds=$((kinds + 1))
+  [ -z "$flex_start" ] || kinds=$((kinds + 1))
+  [ -z "$reservation" ] || kinds=$((kinds + 1))
+  [ "$kinds" -le 1 ] || usage_error "use only one of --spot, --flex-start and --reservation"
+  [ -z "$flex_start" ] || [[ $flex_start =~ ^([0-9]+[dhms])+$ ]] ||
+    usage_error "--flex-start must be a time such as 24h, 90m or 7d, got '$flex_start'"
+  [ -z "$flex_start$reservation" ] || queued=1  # gcloud takes these only for queued resources
   nodes=$name
   if [ "$slices" -gt 1 ]; then
     queued=1  # only a queued resource creates slices that know each other's addresses
