@@ -53,10 +53,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def bucket_error(error: BaseException | None) -> BaseException | None:
     """Return the first of ``error`` and its causes that a cloud-storage library raised, or None.
 
-    Such an error concerns the network, credentials or permissions, so a traceback of our code does not help. Classes
-    are compared by module name because these libraries are optional.
+    Such an error concerns the network, credentials or permissions, so a traceback of our code does not help, and files
+    in the bucket may be intact. Classes are compared by module name because these libraries are optional. TensorStore
+    raises `ValueError` with the status of the request, and gcsfs `OSError` for a missing permission.
     """
-    while error is not None and type(error).__module__.split(".")[0] not in ("gcsfs", "aiohttp", "google"):
+    signs = ("[http_response_code=", "[curl_code=", "Forbidden: ")
+    while error is not None:
+        library = type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests")
+        if library or (type(error) in (OSError, ValueError) and any(sign in str(error) for sign in signs)):
+            break
         error = error.__cause__
     return error
 

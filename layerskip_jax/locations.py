@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ def locate(path: str) -> epath.Path:
         raise UserError(f"{path} is neither a local path nor a gs:// path: buckets are written gs://BUCKET/...")
     if not any(importlib.util.find_spec(library) for library in BUCKET_LIBRARIES):
         raise UserError(f"{path} needs gcsfs: pip install layerskip_jax[gcs]")
+    # It prints a traceback of each error that it then raises, and commands report the error in one line.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return epath.Path(path)  # resolve() would make it relative to the working directory
 
 
@@ -103,8 +106,8 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def names_in(folder: epath.Path) -> list[str]:
-    """Return the names in a folder; none if it cannot be listed."""
-    with contextlib.suppress(OSError):
+    """Return the names in a folder; none if it cannot be listed, unless a bucket does not answer."""
+    with contextlib.suppress(*((FileNotFoundError, NotADirectoryError) if is_remote(folder) else (OSError,))):
         return [entry.name for entry in folder.iterdir()]
     return []
 

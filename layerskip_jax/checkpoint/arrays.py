@@ -14,13 +14,19 @@ from flax import nnx
 
 from layerskip_jax.checkpoint.digests import digests
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, bucket_error
 from layerskip_jax.locations import is_remote
 from layerskip_jax.model import Transformer
 
 
 class DamagedCheckpoint(UserError):  # noqa: N818  (as the user reads it)
     """The files of a checkpoint were changed after the save, or some are missing."""
+
+
+def unreadable(problem: str, error: Exception) -> UserError:
+    """Return `DamagedCheckpoint`, or `UserError` if a bucket does not answer: the checkpoint may then be intact."""
+    refused = bucket_error(error)
+    return UserError(f"the bucket does not answer: {summarize(refused)}") if refused else DamagedCheckpoint(problem)
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -66,8 +72,8 @@ def read_arrays(folder: epath.Path, target: dict[str, Any]) -> dict[str, jax.Arr
     try:
         return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(target))
     except Exception as error:  # orbax, tensorstore and its drivers share no base class
-        raise DamagedCheckpoint(
-            f"the checkpoint {folder.parent} is damaged: {folder.name}: {summarize(error)}"
+        raise unreadable(
+            f"the checkpoint {folder.parent} is damaged: {folder.name}: {summarize(error)}", error
         ) from error
 
 
@@ -82,8 +88,8 @@ def check_shapes(folder: epath.Path, wanted: dict[str, tuple[int, ...]]) -> None
     """Raise `UserError` unless the model in a checkpoint has exactly the arrays that its config implies."""
     try:
         shapes = _stored_shapes(folder / "model")
-    except Exception as error:  # any error here comes from damaged files
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {summarize(error)}") from error
+    except Exception as error:  # any error here comes from damaged files, or from a bucket that does not answer
+        raise unreadable(f"the checkpoint {folder} is damaged: {summarize(error)}", error) from error
     for name in sorted(wanted.keys() | shapes.keys()):
         stored, follows = shapes.get(name, "missing"), wanted.get(name, "no such array")
         if stored != follows:

@@ -25,6 +25,7 @@ from layerskip_jax.checkpoint.arrays import (
     prefix_names,
     read_arrays,
     stacked_model,
+    unreadable,
 )
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import from_dict
@@ -169,14 +170,14 @@ def read_data_positions(checkpoint: epath.Path) -> tuple[dict[int, Any], Corpus 
     try:
         return read_positions(checkpoint / "batches"), read_corpus(checkpoint / "batches")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: no data position: {error}") from error
+        raise unreadable(f"the checkpoint {checkpoint} is damaged: no data position: {error}", error) from error
 
 
 def _read_json(checkpoint: epath.Path, item: str) -> Any:
     try:
         return json.loads(read_limited(checkpoint / item / "metadata"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"the checkpoint {checkpoint} is damaged: no readable {item}: {error}") from error
+        raise unreadable(f"the checkpoint {checkpoint} is damaged: no readable {item}: {error}", error) from error
 
 
 def sha256(data: bytes) -> str:

@@ -194,7 +194,7 @@ class Checkpoints:
         for step in agree("checkpoints", partial(checkpoint_steps, self.folder), lambda steps: steps):
             state, problem = self._read(step, abstract, data)
             if not problem:
-                self._move_damaged([step for step, _ in damaged])
+                self._move_damaged(damaged)
                 return state
             damaged.append((step, problem))
             if self._config.train.damaged_checkpoint == "stop":
@@ -249,15 +249,19 @@ class Checkpoints:
                 f"the config says {self._config.optimizer.name}: their states differ; keep {saved.optimizer.name}"
             )
 
-    def _move_damaged(self, steps: list[int]) -> None:
-        """Move damaged checkpoints away, so that the run can save those steps again."""
+    def _move_damaged(self, damaged: list[tuple[int, str]]) -> None:
+        """Move damaged checkpoints away, so that the run can save those steps again, and say why in a text file."""
 
         def move() -> None:
-            for step in steps if jax.process_index() == 0 else []:
+            for step, problem in damaged if jax.process_index() == 0 else []:
                 target = self.folder.parent / "damaged"
                 target.mkdir(exist_ok=True)
                 names = (target / name for name in (str(step), *(f"{step}-{n}" for n in range(1, 1000))))
-                (self.folder / str(step)).rename(next(name for name in names if not name.exists()))
+                name = next(name for name in names if not name.exists())
+                write_file(
+                    target / f"{name.name}.txt", f"{problem}\n"
+                )  # `rename` needs a folder, so a file in a bucket
+                (self.folder / str(step)).rename(name)
 
         agree("damaged checkpoints", move)
         self._manager.reload()

@@ -158,7 +158,7 @@ class RunLock:
         if self._thread.ident is None:  # not process 0, or not acquired
             return
         self._thread.join(BEAT_SECONDS)
-        with contextlib.suppress(OSError), _alone(self._file.parent):
+        with contextlib.suppress(Exception), _alone(self._file.parent):  # such as a network that is down
             if self._look():
                 self._file.unlink()
 

@@ -46,6 +46,7 @@ class MetricsWriter:
 
     def __init__(self, config: Config):
         self._sinks: dict[str, Sink] = {}
+        self._delayed = False
         self._spool: tempfile.TemporaryDirectory[str] | None = None
         if jax.process_index() == 0:
             self._folder = locate(config.train.run_dir)
@@ -81,7 +82,12 @@ class MetricsWriter:
         if self._spool:
             for name, sink in list(self._sinks.items()):
                 self._try(name, sink.flush)
-            self._try(str(self._folder), self._copy)
+            try:
+                self._copy()
+            except Exception as error:
+                if not self._delayed:
+                    warn(f"metrics are not copied to {self._folder} yet: {error}; each checkpoint tries again")
+                self._delayed = True
 
     def _copy(self) -> None:
         assert self._spool
