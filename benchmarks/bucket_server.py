@@ -25,8 +25,8 @@ NOT_FORWARDED = {"connection", "keep-alive", "transfer-encoding", "host"}
 class Faults:
     """Which fault each request meets: "429", "503", "dropped", "answer lost", or "" for none."""
 
-    KINDS = ("429", "503", "dropped", "answer lost")
-    """A dropped request has no effect, but one whose answer is lost has."""
+    KINDS = ("429", "503", "dropped", "answer lost", "late")
+    """A dropped request has no effect, but one whose answer is lost has. A late one takes 20 to 200 ms more."""
 
     def __init__(self, seed: int = 0):
         self._chance, self._lock = random.Random(seed), threading.Lock()
@@ -42,6 +42,8 @@ class Faults:
             kind = self._chance.choice(self.KINDS) if self._chance.random() < self.rate else ""
             if kind:
                 self.count[kind] += 1
+            if kind == "late":
+                delay += self._chance.uniform(0.02, 0.2)
         time.sleep(delay)
         return kind
 
@@ -50,6 +52,7 @@ class Proxy(BaseHTTPRequestHandler):
     """Forwards requests to the server; class attributes name it and the faults."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer would wait 40 ms between its head and its body
     faults: Faults
     port: int
     _server: http.client.HTTPConnection | None = None
@@ -63,7 +66,7 @@ class Proxy(BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             status, content, headers = self._forward(body)
-            if fault:
+            if fault == "answer lost":
                 self.close_connection = True
             else:
                 self._send(status, content, headers)

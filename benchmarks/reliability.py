@@ -1,4 +1,4 @@
-"""Long reliability tests, for docs/reliability.md: ``python -m benchmarks.reliability [kills damage ...]``.
+"""Long reliability tests, for docs/reliability.md: ``python -m benchmarks.reliability [kills damage buckets]``.
 
 They use real processes, signals and files. Without a name all tests run; the exit status is 1 if anything was lost.
 """
@@ -9,18 +9,20 @@ import functools
 import io
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from benchmarks.bucket_server import bucket_server
 from benchmarks.common import header
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.reading import load_model
@@ -71,15 +73,20 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
 
 
 class TrainingProcess:
-    """A process that runs ``train.py``."""
+    """A process that runs ``train.py``; with ``url``, in a bucket whose objects are files in ``run``."""
 
-    def __init__(self, settings: list[str], run: Path, cache: Path):
-        self._run = run
+    def __init__(
+        self, settings: list[str], run: Path, cache: Path, url: str = "", environment: dict[str, str] | None = None
+    ):
+        self._run, self._bucket, self.output = run, bool(url), ""
         jax_settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self._process = subprocess.Popen(
-            [sys.executable, "train.py", *settings, "--train.run_dir", str(run)],
+            [sys.executable, "train.py", *settings, "--train.run_dir", url or str(run)],
             cwd=ROOT,
-            env=os.environ | jax_settings | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)},
+            env=os.environ
+            | jax_settings
+            | (environment or {})
+            | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -88,6 +95,7 @@ class TrainingProcess:
     def opening(self) -> str:
         """Wait for the line that names the step from which the run starts, and return it."""
         for line in self._process.stdout or []:
+            self.output += line
             if " steps, " in line:
                 return line.strip()
         raise RuntimeError("the run ended before its first step")
@@ -102,17 +110,19 @@ class TrainingProcess:
         time.sleep(seconds)
         killed = self._process.poll() is None
         self._process.kill()
-        self._process.communicate()
+        self.output += self._process.communicate()[0]
         return killed, self._saving()
 
     def _saving(self) -> bool:
+        if self._bucket:
+            return bool(bucket_steps(self._run)[1])
         return any((self._run / "checkpoints").glob(UNFINISHED_SAVE))
 
     def finish(self) -> str:
-        output, _ = self._process.communicate(timeout=600)
+        self.output += self._process.communicate(timeout=600)[0]
         if self._process.returncode:
-            raise RuntimeError(f"the run ended with status {self._process.returncode}: {output[-2000:]}")
-        return output
+            raise RuntimeError(f"the run ended with status {self._process.returncode}: {self.output[-2000:]}")
+        return self.output
 
 
 def newest(run: Path) -> int | None:
@@ -153,6 +163,70 @@ def kills(trials: int = 30, seed: int = 0, steps: int = 60) -> Counter[str]:
             count["runs"] += 1
             count["runs that ended with other parameters"] += not same(contents(str(run)), whole)
     return count
+
+
+def bucket_steps(run: Path) -> tuple[int, set[int]]:
+    """Return the newest complete checkpoint of a run in a bucket, or 0, and the steps after it that have objects."""
+    steps: dict[int, bool] = {}
+    for file in (run / "checkpoints").rglob("*"):
+        parts = file.relative_to(run / "checkpoints").parts
+        if parts[0].isdigit() and file.is_file():
+            steps[int(parts[0])] = steps.get(int(parts[0]), False) or parts[1:] == ("commit_success.txt",)
+    newest = max((step for step, complete in steps.items() if complete), default=0)
+    return newest, {step for step in steps if step > newest}
+
+
+def buckets(trials: int = 20, faults: int = 200, seed: int = 0, steps: int = 20, rate: float = 0.05) -> Counter[str]:
+    """Kill runs within saves into a bucket that refuses, delays and drops requests; compare with a local run."""
+    moments, count = random.Random(seed), Counter[str]()
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        settings = [*make_settings(folder), "--train.checkpoint_every", "1", "--train.steps", str(steps)]
+        cache, bucket = folder / "cache", folder / "buckets" / "bucket"
+        TrainingProcess(settings, folder / "whole", cache).finish()
+        whole = contents(str(folder / "whole"))
+        bucket.mkdir(parents=True)
+        environment, injected = stack.enter_context(bucket_server(bucket.parent))
+        while count["kills in a save"] < trials or count["faults"] < faults:
+            run, complete = f"run{count['runs']}", 0
+            while True:
+                injected.rate = rate
+                process = TrainingProcess(settings, bucket / run, cache, f"gs://bucket/{run}", environment)
+                start = f"resuming after step {complete}" if complete else "from scratch"
+                opening = process.opening()
+                count["starts that did not resume from the newest checkpoint"] += not opening.endswith(start)
+                if count["kills in a save"] >= trials:
+                    process.finish()
+                else:
+                    _, saving = process.kill(moments.uniform(0, 4), in_a_save=True)
+                    count["kills"] += 1
+                    count["kills in a save"] += saving
+                complete = bucket_steps(bucket / run)[0]
+                count["tracebacks"] += "Traceback" in process.output
+                warnings = [re.sub(r"[\d.]+", "", line) for line in process.output.splitlines() if "WARN" in line]
+                count["repeated warnings"] += len(warnings) - len(set(warnings))
+                count["faults"] = injected.count.total() - injected.count["late"]
+                print(f"  {dict(count)}", file=sys.stderr, flush=True)
+                if complete == steps:
+                    break
+            injected.rate = 0.0
+            count["runs"] += 1
+            with served(environment):
+                count["runs that ended with other parameters"] += not same(contents(f"gs://bucket/{run}"), whole)
+        count["late requests"], count["requests"] = injected.count["late"], injected.requests
+    return count
+
+
+@contextlib.contextmanager
+def served(environment: dict[str, str]) -> Iterator[None]:
+    """Read buckets in this process too."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def damage(trials: int = 300, seed: int = 0) -> Counter[str]:
@@ -237,10 +311,13 @@ def halve(folder: Path, chance: random.Random) -> None:
 
 
 DAMAGES = (flip, truncate, remove, halve)
-LONG: dict[str, Callable[[], Counter[str]]] = {"kills": kills, "damage": damage}
+LONG: dict[str, Callable[[], Counter[str]]] = {"kills": kills, "damage": damage, "buckets": buckets}
 HARMLESS = {
     "kills",
     "kills in a save",
+    "faults",
+    "late requests",
+    "requests",
     "runs",
     "harmless",
     "detected, and the one before restored",

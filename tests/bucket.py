@@ -16,7 +16,7 @@ from layerskip_jax.config import Config, DataConfig, DecodeConfig, ModelConfig, 
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.training.loop import train
 
-STEPS, EVERY = 6, 2
+STEPS = 4
 NEW = 12
 
 
@@ -56,7 +56,7 @@ def run_config(data: DataConfig, run_dir: str) -> Config:
             evaluate_batches=1,
             loss_chunk=8,
             log_every=1,
-            checkpoint_every=EVERY,
+            checkpoint_every=2,
         ),
         decode=DecodeConfig(exit_layer=1, draft_length=3, max_new_tokens=NEW),
     )

@@ -15,19 +15,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from bucket import EVERY, STEPS, objects, run_config, trained_run
+from bucket import STEPS, objects, run_config, trained_run
 from corpora import VOCABULARY
 
 from benchmarks.reliability import contents, same
 from layerskip_jax import locations
-from layerskip_jax.checkpoint.run_folder import checkpoint_steps, find_checkpoint, read_config
+from layerskip_jax.checkpoint.arrays import DamagedCheckpoint, unreadable
+from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.checkpoint.run_folder import (
+    checkpoint_steps,
+    find_checkpoint,
+    read_checksums,
+    read_config,
+    read_data_positions,
+)
 from layerskip_jax.checkpoint.swept import SWEPT, store_swept, swept_settings
 from layerskip_jax.commands import decode, evaluate, report
 from layerskip_jax.commands.plots import plot_run
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pretokenize import pretokenize
-from layerskip_jax.errors import Interrupted, UserError, run_command
+from layerskip_jax.errors import Interrupted, UserError, bucket_error, run_command
 from layerskip_jax.locations import locate
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
@@ -115,9 +123,9 @@ def test_a_stopped_and_resumed_run_in_a_bucket_equals_a_local_one(run, whole, cl
     assert same(contents(run), whole)
     records = read_records(run)
     assert [record["step"] for record in records if "train/objective" in record] == list(range(1, STEPS + 1))
-    assert checkpoint_steps(locate(run) / "checkpoints") == [6, 4]
+    assert checkpoint_steps(locate(run) / "checkpoints") == [4, 3]
     names = objects(cloud.local(run))
-    assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == {"4", "6", "tokenizer.model"}
+    assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == {"3", "4", "tokenizer.model"}
     assert {name.split("/")[0] for name in names} == {"checkpoints", "metrics.jsonl", "tensorboard"}
 
 
@@ -155,23 +163,27 @@ def test_commands_print_the_same_for_a_run_in_a_bucket_and_a_local_one(run, corp
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as in `test_survival.DROPPED`
 @pytest.mark.usefixtures("dropped_reads")
-@pytest.mark.parametrize("damage", ["overwritten", "removed"])
-def test_a_damaged_object_is_found_and_the_checkpoint_before_used(damage, run, whole, data, cloud, capfd):
+def test_a_damaged_object_is_found_and_the_checkpoint_before_used(run, whole, data, cloud, capfd):
     copy = f"{cloud.new()}/run"
     for name in objects(cloud.local(run)):
         if name.startswith("checkpoints/"):
             (locate(copy) / name).write_bytes((locate(run) / name).read_bytes())
-    files = cloud.local(copy) / "checkpoints" / str(STEPS) / "model"
-    name, size = max(((name, (files / name).stat().st_size) for name in objects(files)), key=lambda file: file[1])
-    file = find_checkpoint(copy) / "model" / name
-    file.unlink() if damage == "removed" else file.write_bytes(bytes(size))
+    model = find_checkpoint(copy) / "model"
+    sizes = {name: (model / name).stat().length for name in objects(cloud.local(str(model)))}
+    file = model / max(sizes, key=sizes.get)
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(DamagedCheckpoint, match=f"checkpoints/{STEPS} is damaged"):
+        load_model(copy)
+    file.write_bytes(bytes(len(content)))
+    capfd.readouterr()
     train(run_config(data, copy))
     output = capfd.readouterr()
     assert output.err.count("WARNING: ") == output.err.count("\n") == 1
     assert f"checkpoints/{STEPS} is damaged" in output.err
-    assert f"resuming after step {STEPS - EVERY}" in output.out
+    assert "resuming after step 3" in output.out
     assert same(contents(copy), whole)
-    assert {"damaged/6/config/metadata", "damaged/6.txt"} <= objects(cloud.local(copy))
+    assert {"damaged/4/config/metadata", "damaged/4.txt"} <= objects(cloud.local(copy))
 
 
 def unfinished(checkpoints):
@@ -216,10 +228,38 @@ def test_a_run_goes_on_while_the_bucket_refuses_delays_and_drops_requests(whole,
     monkeypatch.setattr(cloud.faults, "seconds", (0.0, 0.02))
     train(run_config(data, run))
     monkeypatch.undo()
-    assert len(cloud.faults.count) == 4
+    assert len(cloud.faults.count) == len(cloud.faults.KINDS)
     assert capfd.readouterr().err == ""
     assert same(contents(run), whole)
     assert len([record for record in read_records(run) if "train/objective" in record]) == STEPS
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("kind", ["503", "dropped"])
+def test_a_bucket_that_does_not_answer_is_no_damage(kind, run, data, cloud, monkeypatch):
+    """The checkpoint would be moved away, and the run would repeat the steps since the one before."""
+    checkpoint = find_checkpoint(run)
+    monkeypatch.setattr(cloud.faults, "rate", 1.0)
+    monkeypatch.setattr(cloud.faults, "KINDS", (kind,))
+    for read in (read_config, read_checksums, read_data_positions):
+        with pytest.raises(Exception, match=r"injected, 503|disconnected|the bucket does not answer") as raised:
+            read(checkpoint)
+        assert not isinstance(raised.value, DamagedCheckpoint)
+        assert isinstance(raised.value, UserError) or bucket_error(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("Forbidden: https://storage.example.org/b/bucket/o"),
+        ValueError("ABORTED: All 32 retry attempts failed: Service Unavailable [http_response_code='503']"),
+        ValueError("Error opening \"zarr\" driver: All 32 retry attempts failed: CURL error [curl_code='7']"),
+    ],
+)
+def test_refusals_that_the_libraries_raise_are_told_from_damage(error):
+    assert bucket_error(error) is error
+    assert not isinstance(unreadable("damaged", error), DamagedCheckpoint)
+    assert isinstance(unreadable("damaged", ValueError("NOT_FOUND: no such array")), DamagedCheckpoint)
 
 
 @pytest.mark.usefixtures("impatient")

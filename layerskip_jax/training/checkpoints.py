@@ -4,6 +4,7 @@ orbax saves model, optimizer, data position and config as one atomic checkpoint.
 """
 
 import contextlib
+import logging
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,21 @@ from layerskip_jax.training.run_lock import RunLock
 from layerskip_jax.training.step import TrainState
 
 
+class _Once(logging.Filter):
+    """Lets orbax say once that a save waits for the one before. It says it at every save, as into a slow bucket."""
+
+    said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith("Waiting for previous save"):
+            return True
+        self.said, before = True, self.said
+        return not before
+
+
+_once = _Once()
+
+
 class Checkpoints:
     """The checkpoints of one run, which the context manager locks; leaving it waits for the last save."""
 
@@ -59,6 +75,7 @@ class Checkpoints:
         """Describes the restored checkpoint, and the settings and data that changed after it."""
 
     def _open(self) -> ocp.CheckpointManager:
+        logging.getLogger("absl").addFilter(_once)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._config.train.keep_checkpoints,
             keep_period=self._config.train.keep_every or None,
