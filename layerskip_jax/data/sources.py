@@ -19,7 +19,7 @@ from layerskip_jax.config import DataConfig
 from layerskip_jax.data.corpus_files import CorpusFiles, File, cut_file, find_files, hold_out
 from layerskip_jax.data.documents import Documents, Pair, as_text
 from layerskip_jax.data.load_tokenizer import load_tokenizer
-from layerskip_jax.errors import UserError, nearest
+from layerskip_jax.errors import UserError, bucket_error, nearest
 from layerskip_jax.locations import check_encoding, decode_text, locate, names_in
 
 CUT_BELOW_FILES = 10
@@ -286,6 +286,8 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
     try:
         return json.loads((folder / METADATA).read_bytes())
     except (OSError, ValueError) as error:
+        if bucket_error(error):
+            raise
         raise UserError(
             f"no pretokenized corpus at {folder} (data.path): make one with layerskip data pretokenize --out FOLDER"
         ) from error
