@@ -30,13 +30,21 @@ class DecodeConfig:
     exits: tuple[int, ...] = setting(
         (), "candidate exits; empty: early_exit.exits of the run, or L/8, L/4, L/2 and exit_layer", ANY
     )
+    lookup_length: int = setting(
+        0,
+        "self_speculative: where the text repeats, a round may draft this many of the tokens that followed before "
+        "instead; 0: never",
+        "[0, 63]",
+    )
     draft_threshold: float = setting(0.5, "policy confidence: probability below which drafting stops", "[0, 1]")
     exit_threshold: float = setting(
         0.0, "mode early_exit: probability at which a token exits; 0: always at exit_layer", "[0, 1]"
     )
-    start_cost: float = setting(0.0, "policy adaptive: time that drafting adds to a round [plain passes]", "[0, inf)")
+    start_cost: float = setting(
+        0.0, "policy adaptive, lookups: time that drafting adds to a round [plain passes]", "[0, inf)"
+    )
     width_cost: float = setting(
-        0.0, "policy adaptive: time that each draft adds; sweep measures both [plain passes]", "[0, inf)"
+        0.0, "policy adaptive, lookups: time that each draft adds; sweep measures both [plain passes]", "[0, inf)"
     )
     weights: Literal["full", "int8"] = setting("full", "int8: round the weights to 8 bits, which changes the text")
     max_new_tokens: int = setting(128, "at most this many new tokens for each prompt")

@@ -25,6 +25,7 @@ from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.hybrid import Hybrid
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -45,7 +46,14 @@ GREEDY_STRATEGIES = [
     SelfSpeculative(Greedy(), Fixed(1, DRAFTS)),
     AdaptiveSpeculative(Greedy(), Adaptive((1, 2), DRAFTS, probe_share=0.5)),
     PromptLookup(Greedy(), DRAFTS),
+    Hybrid(PromptLookup(Greedy(), DRAFTS), SelfSpeculative(Greedy(), Fixed(1, DRAFTS)), L),
 ]
+
+
+def hybrid(lookup=PromptLookup(Greedy(), 2), **settings):  # noqa: B008
+    return Hybrid(lookup, SelfSpeculative(Greedy(), Fixed(1, 2)), L, **settings)
+
+
 # Strategies that cannot be constructed, or cannot run on a model of two layers, each with a word of its error.
 BAD_STRATEGIES = [
     (lambda: SelfSpeculative(Greedy(), Fixed(L + 1, 2)), "exit layer 3"),
@@ -66,6 +74,10 @@ BAD_STRATEGIES = [
     (lambda: PromptLookup(Greedy(), 0), "draft_length"),
     (lambda: PromptLookup(Greedy(), 64), "draft length 64"),
     (lambda: PromptLookup(Greedy(), 2, max_ngram=0), "max_ngram"),
+    (lambda: hybrid(horizon=1.0), "horizon must be above 1"),
+    (lambda: hybrid(overhead=Overhead(per_round=NAN)), "overhead"),
+    (lambda: hybrid(lookup=PromptLookup(Stochastic(), 2)), "same sampler"),
+    (lambda: hybrid(lookup=PromptLookup(Greedy(), 64)), "draft length 64"),
     (lambda: ConfidentExit(Greedy(), (1,), 0.5), "last exit must be 2"),
     (lambda: ConfidentExit(Greedy(), (2, 1), 0.5), "exit layers must be strictly increasing"),
     (lambda: ConfidentExit(Greedy(), [1, 2], 0.5), "unhashable type: 'list'"),

@@ -15,6 +15,7 @@ from models import tiny_model
 from layerskip_jax import attention
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.hybrid import Hybrid
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed, Plan
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -82,7 +83,9 @@ def speculative_strategies(combination, random):
         Erratic(exits, draft_length),
     ]
     adaptive = [AdaptiveSpeculative(Greedy(), policy) for policy in policies[1:]]
-    return [SelfSpeculative(Greedy(), policies[0]), *adaptive, PromptLookup(Greedy(), draft_length)]
+    fixed, lookup = SelfSpeculative(Greedy(), policies[0]), PromptLookup(Greedy(), draft_length)
+    other = PromptLookup(Greedy(), DRAFT_LENGTHS[(combination + 1) % len(DRAFT_LENGTHS)])
+    return [fixed, *adaptive, lookup, Hybrid(other, random.choice([fixed, adaptive[1]]), layers)]
 
 
 @pytest.mark.parametrize("combination", range(COMBINATIONS))

@@ -16,6 +16,7 @@ from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.cost import head_share, round_cost
 from layerskip_jax.decoding.engine import begin, generate, rounds_program, run_rounds
+from layerskip_jax.decoding.hybrid import Hybrid
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed, Outcome, Plan, Probe
 from layerskip_jax.decoding.prompt_lookup import PromptLookup, look_up
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -289,6 +290,7 @@ STRATEGIES = {
     "adaptive": AdaptiveSpeculative(Greedy(), Adaptive((1, 3), 2)),
     "prompt_lookup": PromptLookup(Greedy(), 2),
     "confident_exit": ConfidentExit(Greedy(), (1, 2, 4), 0.1),
+    "hybrid": Hybrid(PromptLookup(Greedy(), 3), SelfSpeculative(Greedy(), Fixed(2, 2)), 4),
 }
 
 
@@ -319,8 +321,8 @@ def plain_look_up(tokens, max_ngram, draft_length):
         for end in range(len(tokens) - 1, size - 1, -1):
             if tokens[end - size : end] == tokens[-size:]:
                 period = len(tokens) - end
-                return [tokens[end + i % period] for i in range(draft_length)]
-    return None
+                return size, [tokens[end + i % period] for i in range(draft_length)]
+    return 0, None
 
 
 @given(
@@ -328,11 +330,9 @@ def plain_look_up(tokens, max_ngram, draft_length):
 )
 def test_look_up_equals_a_plain_search(tokens, max_ngram, length):
     padded = jnp.array([[*tokens, *[1] * (16 - len(tokens))]])
-    draft, drafted = look_up(padded, jnp.array([len(tokens)]), max_ngram, length)
+    draft, match = look_up(padded, jnp.array([len(tokens)]), max_ngram, length)
     expected = plain_look_up(tokens, max_ngram, length)
-    assert int(drafted[0]) == (0 if expected is None else length)
-    if expected is not None:
-        assert draft[0].tolist() == expected
+    assert (int(match[0]), draft[0].tolist() if match[0] else None) == expected
 
 
 def test_prompt_lookup_accepts_repetition():

@@ -14,6 +14,7 @@ from scipy import stats
 
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.hybrid import Hybrid
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -103,6 +104,7 @@ STRATEGIES = [
     AdaptiveSpeculative(Stochastic(), ConfidenceStop(1, 3, 0.3)),
     AdaptiveSpeculative(Stochastic(temperature=0.8), Adaptive((1, 2), 3, probe_share=0.5)),
     PromptLookup(Stochastic(temperature=1.2, top_k=5), draft_length=2),
+    Hybrid(PromptLookup(Stochastic(), 2, max_ngram=1), SelfSpeculative(Stochastic(), Fixed(1, 1)), num_layers=2),
 ]
 
 

@@ -22,6 +22,7 @@ from layerskip_jax.data.tokenizer_settings import TokenizerSettings
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.engine import generate
+from layerskip_jax.decoding.hybrid import Hybrid
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -37,6 +38,7 @@ STRATEGIES = [
     SelfSpeculative(Greedy(), ConfidenceStop(2, 3, 0.1)),
     AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 3)),
     PromptLookup(Greedy(), 3),
+    Hybrid(PromptLookup(Greedy(), 4), SelfSpeculative(Greedy(), Fixed(2, 3)), 4),
     ConfidentExit(Greedy(), (1, 4), 2.0),
 ]
 T = 77

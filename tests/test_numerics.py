@@ -220,12 +220,12 @@ def test_text_copied_from_itself(rows):
         cache=KVQCache([], []),
         policy_state=(),
         key=jax.random.key(0),
-        statistics=Statistics(jnp.int32(0), none_B, none_Q, none_B),
+        statistics=Statistics(jnp.int32(0), none_B, none_B, none_Q, none_B),
     )
 
     def draft_and_emit(_, state):
-        draft_Bd, drafted_B = look_up(state.tokens_BS, state.length_B, longest, d)
-        return emit(state, draft_Bd, drafted_B, draft_Bd[:, 0])
+        draft_Bd, match_B = look_up(state.tokens_BS, state.length_B, longest, d)
+        return emit(state, draft_Bd, jnp.where(match_B > 0, d, 0), draft_Bd[:, 0])
 
     @jax.jit
     def run(state):

@@ -62,7 +62,9 @@ class Report:
     rounds: int
     tokens_per_round: float
     num_layers: int
-    exit_rounds: dict[int, int]  # rounds (mode early_exit: tokens) at each exit
+    exit_rounds: dict[int, int]  # rounds (mode early_exit: tokens) at each exit; with lookups, layer L counts those
+    exit_acceptance: dict[int, float]  # accepted / drafted tokens of each exit; NaN if it drafted nothing
+    lookups: bool  # whether rounds can look their drafts up
     drafted_per_round: float
     acceptance: float
     accepted_histogram: list[int]
@@ -87,9 +89,13 @@ class Report:
         new_tokens, rounds = sum(part.new_tokens for part in parts), sum(part.rounds for part in parts)
         row_rounds = sum(histogram)  # every row of a batch counts each round
         drafted, accepted = sum(part.drafted for part in parts), sum(part.accepted for part in parts)
+        by_exit = {
+            exit: (sum(part.exit_accepted[exit] for part in parts), sum(part.exit_drafts[exit] for part in parts))
+            for exit in exit_rounds
+        }
         if config.mode == "early_exit" and not config.exit_threshold:  # all rows of a round use the same exit
             exit_rounds = dict.fromkeys(exit_rounds, row_rounds)
-        cost = _mean_round_cost(parts, model, config, exit_rounds)
+        cost = mean_round_cost(parts, model, config)
         seconds = weight_count(model) * weight_bytes(model, config.weights) / bandwidth * cost
         return cls(
             mode=config.mode,
@@ -100,6 +106,8 @@ class Report:
             tokens_per_round=new_tokens / row_rounds,
             num_layers=model.num_layers,
             exit_rounds=exit_rounds,
+            exit_acceptance={exit: right / total if total else math.nan for exit, (right, total) in by_exit.items()},
+            lookups=config.mode == "self_speculative" and config.lookup_length > 0,
             drafted_per_round=drafted / row_rounds,
             acceptance=accepted / drafted if drafted else math.nan,
             accepted_histogram=histogram,
@@ -124,12 +132,16 @@ class Report:
                 f"{self.predicted_tokens_per_second:.0f} tokens/s; this is {share:.0%} of it"
                 + (": the weights are so small that they stay in the cache" if share > 1 else "")
             )
-        at_exits = ", ".join(f"{exit} of {self.num_layers} ({n})" for exit, n in self.exit_rounds.items() if n)
+        rounds = dict(self.exit_rounds)
+        looked_up = rounds.pop(self.num_layers, 0) if self.lookups else 0
+        at_exits = ", ".join(f"{exit} of {self.num_layers} ({n})" for exit, n in rounds.items() if n)
         if self.mode == "early_exit":
             lines.append(f"lossy, not the full model's text; tokens exited after layer {at_exits}")
         if self.mode in ("self_speculative", "prompt_lookup"):
             plain = self.rounds - sum(self.exit_rounds.values())
             parts = ["self-speculative", f"exit {at_exits}" if at_exits else "", f"no draft ({plain})" if plain else ""]
+            if looked_up:
+                parts.append(f"prompt lookup ({looked_up}, {self.exit_acceptance[self.num_layers]:.1%} accepted)")
             mode = ", ".join(filter(None, parts)) if self.mode == "self_speculative" else "prompt lookup"
             accepted = "nothing drafted" if math.isnan(self.acceptance) else f"acceptance {self.acceptance:.1%}"
             lines.append(
@@ -153,18 +165,20 @@ class Report:
         return "\n".join(lines)
 
 
-def _mean_round_cost(
-    parts: list[Generation], model: ModelConfig, config: DecodeConfig, exit_rounds: dict[int, int]
-) -> float:
+def mean_round_cost(parts: list[Generation], model: ModelConfig, config: DecodeConfig) -> float:
     """Return the mean cost of a round [passes of the full model], see `layerskip_jax.decoding.cost`."""
     drafted, row_rounds = sum(part.drafted for part in parts), sum(sum(part.accepted_histogram) for part in parts)
     if config.mode == "early_exit":
-        return _mean_exit_cost(model, exit_rounds)
+        exits = parts[0].exit_rounds
+        return _mean_exit_cost(model, {exit: sum(part.exit_rounds[exit] for part in parts) for exit in exits})
     if config.mode == "prompt_lookup" or not drafted:
         return round_cost(model, 0, 0)
-    # The cost is linear in d and in d E, so its mean over rounds is the cost at the mean exit of the drafts.
-    layers = sum(exit * count for part in parts for exit, count in part.exit_drafts.items())
-    return round_cost(model, layers / drafted, drafted / row_rounds)
+    # The cost is linear in d and in d E, so its mean over rounds is the cost at the mean exit of the drafts. A
+    # looked-up draft costs nothing; layer L counts them.
+    free = {model.num_layers} if config.lookup_length else set()
+    drafts = [(exit, n) for part in parts for exit, n in part.exit_drafts.items() if exit not in free]
+    drafted, layers = sum(n for _, n in drafts), sum(exit * n for exit, n in drafts)
+    return round_cost(model, layers / max(drafted, 1), drafted / row_rounds)
 
 
 def _mean_exit_cost(model: ModelConfig, exit_tokens: dict[int, int]) -> float:

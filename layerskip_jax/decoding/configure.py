@@ -4,6 +4,7 @@ from layerskip_jax.config import DecodeConfig
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.cost import Overhead
+from layerskip_jax.decoding.hybrid import Hybrid
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, DraftPolicy, Fixed, default_candidates
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
@@ -53,8 +54,12 @@ def configure(config: DecodeConfig, model: Transformer) -> tuple[Transformer, St
         check(config, num_layers)
     if config.mode == "self_speculative":
         # With a fixed draft length, one verification width is enough.
-        strategy = SelfSpeculative if config.policy == "fixed" else AdaptiveSpeculative
-        return model, strategy(sampler, make_policy(config, num_layers))
+        kind = SelfSpeculative if config.policy == "fixed" else AdaptiveSpeculative
+        strategy = kind(sampler, make_policy(config, num_layers))
+        if config.lookup_length:
+            overhead = Overhead(config.start_cost, config.width_cost)
+            return model, Hybrid(PromptLookup(sampler, config.lookup_length), strategy, num_layers, overhead)
+        return model, strategy
     if config.mode == "prompt_lookup":
         return model, PromptLookup(sampler, config.draft_length)
     if config.mode == "early_exit" and config.exit_threshold > 0:

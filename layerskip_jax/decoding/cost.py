@@ -5,12 +5,14 @@ the full model for one token, so a plain round costs 1.
 """
 
 import itertools
+import math
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from layerskip_jax.checks import require
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.model import compute_dtype, weight_count
 from layerskip_jax.sharding import target_platform
@@ -35,6 +37,11 @@ class Overhead(NamedTuple):
 NO_OVERHEAD = Overhead()
 
 
+def check_overhead(overhead: Overhead) -> None:
+    """Raise `UserError` unless the costs are finite and at least 0."""
+    require(all(0 <= cost < math.inf for cost in overhead), f"overhead must be finite and at least 0, got {overhead}")
+
+
 def weight_bytes(config: ModelConfig, kind: str = "full") -> int:
     """Return the bytes per weight that decoding reads: those of the compute type, or 1 if ``kind`` is int8.
 
@@ -48,17 +55,20 @@ def head_share(config: ModelConfig) -> float:
     return config.vocab_size * config.dim / weight_count(config)
 
 
-def round_cost(config: ModelConfig, exit_layer: float, drafted: float, overhead: Overhead = NO_OVERHEAD) -> float:
+def round_cost(
+    config: ModelConfig, exit_layer: float | jax.Array, drafted: float | jax.Array, overhead: Overhead = NO_OVERHEAD
+) -> Any:
     """``(1-h)(1 + d E/L) + h(1+d) + [d > 0] c + w d``.
 
     Each of d drafts reads E of L blocks and the head; the verification reads everything once. c and w are the overhead.
+    E and d may be numbers or arrays.
 
     >>> round(round_cost(ModelConfig(num_layers=8, vocab_size=1), exit_layer=2, drafted=4), 2)
     2.0
     """
     h = head_share(config)
     weights = (1 - h) * (1 + drafted * exit_layer / config.num_layers) + h * (1 + drafted)
-    return weights + (overhead.per_round if drafted else 0.0) + overhead.per_draft * drafted
+    return weights + overhead.per_round * (drafted > 0) + overhead.per_draft * drafted
 
 
 def predicted_speedup(

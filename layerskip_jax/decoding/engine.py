@@ -36,6 +36,7 @@ def prefill(strategy: Strategy, model: Transformer, request: Request, width: int
         x_BPD = model.embed(request.tokens_BS[:, :width])
         _, layers = model.run_cached(x_BPD, position, layers, 0, model.config.num_layers, filled=width)
     query_BQD = jnp.zeros((B, strategy.draft_length + 1, model.config.dim), compute_dtype(model.config))
+    zero_X = jnp.zeros(max(1, len(strategy.exits)), jnp.int32)
     return DecodeState(
         tokens_BS=request.tokens_BS,
         drafted_BS=jnp.zeros((B, S), bool),
@@ -46,12 +47,7 @@ def prefill(strategy: Strategy, model: Transformer, request: Request, width: int
         cache=KVQCache(layers, [query_BQD for _ in strategy.exits]),
         policy_state=strategy.init_policy_state(model.config),
         key=request.key,
-        statistics=Statistics(
-            rounds=jnp.int32(0),
-            drafted_X=jnp.zeros(max(1, len(strategy.exits)), jnp.int32),
-            accepted_histogram_Q=jnp.zeros(strategy.draft_length + 1, jnp.int32),
-            exit_rounds_X=jnp.zeros(max(1, len(strategy.exits)), jnp.int32),
-        ),
+        statistics=Statistics(jnp.int32(0), zero_X, zero_X, jnp.zeros(strategy.draft_length + 1, jnp.int32), zero_X),
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from layerskip_jax.checks import parse_value, require
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, head_share, round_cost
+from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, check_overhead, head_share, round_cost
 
 
 class Plan(NamedTuple):
@@ -214,8 +214,7 @@ class Adaptive:
         _check_positive("draft_length", self.draft_length)
         require(0 < self.probe_share <= 1, f"probe_share must be in (0, 1], not {self.probe_share}")
         require(0 < self.horizon < math.inf, f"horizon must be positive and finite, not {self.horizon}")
-        bounded = all(0 <= cost < math.inf for cost in self.overhead)
-        require(bounded, f"overhead must be finite and at least 0, got {self.overhead}")
+        check_overhead(self.overhead)
 
     @property
     def verify_widths(self) -> Sequence[int]:

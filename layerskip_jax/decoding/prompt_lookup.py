@@ -21,14 +21,15 @@ from layerskip_jax.model import Transformer
 def look_up(
     tokens_BS: jax.Array, length_B: jax.Array, max_ngram: int, draft_length: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return ``draft_Bd`` and ``drafted_B``: the tokens that followed an earlier match of the text's last tokens.
+    """Return ``draft_Bd``, the tokens that followed an earlier match of the text's last tokens, and its length.
 
-    The longest match wins, of at most ``max_ngram`` tokens; among equally long ones, the latest. Without a match,
-    nothing is drafted. A draft that reaches the end of the text repeats from its own beginning, as periodic text does.
+    ``match_B`` is the number of tokens that match, at most ``max_ngram``; 0 if there is no match and so no draft. The
+    longest match wins; among equally long ones, the latest. A draft that reaches the end of the text repeats from its
+    own beginning, as periodic text does.
 
     >>> tokens = jnp.array([[5, 1, 2, 3, 4, 1, 2, 0]])
     >>> [a.tolist() for a in look_up(tokens, jnp.array([7]), max_ngram=3, draft_length=3)]
-    [[[3, 4, 1]], [3]]
+    [[[3, 4, 1]], [2]]
     """
     slot_1S, length_B1 = jnp.arange(tokens_BS.shape[1])[None], length_B[:, None]
     matches_BS = (slot_1S >= 1) & (slot_1S < length_B1)  # slots that can follow a match
@@ -38,9 +39,9 @@ def look_up(
         matches_BS &= (jnp.roll(tokens_BS, back, axis=1) == end_B1) & (slot_1S >= back)
         score_BS += matches_BS
     best_B1 = jnp.argmax(score_BS * tokens_BS.shape[1] + slot_1S, axis=1)[:, None]
-    found_B1 = jnp.take_along_axis(score_BS, best_B1, axis=1) > 0
-    slot_Bd = best_B1 + jnp.arange(draft_length)[None] % jnp.where(found_B1, length_B1 - best_B1, 1)
-    return jnp.take_along_axis(tokens_BS, slot_Bd, axis=1), jnp.where(found_B1[:, 0], draft_length, 0)
+    match_B1 = jnp.take_along_axis(score_BS, best_B1, axis=1)
+    slot_Bd = best_B1 + jnp.arange(draft_length)[None] % jnp.where(match_B1 > 0, length_B1 - best_B1, 1)
+    return jnp.take_along_axis(tokens_BS, slot_Bd, axis=1), match_B1[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +61,20 @@ class PromptLookup:
         return ()
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
+        return self.verify(model, state, *self.look_up(state))
+
+    def look_up(self, state: DecodeState) -> tuple[jax.Array, jax.Array]:
+        """Return `look_up` of the text of each row."""
+        return look_up(state.tokens_BS, state.length_B, self.max_ngram, self.draft_length)
+
+    def verify(
+        self, model: Transformer, state: DecodeState, draft_Bd: jax.Array, match_B: jax.Array, exit_index: int = 0
+    ) -> DecodeState:
+        """Run a round with the result of `look_up`; ``exit_index`` selects the statistics, as in `finish_round`."""
         key, verify_key = jax.random.split(state.key)
         token_B, position_B = state.last_token()
-        draft_Bd, drafted_B = look_up(state.tokens_BS, state.length_B, self.max_ngram, self.draft_length)
         probs = self.sampler.deterministic_draft_probs(draft_Bd, model.config.vocab_size)
-        drafts = Drafts(draft_Bd, jnp.where(state.done_B, 0, drafted_B), probs)
+        drafts = Drafts(draft_Bd, jnp.where(state.done_B | (match_B == 0), 0, self.draft_length), probs)
         token_BQ = jnp.concatenate([token_B[:, None], draft_Bd], axis=1)
         position = model.rotary_tables(position_B[:, None] + jnp.arange(self.draft_length + 1)[None])
         x_BQD, layers = model.run_cached(
@@ -72,4 +82,4 @@ class PromptLookup:
         )
         verdict = self.sampler.verify(model.unembed(x_BQD), drafts, verify_key)
         state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=layers))
-        return finish_round(state, drafts, verdict)
+        return finish_round(state, drafts, verdict, exit_index)

@@ -194,6 +194,7 @@ class Generation:
     accepted_histogram: list[int]  # entry n: how often a row accepted exactly n drafts in a round, for n = 0..d
     exit_rounds: dict[int, int]  # exit layer -> rounds that drafted there (`ConfidentExit`: tokens that exited there)
     exit_drafts: dict[int, int]  # exit layer -> tokens drafted there; the sum is ``drafted``
+    exit_accepted: dict[int, int]  # exit layer -> of those, the accepted ones; the sum is ``accepted``
 
     @classmethod
     def from_state(
@@ -213,6 +214,7 @@ class Generation:
             accepted_histogram=histogram,
             exit_rounds=dict(zip(exits, statistics.exit_rounds_X.tolist(), strict=True)),
             exit_drafts=dict(zip(exits, statistics.drafted_X.tolist(), strict=True)),
+            exit_accepted=dict(zip(exits, statistics.accepted_X.tolist(), strict=True)),
             **seconds,
         )
 

@@ -180,10 +180,12 @@ def finish_round(
     for none if its index is out of range.
     """
     active_B, old = ~state.done_B, state.statistics
-    counted_BQ = jax.nn.one_hot(verdict.accepted_B, drafts.tokens_Bd.shape[1] + 1, dtype=jnp.int32) * active_B[:, None]
+    counts = len(old.accepted_histogram_Q)
+    counted_BQ = jax.nn.one_hot(verdict.accepted_B, counts, dtype=jnp.int32) * active_B[:, None]
     statistics = Statistics(
         rounds=old.rounds + 1,
         drafted_X=old.drafted_X.at[exit_index].add(jnp.sum(drafts.count_B * active_B)),
+        accepted_X=old.accepted_X.at[exit_index].add(jnp.sum(verdict.accepted_B * active_B)),
         accepted_histogram_Q=old.accepted_histogram_Q + jnp.sum(counted_BQ, axis=0),
         exit_rounds_X=old.exit_rounds_X.at[exit_index].add(jnp.int32(used_exit)),
     )

@@ -40,6 +40,7 @@ class Statistics:
 
     rounds: jax.Array  # of the loop, which all rows share
     drafted_X: jax.Array  # tokens drafted at each exit, added up over rows
+    accepted_X: jax.Array  # of those, the accepted ones
     accepted_histogram_Q: jax.Array  # how often a row accepted exactly 0..d drafts in a round
     exit_rounds_X: jax.Array  # rounds of the loop that drafted at each exit (`ConfidentExit`: tokens that exited there)
 
