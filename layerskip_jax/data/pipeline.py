@@ -90,10 +90,11 @@ def make_batches(
     if "" in components:
         (mixed,) = streams
     else:
-        choices = choose_components(list(mixture_shares(config.data.mixture).values()), batch_size, seed)
+        weights = list(mixture_shares(config.data.mixture).values())
+        choices = (choose_components(weights, batch_size, row, seed).to_iter_dataset(NO_THREADS) for row in rows)
         mixed = [
-            MixRows(choices[row::batch_size].to_iter_dataset(NO_THREADS), dict(zip(components, of_row, strict=True)))
-            for row, of_row in zip(rows, zip(*streams, strict=True), strict=True)
+            MixRows(choice, dict(zip(components, parts, strict=True)))
+            for choice, *parts in zip(choices, *streams, strict=True)
         ]
     workers = min(config.data.workers, len(mixed))
     if not workers:

@@ -63,7 +63,8 @@ def _open_component(name: str, config: DataConfig, split: str, prepare: bool) ->
     try:
         return open_documents(config, split, prepare)
     except UserError as error:
-        raise UserError(f"data.mixture {name}: {error}") from error
+        line = str(error).replace("--data.path ", f"WEIGHT={config.source}:")
+        raise UserError(f"data.mixture {name}: {line}") from error
 
 
 def open_splits(config: DataConfig) -> tuple[Documents, Documents]:
