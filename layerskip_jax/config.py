@@ -171,7 +171,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_fields(self, "data")
         alone = not (self.mixture and (self.name or self.path))
-        require(alone, "data.mixture names the corpora: leave data.name and data.path empty, or data.mixture")
+        require(alone, "data.mixture names the corpora: set --data.name '' and --data.path ''")
         if self.mixture:
             self.components  # noqa: B018 (checks each)
             return

@@ -64,6 +64,7 @@ def test_shares_follow_the_weights_within_1_percent_after_1000_rows(weights, bat
     batches = -(-1000 // batch_size)
     counts = Counter(row[start + batch] for batch in range(batches) for row in rows)
     worst = max(abs(counts[i] / (batches * batch_size) - weight / sum(weights)) for i, weight in enumerate(weights))
+    print(f"off by {worst:.2%}")
     assert worst <= 0.01
 
 
@@ -202,10 +203,7 @@ def test_changes_of_a_mixture_are_said(mixed, tmp_path):
     moved = shutil.copy(names[1].partition(":")[2], tmp_path)
     resumed, notes = after(text, f"3=jsonl:{moved}", tokens)
     assert resumed[f"jsonl:{moved}"] == (names[1], "same rows")
-    assert notes == [
-        f"jsonl:{moved}: data.path: the same training documents",
-        f"jsonl:{moved}: data.path: the same held-out documents",
-    ]
+    assert notes == [f"jsonl:{moved}: data.path: the same training documents"]
     seed = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
     resumed, (note,) = resume_mixture(config, seed, now, identify(seed))
     assert set(resumed.values()) == {(name, "next documents") for name in names}
@@ -262,7 +260,7 @@ def test_a_wrong_mixture_is_refused_in_one_line(words, message):
 
 
 def test_a_mixture_has_no_other_corpus_beside_it(mixed):
-    with pytest.raises(UserError, match=r"leave data.name and data.path empty, or data.mixture"):
+    with pytest.raises(UserError, match=r"data.mixture names the corpora: set --data.name '' and --data.path ''"):
         dataclasses.replace(mixed, path="a")
     with pytest.raises(UserError, match=r"data.prompt_key needs data.source tfds or jsonl"):
         dataclasses.replace(mixed, prompt_key="prompt")

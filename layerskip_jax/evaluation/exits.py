@@ -190,7 +190,12 @@ def checkpoint_quality(
     require(batches >= 1, f"batches must be at least 1, not {batches}")
     model, own, tokenizer = loaded or load_model(checkpoint)
     overrides = {"data.tokenizer": str(tokenizer), "data.workers": 0, "train.evaluate_batches": batches}
-    config = apply_overrides(own, overrides | {f"data.{name}": value for name, value in (data or {}).items()})
+    data = data or {}
+    if data.get("mixture"):  # it replaces the run's corpus, and a corpus replaces the run's mixture
+        data = {"name": "", "path": ""} | data
+    elif data.keys() & {"source", "name", "path"}:
+        data = {"mixture": ()} | data
+    config = apply_overrides(own, overrides | {f"data.{name}": value for name, value in data.items()})
     warn_beyond_context(own, config.data.sequence_length, f"{checkpoint}: data.sequence_length is")
     return exit_quality(model, config)
 
