@@ -5,11 +5,13 @@ single fields (`layerskip_jax.command_line`). Every checkpoint stores the result
 """
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 from layerskip_jax.checks import ANY, check_fields, require, require_rising, setting
 from layerskip_jax.compiler_options import parse_options
 from layerskip_jax.decode_config import DecodeConfig
+from layerskip_jax.mixture import parse_mixture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +156,7 @@ class DataConfig:
     )
     name: str = setting("", "tfds: name of the dataset, such as wikipedia/20230601.en:1.0.0")
     path: str = setting("", "text, jsonl and tokens: the folder or file; local or gs://")
+    mixture: tuple[str, ...] = setting((), "several corpora instead of source, name and path: WEIGHT=SOURCE:PLACE each")
     data_dir: str = setting("data", "folder of prepared TFDS datasets; local or gs://")
     text_key: str = setting("text", "tfds and jsonl: field of the text, or of the response to a prompt")
     prompt_key: str = setting("", "tfds and jsonl: field of the prompt; prompts have no loss")
@@ -167,6 +170,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
+        alone = not (self.mixture and (self.name or self.path))
+        require(alone, "data.mixture names the corpora: set --data.name '' and --data.path ''")
+        if self.mixture:
+            self.components  # noqa: B018 (checks each)
+            return
         needs_path = self.source in ("text", "jsonl", "tokens")
         require(not needs_path or bool(self.path), f"data.source {self.source!r} needs data.path")
         require(self.source != "tfds" or bool(self.name), "data.source 'tfds' needs data.name, such as 'lm1b'")
@@ -176,6 +184,13 @@ class DataConfig:
             require(not leaves, f"data.{name} must be a name, not a path that leads elsewhere: {value!r}")
         pairs = not self.prompt_key or self.source in ("tfds", "jsonl")
         require(pairs, f"data.prompt_key needs data.source tfds or jsonl, which have fields, not {self.source!r}")
+
+    @property
+    def components(self) -> dict[str, "DataConfig"]:
+        """The corpora of ``mixture`` by name, as if each were alone; without a mixture, this one as ``""``."""
+        parsed = parse_mixture(self.mixture)
+        replace = partial(dataclasses.replace, self, mixture=())
+        return {name: replace(**parsed[name].settings) for name in parsed} or {"": self}
 
 
 @dataclasses.dataclass(frozen=True)

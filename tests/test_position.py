@@ -137,7 +137,7 @@ def test_with_other_settings_the_rows_resume_after_the_documents_that_were_read(
     saved = read_positions(save_position(original, range(4), epath.Path(tmp_path)))
     restored = iter(make_batches(make_config(corpus, **change), "train", batch_size=4, seed=1))
     (fresh,) = take(iter(make_batches(make_config(corpus, **change), "train", batch_size=4, seed=1)), 1)
-    DataPosition(restored, range(4)).set_state(saved, 4, same_rows=False)
+    DataPosition(restored, range(4)).set_state(saved, 4, {"": ("", "next documents")})
     (batch,) = take(restored, 1)
     assert batch["inputs_BT"].shape == fresh["inputs_BT"].shape
     assert not np.array_equal(batch["inputs_BT"], fresh["inputs_BT"])

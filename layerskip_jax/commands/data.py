@@ -8,7 +8,7 @@ import numpy as np
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
 from layerskip_jax.data.corpus import describe_splits
-from layerskip_jax.data.documents import Document
+from layerskip_jax.data.documents import Document, components_of
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.pretokenize import pretokenize
@@ -52,9 +52,10 @@ def _prepare(config: Config) -> None:
     names = (config.data.train_split, config.data.validation_split)
     splits = [open_documents(config.data, split) for split in names]
     for split, documents in zip(names, splits, strict=True):
-        unit = "bytes" if isinstance(documents[0], str) else "tokens"
-        total = sum(_size(documents[i]) for i in range(len(documents)))
-        print(f"{split}: {len(documents):,} documents, {total:,} {unit}")
+        for name, part in components_of(documents).items():
+            unit = "bytes" if isinstance(part[0], str) else "tokens"
+            total = sum(_size(part[i]) for i in range(len(part)))
+            print(f"{split}{f' of {name}' * bool(name)}: {len(part):,} documents, {total:,} {unit}")
     for line in describe_splits(config.data, *splits):
         print(line)
 

@@ -34,6 +34,7 @@ from layerskip_jax.evaluation import token_exits
 from layerskip_jax.evaluation.exits import ExitQuality
 from layerskip_jax.evaluation.pictures import Picture, embedded, smooth
 from layerskip_jax.locations import write_file
+from layerskip_jax.mixture import mixture_shares
 from layerskip_jax.model import Transformer, parameter_count
 
 TIMED_PROMPTS = 4
@@ -121,7 +122,8 @@ def opening_sentence(run: Run) -> str:
     parts = [f"layer dropout up to {dropout:.0%}"] * (dropout > 0)
     parts += [f"a loss at exit{'s' * (len(inner) > 1)} {_ranges(inner)}"] * bool(inner)
     kind = f"with LayerSkip ({' and '.join(parts)})" if parts else "without layer dropout and early-exit losses"
-    corpus = config.data.name or config.data.path or config.data.source
+    mixed = ", ".join(f"{share:.1%} {name}" for name, share in mixture_shares(config.data.mixture).items() if name)
+    corpus = mixed or config.data.name or config.data.path or config.data.source
     first = "layer drafts" if run.draft_exit == 1 else f"{run.draft_exit} layers draft"
     use = f"; its first {first} the text that all {run.layers} verify" if inner else ""
     return (

@@ -1,12 +1,17 @@
 """Identify a corpus, describe its splits, and decide how a run resumes when the corpus or its settings have changed."""
 
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from layerskip_jax.config import Config, DataConfig
 from layerskip_jax.data.corpus_files import HELD_OUT_PERCENT
-from layerskip_jax.data.documents import Documents, documents_digest
+from layerskip_jax.data.documents import Documents, MixedDocuments, documents_digest
 from layerskip_jax.data.pipeline import count_sequences, packing_sizes
 from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.mixture import mixture_shares
 
 DOCUMENTS = ("source", "name", "path", "data_dir", "text_key", "prompt_key", "train_split")
 """Settings that decide which documents a split has."""
@@ -21,12 +26,16 @@ class Corpus(NamedTuple):
     """Digest of the documents to evaluate on."""
     sequences: int
     """Sequences that one pass fills, at most as many as are shuffled together (`count_sequences`)."""
+    components: dict[str, "Corpus"] = {}  # noqa: RUF012 (not changed)
+    """Those of ``data.mixture`` by name. A mixture has the digests of theirs, and the sum of their sequences."""
 
 
 def identify_corpus(
     config: Config, tokenizer: Tokenizer, training: Documents, held_out: Documents
 ) -> tuple[Corpus, list[str]]:
     """Return the corpus of both splits, and lines that describe what is held out and a window that is limited by it."""
+    if isinstance(training, MixedDocuments) and isinstance(held_out, MixedDocuments):
+        return _identify_mixture(config, tokenizer, training, held_out)
     sequences = count_sequences(config, tokenizer, training, config.train.batch_size)
     lines, window = describe_splits(config.data, training, held_out), config.data.shuffle_window
     if sequences < window >= 2 * config.train.batch_size:
@@ -37,8 +46,30 @@ def identify_corpus(
     return Corpus(documents_digest(training), documents_digest(held_out), sequences), lines
 
 
+def _identify_mixture(
+    config: Config, tokenizer: Tokenizer, training: MixedDocuments, held_out: MixedDocuments
+) -> tuple[Corpus, list[str]]:
+    components: dict[str, Corpus] = {}
+    lines = [f"rows: {', '.join(f'{share:.1%} {name}' for name, share in training.shares.items())} (data.mixture)"]
+    for name, data in config.data.components.items():
+        alone = dataclasses.replace(config, data=data)
+        components[name], found = identify_corpus(alone, tokenizer, training.parts[name], held_out.parts[name])
+        lines += [f"{name}: {line}" for line in found]
+    parts = components.values()
+    training_digest = _digest(part.training for part in parts)
+    held_out_digest = _digest(part.held_out for part in parts)
+    return Corpus(training_digest, held_out_digest, sum(part.sequences for part in parts), components), lines
+
+
+def _digest(digests: Iterable[str]) -> str:
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
 def describe_splits(config: DataConfig, training: Any, held_out: Any) -> list[str]:
     """Return a line about what is held out of a corpus of text or JSON lines, with a warning outside 1 to 20 %."""
+    if config.mixture:
+        found = ((data, training.parts[name], held_out.parts[name]) for name, data in config.components.items())
+        return [line for component in found for line in describe_splits(*component)]
     if config.source not in ("text", "jsonl"):
         return []
     names, left_out = held_out.files.names, held_out.files.left_out
@@ -69,6 +100,51 @@ def _list(names: list[str]) -> str:
 
 GoOn = Literal["same rows", "next documents", "first document"]
 """Where a resumed run starts to read: the stored position, the documents after it, or the start of the corpus."""
+
+
+def resume_mixture(
+    saved: Config, config: Config, before: Corpus | None, now: Corpus | None
+) -> tuple[dict[str, tuple[str, GoOn]], list[str]]:
+    """Return which stored component each component continues, and how (`resume_data`); and lines about all changes.
+
+    A component continues the stored one with the same training documents, under any name; else that of its name.
+    Without a mixture, the only component is ``""``: a corpus may join a mixture and go on, or go on alone.
+    """
+    old = before.components or {"": before} if before else dict.fromkeys(saved.data.components)
+    new = now.components or {"": now} if now else dict.fromkeys(config.data.components)
+    resumed: dict[str, tuple[str, GoOn]] = {}
+    effects: dict[str, list[str]] = {}
+    for name, corpus in new.items():
+        source = _continued(old, name, corpus)
+        if source is None:
+            effects.setdefault("new in the mixture, read from the first document on", []).append(name)
+            continue
+        was = dataclasses.replace(saved, data=saved.data.components[source])
+        becomes = dataclasses.replace(config, data=config.data.components[name])
+        go_on, notes = resume_data(was, becomes, old[source], corpus)
+        resumed[name] = source, go_on
+        for note in notes:
+            effects.setdefault(note, []).append(name)
+    lines = [
+        note if names == list(new) == list(resumed) else f"{_list(names)}: {note}" for note, names in effects.items()
+    ]
+    read_on = {source for source, _ in resumed.values()}
+    lines += [f"{name or 'the former corpus'}: no longer read" for name in old if name not in read_on]
+    shares, new_shares = mixture_shares(saved.data.mixture), mixture_shares(config.data.mixture)
+    kept = len(resumed) == len(new) == len(old)
+    if not kept or any(not math.isclose(new_shares[name], shares[resumed[name][0]]) for name in new):
+        lines.append(
+            "data.mixture: the rows follow the new shares from here on; overall held-out losses do not compare with "
+            "earlier ones"
+        )
+    return resumed, lines
+
+
+def _continued(old: Mapping[str, Corpus | None], name: str, corpus: Corpus | None) -> str | None:
+    same = [source for source, stored in old.items() if corpus and stored and stored.training == corpus.training]
+    if name in old and (name in same or not same):
+        return name
+    return same[0] if same else None
 
 
 def resume_data(saved: Config, config: Config, before: Corpus | None, now: Corpus | None) -> tuple[GoOn, list[str]]:

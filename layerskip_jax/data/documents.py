@@ -1,6 +1,8 @@
 """Types of documents and of their sources."""
 
+import bisect
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,29 @@ class Documents(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Document: ...
+
+
+class MixedDocuments:
+    """The documents of ``data.mixture``: those of the first component, then those of the next, and so on.
+
+    ``shares`` are the shares of the rows that the components are to fill.
+    """
+
+    def __init__(self, parts: dict[str, Documents], shares: dict[str, float]):
+        self.parts, self.shares = parts, shares
+        self._ends = list(itertools.accumulate(len(part) for part in parts.values()))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Document:
+        number = bisect.bisect_right(self._ends, index)
+        return list(self.parts.values())[number][index - (self._ends[number - 1] if number else 0)]
+
+
+def components_of(documents: Documents) -> dict[str, Documents]:
+    """Return the documents of every component by its name in ``data.mixture``, or all as ``""``."""
+    return documents.parts if isinstance(documents, MixedDocuments) else {"": documents}
 
 
 def as_text(value: Any, where: str) -> str:

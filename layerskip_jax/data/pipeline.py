@@ -23,16 +23,20 @@ from jax.sharding import Mesh
 
 from layerskip_jax.config import Config
 from layerskip_jax.data.batch import Batch
-from layerskip_jax.data.documents import Document, Documents, Pair, read_sample
+from layerskip_jax.data.documents import Document, Documents, Pair, components_of, read_sample
 from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.data.mixing import Label, MixRows, SayRepeat, choose_components
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import local_rows
 from layerskip_jax.errors import UserError
+from layerskip_jax.mixture import mixture_shares
 from layerskip_jax.sharding import batch_sharding
 
 PACKING_BINS = 32
 """Number of open rows in first-fit packing: each prompt with its response goes into the first open row with room."""
+
+NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=4)
 
 PAIRS_CHECKED = 2000
 """Number of pairs, spread evenly over a split, to tokenize to count those without room for a response."""
@@ -63,32 +67,81 @@ def make_batches(
 
     ``documents`` are those of the split if they are open already: opening a large corpus takes a while.
 
+    With ``data.mixture``, every row takes its next sequence from the component that `choose_components` names. The
+    sequences of a component are those that a run on it alone has, row by row. In evaluation, every component yields
+    its first ``train.evaluate_batches`` batches, which have its number as ``"component"``.
+
     Pairs whose prompt fills a row are left out; a line on stderr counts them. Raises `UserError` if no pair has room.
     """
     rows = range(batch_size) if rows is None else rows
     tokenizer, documents = load_tokenizer(config.data.tokenizer), documents or open_documents(config.data, split)
-    tokenize, source = _tokenize(config, tokenizer), grain.MapDataset.source(documents)
-    if isinstance(tokenize, _TokenizePair):
-        _report_pairs_without_room(documents, tokenize, split)
+    components = {
+        name: _Component(name, dataclasses.replace(config, data=config.data.components[name]), part, tokenizer)
+        for name, part in components_of(documents).items()
+    }
+    for component in components.values():
+        if isinstance(component.tokenize, _TokenizePair):
+            _report_pairs_without_room(component.documents, component.tokenize, split)
     if in_order:
-        packed = _pack(config, source.map(tokenize), PACKING_BINS)
-        batches = packed.batch(batch_size, drop_remainder=False).map(_SelectRows(rows, batch_size))
+        parts = [component.batches(batch_size).map(_SelectRows(rows, batch_size)) for component in components.values()]
+        batches = parts[0] if "" in components else _chain(parts, config.train.evaluate_batches)
         return _in_worker(batches) if config.data.workers else batches
-    tokens = source.shuffle(seed=seed).repeat().map(tokenize)
-    window, bins = packing_sizes(config, batch_size, count_sequences(config, tokenizer, documents, batch_size))
-    streams = []
-    for row in rows:
-        stream = _pack(config, tokens[row::batch_size], bins)
-        if window > 1:
-            shuffled = stream.batch(window, drop_remainder=False).random_map(_shuffle, seed=seed)
-            stream = grain.experimental.FlatMapIterDataset(shuffled, _Unbatch(max_fan_out=window))
-        streams.append(stream)
-    workers = min(config.data.workers, len(streams))
+    streams = [component.rows(rows, batch_size, seed) for component in components.values()]
+    if "" in components:
+        (mixed,) = streams
+    else:
+        weights = list(mixture_shares(config.data.mixture).values())
+        choices = (choose_components(weights, batch_size, row, seed).to_iter_dataset(NO_THREADS) for row in rows)
+        mixed = [
+            MixRows(choice, dict(zip(components, parts, strict=True)))
+            for choice, *parts in zip(choices, *streams, strict=True)
+        ]
+    workers = min(config.data.workers, len(mixed))
     if not workers:
-        return grain.experimental.ZipIterDataset(streams).map(_stack)
-    parts = np.array_split(np.arange(len(streams)), workers)
-    zipped = [_in_worker(grain.experimental.ZipIterDataset([streams[i] for i in part])) for part in parts]
+        return grain.experimental.ZipIterDataset(mixed).map(_stack)
+    shares = np.array_split(np.arange(len(mixed)), workers)
+    zipped = [_in_worker(grain.experimental.ZipIterDataset([mixed[i] for i in share])) for share in shares]
     return grain.experimental.ZipIterDataset(zipped).map(_flatten).map(_stack)
+
+
+class _Component:
+    """A corpus of a mixture, or the only one; ``config`` is that of a run on it alone."""
+
+    def __init__(self, name: str, config: Config, documents: Documents, tokenizer: Tokenizer):
+        self._name, self._config, self._tokenizer = name, config, tokenizer
+        self.documents, self.tokenize = documents, _tokenize(config, tokenizer)
+        self._source = grain.MapDataset.source(documents)
+
+    def batches(self, batch_size: int) -> grain.IterDataset:
+        """Return the batches of all documents, packed in order."""
+        packed = _pack(self._config, self._source.map(self.tokenize), PACKING_BINS)
+        return packed.batch(batch_size, drop_remainder=False)
+
+    def rows(self, rows: Sequence[int], batch_size: int, seed: int) -> list[grain.IterDataset]:
+        """Return the endless, shuffled sequences of ``rows`` of a batch."""
+        endless = self._source.shuffle(seed=seed).repeat()
+        if self._name:
+            endless = endless.map_with_index(SayRepeat(self._name, len(self.documents), batch_size))
+        tokens = endless.map(self.tokenize)
+        sequences = count_sequences(self._config, self._tokenizer, self.documents, batch_size)
+        window, bins = packing_sizes(self._config, batch_size, sequences)
+        streams = []
+        for row in rows:
+            stream = _pack(self._config, tokens[row::batch_size], bins)
+            if window > 1:
+                shuffled = stream.batch(window, drop_remainder=False).random_map(_shuffle, seed=seed)
+                stream = grain.experimental.FlatMapIterDataset(shuffled, _Unbatch(max_fan_out=window))
+            streams.append(stream)
+        return streams
+
+
+def _chain(components: Sequence[grain.IterDataset], most: int) -> grain.IterDataset:
+    """Return the first ``most`` batches of every component, labeled with its number."""
+    limited = [
+        grain.experimental.LimitIterDataset(batches.map(Label(number)), count=most)
+        for number, batches in enumerate(components)
+    ]
+    return grain.experimental.InterleaveIterDataset(limited, cycle_length=1)
 
 
 def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, batch_size: int, most: int = 32) -> int:
@@ -125,7 +178,7 @@ def _tokenize(config: Config, tokenizer: Tokenizer) -> "_Tokenize | _TokenizePai
 def _pack(config: Config, documents: grain.MapDataset, bins: int) -> grain.IterDataset:
     """Pack ``{"tokens"}`` documents into rows."""
     # No read-ahead threads by default: on a small machine they compete with the compiler. Workers do read ahead.
-    threads = grain.ReadOptions(num_threads=1 if config.data.workers else 0, prefetch_buffer_size=4)
+    threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4) if config.data.workers else NO_THREADS
     tokens, length = documents.to_iter_dataset(threads), config.data.sequence_length + 1
     if config.data.prompt_key:  # a response without its prompt is useless, so pairs are not split
         tokens = tokens.filter(_has_counted_target)

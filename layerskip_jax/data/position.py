@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 from etils import epath
 
-from layerskip_jax.data.corpus import Corpus
+from layerskip_jax.data.corpus import Corpus, GoOn
+from layerskip_jax.data.mixing import CHOICES, row_streams
 
 NEXT_DOCUMENT = "next_index"
 """grain's key, somewhere inside the state of a row, for the number of documents that the row has read."""
@@ -34,27 +35,40 @@ class DataPosition:
         """Return the positions of this process's rows and the corpus as JSON, with their SHA-256."""
         row_states = _row_states(self._iterator.get_state())
         text = json.dumps({str(row): state for row, state in zip(self._rows, row_states, strict=True)})
-        corpus = json.dumps(self.corpus._asdict()) if self.corpus else ""
+        corpus = json.dumps(self.corpus._asdict()) if self.corpus else ""  # components as lists
         return json.dumps({"sha256": _sha256(text + corpus), "rows": text, "corpus": corpus}).encode()
 
-    def set_state(self, states: dict[int, Any], batch_size: int, same_rows: bool = True) -> None:
+    def set_state(
+        self, states: dict[int, Any], batch_size: int, resumed: Mapping[str, tuple[str, GoOn]] | None = None
+    ) -> None:
         """Resume from the positions that `read_positions` returned.
 
-        Every row resumes after the furthest document of any row if the batch size has changed, or if ``same_rows`` is
-        false: another setting that decides which documents make a row has changed. This skips documents that slower
-        rows had not yielded. It repeats documents that the furthest row had yielded from its shuffle window or packing
-        bins, because its saved count ends before them.
+        ``resumed`` says for each component of a mixture (``""`` without one) from which stored component it continues,
+        and how; a component that it does not name starts with its first document. By default all have the same rows.
+
+        Every row resumes after the furthest document of any row if the batch size has changed, or with
+        ``"next documents"``: another setting that decides which documents make a row has changed. This skips documents
+        that slower rows had not yielded. It repeats documents that the furthest row had yielded from its shuffle window
+        or packing bins, because its saved count ends before them.
         """
-        same_rows = same_rows and len(states) == batch_size
-        # Add 1, because a row may have yielded a part of its next document.
-        first = max(row + len(states) * (_documents_read(state) + 1) for row, state in states.items())
-        iterator_state = self._iterator.get_state()
-        for row, row_state in zip(self._rows, _row_states(iterator_state), strict=True):
-            # Row r reads documents r, r + B, r + 2 B, ..., with the new batch size B. The number of them before `first`
-            # is (first - r) / B, rounded up.
-            new = states[row] if same_rows else _skip_documents(row_state, -((row - first) // batch_size))
-            row_state.clear()
-            row_state.update(_restore_tuples(new))
+        saved, iterator_state = {row: row_streams(state) for row, state in states.items()}, self._iterator.get_state()
+        own = [row_streams(state) for state in _row_states(iterator_state)]
+        for name in own[0]:
+            old, go_on = name, "same rows"
+            if resumed is not None and name != CHOICES:
+                old, go_on = resumed.get(name, ("", "first document"))
+            if go_on == "first document" or old not in saved[0]:
+                continue
+            # Add 1, because a row may have yielded a part of its next document.
+            first = max(row + len(saved) * (_documents_read(streams[old]) + 1) for row, streams in saved.items())
+            for row, streams in zip(self._rows, own, strict=True):
+                # Row r reads documents r, r + B, r + 2 B, ..., with the new batch size B. The number of them before
+                # `first` is (first - r) / B, rounded up.
+                same_rows = go_on == "same rows" and len(saved) == batch_size
+                skipped = -((row - first) // batch_size)
+                new = saved[row][old] if same_rows else _skip_documents(streams[name], skipped)
+                streams[name].clear()
+                streams[name].update(_restore_tuples(new))
         self._iterator.set_state(iterator_state)
 
 
@@ -77,7 +91,10 @@ def read_corpus(folder: epath.Path) -> Corpus | None:
     """Return what the positions in ``folder`` count, or None if the checkpoint is older than `Corpus`."""
     text = json.loads(_position_files(folder)[0].read_text()).get("corpus")
     saved = json.loads(text) if text else None
-    return Corpus(str(saved["training"]), str(saved["held_out"]), int(saved["sequences"])) if saved else None
+    if not saved:
+        return None
+    components = {name: Corpus(*part[:3]) for name, part in saved.get("components", {}).items()}
+    return Corpus(str(saved["training"]), str(saved["held_out"]), int(saved["sequences"]), components)
 
 
 def _position_files(folder: epath.Path) -> list[epath.Path]:

@@ -26,6 +26,11 @@ def pretokenize(config: DataConfig, out: str) -> dict[str, Any]:
     A record is one document: BOS, tokens, EOS. ``out`` appears only when it is complete: until then the files are in
     ``out.partial``.
     """
+    if config.mixture:
+        raise UserError(
+            "data.mixture is set: pretokenize each of its corpora alone (--data.mixture without words, --data.source, "
+            "--data.path), then mix them with --data.mixture WEIGHT=tokens:FOLDER ..."
+        )
     if config.source == "tokens":
         raise UserError("data.source is 'tokens': this corpus is already tokenized")
     if config.prompt_key:

@@ -11,7 +11,7 @@ from typing import Any
 
 import sentencepiece
 
-from layerskip_jax.data.documents import Documents
+from layerskip_jax.data.documents import Documents, MixedDocuments
 from layerskip_jax.data.tokenizer import SPACE, Tokenizer, valid_text
 from layerskip_jax.data.tokenizer_settings import SETTINGS, TokenizerSettings
 from layerskip_jax.errors import UserError
@@ -216,7 +216,14 @@ def _train(sentences: Iterator[str], vocab_size: int, character_coverage: float 
 
 
 def _sentences(documents: Documents, sample_bytes: int) -> Iterator[str]:
-    """Yield pieces of documents that are spread evenly over the corpus, until ``sample_bytes``."""
+    """Yield pieces of documents that are spread evenly over the corpus, until ``sample_bytes``.
+
+    Every component of a mixture has its share of the bytes, or all of its text if that is less.
+    """
+    if isinstance(documents, MixedDocuments):
+        for name, part in documents.parts.items():
+            yield from _sentences(part, round(sample_bytes * documents.shares[name]))
+        return
     first = documents[0]
     if not isinstance(first, str):
         raise UserError("a tokenizer is trained on text, but this source (data.source) holds tokens")

@@ -17,10 +17,11 @@ from etils import epath
 
 from layerskip_jax.config import DataConfig
 from layerskip_jax.data.corpus_files import CorpusFiles, File, cut_file, find_files, hold_out
-from layerskip_jax.data.documents import Documents, Pair, as_text
+from layerskip_jax.data.documents import Documents, MixedDocuments, Pair, as_text
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, bucket_error, nearest
 from layerskip_jax.locations import check_encoding, decode_text, locate, names_in
+from layerskip_jax.mixture import mixture_shares
 
 CUT_BELOW_FILES = 10
 """A text file is cut if fewer than this many of its size make the corpus: it alone could be all that is held out."""
@@ -31,6 +32,9 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
 
     Without ``prepare`` nothing is written: the folders in a checkpoint's config may be a stranger's choice.
     """
+    if config.mixture:
+        parts = {name: _open_component(name, data, split, prepare) for name, data in config.components.items()}
+        return MixedDocuments(parts, mixture_shares(config.mixture))
     if config.source == "python_stdlib" and not prepare and not (locate(config.data_dir) / "python_stdlib").exists():
         raise UserError(
             f"the corpus python_stdlib is not prepared in {config.data_dir}: layerskip data prepare "
@@ -53,6 +57,14 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
         hint = hints.get(config.source, "")
         raise UserError(f"the {split!r} split of {where} is empty: there is no document to read{hint}")
     return documents
+
+
+def _open_component(name: str, config: DataConfig, split: str, prepare: bool) -> Documents:
+    try:
+        return open_documents(config, split, prepare)
+    except UserError as error:
+        line = str(error).replace("--data.path ", f"WEIGHT={config.source}:")
+        raise UserError(f"data.mixture {name}: {line}") from error
 
 
 def open_splits(config: DataConfig) -> tuple[Documents, Documents]:

@@ -22,6 +22,7 @@ from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.distributed import agree
 from layerskip_jax.errors import UserError
+from layerskip_jax.mixture import mixture_shares
 from layerskip_jax.model import Transformer
 from layerskip_jax.recipe.fused_exit_loss import chunked_exit_losses
 from layerskip_jax.sharding import AXES, named_shardings
@@ -55,14 +56,14 @@ def summed_losses(model: Transformer, batch: Batch, mesh: Mesh, chunk: int) -> t
     return jax.lax.with_sharding_constraint((loss_L, jnp.sum(batch.mask_BT)), replicated)
 
 
-def held_out_batches(held_out: Iterable[dict[str, np.ndarray]], count: int) -> list[dict[str, np.ndarray]]:
-    """Return the first ``count`` batches of ``held_out``, this process's rows of the validation split.
+def held_out_batches(held_out: Iterable[dict[str, np.ndarray]], config: Config) -> list[dict[str, np.ndarray]]:
+    """Return the first ``train.evaluate_batches`` batches of ``held_out``, this process's rows of the validation split.
 
-    All processes of a run call it together.
+    With ``data.mixture``, these are the first batches of every component. All processes of a run call it together.
     """
 
     def read() -> list[dict[str, np.ndarray]]:
-        return list(itertools.islice(held_out, count))
+        return list(itertools.islice(held_out, config.train.evaluate_batches * len(config.data.components)))
 
     # Read all before the first collective: a process with fewer batches would leave the others waiting for its next.
     return agree("number of held-out batches", read, len)
@@ -71,21 +72,50 @@ def held_out_batches(held_out: Iterable[dict[str, np.ndarray]], count: int) -> l
 def evaluate(model: Transformer, held_out: Iterable[dict[str, np.ndarray]], config: Config, mesh: Mesh) -> np.ndarray:
     """Return ``loss_L``: the mean cross-entropy of every exit on `held_out_batches` [nats/token].
 
-    ``held_out`` is the opened validation split or its batches, of which ``train.evaluate_batches`` are used. All
-    processes of a run call it together. Raises `UserError` if no token of these batches counts.
+    ``held_out`` is the opened validation split or its batches. With ``data.mixture`` this is the mean over the
+    components, weighted by their shares. All processes of a run call it together. Raises `UserError` if no token of
+    these batches counts.
     """
-    total_L, tokens = np.zeros(config.model.num_layers), 0.0
+    return component_losses(model, held_out, config, mesh)[""]
+
+
+def component_losses(
+    model: Transformer, held_out: Iterable[dict[str, np.ndarray]], config: Config, mesh: Mesh
+) -> dict[str, np.ndarray]:
+    """Return what `evaluate` returns as ``""``, and ``loss_L`` of every component of ``data.mixture`` by its name."""
+
+    def summed(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
+        loss_L, count = jax.device_get(summed_losses(model, to_devices(batch, mesh), mesh, config.train.loss_chunk))
+        return loss_L, float(count)
+
     with jax.set_mesh(mesh):
-        for batch in held_out_batches(held_out, config.train.evaluate_batches):
-            summed = summed_losses(model, to_devices(batch, mesh), mesh, config.train.loss_chunk)
-            loss_L, count = jax.device_get(summed)
-            total_L, tokens = total_L + loss_L, tokens + float(count)
-    if not tokens:
-        raise UserError(
-            f"no token of the first train.evaluate_batches {config.train.evaluate_batches} held-out batches counts: "
-            f"data.sequence_length {config.data.sequence_length} must be longer than their prompts (data.prompt_key)"
-        )
-    return total_L / tokens
+        return _means(summed, held_out_batches(held_out, config), config)
+
+
+def _means(
+    summed: Callable[[dict[str, np.ndarray]], tuple[np.ndarray, float]],
+    batches: Iterable[dict[str, np.ndarray]],
+    config: Config,
+) -> dict[str, np.ndarray]:
+    """Return means over the tokens of every component, of which ``summed`` returns the sum and the count of a batch.
+
+    Their mean, weighted by the shares of the rows, is ``""``.
+    """
+    shares = mixture_shares(config.data.mixture)
+    totals = dict.fromkeys(shares, (np.zeros(config.model.num_layers), 0.0))
+    for batch in batches:
+        name = list(shares)[int(batch.get("component", 0))]
+        (total_L, tokens), (sum_L, count) = totals[name], summed(batch)
+        totals[name] = total_L + sum_L, tokens + count
+    for name, (_, tokens) in totals.items():
+        if not tokens:
+            raise UserError(
+                f"no token of the first train.evaluate_batches {config.train.evaluate_batches} held-out batches "
+                f"{f'of {name} ' * bool(name)}counts: data.sequence_length {config.data.sequence_length} must be "
+                "longer than their prompts (data.prompt_key)"
+            )
+    means = {name: total_L / tokens for name, (total_L, tokens) in totals.items()}
+    return means | {"": np.sum([shares[name] * mean_L for name, mean_L in means.items()], axis=0)}
 
 
 def over_positions(read: Callable[..., Any], x_BTD: jax.Array, *labels_BT: jax.Array) -> Any:
@@ -135,15 +165,15 @@ def exit_quality(
         split = config.data.validation_split
         documents = open_documents(config.data, split, prepare=False)  # a checkpoint's config must not write files
         held_out = local_batches(config, split, mesh, in_order=True, documents=documents)
-    batches = held_out_batches(held_out, config.train.evaluate_batches)
+    batches = held_out_batches(held_out, config)
     if loss_L is None:
         loss_L = evaluate(model, batches, config, mesh)
-    agreed_L, tokens = np.zeros(config.model.num_layers), 0.0
+
+    def agreed(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
+        return np.asarray(agreements(model, to_devices(batch, mesh)), np.float64), float(batch["mask_BT"].sum())
+
     with jax.set_mesh(mesh):
-        for batch in batches:
-            agreed_L += np.asarray(agreements(model, to_devices(batch, mesh)))
-            tokens += batch["mask_BT"].sum()
-    return ExitQuality(loss_L, agreed_L / tokens)
+        return ExitQuality(loss_L, _means(agreed, batches, config)[""])
 
 
 def checkpoint_quality(
@@ -160,7 +190,12 @@ def checkpoint_quality(
     require(batches >= 1, f"batches must be at least 1, not {batches}")
     model, own, tokenizer = loaded or load_model(checkpoint)
     overrides = {"data.tokenizer": str(tokenizer), "data.workers": 0, "train.evaluate_batches": batches}
-    config = apply_overrides(own, overrides | {f"data.{name}": value for name, value in (data or {}).items()})
+    data = data or {}
+    if data.get("mixture"):  # it replaces the run's corpus, and a corpus replaces the run's mixture
+        data = {"name": "", "path": ""} | data
+    elif data.keys() & {"source", "name", "path"}:
+        data = {"mixture": ()} | data
+    config = apply_overrides(own, overrides | {f"data.{name}": value for name, value in data.items()})
     warn_beyond_context(own, config.data.sequence_length, f"{checkpoint}: data.sequence_length is")
     return exit_quality(model, config)
 

@@ -36,7 +36,7 @@ from layerskip_jax.checkpoint.run_folder import (
 )
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import saved_settings
-from layerskip_jax.data.corpus import resume_data
+from layerskip_jax.data.corpus import resume_mixture
 from layerskip_jax.data.load_tokenizer import find_tokenizer, load_tokenizer
 from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -246,10 +246,9 @@ class Checkpoints:
         )
         if problem:
             return None, problem
-        go_on, data_notes = resume_data(saved, self._config, corpus, data.corpus)
+        resumed, data_notes = resume_mixture(saved, self._config, corpus, data.corpus)
         self.resumed = "; ".join([*_resumed(saved, self._config, step), *data_notes])
-        if go_on != "first document":
-            data.set_state(positions, self._config.train.batch_size, same_rows=go_on == "same rows")
+        data.set_state(positions, self._config.train.batch_size, resumed)
         item = with_arrays(_optimizer_item(abstract), optimizer)
         model = with_arrays(abstract.model, model)
         return TrainState(step=item["step"], model=model, opt_state=item["state"], loss_ema=item["usual"]), ""

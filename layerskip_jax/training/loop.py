@@ -22,7 +22,7 @@ from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.distributed import StopRequest, agree, local_rows
 from layerskip_jax.errors import Interrupted
-from layerskip_jax.evaluation.exits import evaluate
+from layerskip_jax.evaluation.exits import component_losses
 from layerskip_jax.model import Transformer
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import batch_sharding, make_mesh
@@ -36,7 +36,7 @@ from layerskip_jax.training.monitoring.watch import Profiler
 from layerskip_jax.training.step import StepMetrics, Trainer, TrainState
 
 OnEvaluation = Callable[[int, Transformer, grain.IterDataset, np.ndarray], None]
-"""Gets the step, the model, the held-out split and ``loss_L`` after each `evaluate`; its exceptions end the run."""
+"""Gets the step, the model, the held-out split and ``loss_L`` after each evaluation; its exceptions end the run."""
 
 
 def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluation = lambda *_: None) -> TrainState:
@@ -85,8 +85,8 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
                 pending = None
             if evaluates:
                 with progress.during("evaluating"):
-                    progress.after_evaluation(done, loss_L := evaluate(state.model, held_out, config, mesh))
-                    on_evaluation(done, state.model, held_out, loss_L)
+                    progress.after_evaluation(done, losses := component_losses(state.model, held_out, config, mesh))
+                    on_evaluation(done, state.model, held_out, losses[""])
             last = bool(stopped) or done == config.train.steps
             # After bad steps the parameters may be bad too: do not push out the good checkpoint.
             if saves and (last or not bad_steps.in_a_row):

@@ -91,9 +91,15 @@ class Progress:
             self._goodput.end_start()
             self._restart_clock()  # leave compilation out of the tokens/s
 
-    def after_evaluation(self, done: int, loss_L: np.ndarray) -> None:
-        self._writer.write(done, per_exit("validation/exit_loss", loss_L))
-        self.log(f"step {done}  held-out loss by exit: " + "  ".join(f"{x + 1}: {v:.3f}" for x, v in enumerate(loss_L)))
+    def after_evaluation(self, done: int, losses: dict[str, np.ndarray]) -> None:
+        """Report the held-out ``loss_L`` of ``""``, overall, and of each component of ``data.mixture`` by its name."""
+        values = per_exit("validation/exit_loss", losses[""])
+        self.log(f"step {done}  held-out loss by exit: {_by_exit(losses[''])}")
+        for name, loss_L in losses.items():
+            if name:
+                values |= per_exit(f"validation/component_exit_loss/{name}", loss_L)
+                self.log(f"step {done}  {name}: {_by_exit(loss_L)}")
+        self._writer.write(done, values)
 
     def after_sample(self, done: int, text: str) -> None:
         self._writer.write(done, {"sample": text})
@@ -112,6 +118,10 @@ class Progress:
         self._watchdog.__exit__()
         self._bar.close()
         self._writer.close()
+
+
+def _by_exit(loss_L: np.ndarray) -> str:
+    return "  ".join(f"{x + 1}: {v:.3f}" for x, v in enumerate(loss_L))
 
 
 def opening_line(config: Config, mesh: Mesh, start: str) -> str:
