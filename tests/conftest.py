@@ -8,7 +8,6 @@ if not os.environ.get("ACCELERATOR"):  # as in the Makefile; with it, run single
 # Compilation for CPU dominates the suite. Without LLVM's optimizations and XLA's fusion emitters it takes a fifth of
 # the time; the passes over HLO stay the same. Newer versions of jax always use the emitters: `make test-newest` covers
 # them. Flags that the user sets come later, and win.
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # `benchmarks.bucket_server` says why
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
@@ -16,6 +15,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # `benchmarks.bucket_server` says why
 
 import hypothesis
 import jax
