@@ -167,7 +167,7 @@ def test_the_overall_loss_is_the_mean_of_the_components_by_their_shares(mixed_ru
         mean = sum(share * parts[name] for name, share in shares_of_rows.items())
         assert record[f"validation/exit_loss/{exit_layer}"] == pytest.approx(mean)
     for name, data in config.data.components.items():
-        assert any(line.startswith(f"step 4  {name}: 1: ") for line in lines)
+        assert any(line.startswith(f"step 4  held-out loss of {name} by exit: 1: ") for line in lines)
         alone = exit_quality(model, dataclasses.replace(config, data=data))
         assert alone.loss_L[-1] == pytest.approx(parts[name])
     quality = exit_quality(model, config)

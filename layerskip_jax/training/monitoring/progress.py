@@ -98,7 +98,7 @@ class Progress:
         for name, loss_L in losses.items():
             if name:
                 values |= per_exit(f"validation/component_exit_loss/{name}", loss_L)
-                self.log(f"step {done}  {name}: {_by_exit(loss_L)}")
+                self.log(f"step {done}  held-out loss of {name} by exit: {_by_exit(loss_L)}")
         self._writer.write(done, values)
 
     def after_sample(self, done: int, text: str) -> None:
