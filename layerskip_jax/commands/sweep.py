@@ -45,6 +45,9 @@ from layerskip_jax.model import Transformer
 SETTINGS = ("weights", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
 """The settings that all measurements share; `sweep` chooses the others."""
 
+CHOSEN = ("mode", "policy", "exit_layer", "draft_length", "lookup_length")
+"""The settings that tell measurements apart."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
@@ -105,7 +108,7 @@ def _measurement(config: DecodeConfig, runs: list[list[Generation]], plain: list
     tokens_per_round = sum(g.new_tokens for g in last) / rounds
     same = all([g.tokens for g in run] == [g.tokens for g in plain[0]] for run in runs)
     return Measurement(
-        settings={name: getattr(config, name) for name in ("mode", "policy", "exit_layer", "draft_length")},
+        settings={name: getattr(config, name) for name in CHOSEN},
         tokens_per_second=statistics.median(rates),
         speedup=speedup,
         acceptance=sum(g.accepted for g in last) / drafted if drafted else math.nan,
@@ -149,21 +152,24 @@ def sweep(
     repeats: int,
     eos: Sequence[int] = (),
 ) -> tuple[list[Measurement], list[Measurement], Overhead]:
-    """Measure plain decoding and every pair of exit and draft length, then plain decoding and three finalists.
+    """Measure plain decoding and every pair of exit and draft length, then plain decoding and four finalists.
 
-    The finalists are the fastest pair, the adaptive policy over the same exits up to the largest length, and prompt
-    lookup. Returns both lists of measurements and the fitted overhead.
+    The finalists are the fastest pair, the adaptive policy over the same exits up to the largest length, prompt lookup
+    of that length, and the fastest pair together with such lookups. Returns both lists of measurements and the fitted
+    overhead.
     """
-    fixed = dataclasses.replace(settings, mode="self_speculative", policy="fixed")
+    fixed = dataclasses.replace(settings, mode="self_speculative", policy="fixed", lookup_length=0)
     pairs = [dataclasses.replace(fixed, exit_layer=e, draft_length=d) for e in exits for d in draft_lengths]
     grid = measure(model, prompts, pairs, repeats, eos)
     overhead = fit_overhead(model.config, grid[1:])
     best = max(grid[1:], key=lambda m: m.tokens_per_second)
     largest = max(draft_lengths)
+    fastest = dataclasses.replace(fixed, **best.settings)
     finalists = [
-        dataclasses.replace(fixed, **best.settings),
+        fastest,
         adaptive_config(dataclasses.replace(fixed, exit_layer=best.settings["exit_layer"]), exits, largest, overhead),
         dataclasses.replace(fixed, mode="prompt_lookup", draft_length=largest),
+        dataclasses.replace(fastest, lookup_length=largest, **overhead.as_settings()),
     ]
     return grid, measure(model, prompts, finalists, repeats, eos), overhead
 
@@ -180,8 +186,9 @@ def table(model: ModelConfig, grid: list[Measurement], finals: list[Measurement]
         )
     for m in finals[1:]:
         name = m.settings["policy"] if m.settings["mode"] == "self_speculative" else m.settings["mode"]
+        name += " and lookup" * bool(m.settings["lookup_length"])
         lines.append(
-            f"{name:>14}  {m.tokens_per_second:8.0f}  {m.speedup:6.2f}x  "
+            f"{name:>16}  {m.tokens_per_second:8.0f}  {m.speedup:6.2f}x  "
             + ("nothing drafted" if math.isnan(m.acceptance) else f"acceptance {m.acceptance:.1%}")
             + f", {m.tokens_per_round:.2f} tokens/round"
             + ("  texts DIFFER" if m.identical is False else "")
