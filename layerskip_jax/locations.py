@@ -2,6 +2,8 @@
 
 import codecs
 import contextlib
+import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -32,8 +34,7 @@ def locate(path: str) -> epath.Path:
         raise UserError(f"{path} is neither a local path nor a gs:// path: buckets are written gs://BUCKET/...")
     if not any(importlib.util.find_spec(library) for library in BUCKET_LIBRARIES):
         raise UserError(f"{path} needs gcsfs: pip install layerskip_jax[gcs]")
-    # It prints a traceback of each error that it then raises, and commands report the error in one line.
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    _configure_buckets()
     return epath.Path(path)  # resolve() would make it relative to the working directory
 
 
@@ -98,6 +99,20 @@ def keep_compiled_programs(run_dir: str) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(locate(run_dir) / "compiled"))
         compilation_cache.reset_cache()  # JAX ignores the setting once it has compiled a program
+
+
+@functools.cache
+def _configure_buckets() -> None:
+    """Set gcsfs and TensorStore up for runs that last. Variables of the environment that the user sets win."""
+    # TensorStore would wait forever for a connection that went silent. Now it drops it, and tries again.
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    if importlib.util.find_spec("gcsfs"):
+        # gcsfs would keep listings of folders forever, although TensorStore and other processes write into them.
+        settings = importlib.import_module("fsspec.config").conf
+        settings.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    # gcsfs prints a traceback of each error that it then raises, and commands report the error in one line.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def is_remote(path: epath.Path) -> bool:
