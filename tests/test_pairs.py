@@ -114,7 +114,7 @@ def test_a_run_on_text_can_resume_with_pairs(corpus, tmp_path):
     list(itertools.islice(original, 3))
     (tmp_path / "process_0-of-1.json").write_bytes(DataPosition(original, range(2)).get_state())
     restored = iter(make_batches(make_config(corpus, pairs), "train", batch_size=2))
-    DataPosition(restored, range(2)).set_state(read_positions(epath.Path(tmp_path)), 2, same_rows=False)
+    DataPosition(restored, range(2)).set_state(read_positions(epath.Path(tmp_path)), 2, {"": ("", "next documents")})
     assert next(restored)["mask_BT"].any()
 
 

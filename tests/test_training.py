@@ -83,7 +83,7 @@ def batches_seen(monkeypatch):
 
     monkeypatch.setattr(training, "to_devices", to_devices)
     # The batches of an evaluation are not training's.
-    monkeypatch.setattr(training, "evaluate", lambda model, held_out, config, mesh: np.zeros(4))
+    monkeypatch.setattr(training, "component_losses", lambda *_: {"": np.zeros(4)})
     return seen, stop
 
 
