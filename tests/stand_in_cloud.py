@@ -16,6 +16,7 @@ SETTINGS = {"POD_NAME": "my-run", "POD_PROJECT": "my-project", "POD_ZONE": "us-e
 TRAIN = ["--", "--config", "configs/some.py", "--train.run_dir", "gs://bucket/run"]
 
 # A stand-in for train.py: it accepts options, keeps running, saves on SIGTERM, and exits with a status.
+# A file that another process waits for is renamed into place, so that nobody reads a part of it.
 TRAIN_PY = """
 import json, os, pathlib, signal, sys, time
 home = pathlib.Path(os.environ["HOME"])
@@ -24,7 +25,9 @@ def save(*_):
     if not (home / "stubborn").exists():
         sys.exit(143)
 signal.signal(signal.SIGTERM, save)
-(home / "options.json").write_text(json.dumps(sys.argv[1:]))
+partial = home / "options.json.partial"
+partial.write_text(json.dumps(sys.argv[1:]))
+partial.replace(home / "options.json")
 print("step 1", flush=True)
 while not (home / "finish").exists():
     time.sleep(0.02)
@@ -55,6 +58,7 @@ class Cloud:
         path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
         bare = {key: value for key, value in os.environ.items() if not key.startswith(("POD_", "GIT_"))}
         self.environment = {**bare, **SETTINGS, "PATH": path, "CLOUD": str(self.folder)}
+        self.started = []
 
     @classmethod
     def new(cls, folder):
@@ -80,13 +84,24 @@ class Cloud:
         return subprocess.run(["git", *words], cwd=self.repository, check=True, capture_output=True, text=True).stdout
 
     def start(self, *words, **environment):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(self.repository / "tpu/pod"), *words],
             env=self.environment | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self.started.append(process)
+        return process
+
+    def end(self):
+        """End every process that a failed test has left, so that it cannot fail a later test as well."""
+        self.kill_runs()
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            process.stdout.close()
 
     def pod(self, *words, status=0, **environment):
         process = self.start(*words, **environment)
@@ -120,20 +135,18 @@ class Cloud:
         state["nodes"][node] = "PREEMPTED"
         if queued:
             state["queued"]["my-run"]["state"] = "SUSPENDED"
-        changed = self.folder / "state.json.changed"
-        changed.write_text(json.dumps(state))
-        changed.replace(self.folder / "state.json")
+        write_whole(self.folder / "state.json", json.dumps(state))
         kill_runs(pids)
 
     def fault(self, command, message, **more):
-        (self.folder / "faults.json").write_text(json.dumps([{"command": command, "message": message, **more}]))
+        write_whole(self.folder / "faults.json", json.dumps([{"command": command, "message": message, **more}]))
 
     def homes(self):
         return sorted(self.folder.glob("my-run*/worker-*"))
 
     def write(self, name, text=""):
         for home in self.homes():
-            (home / name).write_text(text)
+            write_whole(home / name, text)
 
     def options(self):
         return [json.loads((home / "options.json").read_text()) for home in self.homes()]
@@ -147,10 +160,18 @@ class Cloud:
         raise AssertionError(f"{pattern}: {found}, not {count}")
 
     def pids(self, node="*", worker="*"):
-        return [file.read_text().strip() for file in self.folder.glob(f"{node}/{worker}/layerskip_jax_run/pid")]
+        pids = [file.read_text().strip() for file in self.folder.glob(f"{node}/{worker}/layerskip_jax_run/pid")]
+        return [pid for pid in pids if pid]  # the launch script creates the file before it writes the number
 
     def kill_runs(self, node="*", worker="*"):
         kill_runs(self.pids(node, worker))
+
+
+def write_whole(file, text):
+    """Write a file that a running process may read at any time: it sees the old text or the new text."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def kill_runs(pids):
@@ -177,7 +198,7 @@ def copied(template, folder):
     shutil.copytree(template, folder, dirs_exist_ok=True)
     cloud = Cloud(folder)
     yield cloud
-    cloud.kill_runs()
+    cloud.end()
 
 
 @pytest.fixture

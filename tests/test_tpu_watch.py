@@ -3,7 +3,7 @@
 import json
 
 import stand_in_cloud
-from stand_in_cloud import TRAIN
+from stand_in_cloud import TRAIN, write_whole
 
 templates, cloud = stand_in_cloud.templates, stand_in_cloud.cloud
 
@@ -50,7 +50,7 @@ def test_watch_launches_again_after_an_error_and_finally_gives_up(cloud):
         cloud.wait_for("*/*/options.json", 2)
         for home in homes:
             (home / "options.json").unlink()
-        (homes[0] / "finish").write_text("3")  # one worker fails, the other waits for it
+        write_whole(homes[0] / "finish", "3")  # one worker fails, the other waits for it
         cloud.wait_for("*/worker-0/layerskip_jax_run/exit", 1)
         (homes[0] / "finish").unlink(missing_ok=True)
     output = finish(cloud, process, status=1)
@@ -66,7 +66,7 @@ def test_watch_survives_a_quota_error_a_broken_connection_and_a_failed_check(clo
         {"command": "tpu-vm list", "message": "UNAVAILABLE"},
         {"command": "ssh", "message": "Connection refused", "status": 255, "worker": 1, "times": 2},
     ]
-    (cloud.folder / "faults.json").write_text(json.dumps(faults))
+    write_whole(cloud.folder / "faults.json", json.dumps(faults))
     process = cloud.start("watch", "--poll=0", *TRAIN)
     cloud.wait_for("*/*/options.json", 2)
     cloud.write("finish", "0")
