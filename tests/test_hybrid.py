@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_model
-from test_decoding_lossless import with_tail
+from test_decoding_lossless import NeverAgrees, with_tail
 
+from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.hybrid import Hybrid, prior
 from layerskip_jax.decoding.policies import Fixed
@@ -27,6 +28,14 @@ def test_hybrid_prefers_the_source_that_gains_more(tail):
     assert sum(result.exit_accepted.values()) == result.accepted
     alone = [generate(model, [[1, 2]], 120, strategy) for strategy in (lookup, exit_2)]
     assert result.rounds <= min(one.rounds for one in alone) + 8  # tries of each source
+
+
+def test_hybrid_decodes_plainly_where_no_draft_is_right():
+    model, wrong = with_tail(tiny_model(4), 2, 0.0), NeverAgrees()
+    lookup, exit_2 = PromptLookup(wrong, 6, max_ngram=1), SelfSpeculative(wrong, Fixed(2, 2))
+    result = generate(model, [[1, 2]], 60, Hybrid(lookup, exit_2, 4, Overhead(per_draft=1.0)))
+    assert result.tokens == generate(model, [[1, 2]], 60, Autoregressive(Greedy())).tokens
+    assert sum(result.exit_rounds.values()) < result.rounds / 2
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(1, 9), st.floats(1, 3)), max_size=6))

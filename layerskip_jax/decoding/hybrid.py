@@ -1,4 +1,4 @@
-"""Hybrid drafts: each round takes its drafts from an early exit or from the text so far, whichever gains more."""
+"""Hybrid drafts: each round drafts from an early exit or from the text so far, or not at all."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.conditional import run_if
 from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, check_overhead, round_cost
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
-from layerskip_jax.decoding.rounds import SelfSpeculative
+from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Sampler
 from layerskip_jax.decoding.state import DecodeState
 from layerskip_jax.model import Transformer
@@ -29,12 +29,12 @@ class Gains(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Hybrid:
-    """Run a round of ``lookup`` or of ``speculation``, whichever emits more tokens for its cost.
+    """Run the round that is expected to emit the most tokens for its cost: of ``lookup``, of ``speculation``, or plain.
 
-    The expected tokens are those of past rounds: of the exit, and of lookups whose match had the same length. About
-    the last ``horizon`` rounds count. A source that has not been used for so long returns to `PRIOR`, which is
-    optimistic, so that it is tried again. A looked-up draft costs no pass, so a lookup costs one pass of the full
-    model, plus the overhead. The statistics count it under layer L.
+    The expectation is the rate of past rounds: of the exit, and of lookups whose match had the same length. Plain
+    decoding emits one token for a cost of one. About the last ``horizon`` rounds count. The rate of a source that has
+    not been used for so long returns to `PRIOR`, so that it is tried again. A lookup costs one pass of the full model,
+    plus the overhead. The statistics count it under layer L.
     """
 
     lookup: PromptLookup
@@ -69,21 +69,24 @@ class Hybrid:
         draft_Bd, match_B = self.lookup.look_up(state)
         rate_M = gains.tokens_M / gains.cost_M
         lookup_cost = 1 + self.overhead.per_round + self.overhead.per_draft * self.lookup.draft_length
-        # A row without a match gets one token from a lookup round.
+        # A row without a match gets one token from a lookup.
         rate_B = jnp.where(match_B > 0, rate_M[match_B], 1 / lookup_cost)
-        looks_up = jnp.sum(rate_B * active_B) >= rate_M[0] * jnp.sum(active_B)
+        lookup_rate, exit_rate = jnp.sum(rate_B * active_B) / jnp.maximum(jnp.sum(active_B), 1), rate_M[0]
+        looks_up = (lookup_rate >= exit_rate) & (lookup_rate > 1)
+        speculates = ~looks_up & (exit_rate > 1)
 
-        look_up = partial(self.look_up, model, draft_Bd, match_B)
-        after = run_if(looks_up, look_up, run_if(~looks_up, partial(self.speculate, model), state))
+        def look_up(state: DecodeState) -> DecodeState:
+            return self.lookup.verify(model, state, draft_Bd, match_B, exit_index=len(self.exits) - 1)
+
+        after = run_if(looks_up, look_up, state)
+        after = run_if(speculates, partial(self.speculate, model), after)
+        after = run_if(~looks_up & ~speculates, partial(self.plain, model), after)
 
         cost = jnp.where(looks_up, lookup_cost, self.exit_cost(model.config, state, after))
         source_B = jnp.where(looks_up, match_B, 0)
-        counted_BM = jax.nn.one_hot(source_B, len(rate_M)) * (active_B & ((source_B > 0) | ~looks_up))[:, None]
+        counted_BM = jax.nn.one_hot(source_B, len(rate_M)) * (active_B & ((source_B > 0) | speculates))[:, None]
         gains = self.discounted(gains, (after.length_B - state.length_B) @ counted_BM, cost * jnp.sum(counted_BM, 0))
         return dataclasses.replace(after, policy_state=(gains, after.policy_state[1]))
-
-    def look_up(self, model: Transformer, draft_Bd: jax.Array, match_B: jax.Array, state: DecodeState) -> DecodeState:
-        return self.lookup.verify(model, state, draft_Bd, match_B, exit_index=len(self.exits) - 1)
 
     def speculate(self, model: Transformer, state: DecodeState) -> DecodeState:
         """Run a round of ``speculation`` with its own policy state and the exit queries that it needs."""
@@ -94,6 +97,12 @@ class Hybrid:
         # No later round reads these exit queries, so the carry of the loop keeps the old ones.
         cache = dataclasses.replace(after.cache, exit_query_BQD=queries)
         return dataclasses.replace(after, cache=cache, policy_state=(gains, after.policy_state))
+
+    def plain(self, model: Transformer, state: DecodeState) -> DecodeState:
+        """Run a round of plain decoding, which counts for no exit."""
+        after = Autoregressive(self.sampler)(model, state)
+        statistics = dataclasses.replace(after.statistics, exit_rounds_X=state.statistics.exit_rounds_X)
+        return dataclasses.replace(after, statistics=statistics)
 
     def exit_cost(self, config: ModelConfig, before: DecodeState, after: DecodeState) -> jax.Array:
         """Return the cost of the round between two states, by the drafts of each exit for an active row."""
