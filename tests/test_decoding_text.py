@@ -318,8 +318,11 @@ def test_every_mode_and_policy_is_a_setting(model, tokenizer):
     full = generator(model, tokenizer, mode="autoregressive").generate(PROMPTS).completions
     lossless = [{"policy": "confidence", "draft_threshold": 0.1}, {"policy": "adaptive"}, {"mode": "prompt_lookup"}]
     lossless += [{"lookup_length": 5}, {"policy": "adaptive", "lookup_length": 3}]
-    for values in lossless:
-        assert generator(model, tokenizer, **values).generate(PROMPTS).completions == full
+    for values in [*lossless, {"mode": "autoregressive"}]:
+        one = generator(model, tokenizer, **values)
+        answer = one.generate(PROMPTS)
+        assert answer.completions == full
+        json.dumps(Report.from_answers([answer], model.config, one.config).as_dict(), allow_nan=False)
     lossy = generator(model, tokenizer, mode="early_exit", exit_threshold=1e-6, exits=(1,))
     answer = lossy.generate(PROMPTS)
     assert set(answer.generation.exit_rounds) == {1, 4}

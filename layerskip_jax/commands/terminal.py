@@ -63,7 +63,7 @@ class Report:
     tokens_per_round: float
     num_layers: int
     exit_rounds: dict[int, int]  # rounds (mode early_exit: tokens) at each exit; with lookups, layer L counts those
-    exit_acceptance: dict[int, float]  # accepted / drafted tokens of each exit; NaN if it drafted nothing
+    exit_acceptance: dict[int, float]  # accepted / drafted tokens of each exit that drafted
     lookups: bool  # whether rounds can look their drafts up
     drafted_per_round: float
     acceptance: float
@@ -106,7 +106,7 @@ class Report:
             tokens_per_round=new_tokens / row_rounds,
             num_layers=model.num_layers,
             exit_rounds=exit_rounds,
-            exit_acceptance={exit: right / total if total else math.nan for exit, (right, total) in by_exit.items()},
+            exit_acceptance={exit: right / total for exit, (right, total) in by_exit.items() if total},
             lookups=config.mode == "self_speculative" and config.lookup_length > 0,
             drafted_per_round=drafted / row_rounds,
             acceptance=accepted / drafted if drafted else math.nan,
