@@ -129,7 +129,7 @@ def decoding(run: str, config: Config, repeats: int) -> Measured:
     is_fixed = [0 < place <= comparison.fixed for place in range(len(names))]
     rows = {
         kind: [
-            dataclasses.asdict(m) | {"name": name, "predicted": m.predicted_speedup(config.model) if fixed else None}
+            dataclasses.asdict(m) | {"name": name, "predicted": m.predicted_speedup if fixed else None}
             for name, m, fixed in zip(names, measured, is_fixed, strict=True)
         ]
         for kind, measured in comparison.measured.items()

@@ -95,14 +95,14 @@ def generation(run: str, sampled: bool) -> Row:
     pairs = [dataclasses.replace(base, exit_layer=e, draft_length=d) for e in exits for d in DRAFT_LENGTHS]
     measured = measure(model, prompts, pairs, repeats=1)[1:]
     drafted = next(m for m in measured if pair_of(m) == [draft_exit, ACCEPTANCE_LENGTH])
-    by_bytes = max(measured, key=lambda m: m.predicted_speedup(config.model))
+    by_bytes = max(measured, key=lambda m: m.predicted_speedup)
     fastest = max(measured, key=lambda m: m.speedup)
     plain_model, plain = configure(dataclasses.replace(base, mode="autoregressive"), model)
     new = [generate(plain_model, [p], NEW_TOKENS, plain, seed=base.seed).tokens[0] for p in prompts]
     return {
         "acceptance": drafted.acceptance,
         "loops": statistics.mean(repeated_share(tokens) for tokens in new),
-        "by_bytes": by_bytes.predicted_speedup(config.model),
+        "by_bytes": by_bytes.predicted_speedup,
         "by_bytes_settings": pair_of(by_bytes),
         "speedup": fastest.speedup,
         "speedup_settings": pair_of(fastest),

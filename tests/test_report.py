@@ -109,7 +109,7 @@ class Page(html.parser.HTMLParser):
 def test_a_report_is_one_self_contained_page(trained_run, tmp_path, capsys):
     run = shutil.copytree(trained_run, tmp_path / "run").as_posix()
     shutil.copytree(trained_run, tmp_path / "run_plain")
-    measurement = sweep.Measurement({"exit_layer": 1}, 10.0, 1.5, 0.5, 2.0, 2.0, 1.0, True)
+    measurement = sweep.Measurement({"exit_layer": 1}, 10.0, 1.5, 0.5, 2.0, 2.0, 1.0, True, 1.2)
     sweep.plot([measurement, measurement], [1], [2], Path(run, "plots", "sweep.png"))
     store_swept(run, {"exit_layer": 1}, {"tokens_per_second": 10.0})
     report.main([run, "--new_tokens", "6", "--batches", "1", "--prompt", "def <x>"])

@@ -43,7 +43,7 @@ def test_sweep_recommends_lossless_settings_and_reports_that_it_cannot_store(run
     def measured(mode, speed, identical):
         return sweep.Measurement(
             {"mode": mode, "policy": "fixed", "exit_layer": 1, "draft_length": 2, "lookup_length": 0},
-            speed, speed, math.nan, 1.0, 1.0, 1.0, identical,
+            speed, speed, math.nan, 1.0, 1.0, 1.0, identical, 1.0,
         )  # fmt: skip
 
     finals = [measured("autoregressive", 1.0, True), measured("self_speculative", 2.0, False)]
@@ -82,7 +82,8 @@ def test_the_overhead_of_speculation_is_fitted(overhead):
     model = ModelConfig(num_layers=8, vocab_size=1)
     rounds = [(exit_layer, d) for exit_layer in (1, 2, 4) for d in (2, 4, 8)]
     measurements = [
-        sweep.Measurement({"exit_layer": e}, 0, 0, 0, 0, d, round_cost(model, e, d, overhead), True) for e, d in rounds
+        sweep.Measurement({"exit_layer": e}, 0, 0, 0, 0, d, round_cost(model, e, d, overhead), True, 0)
+        for e, d in rounds
     ]
     assert sweep.fit_overhead(model, measurements) == pytest.approx(overhead, abs=1e-9)
 
@@ -90,7 +91,7 @@ def test_the_overhead_of_speculation_is_fitted(overhead):
 def test_an_overhead_is_never_negative():
     model = ModelConfig(num_layers=8, vocab_size=1)
     fast = [
-        sweep.Measurement({"exit_layer": 2}, 0, 0, 0, 0, d, cost * round_cost(model, 2, d), True)
+        sweep.Measurement({"exit_layer": 2}, 0, 0, 0, 0, d, cost * round_cost(model, 2, d), True, 0)
         for d, cost in ((2, 0.9), (4, 1.0), (8, 0.9))
     ]
     assert min(sweep.fit_overhead(model, fast)) >= 0

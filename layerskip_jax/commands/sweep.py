@@ -30,11 +30,12 @@ from layerskip_jax.command_line import (
     whole,
 )
 from layerskip_jax.commands.prompts import read_prompts
+from layerskip_jax.commands.terminal import mean_round_cost
 from layerskip_jax.config import DecodeConfig, ModelConfig
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import configure
-from layerskip_jax.decoding.cost import Overhead, predicted_speedup, round_cost
+from layerskip_jax.decoding.cost import Overhead, round_cost
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.request import Generation
@@ -61,14 +62,11 @@ class Measurement:
     drafted_per_round: float
     round_cost: float  # measured [plain passes]
     identical: bool | None  # to the texts of plain decoding; None if texts are sampled
+    predicted_speedup: float  # from the bytes of the weights
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers for JSON, which has no NaN: ``acceptance`` is left out if nothing was drafted."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value == value}
-
-    def predicted_speedup(self, model: ModelConfig) -> float:
-        """Return the speedup predicted from the bytes of the weights, for a fixed exit."""
-        return predicted_speedup(model, self.settings["exit_layer"], self.drafted_per_round, self.tokens_per_round)
 
 
 def measure(
@@ -94,12 +92,14 @@ def measure(
                 bar.update()
             runs.append(run)
     return [
-        _measurement(config, [run[index] for run in runs], [run[0] for run in runs])
+        _measurement(config, model.config, [run[index] for run in runs], [run[0] for run in runs])
         for index, config in enumerate(configs)
     ]
 
 
-def _measurement(config: DecodeConfig, runs: list[list[Generation]], plain: list[list[Generation]]) -> Measurement:
+def _measurement(
+    config: DecodeConfig, model: ModelConfig, runs: list[list[Generation]], plain: list[list[Generation]]
+) -> Measurement:
     """Summarize the ``runs`` of a config, by repeat and prompt, of which the first compiled."""
     rates = [_tokens_per_second(run) for run in runs[1:]]
     speedup = statistics.median(a / _tokens_per_second(b) for a, b in zip(rates, plain[1:], strict=True))
@@ -116,6 +116,7 @@ def _measurement(config: DecodeConfig, runs: list[list[Generation]], plain: list
         drafted_per_round=drafted / rounds,
         round_cost=tokens_per_round / speedup,
         identical=None if config.temperature else same,
+        predicted_speedup=tokens_per_round / mean_round_cost(last, model, config),
     )
 
 
@@ -174,14 +175,14 @@ def sweep(
     return grid, measure(model, prompts, finalists, repeats, eos), overhead
 
 
-def table(model: ModelConfig, grid: list[Measurement], finals: list[Measurement]) -> str:
+def table(grid: list[Measurement], finals: list[Measurement]) -> str:
     """Return the measurements as text."""
     lines = [f"plain decoding {grid[0].tokens_per_second:.0f} tokens/s"]
     lines.append("  exit  drafts  tokens/s  speedup  cost model  acceptance  tokens/round")
     for m in grid[1:]:
         lines.append(
             f"  {m.settings['exit_layer']:>4}  {m.settings['draft_length']:>6}  {m.tokens_per_second:8.0f}"
-            f"  {m.speedup:6.2f}x  {m.predicted_speedup(model):9.2f}x  {m.acceptance:10.1%}"
+            f"  {m.speedup:6.2f}x  {m.predicted_speedup:9.2f}x  {m.acceptance:10.1%}"
             f"  {m.tokens_per_round:12.2f}" + ("  texts DIFFER" if m.identical is False else "")
         )
     for m in finals[1:]:
@@ -274,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(m.as_dict()))
         print(json.dumps({"recommended": chosen, "measured": measured}))
     else:
-        print(table(config.model, grid, finals))
+        print(table(grid, finals))
         listed = ", ".join(f"{name} {value}" for name, value in chosen.items())
         print(f"recommended: {listed} ({winner.speedup:.2f}x plain decoding)")
     if not options.no_store:
