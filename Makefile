@@ -33,15 +33,16 @@ CHECK_TESTS = $(addprefix tests/test_,config.py structure.py reading_cost.py ben
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
+# pip is quiet twice, because a single --quiet prints a warning of setuptools about every editable installation.
 $(BIN)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, and $(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --quiet --editable .
 	@touch $@
 
 $(BIN)/.installed-dev: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --quiet --editable '.[dev]'
 	@touch $@
 
 # Large pages make a training step on a CPU about 1.2 times as fast (docs/training.md).
@@ -72,14 +73,14 @@ test: $(BIN)/.installed-dev  ## the whole test suite (under 30 minutes on 2 core
 	$(BIN)/python -m pytest -n 2
 
 $(BIN)/.installed-tpu: $(BIN)/.installed-dev
-	$(BIN)/python -m pip install --quiet --editable '.[tpu]'
+	$(BIN)/python -m pip install --quiet --quiet --editable '.[tpu]'
 	@touch $@
 
 $(NEWEST_VENV)/.installed: pyproject.toml tpu/requirements.txt
 	@test -n '$(NEWEST_PYTHON)' || { echo 'error: make test-newest needs Python 3.12 or newer; set NEWEST_PYTHON to one'; exit 1; }
 	$(NEWEST_PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(NEWEST_VENV)/bin/python -m pip install --quiet --constraint tpu/requirements.txt --editable '.[dev,tpu]'
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --quiet --constraint tpu/requirements.txt --editable '.[dev,tpu]'
 	@touch $@
 
 test-newest: $(NEWEST_VENV)/.installed  ## the tests that depend most on jax, with the versions for TPUs (tpu/requirements.txt)
@@ -97,7 +98,7 @@ format: $(BIN)/.installed-dev  ## format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 
 docs: $(BIN)/.installed-dev  ## build the documentation into build/docs; warnings are errors
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --quiet --editable '.[docs]'
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 	@echo 'open build/docs/index.html'
 

@@ -49,15 +49,15 @@ from layerskip_jax.training.step import TrainState
 
 
 class _Once(logging.Filter):
-    """Lets orbax say once that a save waits for the one before. It says it at every save, as into a slow bucket."""
+    """Lets one line of orbax pass that a save waits for the previous one. A slow bucket repeats it at every save."""
 
     said = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not str(record.msg).startswith("Waiting for previous save"):
             return True
-        self.said, before = True, self.said
-        return not before
+        first, self.said = not self.said, True
+        return first
 
 
 _once = _Once()
@@ -274,9 +274,8 @@ class Checkpoints:
                 target.mkdir(exist_ok=True)
                 names = (target / name for name in (str(step), *(f"{step}-{n}" for n in range(1, 1000))))
                 name = next(name for name in names if not name.exists())
-                write_file(
-                    target / f"{name.name}.txt", f"{problem}\n"
-                )  # `rename` needs a folder, so a file in a bucket
+                # Before `rename`, which needs a target folder: in a bucket, only files make folders.
+                write_file(target / f"{name.name}.txt", f"{problem}\n")
                 (self.folder / str(step)).rename(name)
 
         agree("damaged checkpoints", move)
