@@ -19,6 +19,7 @@ CLIENT_SETTINGS = {
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
     "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # TensorStore then looks for no credentials
 }
+PIECE = 1 << 16
 NOT_FORWARDED = {"connection", "keep-alive", "transfer-encoding", "host"}
 
 
@@ -61,53 +62,71 @@ class Proxy(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.faults.next()
         if fault in ("429", "503"):
-            self._send(int(fault), b"injected", {})
+            self._send_head(int(fault), {"Content-Length": "8"})
+            self.wfile.write(b"injected")
         elif fault == "dropped":
             self.close_connection = True
         else:
-            status, content, headers = self._forward(body)
+            answer = self._forward(body)
             if fault == "answer lost":
+                answer.read()
                 self.close_connection = True
             else:
-                self._send(status, content, headers)
+                self._send(answer)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _answer
 
-    def _forward(self, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+    def _forward(self, body: bytes) -> http.client.HTTPResponse:
         source, move, target = self.path.partition("/moveTo/o/")
         if not move:
             return self._ask(self.command, self.path, body)
         # Cloud Storage has moveTo and the server has not. gcsfs would print a traceback, and copy.
         bucket = source.split("/b/")[1].split("/")[0]
         done = self._ask("POST", f"{source}/copyTo/b/{bucket}/o/{target.partition('?')[0]}", body)
-        if done[0] == 200:
-            self._ask("DELETE", source, b"")
-        return done
+        if done.status != 200:
+            return done
+        done.read()
+        self._ask("DELETE", source, b"").read()
+        return self._ask("GET", f"/storage/v1/b/{bucket}/o/{target.partition('?')[0]}", b"")
 
-    def _ask(self, method: str, path: str, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+    def _ask(self, method: str, path: str, body: bytes) -> http.client.HTTPResponse:
         headers = {name: value for name, value in self.headers.items() if name.lower() not in NOT_FORWARDED}
         headers["Content-Length"] = str(len(body))
         if self._server is None:
             self._server = http.client.HTTPConnection("127.0.0.1", self.port)
         self._server.request(method, path, body, headers)
-        answer = self._server.getresponse()
-        return answer.status, answer.read(), dict(answer.getheaders())
+        return self._server.getresponse()
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response_only(status)
-        head = self.command == "HEAD"
-        for name, value in headers.items():
-            if name.lower() not in NOT_FORWARDED and (head or name.lower() != "content-length"):
-                self.send_header(name, value)
-        if not head:
-            self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if not head:
+    def _send(self, answer: http.client.HTTPResponse) -> None:
+        """Forward an answer in pieces: ArrayRecord asks for the rest of a file, and hangs up after one record."""
+        headers = dict(answer.getheaders())
+        content = b""
+        if self.command != "HEAD" and "Content-Length" not in headers:
+            content = answer.read()
+            headers["Content-Length"] = str(len(content))
+        self._send_head(answer.status, headers)
+        try:
             self.wfile.write(content)
+            while piece := answer.read(PIECE):
+                self.wfile.write(piece)
+        except OSError:
+            self.close_connection = True
+            self._close_server()
 
-    def finish(self) -> None:
+    def _send_head(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in NOT_FORWARDED:
+                self.send_header(name, value)
+        self.end_headers()
+
+    def _close_server(self) -> None:
         if self._server:
             self._server.close()
+        self._server = None
+
+    def finish(self) -> None:
+        self._close_server()
         with contextlib.suppress(OSError):  # the client is gone
             super().finish()
 
