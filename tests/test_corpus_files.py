@@ -328,7 +328,7 @@ def test_documents_keep_the_split_of_earlier_versions_unless_much_is_held_out(do
     former = {i for i, rank in enumerate(ranks) if rank < 5}
     if len(names) >= 2 and not former:
         former = {min(range(len(names)), key=lambda i: (ranks[i], names[i]))}
-    train, held_out = (hold_out(names, sizes, DataConfig(), split) for split in ("train", "validation"))
+    train, held_out = (hold_out(names, sizes, DataConfig(), split).tolist() for split in ("train", "validation"))
     assert sorted(train + held_out) == list(range(len(names)))
     assert len(names) == 1 or (train and held_out)
     if sum(sizes[i] for i in former) <= 0.2 * sum(sizes):

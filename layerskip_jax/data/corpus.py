@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from layerskip_jax.config import Config, DataConfig
 from layerskip_jax.data.corpus_files import HELD_OUT_PERCENT
 from layerskip_jax.data.documents import Documents, MixedDocuments, documents_digest
@@ -75,7 +77,7 @@ def describe_splits(config: DataConfig, training: Any, held_out: Any) -> list[st
     names, left_out = held_out.files.names, held_out.files.left_out
     parts = [training, held_out] if names else [held_out]
     files, cut = sum(len(part.files.files) for part in parts), sum(part.cut for part in parts)
-    sizes = [sum(training.sizes), sum(held_out.sizes)]
+    sizes = [int(np.sum(training.sizes)), int(np.sum(held_out.sizes))]
     percent = 100 * sizes[1] / max(1, sum(sizes))
     line = (
         f"{config.path}: {_count(files, 'file')}{f', {cut} of them cut' * bool(cut)}: "

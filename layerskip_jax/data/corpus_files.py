@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import NamedTuple
 
+import numpy as np
 from etils import epath
 
 from layerskip_jax.config import DataConfig
@@ -182,7 +183,9 @@ def _stat(path: epath.Path) -> tuple[bool, int, int]:
     return stat.S_ISDIR(local.st_mode), local.st_size, local.st_mtime_ns
 
 
-def hold_out(names: Sequence[str], sizes: Sequence[int], config: DataConfig, split: str, cut: int = 0) -> list[int]:
+def hold_out(
+    names: Sequence[str], sizes: Sequence[int] | np.ndarray, config: DataConfig, split: str, cut: int = 0
+) -> np.ndarray:
     """Return the indices of the documents of ``split``: about 5 % are held out, by the SHA-256 of their names.
 
     If these are more than 20 % of the text [bytes], documents are taken back in the order of their hashes. If they are
@@ -190,11 +193,11 @@ def hold_out(names: Sequence[str], sizes: Sequence[int], config: DataConfig, spl
     Of two or more documents, at least one is in each split.
     """
     hashes = (hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names)
-    ranks = [int(name_hash.hexdigest(), 16) % 100 for name_hash in hashes]
-    held_out = {i for i, rank in enumerate(ranks) if rank < VALIDATION_PERCENT}
-    least, most = (sum(sizes) * percent / 100 for percent in HELD_OUT_PERCENT)
+    ranks = np.fromiter((int(name_hash.hexdigest(), 16) % 100 for name_hash in hashes), np.uint8, len(names))
+    held_out = set(np.flatnonzero(ranks < VALIDATION_PERCENT).tolist())
+    least, most = (int(np.sum(sizes)) * percent / 100 for percent in HELD_OUT_PERCENT)
     least *= bool(cut)
-    held = sum(sizes[i] for i in held_out)
+    held = sum(int(sizes[i]) for i in held_out)
     kept = held_out and least <= held <= most
     order = [] if kept else sorted(range(len(names)), key=lambda i: (ranks[i], names[i]))
     for i in reversed(order):
@@ -207,8 +210,9 @@ def hold_out(names: Sequence[str], sizes: Sequence[int], config: DataConfig, spl
             held += sizes[i]
     if not held_out and len(names) > 1:
         held_out = {min(order, key=lambda i: sizes[i])}
-    wants_held_out = split == config.validation_split
-    return [i for i in range(len(names)) if (i in held_out) == wants_held_out]
+    is_held_out = np.zeros(len(names), bool)
+    is_held_out[list(held_out)] = True
+    return np.flatnonzero(is_held_out == (split == config.validation_split))
 
 
 @functools.lru_cache(maxsize=256)
