@@ -60,9 +60,15 @@ train() {  # keeps running after the ssh connection ends, and records the exit s
 }
 
 state() {
+  # `train` writes the exit status a moment after its process has ended. Without it, wait before the run counts as lost.
+  if ! running && [ -s "$run/pid" ] && [ ! -s "$run/exit" ]; then sleep 1; fi
   if running; then echo "state: running"
   elif [ -e "$run/stopped" ]; then echo "state: stopped"
-  elif [ -s "$run/exit" ]; then echo "state: ended $(cat "$run/exit")"
+  elif [ -s "$run/exit" ]; then
+    local status error=''
+    status=$(cat "$run/exit")
+    [ "$status" = 0 ] || error=$(grep -E '^([A-Za-z_.]*Error|error): ' "$run/log" | tail -n 1 | cut -c 1-200) || true
+    echo "state: ended $status${error:+ ($error)}"
   elif [ -s "$run/pid" ]; then echo "state: lost"  # the worker was restarted, or the process was killed
   elif [ -x "$venv/bin/python" ]; then echo "state: idle"
   else echo "state: absent"
