@@ -338,7 +338,7 @@ def test_a_run_whose_exit_status_is_written_late_is_not_lost(installed):
 
 def test_status_shows_the_error_of_a_run_that_has_failed(installed):
     installed.write("layerskip_jax_run/exit", "2\n")
-    installed.write("layerskip_jax_run/log", "error: an older one\nstep 1\nerror: no such file\n--- ended with status 2\n")
+    installed.write("layerskip_jax_run/log", "error: an older one\nstep 1\nerror: no such file\n--- the end\n")
     assert installed.pod("status") == "my-run: READY\n" + 2 * "state: ended 2 (error: no such file)\n"
 
 

@@ -30,8 +30,9 @@ STEPS = 6
 SMALL = f"""
     --model.num_layers 3 --model.dim 32 --model.num_heads 2 --model.num_kv_heads 2 --model.ffn_dim 48
     --model.vocab_size {VOCABULARY} --model.compute_dtype float32 --data.sequence_length 32 --data.shuffle_window 128
-    --layer_dropout.p_max 0 --train.loss_chunk 32 --train.steps {STEPS} --train.checkpoint_every 2 --train.evaluate_every {STEPS}
-    --train.evaluate_batches 1 --train.sample_every {STEPS} --train.log_every 1 --optimizer.warmup_steps 2 --decode.max_new_tokens 4
+    --layer_dropout.p_max 0 --train.loss_chunk 32 --train.steps {STEPS} --train.checkpoint_every 2
+    --train.evaluate_every {STEPS} --train.evaluate_batches 1 --train.sample_every {STEPS} --train.log_every 1
+    --optimizer.warmup_steps 2 --decode.max_new_tokens 4
 """.split()
 
 # The Python of a worker: the number of the worker is the number of its process.
