@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import html
 import io
 import json
 import shutil
@@ -18,7 +19,9 @@ from test_position import save_position
 from test_resumed_data import identify, write_lines
 
 from layerskip_jax.checkpoint.reading import load_model, open_model_folder
+from layerskip_jax.commands import report
 from layerskip_jax.commands.data import main as command
+from layerskip_jax.commands.plots import Run
 from layerskip_jax.config import DataConfig
 from layerskip_jax.data.corpus import resume_mixture
 from layerskip_jax.data.documents import components_of
@@ -173,6 +176,16 @@ def test_the_overall_loss_is_the_mean_of_the_components_by_their_shares(mixed_ru
     quality = exit_quality(model, config)
     assert quality.loss_L[-1] == pytest.approx(record["validation/exit_loss/4"])
     assert quality.agreement_L[-1] == pytest.approx(1)
+
+
+def test_the_report_shows_the_held_out_losses_of_each_corpus(mixed_run):
+    folder, config, _ = mixed_run
+    record = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {name: value for values in record for name, value in values.items() if "component_exit_loss" in name}
+    table = report._components(Run.open(str(folder)))
+    for name, share in mixture_shares(config.data.mixture).items():
+        cells = [name, f"{share:.1%}", *(f"{losses[f'validation/component_exit_loss/{name}/{n}']:.3f}" for n in (2, 4))]
+        assert "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) in table
 
 
 def change(config, *words):

@@ -101,7 +101,7 @@ def write_report(
 
     sections = {
         "": page.tiles(summary(run, quality, plain_quality, decoded)) + page.command(train_command(run.config)),
-        "Loss of a few exits": pictures["loss"].html(),
+        "Loss of a few exits": pictures["loss"].html() + _components(run),
         "Loss, agreement and acceptance by exit": missing + pictures["exits"].html() + _explained(run, decoded),
         "Speed": _speed(run, decoded) + pictures["speed"].html() + _swept(run, run_dir),
         "Schedules": pictures["schedules"].html(),
@@ -222,6 +222,19 @@ def _prompts(config: Config, given: list[str] | None) -> tuple[list[str], list[s
         else:
             return sample or held_out[:1], held_out, ""
     return sample, sample, problem
+
+
+def _components(run: Run) -> str:
+    """Return a table of the last held-out losses of each corpus in ``data.mixture``, or "" without a mixture."""
+    shares = mixture_shares(run.config.data.mixture)
+    if "" in shares:
+        return ""
+    exits = sorted({run.draft_exit, run.layers})
+    rows = []
+    for name, share in shares.items():
+        losses = [run.series(f"validation/component_exit_loss/{name}/{exit_layer}")[1] for exit_layer in exits]
+        rows.append([name, f"{share:.1%}", *(f"{loss[-1]:.3f}" if len(loss) else "not measured" for loss in losses)])
+    return page.table(["corpus", "share of rows", *(f"held-out loss, exit {number}" for number in exits)], rows)
 
 
 def _explained(run: Run, decoded: Decoded | None) -> str:
