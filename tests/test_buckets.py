@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import signal
@@ -32,10 +33,12 @@ from layerskip_jax.checkpoint.run_folder import (
 from layerskip_jax.checkpoint.swept import SWEPT, store_swept, swept_settings
 from layerskip_jax.commands import decode, evaluate, report
 from layerskip_jax.commands.plots import plot_run
-from layerskip_jax.config import Config, TrainConfig
+from layerskip_jax.config import Config, DataConfig, TrainConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.pretokenize import pretokenize
-from layerskip_jax.data.sources import read_metadata
+from layerskip_jax.data.python_stdlib import python_stdlib_dataset_builder as stdlib
+from layerskip_jax.data.sources import open_splits, read_metadata
 from layerskip_jax.errors import Interrupted, UserError, bucket_error, run_command
 from layerskip_jax.locations import locate
 from layerskip_jax.recipe.recipe import Recipe
@@ -185,6 +188,27 @@ def test_a_damaged_object_is_found_and_the_checkpoint_before_used(run, whole, da
     assert "resuming after step 3" in output.out
     assert same(contents(copy), whole)
     assert {"damaged/4/config/metadata", "damaged/4.txt"} <= objects(cloud.local(copy))
+
+
+def test_a_mixture_of_a_tfds_dataset_and_tokens_is_read_from_a_bucket(data, cloud, tmp_path, monkeypatch):
+    files = dict(itertools.islice(stdlib.source_files().items(), 60))
+    monkeypatch.setattr(stdlib, "source_files", lambda: files)
+    prepared = open_splits(DataConfig(source="python_stdlib", data_dir=str(tmp_path)))
+    bucket = cloud.new()
+    for name in objects(tmp_path):
+        (locate(bucket) / name).write_bytes((tmp_path / name).read_bytes())
+    version = next((tmp_path / "python_stdlib").rglob("dataset_info.json")).parent.relative_to(tmp_path)
+    config, version = run_config(data, "unused"), f"{version.parent}:{version.name}"
+    mixture = (f"1=tfds:{version}", f"1=tokens:{data.path}")
+
+    def rows(data_dir):
+        mixed = dataclasses.replace(data, source="python_stdlib", path="", mixture=mixture, data_dir=data_dir)
+        dataset = next(iter(open_splits(mixed)[0].parts.values()))
+        assert [dataset[i] for i in range(len(dataset))] == [prepared[0][i] for i in range(len(prepared[0]))]
+        return list(itertools.islice(make_batches(dataclasses.replace(config, data=mixed), "train", batch_size=8), 3))
+
+    for remote, local in zip(rows(bucket), rows(str(tmp_path)), strict=True):
+        assert all(np.array_equal(remote[name], local[name]) for name in local)
 
 
 def unfinished(checkpoints):
