@@ -24,10 +24,11 @@ NOT_FORWARDED = {"connection", "keep-alive", "transfer-encoding", "host"}
 
 
 class Faults:
-    """Which fault each request meets: "429", "503", "dropped", "answer lost", or "" for none."""
+    """Which fault each request meets: one of `KINDS`, or "" for none."""
 
-    KINDS = ("429", "503", "dropped", "answer lost", "late")
-    """A dropped request has no effect, but one whose answer is lost has. A late one takes 20 to 200 ms more."""
+    KINDS = ("429", "503", "dropped", "answer lost", "late", "slow")
+    """A dropped request has no effect, but one whose answer is lost has. A late answer takes 20 to 200 ms more, and a
+    slow one 100 ms for each of its pieces."""
 
     def __init__(self, seed: int = 0):
         self._chance, self._lock = random.Random(seed), threading.Lock()
@@ -72,7 +73,7 @@ class Proxy(BaseHTTPRequestHandler):
                 answer.read()
                 self.close_connection = True
             else:
-                self._send(answer)
+                self._send(answer, seconds=0.1 if fault == "slow" else 0.0)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _answer
 
@@ -97,8 +98,11 @@ class Proxy(BaseHTTPRequestHandler):
         self._server.request(method, path, body, headers)
         return self._server.getresponse()
 
-    def _send(self, answer: http.client.HTTPResponse) -> None:
-        """Forward an answer in pieces: ArrayRecord asks for the rest of a file, and hangs up after one record."""
+    def _send(self, answer: http.client.HTTPResponse, seconds: float) -> None:
+        """Forward an answer in pieces that take ``seconds`` each.
+
+        The pieces matter: ArrayRecord asks for the rest of a file, and hangs up after one record.
+        """
         headers = dict(answer.getheaders())
         content = b""
         if self.command != "HEAD" and "Content-Length" not in headers:
@@ -106,9 +110,10 @@ class Proxy(BaseHTTPRequestHandler):
             headers["Content-Length"] = str(len(content))
         self._send_head(answer.status, headers)
         try:
-            self.wfile.write(content)
-            while piece := answer.read(PIECE):
+            while piece := content or answer.read(PIECE):
+                time.sleep(seconds)
                 self.wfile.write(piece)
+                content = b""
         except OSError:
             self.close_connection = True
             self._close_server()

@@ -205,7 +205,7 @@ def buckets(trials: int = 20, faults: int = 200, seed: int = 0, steps: int = 20,
                 count["tracebacks"] += "Traceback" in process.output
                 warnings = [re.sub(r"[\d.]+", "", line) for line in process.output.splitlines() if "WARN" in line]
                 count["repeated warnings"] += len(warnings) - len(set(warnings))
-                count["faults"] = injected.count.total() - injected.count["late"]
+                count["faults"] = injected.count.total() - injected.count["late"] - injected.count["slow"]
                 print(f"  {dict(count)}", file=sys.stderr, flush=True)
                 if complete == steps:
                     break
@@ -213,7 +213,8 @@ def buckets(trials: int = 20, faults: int = 200, seed: int = 0, steps: int = 20,
             count["runs"] += 1
             with served(environment):
                 count["runs that ended with other parameters"] += not same(contents(f"gs://bucket/{run}"), whole)
-        count["late requests"], count["requests"] = injected.count["late"], injected.requests
+        count["late requests"], count["slow requests"] = injected.count["late"], injected.count["slow"]
+        count["requests"] = injected.requests
     return count
 
 
@@ -317,6 +318,7 @@ HARMLESS = {
     "kills in a save",
     "faults",
     "late requests",
+    "slow requests",
     "requests",
     "runs",
     "harmless",
