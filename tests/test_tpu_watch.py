@@ -1,11 +1,12 @@
 """tpu/pod watch: preemptions, errors and broken connections during a run."""
 
 import json
+import threading
 
 import stand_in_cloud
 from stand_in_cloud import TRAIN, write_whole
 
-templates, cloud = stand_in_cloud.templates, stand_in_cloud.cloud
+templates, cloud, installed = stand_in_cloud.templates, stand_in_cloud.cloud, stand_in_cloud.installed
 
 
 def finish(cloud, process, status=0):
@@ -98,3 +99,18 @@ def test_watch_gives_up_on_workers_that_have_never_answered(cloud):
     output = cloud.pod("watch", "--poll=0", "--retries=1", *TRAIN, status=1)
     assert "Permission denied (publickey)" in output
     assert output.rstrip().endswith("gives up after 2 failures, and my-run may still cost money")
+
+
+def test_a_run_whose_exit_status_is_written_late_is_not_lost(installed):
+    """Its process has ended, and the shell that waited for it is about to write the status."""
+    installed.write("layerskip_jax_run/pid", "999999\n")
+    late = threading.Timer(0.8, installed.write, ["layerskip_jax_run/exit", "0\n"])
+    late.start()
+    assert installed.pod("status") == "my-run: READY\n" + 2 * "state: ended 0\n"
+    late.join()
+
+
+def test_status_shows_the_error_of_a_run_that_has_failed(installed):
+    installed.write("layerskip_jax_run/exit", "2\n")
+    installed.write("layerskip_jax_run/log", "error: an older one\nstep 1\nerror: no such file\n--- the end\n")
+    assert installed.pod("status") == "my-run: READY\n" + 2 * "state: ended 2 (error: no such file)\n"

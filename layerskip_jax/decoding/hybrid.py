@@ -21,27 +21,37 @@ from layerskip_jax.model import Transformer
 
 
 class Gains(NamedTuple):
-    """Discounted sums over past rounds, by source of the drafts: 0 is the exit, m a lookup that matched m tokens."""
+    """Discounted sums over past rounds."""
 
-    tokens_M: jax.Array  # emitted tokens
-    cost_M: jax.Array  # in passes of the full model for one token
+    tokens: jax.Array
+    """Tokens that rounds of the exit emitted."""
+    cost: jax.Array
+    """Cost of these rounds [passes of the full model for one token]."""
+    agreed_M: jax.Array
+    """Looked-up tokens that the text has too, after matches of 1, 2 ... M tokens."""
+    compared_M: jax.Array
+    """Looked-up tokens that were compared with the text: those that agree, and the first that does not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hybrid:
     """Run the round that is expected to emit the most tokens for its cost: of ``lookup``, of ``speculation``, or plain.
 
-    The expectation is the rate of past rounds: of the exit, and of lookups whose match had the same length. Plain
-    decoding emits one token for a cost of one. About the last ``horizon`` rounds count. The rate of a source that has
-    not been used for so long returns to `PRIOR`, so that it is tried again. A lookup costs one pass of the full model,
-    plus the overhead. The statistics count it under layer L.
+    - The exit is expected to gain what its past rounds gained.
+    - A lookup of d drafts is expected to emit 1 + a + ... + a^d tokens, where a is the acceptance of lookups whose
+      match had the same length. Every round shows whether a lookup would have been right, whatever it drafts from: its
+      tokens are compared with the lookup's. So lookups are used as soon as the text begins to repeat itself.
+    - Plain decoding emits one token for a cost of one.
+
+    About the last ``horizon`` rounds count, besides `prior`. A lookup costs one pass of the full model, plus the
+    overhead. The statistics count it under layer L.
     """
 
     lookup: PromptLookup
     speculation: SelfSpeculative
     num_layers: int
     overhead: Overhead = NO_OVERHEAD
-    horizon: float = 100.0
+    horizon: float = 60.0
 
     def __post_init__(self) -> None:
         require(self.lookup.sampler == self.speculation.sampler, "lookup and speculation must have the same sampler")
@@ -67,11 +77,10 @@ class Hybrid:
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         (gains, _), active_B = state.policy_state, ~state.done_B
         draft_Bd, match_B = self.lookup.look_up(state)
-        rate_M = gains.tokens_M / gains.cost_M
         lookup_cost = 1 + self.overhead.per_round + self.overhead.per_draft * self.lookup.draft_length
-        # A row without a match gets one token from a lookup.
-        rate_B = jnp.where(match_B > 0, rate_M[match_B], 1 / lookup_cost)
-        lookup_rate, exit_rate = jnp.sum(rate_B * active_B) / jnp.maximum(jnp.sum(active_B), 1), rate_M[0]
+        tokens_B = jnp.where(match_B > 0, self.lookup_tokens(gains)[match_B - 1], 1)
+        lookup_rate = jnp.sum(tokens_B * active_B) / jnp.maximum(jnp.sum(active_B), 1) / lookup_cost
+        exit_rate = gains.tokens / gains.cost
         looks_up = (lookup_rate >= exit_rate) & (lookup_rate > 1)
         speculates = ~looks_up & (exit_rate > 1)
 
@@ -82,11 +91,27 @@ class Hybrid:
         after = run_if(speculates, partial(self.speculate, model), after)
         after = run_if(~looks_up & ~speculates, partial(self.plain, model), after)
 
-        cost = jnp.where(looks_up, lookup_cost, self.exit_cost(model.config, state, after))
-        source_B = jnp.where(looks_up, match_B, 0)
-        counted_BM = jax.nn.one_hot(source_B, len(rate_M)) * (active_B & ((source_B > 0) | speculates))[:, None]
-        gains = self.discounted(gains, (after.length_B - state.length_B) @ counted_BM, cost * jnp.sum(counted_BM, 0))
-        return dataclasses.replace(after, policy_state=(gains, after.policy_state[1]))
+        exit_tokens = speculates * jnp.sum(after.length_B - state.length_B)
+        exit_cost = speculates * jnp.sum(active_B) * self.exit_cost(model.config, state, after)
+        new = Gains(exit_tokens, exit_cost, *self.compare(draft_Bd, match_B, state, after))
+        return dataclasses.replace(after, policy_state=(self.discounted(gains, new), after.policy_state[1]))
+
+    def lookup_tokens(self, gains: Gains) -> jax.Array:
+        """Return the expected tokens of a lookup by the length of its match, 1 to M."""
+        acceptance_M = gains.agreed_M / gains.compared_M
+        return jnp.sum(acceptance_M[:, None] ** jnp.arange(self.lookup.draft_length + 1)[None], axis=1)
+
+    def compare(
+        self, draft_Bd: jax.Array, match_B: jax.Array, before: DecodeState, after: DecodeState
+    ) -> tuple[jax.Array, jax.Array]:
+        """Compare lookups with the tokens of a round from any source; return its ``agreed_M`` and ``compared_M``."""
+        d, tokens_BS = self.lookup.draft_length, after.tokens_BS
+        known_B1 = jnp.minimum(after.length_B - before.length_B, d)[:, None]
+        slot_Bd = jnp.minimum(before.length_B[:, None] + jnp.arange(d)[None], tokens_BS.shape[1] - 1)
+        agrees_Bd = (jnp.take_along_axis(tokens_BS, slot_Bd, axis=1) == draft_Bd) & (jnp.arange(d)[None] < known_B1)
+        agreed_B = jnp.sum(jnp.cumprod(agrees_Bd, axis=1), axis=1)
+        match_BM = jax.nn.one_hot(match_B - 1, self.lookup.max_ngram)  # zeros without a match
+        return agreed_B @ match_BM, jnp.minimum(agreed_B + 1, known_B1[:, 0]) @ match_BM
 
     def speculate(self, model: Transformer, state: DecodeState) -> DecodeState:
         """Run a round of ``speculation`` with its own policy state and the exit queries that it needs."""
@@ -112,17 +137,16 @@ class Hybrid:
         mean_exit = drafted_X @ exits_X / jnp.maximum(jnp.sum(drafted_X), 1)
         return round_cost(config, mean_exit, drafted, self.overhead)
 
-    def discounted(self, gains: Gains, tokens_M: jax.Array, cost_M: jax.Array) -> Gains:
-        """Return the gains after a round with these tokens and costs."""
-        keep, start = 1 - 1 / self.horizon, prior(self.lookup.max_ngram)
-        tokens_M = start.tokens_M + keep * (gains.tokens_M - start.tokens_M) + tokens_M
-        return Gains(tokens_M, start.cost_M + keep * (gains.cost_M - start.cost_M) + cost_M)
-
-
-PRIOR = 2.0
-"""Tokens for a pass that `Hybrid` expects of each source before its first round, with the weight of one pass."""
+    def discounted(self, gains: Gains, new: Gains) -> Gains:
+        """Return the gains after a round with the gains ``new``."""
+        keep = 1 - 1 / self.horizon
+        return jax.tree.map(lambda p, old, add: p + keep * (old - p) + add, prior(self.lookup.max_ngram), gains, new)
 
 
 def prior(max_ngram: int) -> Gains:
-    """Return the gains before the first round."""
-    return Gains(jnp.full(max_ngram + 1, PRIOR), jnp.ones(max_ngram + 1))
+    """Return the gains before the first round: two tokens for one pass of the exit, and 0.8 of two looked-up tokens.
+
+    They are higher than most texts have, so that each source is tried. They also keep their weight later: a source that
+    has not been used for long is tried again.
+    """
+    return Gains(jnp.array(2.0), jnp.array(1.0), jnp.full(max_ngram, 1.6), jnp.full(max_ngram, 2.0))
