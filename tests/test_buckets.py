@@ -30,8 +30,8 @@ from layerskip_jax.checkpoint.run_folder import (
     read_config,
     read_data_positions,
 )
-from layerskip_jax.checkpoint.swept import SWEPT, store_swept, swept_settings
-from layerskip_jax.commands import decode, evaluate, report
+from layerskip_jax.checkpoint.swept import SWEPT, swept_settings
+from layerskip_jax.commands import decode, evaluate, report, sweep
 from layerskip_jax.commands.plots import plot_run
 from layerskip_jax.config import Config, DataConfig, TrainConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -140,10 +140,15 @@ def test_the_files_of_a_run_are_read_from_and_written_to_its_bucket(run, corpus,
     pictures = plot_run(run)
     assert [str(path) for path in pictures] == [f"{run}/plots/{name}.png" for name in ("loss", "exits", "schedules")]
     assert all(path.stat().length > 10_000 for path in pictures)
-    stored = store_swept(run, {"exit_layer": 1}, {})
-    assert swept_settings(run, set()) == {"exit_layer": 1}
-    assert str(stored) == f"{run}/checkpoints/{SWEPT}"
-    stored.unlink()
+
+
+def test_a_sweep_is_stored_in_the_bucket(run, cloud, capsys):
+    lengths = ["--try_exits", "1", "--try_lengths", "2", "--repeats", "1", "--max_new_tokens", "4"]
+    sweep.main([run, "--prompt", "def x", *lengths])
+    assert f"{run}/checkpoints/{SWEPT}" in capsys.readouterr().out
+    assert {f"checkpoints/{SWEPT}", "plots/sweep.png"} <= objects(cloud.local(run))
+    assert swept_settings(run, set())
+    (locate(run) / "checkpoints" / SWEPT).unlink()
 
 
 def test_a_report_is_written_to_the_bucket(run, cloud):
