@@ -64,7 +64,8 @@ class Proxy(BaseHTTPRequestHandler):
         fault = self.faults.next()
         if fault in ("429", "503"):
             self._send_head(int(fault), {"Content-Length": "8"})
-            self.wfile.write(b"injected")
+            if self.command != "HEAD":
+                self.wfile.write(b"injected")
         elif fault == "dropped":
             self.close_connection = True
         else:
@@ -101,7 +102,7 @@ class Proxy(BaseHTTPRequestHandler):
     def _send(self, answer: http.client.HTTPResponse, seconds: float) -> None:
         """Forward an answer in pieces that take ``seconds`` each.
 
-        The pieces matter: ArrayRecord asks for the rest of a file, and hangs up after one record.
+        ArrayRecord requests the rest of a file and disconnects after one record, so this does not read it all first.
         """
         headers = dict(answer.getheaders())
         content = b""

@@ -3,7 +3,7 @@
 - disk: tokens per second of a pretokenized corpus on local disk, with 2 worker processes.
 - bucket: the same from a bucket on loopback whose requests take 50 ms each, with 8 worker processes.
 - tokens: seconds and memory until a run has its first batch of a pretokenized corpus of 10 million documents.
-- lines: the same of a file of JSON lines.
+- lines: the same for 10 million JSON lines.
 
 The documents are random tokens, because only their number and their lengths matter. Without a name all parts run.
 """
@@ -102,7 +102,10 @@ def _upload(folder: str, url: str) -> None:
 
 
 def _in_new_process(function: Callable[..., Any], *arguments: Any, **environment: str) -> Any:
-    """Call a function in a process of its own: bucket clients read the environment once, and memory has a peak."""
+    """Call a function in a process of its own.
+
+    Bucket clients read the environment only once, and peak memory is that of a process.
+    """
     before = os.environ.copy()
     os.environ.update(environment)
     try:

@@ -63,6 +63,13 @@ def test_gains_are_discounted_towards_the_prior(rounds):
     np.testing.assert_allclose(np.array([np.squeeze(value) for value in gains]), expected, rtol=1e-5)
 
 
+def test_the_first_round_compiles_for_the_types_of_the_next_ones():
+    hybrid = Hybrid(PromptLookup(Greedy(), 2), SelfSpeculative(Greedy(), Fixed(1, 2)), 4)
+    gains = prior(3)
+    after = hybrid.discounted(gains, Gains(jnp.int32(1), jnp.float32(1), jnp.zeros(3), jnp.zeros(3)))
+    assert [value.aval for value in gains] == [value.aval for value in after]  # also their weak types
+
+
 def test_expected_tokens_of_a_lookup_by_hand():
     hybrid = Hybrid(PromptLookup(Greedy(), 3, max_ngram=2), SelfSpeculative(Greedy(), Fixed(1, 2)), 4)
     gains = Gains(jnp.ones(()), jnp.ones(()), jnp.array([1.0, 4.0]), jnp.array([2.0, 4.0]))

@@ -114,3 +114,6 @@ def test_status_shows_the_error_of_a_run_that_has_failed(installed):
     installed.write("layerskip_jax_run/exit", "2\n")
     installed.write("layerskip_jax_run/log", "error: an older one\nstep 1\nerror: no such file\n--- the end\n")
     assert installed.pod("status") == "my-run: READY\n" + 2 * "state: ended 2 (error: no such file)\n"
+    killed = "error: of another run\n--- Sat Nov 28: python train.py --config x.py\nstep 1\n"
+    installed.write("layerskip_jax_run/log", killed)
+    assert installed.pod("status") == "my-run: READY\n" + 2 * "state: ended 2\n"

@@ -67,7 +67,9 @@ state() {
   elif [ -s "$run/exit" ]; then
     local status error=''
     status=$(cat "$run/exit")
-    [ "$status" = 0 ] || error=$(grep -E '^([A-Za-z_.]*Error|error): ' "$run/log" | tail -n 1 | cut -c 1-200) || true
+    # The last error after the last launch: the log also has those of earlier runs.
+    [ "$status" = 0 ] || error=$(awk '/^--- .*: python train.py/ { last = "" } /^([A-Za-z_.]*Error|error): / { last = $0 }
+      END { print substr(last, 1, 200) }' "$run/log" 2> /dev/null) || true
     echo "state: ended $status${error:+ ($error)}"
   elif [ -s "$run/pid" ]; then echo "state: lost"  # the worker was restarted, or the process was killed
   elif [ -x "$venv/bin/python" ]; then echo "state: idle"

@@ -40,8 +40,8 @@ NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=4)
 """Without workers nothing is read ahead: on a small machine the threads would compete with the compiler."""
 
 READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
-"""How a worker reads the documents of each of its rows. A request to a bucket takes about 50 ms, so that 4 threads read
-at most 80 documents per second. 16 threads were no faster (benchmarks/input_speed.py)."""
+"""How a worker reads ahead for each of its rows. At 50 ms a request to a bucket, 4 threads read at most 80 documents
+per second for a row. 16 threads were no faster (benchmarks/input_speed.py)."""
 
 PAIRS_CHECKED = 2000
 """Number of pairs, spread evenly over a split, to tokenize to count those without room for a response."""

@@ -28,7 +28,7 @@ class Gains(NamedTuple):
     cost: jax.Array
     """Cost of these rounds [passes of the full model for one token]."""
     agreed_M: jax.Array
-    """Looked-up tokens that the text has too, after matches of 1, 2 ... M tokens."""
+    """Looked-up tokens that agreed with the text, by the length of the match, 1 to M."""
     compared_M: jax.Array
     """Looked-up tokens that were compared with the text: those that agree, and the first that does not."""
 
@@ -37,10 +37,10 @@ class Gains(NamedTuple):
 class Hybrid:
     """Run the round that is expected to emit the most tokens for its cost: of ``lookup``, of ``speculation``, or plain.
 
-    - The exit is expected to gain what its past rounds gained.
+    - The exit is expected to emit as many tokens for their cost as in its past rounds.
     - A lookup of d drafts is expected to emit 1 + a + ... + a^d tokens, where a is the acceptance of lookups whose
-      match had the same length. Every round shows whether a lookup would have been right, whatever it drafts from: its
-      tokens are compared with the lookup's. So lookups are used as soon as the text begins to repeat itself.
+      match had the same length. After every round, the emitted tokens are compared with the drafts of the lookup,
+      also if the round did not use them. So lookups are used as soon as the text begins to repeat itself.
     - Plain decoding emits one token for a cost of one.
 
     About the last ``horizon`` rounds count, besides `prior`. A lookup costs one pass of the full model, plus the
@@ -119,7 +119,7 @@ class Hybrid:
         queries, exits, Q = state.cache.exit_query_BQD, len(self.speculation.exits), self.speculation.draft_length + 1
         cache = dataclasses.replace(state.cache, exit_query_BQD=[query_BQD[:, :Q] for query_BQD in queries[:exits]])
         after = self.speculation(model, dataclasses.replace(state, cache=cache, policy_state=own))
-        # No later round reads these exit queries, so the carry of the loop keeps the old ones.
+        # Put the arrays of full size back: the loop carry must keep its shapes, and no later round reads the queries.
         cache = dataclasses.replace(after.cache, exit_query_BQD=queries)
         return dataclasses.replace(after, cache=cache, policy_state=(gains, after.policy_state))
 
@@ -144,9 +144,11 @@ class Hybrid:
 
 
 def prior(max_ngram: int) -> Gains:
-    """Return the gains before the first round: two tokens for one pass of the exit, and 0.8 of two looked-up tokens.
+    """Return the gains before the first round: the exit emitted two tokens for the cost of one full pass, and 1.6 of
+    2 looked-up tokens agreed.
 
-    They are higher than most texts have, so that each source is tried. They also keep their weight later: a source that
+    Most texts gain less, so each source is tried. They also keep their weight later: a source that
     has not been used for long is tried again.
     """
-    return Gains(jnp.array(2.0), jnp.array(1.0), jnp.full(max_ngram, 1.6), jnp.full(max_ngram, 2.0))
+    lookups = [jnp.full(max_ngram, count, jnp.float32) for count in (1.6, 2.0)]
+    return Gains(jnp.float32(2.0), jnp.float32(1.0), *lookups)

@@ -49,7 +49,7 @@ from layerskip_jax.training.step import TrainState
 
 
 class _Once(logging.Filter):
-    """Lets one line of orbax pass that a save waits for the previous one. A slow bucket repeats it at every save."""
+    """Passes only the first message that a save waits for the previous one: a slow bucket repeats it at every save."""
 
     said = False
 
