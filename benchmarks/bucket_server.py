@@ -20,6 +20,8 @@ CLIENT_SETTINGS = {
     "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # TensorStore then looks for no credentials
 }
 PIECE = 1 << 16
+"""Bytes of an answer that the proxy forwards at a time."""
+
 NOT_FORWARDED = {"connection", "keep-alive", "transfer-encoding", "host"}
 
 

@@ -60,6 +60,24 @@ def test_watch_launches_again_after_an_error_and_finally_gives_up(cloud):
     assert output.rstrip().endswith("watch gives up after 2 failures, and my-run may still cost money")
 
 
+def test_watch_launches_again_after_an_error_whose_text_names_a_state(cloud):
+    process = cloud.start("watch", "--poll=0", "--retries=1", "--grace=1", *TRAIN)
+    cloud.wait_for("*/*/options.json", 2)
+    for home in cloud.homes():
+        (home / "options.json").unlink()
+        with (home / "layerskip_jax_run/log").open("a") as log:
+            log.write("error: another process stopped responding: its folder is absent\n")
+        write_whole(home / "finish", "75")
+    cloud.wait_for("*/*/layerskip_jax_run/exit", 2)
+    for home in cloud.homes():
+        (home / "finish").unlink()
+    cloud.wait_for("*/*/options.json", 2)
+    cloud.write("finish", "0")
+    output = finish(cloud, process)
+    assert "state: ended 75 (error: another process stopped responding: its folder is absent)" in output
+    assert "(1 of 1 failures allowed)" in output
+
+
 def test_watch_survives_a_quota_error_a_broken_connection_and_a_failed_check(cloud):
     message = "Quota limit 'TPUS_PER_PROJECT' has been exceeded. Limit: 0 in region us-east5."
     faults = [

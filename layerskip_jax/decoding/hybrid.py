@@ -147,8 +147,8 @@ def prior(max_ngram: int) -> Gains:
     """Return the gains before the first round: the exit emitted two tokens for the cost of one full pass, and 1.6 of
     2 looked-up tokens agreed.
 
-    Most texts gain less, so each source is tried. They also keep their weight later: a source that
-    has not been used for long is tried again.
+    Most texts gain less, so each source is tried. The sums of later rounds keep these counts, so a source that has not
+    been used for long is tried again.
     """
     lookups = [jnp.full(max_ngram, count, jnp.float32) for count in (1.6, 2.0)]
     return Gains(jnp.float32(2.0), jnp.float32(1.0), *lookups)
