@@ -16,9 +16,9 @@ import numpy as np
 from benchmarks.accelerator_sizes import Bench, ImpossibleHereError, Measured, seconds_of
 from benchmarks.common import Timings, timed_in_turn
 from benchmarks.step_cost import random_batch
-from layerskip_jax.attention import attend_documents, choose_backend
 from layerskip_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.config_dict import apply_overrides
+from layerskip_jax.document_attention import attend_documents, choose_backend
 from layerskip_jax.errors import UserError
 from layerskip_jax.model import compute_dtype, parameter_count
 from layerskip_jax.recipe.recipe import Recipe

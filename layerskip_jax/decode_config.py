@@ -27,6 +27,12 @@ class DecodeConfig:
         "[0, inf)",
     )
     draft_length: int = setting(4, "d: at most this many tokens are drafted in a round", "[1, 63]")
+    choices: int = setting(
+        1,
+        "self_speculative, policy fixed: tokens of the exit that are verified at each drafted position; a TPU verifies "
+        "several in almost the time of one",
+        "[1, 16]",
+    )
     exits: tuple[int, ...] = setting(
         (), "candidate exits; empty: early_exit.exits of the run, or L/8, L/4, L/2 and exit_layer", ANY
     )
@@ -65,5 +71,7 @@ class DecodeConfig:
         check_fields(self)
         sampled = self.temperature >= 1e-6
         require(sampled or self.temperature == 0, f"temperature must be 0 or in [1e-6, 1e6], not {self.temperature}")
+        alone = self.policy == "fixed" and not self.lookup_length
+        require(self.choices == 1 or alone, f"choices {self.choices} needs policy fixed and lookup_length 0")
         require("" not in self.stop, "a stop string must not be empty")
         require_rising("exits", self.exits)

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layerskip_jax.attention import LayerCache, attend_cache, attend_documents, write_cache
+from layerskip_jax.cache import LayerCache, write_cache
 from layerskip_jax.config import ModelConfig
+from layerskip_jax.document_attention import attend_documents
 from layerskip_jax.errors import UserError
 from layerskip_jax.rope import RotaryTables, rotary_frequencies, rotate
 from layerskip_jax.sharding import constrain, row_major, target_platform
@@ -107,9 +108,7 @@ class Block(nnx.Module):
             assert segments_BT is not None
             attended_BTNH = attend_documents(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.attention)
         else:
-            start_B = position.index_BT[:, 0] if filled is None else None
-            cache = write_cache(cache, k_BTKH, v_BTKH, start_B)
-            attended_BTNH = attend_cache(q_BTNH, cache, position.index_BT, filled)
+            attended_BTNH, cache = cache.attend(q_BTNH, k_BTKH, v_BTKH, position.index_BT, filled)
         if target_platform() == "tpu":
             # The kernel's output has heads before positions. Contracting over N and H reads it without a transpose.
             attention_BTD = project("BTNH,NHD->BTD", attended_BTNH, self.output_NHD[...])

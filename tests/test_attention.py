@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from models import tiny_model
 
-from layerskip_jax import attention
-from layerskip_jax.attention import LayerCache, attend_documents, attend_splash, choose_backend, write_cache
+from layerskip_jax import cache as cache_module
+from layerskip_jax import document_attention
+from layerskip_jax.cache import LayerCache, write_cache
 from layerskip_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from layerskip_jax.document_attention import attend_documents, attend_splash, choose_backend
 from layerskip_jax.errors import UserError
 from layerskip_jax.sharding import AXES, make_mesh, target_platform
 
@@ -112,8 +114,8 @@ def test_what_was_asked_by_name_and_cannot_be_is_said(asked, platform, length, h
 def test_the_setting_reaches_the_blocks(monkeypatch):
     with pytest.raises(UserError, match="splash needs a TPU, not cpu"):
         tiny_model(attention="splash")(jnp.zeros((1, 128), int))
-    monkeypatch.setattr(attention, "target_platform", lambda: "tpu")
-    monkeypatch.setattr(attention, "attend_splash", interpreted_through(attention.attend_splash))
+    monkeypatch.setattr(document_attention, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(document_attention, "attend_splash", interpreted_through(document_attention.attend_splash))
     tokens = jax.random.randint(jax.random.key(0), (1, 128), 0, 61)
     splash = tiny_model(attention="splash")(tokens)
     np.testing.assert_allclose(splash, tiny_model(attention="xla")(tokens), atol=1e-4)
@@ -155,8 +157,8 @@ def test_cache_writes_for_gpus_equal_those_for_cpus(T, starts, S, first, monkeyp
         return [np.concatenate(pieces, axis=2) for pieces in cache]
 
     expected = written()
-    monkeypatch.setattr(attention, "on_gpu", lambda: True)
-    sizes = attention.read_sizes(S, first)
-    monkeypatch.setattr(attention, "read_sizes", lambda *_, **__: sizes)
+    monkeypatch.setattr(cache_module, "on_gpu", lambda: True)
+    sizes = cache_module.read_sizes(S, first)
+    monkeypatch.setattr(cache_module, "read_sizes", lambda *_, **__: sizes)
     for ours, reference in zip(written(), expected, strict=True):
         np.testing.assert_array_equal(ours, reference)

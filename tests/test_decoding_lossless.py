@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from models import tiny_model
 
-from layerskip_jax import attention
+from layerskip_jax import cache
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.branching import Branching, GreedyBranches
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.hybrid import Hybrid
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed, Plan
@@ -85,13 +86,14 @@ def speculative_strategies(combination, random):
     adaptive = [AdaptiveSpeculative(Greedy(), policy) for policy in policies[1:]]
     fixed, lookup = SelfSpeculative(Greedy(), policies[0]), PromptLookup(Greedy(), draft_length)
     other = PromptLookup(Greedy(), DRAFT_LENGTHS[(combination + 1) % len(DRAFT_LENGTHS)])
-    return [fixed, *adaptive, lookup, Hybrid(other, random.choice([fixed, adaptive[1]]), layers)]
+    branching = Branching(GreedyBranches(), exit_layer, draft_length, choices=int(random.integers(2, 6)))
+    return [fixed, *adaptive, lookup, Hybrid(other, random.choice([fixed, adaptive[1]]), layers), branching]
 
 
 @pytest.mark.parametrize("combination", range(COMBINATIONS))
 def test_speculation_equals_autoregressive_decoding(combination, monkeypatch):
     # Small cache pieces, so that even these short texts cross from one piece to the next.
-    monkeypatch.setattr(attention, "read_sizes", lambda capacity, first: [24, capacity])
+    monkeypatch.setattr(cache, "read_sizes", lambda capacity, first: [24, capacity])
     random = np.random.default_rng(combination)
     shape = SHAPES[combination % len(SHAPES)]
     batch = int(random.choice(BATCHES))

@@ -317,7 +317,7 @@ def test_streaming_in_chunks_of_rounds_gives_the_same_text_and_colours(model, to
 def test_every_mode_and_policy_is_a_setting(model, tokenizer):
     full = generator(model, tokenizer, mode="autoregressive").generate(PROMPTS).completions
     lossless = [{"policy": "confidence", "draft_threshold": 0.1}, {"policy": "adaptive"}, {"mode": "prompt_lookup"}]
-    lossless += [{"lookup_length": 5}, {"policy": "adaptive", "lookup_length": 3}]
+    lossless += [{"lookup_length": 5}, {"policy": "adaptive", "lookup_length": 3}, {"choices": 3}]
     for values in [*lossless, {"mode": "autoregressive"}]:
         one = generator(model, tokenizer, **values)
         answer = one.generate(PROMPTS)

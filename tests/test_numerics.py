@@ -27,7 +27,7 @@ import pytest
 from flax import nnx
 from models import tiny_config, tiny_model
 
-from layerskip_jax.attention import LayerCache, attend_documents, write_cache
+from layerskip_jax.cache import LayerCache, write_cache
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.decoding.engine import generate, prefill, rounds_program
@@ -37,6 +37,7 @@ from layerskip_jax.decoding.request import Request
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics, emit
+from layerskip_jax.document_attention import attend_documents
 from layerskip_jax.model import Transformer, unembed
 from layerskip_jax.recipe.early_exit import cross_entropy
 from layerskip_jax.recipe.fused_exit_loss import FusedSettings, fused_exit_losses

@@ -10,8 +10,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "layerskip_jax"
 MODEL = ["model.py", "rope.py", "attention.py"]
-TRAINING = ["config.py", *MODEL, "recipe/*.py", "training/loop.py", "training/step.py", "training/optimizer.py"]
-DECODING = [*MODEL, *(f"decoding/{name}.py" for name in ("state", "rounds", "sampling", "engine"))]
+TRAINING = [
+    "config.py",
+    *MODEL,
+    "document_attention.py",
+    "recipe/*.py",
+    "training/loop.py",
+    "training/step.py",
+    "training/optimizer.py",
+]
+DECODING = [*MODEL, "cache.py", *(f"decoding/{name}.py" for name in ("state", "rounds", "sampling", "engine"))]
 
 
 @pytest.mark.parametrize(("patterns", "limit"), [(TRAINING, 2200), (DECODING, 1000)], ids=["training", "decoding"])

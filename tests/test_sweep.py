@@ -24,8 +24,9 @@ def test_sweep_measures_recommends_and_stores(run_folder, capsys):
     *rows, last = map(json.loads, capsys.readouterr().out.splitlines())
     assert [row["settings"]["mode"] for row in rows[:3]] == ["autoregressive", "self_speculative", "self_speculative"]
     assert [(row["settings"]["exit_layer"], row["settings"]["draft_length"]) for row in rows[1:3]] == [(1, 2), (3, 2)]
-    assert [row["settings"]["policy"] for row in rows[3:]] == ["fixed", "adaptive", "fixed", "fixed"]
-    assert [row["settings"]["lookup_length"] for row in rows[-4:]] == [0, 0, 0, 2]
+    assert [row["settings"]["policy"] for row in rows[3:]] == ["fixed", "adaptive", "fixed", "fixed", "fixed"]
+    assert [row["settings"]["lookup_length"] for row in rows[-5:]] == [0, 0, 0, 2, 0]
+    assert [row["settings"]["choices"] for row in rows[-5:]] == [1, 1, 1, 1, 4]
     assert all(row["identical"] for row in rows)
     assert (Path(run_folder) / "plots" / "sweep.png").stat().st_size > 10_000
 
@@ -42,7 +43,8 @@ def test_sweep_measures_recommends_and_stores(run_folder, capsys):
 def test_sweep_recommends_lossless_settings_and_reports_that_it_cannot_store(run_folder, capsys, monkeypatch):
     def measured(mode, speed, identical):
         return sweep.Measurement(
-            {"mode": mode, "policy": "fixed", "exit_layer": 1, "draft_length": 2, "lookup_length": 0},
+            {"mode": mode, "policy": "fixed", "exit_layer": 1, "draft_length": 2, "lookup_length": 0,
+             "choices": 1},
             speed, speed, math.nan, 1.0, 1.0, 1.0, identical, 1.0,
         )  # fmt: skip
 

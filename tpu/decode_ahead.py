@@ -27,7 +27,7 @@ from flax import nnx
 from hlo import Program, shares_by_scope
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from layerskip_jax.attention import LayerCache
+from layerskip_jax.cache import LayerCache
 from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
 from layerskip_jax.checks import require
 from layerskip_jax.command_line import make_parser, parse_config

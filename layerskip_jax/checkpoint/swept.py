@@ -14,7 +14,7 @@ from layerskip_jax.locations import file_inside, read_limited, write_file
 
 SWEPT = "decode.json"
 
-DEPENDENT = {"mode", "policy", "exit_layer", "draft_length", "lookup_length", "exits"}
+DEPENDENT = {"mode", "policy", "exit_layer", "draft_length", "lookup_length", "choices", "exits"}
 """Settings that the sweep chose together, so they are used together or not at all."""
 
 

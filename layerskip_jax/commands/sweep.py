@@ -46,8 +46,11 @@ from layerskip_jax.model import Transformer
 SETTINGS = ("weights", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
 """The settings that all measurements share; `sweep` chooses the others."""
 
-CHOSEN = ("mode", "policy", "exit_layer", "draft_length", "lookup_length")
+CHOSEN = ("mode", "policy", "exit_layer", "draft_length", "lookup_length", "choices")
 """The settings that tell measurements apart."""
+
+CHOICES = 4
+"""The choices at each position that the sweep tries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +156,13 @@ def sweep(
     repeats: int,
     eos: Sequence[int] = (),
 ) -> tuple[list[Measurement], list[Measurement], Overhead]:
-    """Measure plain decoding and every pair of exit and draft length, then plain decoding and four finalists.
+    """Measure plain decoding and every pair of exit and draft length, then plain decoding and five finalists.
 
     The finalists are the fastest pair, the adaptive policy over the same exits up to the largest length, prompt lookup
-    of that length, and the fastest pair together with such lookups. Returns both lists of measurements and the fitted
-    overhead.
+    of that length, and the fastest pair together with such lookups or with `CHOICES`. Returns both lists of
+    measurements and the fitted overhead.
     """
-    fixed = dataclasses.replace(settings, mode="self_speculative", policy="fixed", lookup_length=0)
+    fixed = dataclasses.replace(settings, mode="self_speculative", policy="fixed", lookup_length=0, choices=1)
     pairs = [dataclasses.replace(fixed, exit_layer=e, draft_length=d) for e in exits for d in draft_lengths]
     grid = measure(model, prompts, pairs, repeats, eos)
     overhead = fit_overhead(model.config, grid[1:])
@@ -171,6 +174,7 @@ def sweep(
         adaptive_config(dataclasses.replace(fixed, exit_layer=best.settings["exit_layer"]), exits, largest, overhead),
         dataclasses.replace(fixed, mode="prompt_lookup", draft_length=largest),
         dataclasses.replace(fastest, lookup_length=largest, **overhead.as_settings()),
+        dataclasses.replace(fastest, choices=min(CHOICES, model.config.vocab_size)),
     ]
     return grid, measure(model, prompts, finalists, repeats, eos), overhead
 
@@ -188,6 +192,7 @@ def table(grid: list[Measurement], finals: list[Measurement]) -> str:
     for m in finals[1:]:
         name = m.settings["policy"] if m.settings["mode"] == "self_speculative" else m.settings["mode"]
         name += " and lookup" * bool(m.settings["lookup_length"])
+        name += f", {m.settings['choices']} choices" * (m.settings["choices"] > 1)
         lines.append(
             f"{name:>16}  {m.tokens_per_second:8.0f}  {m.speedup:6.2f}x  "
             + ("nothing drafted" if math.isnan(m.acceptance) else f"acceptance {m.acceptance:.1%}")

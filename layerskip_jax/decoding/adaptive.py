@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from layerskip_jax.attention import LayerCache
+from layerskip_jax.cache import LayerCache
 from layerskip_jax.checks import require
 from layerskip_jax.decoding.conditional import run_blocks_if, run_if
 from layerskip_jax.decoding.policies import DraftPolicy, Outcome, Plan, Probe, checked_plan

@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from layerskip_jax.attention import LayerCache
+from layerskip_jax.cache import LayerCache
 from layerskip_jax.model import Transformer
 from layerskip_jax.rope import RotaryTables
 

@@ -2,18 +2,19 @@
 
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.branching import Branching, GreedyBranches, StochasticBranches
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.hybrid import Hybrid
 from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, DraftPolicy, Fixed, default_candidates
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
-from layerskip_jax.decoding.sampling import Greedy, Sampler, Stochastic
+from layerskip_jax.decoding.sampling import Greedy, Stochastic
 from layerskip_jax.errors import UserError
 from layerskip_jax.model import Transformer
 
 
-def make_sampler(config: DecodeConfig) -> Sampler:
+def make_sampler(config: DecodeConfig) -> Greedy | Stochastic:
     """Return the sampler that ``config`` asks for: `Greedy` at temperature 0."""
     if config.temperature == 0:
         return Greedy()
@@ -52,6 +53,10 @@ def configure(config: DecodeConfig, model: Transformer) -> tuple[Transformer, St
     sampler, num_layers = make_sampler(config), model.config.num_layers
     for check in (resolve_exit_layer, resolve_exits):  # also if the mode does not use them
         check(config, num_layers)
+    if config.mode == "self_speculative" and config.choices > 1:
+        branches = GreedyBranches() if isinstance(sampler, Greedy) else StochasticBranches(sampler)
+        exit_layer = resolve_exit_layer(config, num_layers)
+        return model, Branching(branches, exit_layer, config.draft_length, config.choices)
     if config.mode == "self_speculative":
         # With a fixed draft length, one verification width is enough.
         kind = SelfSpeculative if config.policy == "fixed" else AdaptiveSpeculative

@@ -94,7 +94,7 @@ def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
             "those of its parts @dataclasses.dataclass(frozen=True), and tuples in place of lists"
         ) from None
     d, exits = strategy.draft_length, list(strategy.exits)
-    # `attention.write_cache` needs the d+1 positions of a round to fit into any piece of the cache; the smallest piece
+    # `cache.write_cache` needs the d+1 positions of a round to fit into any piece of the cache; the smallest piece
     # has `BUCKET` slots.
     require(0 <= d < BUCKET, f"draft length {d} must be in 0..{BUCKET - 1}")
     for exit_layer in exits:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from layerskip_jax.attention import LayerCache
+from layerskip_jax.cache import LayerCache
 from layerskip_jax.checks import require
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.policies import DraftPolicy, Outcome, Plan, Probe, checked_plan

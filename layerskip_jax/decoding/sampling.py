@@ -79,7 +79,7 @@ def _accepted_prefix(agrees_Bd: jax.Array, count_B: jax.Array) -> jax.Array:
     return jnp.sum(jnp.cumprod(agrees_Bd & (slot_Bd < count_B[:, None]), axis=1), axis=1)
 
 
-def _draw(probs_BV: jax.Array, key: jax.Array) -> jax.Array:
+def draw_from(probs_BV: jax.Array, key: jax.Array) -> jax.Array:
     """Draw a token from each row of unnormalized probabilities; `NO_TOKEN` where they are NaN."""
     return jnp.where(jnp.isnan(probs_BV[:, 0]), NO_TOKEN, jax.random.categorical(key, jnp.log(probs_BV)))
 
@@ -128,7 +128,7 @@ class Stochastic:
         """
         logits = logits.astype(jnp.float32)
         # Subtract the maximum, so that a small temperature does not overflow. A maximum that is not finite gives NaN,
-        # which `_draw` reports as `NO_TOKEN`.
+        # which `draw_from` reports as `NO_TOKEN`.
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
@@ -139,11 +139,11 @@ class Stochastic:
         return jax.nn.softmax(logits, axis=-1)
 
     def draw(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
-        return _draw(self.probabilities(logits_BV), key)
+        return draw_from(self.probabilities(logits_BV), key)
 
     def propose(self, logits_BV: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
         q_BV = self.probabilities(logits_BV)
-        return _draw(q_BV, key), q_BV
+        return draw_from(q_BV, key), q_BV
 
     def verify(self, logits_BQV: jax.Array, drafts: Drafts, key: jax.Array) -> Verdict:
         """Accept draft x with probability ``min(1, p(x)/q(x))``; else draw from ``max(0, p - q)``, renormalized."""
@@ -162,7 +162,7 @@ class Stochastic:
         residual_probs_BV = jnp.maximum(p_BV - q_BV, 0)
         # If p and q differ only by rounding, a rejection can leave no positive residual. Then draw from p.
         has_residual_B1 = jnp.sum(residual_probs_BV, axis=-1, keepdims=True) > 0
-        return Verdict(accepted_B, _draw(jnp.where(has_residual_B1, residual_probs_BV, p_BV), draw_key))
+        return Verdict(accepted_B, draw_from(jnp.where(has_residual_B1, residual_probs_BV, p_BV), draw_key))
 
     def deterministic_draft_probs(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
         return jax.nn.one_hot(draft_Bd, vocabulary)

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from layerskip_jax.attention import LayerCache
+from layerskip_jax.cache import LayerCache
 from layerskip_jax.decoding.sampling import NO_TOKEN
 
 

@@ -15,8 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from layerskip_jax.attention import SAVED_OUTPUT
 from layerskip_jax.data.batch import Batch
+from layerskip_jax.document_attention import SAVED_OUTPUT
 from layerskip_jax.model import Block, Transformer, run_layers
 from layerskip_jax.recipe.chunked_loss import (
     INNER_EXIT,

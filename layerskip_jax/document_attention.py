@@ -1,0 +1,109 @@
+"""Attention over packed documents, for training, by the fastest backend that fits."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from layerskip_jax.attention import attend
+from layerskip_jax.errors import UserError
+from layerskip_jax.sharding import on_each_device, target_platform
+
+SPLASH_TILE = 128
+"""The length of splash attention's tiles must be a multiple of this, the lanes of a TPU vector [positions]."""
+
+SAVED_OUTPUT = "attention output"
+"""Checkpoint name of splash attention's output and log-sum-exp, for remat policies that save them."""
+
+
+def attend_documents(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, backend: str
+) -> jax.Array:
+    """Return ``out_BTNH``: each position attends to itself and earlier positions of the same document.
+
+    ``backend`` is `ModelConfig.attention`; the choice is made at trace time.
+    """
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    match choose_backend(backend, target_platform(), T, H, q_BTNH.dtype):
+        case "splash":
+            return attend_splash(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        case "cudnn":
+            # cuDNN gets the documents as a [B, 1, T, T] bias, which doubles the kernel's time on an H100
+            # (docs/results/h100.md). Its packed layout needs none, but JAX offers that in private functions only.
+            same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+            return jax.nn.dot_product_attention(
+                q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, implementation="cudnn"
+            )
+        case _:
+            return attend(q_BTNH, [k_BTKH.swapaxes(1, 2)], [v_BTKH.swapaxes(1, 2)], same_document(segments_BT))
+
+
+def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype: jnp.dtype) -> str:
+    """Return splash, cudnn or xla: ``asked``, or for auto the platform's kernel, and xla where that does not fit.
+
+    >>> choose_backend("auto", "tpu", 4096, 128, jnp.bfloat16), choose_backend("auto", "tpu", 100, 128, jnp.bfloat16)
+    ('splash', 'xla')
+
+    Raises `UserError` if ``asked`` names a backend that does not support them.
+    """
+    own = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+    backend = own.get(platform, "xla") if asked == "auto" else asked
+    needs = {
+        "splash": {
+            f"a TPU, not {platform}": platform == "tpu",
+            f"data.sequence_length in multiples of {SPLASH_TILE}, not {length}": length % SPLASH_TILE == 0,
+        },
+        "cudnn": {
+            f"a GPU, not {platform}": platform in ("gpu", "cuda"),
+            f"model.compute_dtype bfloat16, not {jnp.dtype(dtype).name}": dtype == jnp.bfloat16,
+            f"an even data.sequence_length, not {length}": length % 2 == 0,
+            f"model.dim / model.num_heads in multiples of 8 up to 128, not {head_dim}": (
+                head_dim % 8 == 0 and head_dim <= 128
+            ),
+        },
+    }
+    unmet = [need for need, met in needs.get(backend, {}).items() if not met]
+    if unmet and asked != "auto":
+        raise UserError(f"model.attention {asked} needs {unmet[0]}; or use auto, which takes what fits")
+    return "xla" if unmet else backend
+
+
+def attend_splash(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """Attend as `attend_documents` with the splash kernel for TPU, which never writes the scores to memory.
+
+    Each device attends for its own sequences and heads. The kernel skips tiles above the diagonal, but not tiles
+    between two documents. ``interpret`` runs it, slowly, on other platforms.
+    """
+
+    def on_device(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        _, T, N, H = q_BTNH.shape
+        tile = max(size for size in (SPLASH_TILE, 2 * SPLASH_TILE, 4 * SPLASH_TILE) if T % size == 0)
+        # Made here, where N is the number of heads on this device. The kernel handles grouped queries itself.
+        kernel = splash_attention.make_splash_mha_single_device(
+            splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * N),
+            block_sizes=splash_attention.BlockSizes(
+                block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
+            ),
+            residual_checkpoint_name=SAVED_OUTPUT,
+            interpret=interpret,
+        )
+        # The kernel does not divide by sqrt(H). Divide in float32, so that bfloat16 queries are rounded once.
+        scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
+        out_BNTH = jax.vmap(kernel)(
+            *(array.swapaxes(1, 2) for array in (scaled_BTNH, k_BTKH, v_BTKH)),
+            splash_attention.SegmentIds(segments_BT, segments_BT),
+        )
+        return out_BNTH.swapaxes(1, 2)
+
+    # Each device gets whole sequences and some of the heads. A mesh that shards sequences gathers them here.
+    queries, keys = ("batch", None, "attended_heads", None), ("batch", None, "attended_kv_heads", None)
+    split = on_each_device(on_device, [queries, keys, keys, ("batch", None)], queries)
+    return split(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def same_document(segments_BT: jax.Array) -> jax.Array:
+    """Return ``visible_BTS`` for training: the position itself and earlier ones of the same document."""
+    T = segments_BT.shape[1]
+    causal_TS = jnp.tril(jnp.ones((T, T), bool))
+    return causal_TS[None] & (segments_BT[:, :, None] == segments_BT[:, None, :])
