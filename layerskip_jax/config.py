@@ -123,6 +123,12 @@ class EarlyExitConfig:
     distillation_weight: float = setting(
         1.0, "share of distillation in the loss of an early exit; the rest is cross-entropy with the data", "[0, 1]"
     )
+    agreement_weight: float = setting(
+        0.0,
+        "share, in the loss of the last exit, of cross-entropy with the most likely token of the first of exits: more "
+        "drafts are accepted, at a small cost of loss; 0.05 to 0.1 is a good start",
+        "[0, 1]",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "early_exit")
@@ -134,6 +140,8 @@ class EarlyExitConfig:
         require(
             bool(exits) or self.curriculum != "fixed", "early_exit.curriculum fixed needs early_exit.exits, such as 3"
         )
+        agrees = self.agreement_weight > 0 and self.curriculum != "none"
+        require(bool(exits) or not agrees, "early_exit.agreement_weight needs early_exit.exits, such as 3")
         alone = self.curriculum == "rotational" and not self.always_last
         require(not (alone and exits), "early_exit.exits needs early_exit.always_last true, to train the last layer")
         listed = " ".join(f"{weight:g}" for weight in weights)

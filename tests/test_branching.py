@@ -100,7 +100,7 @@ def test_logits_that_are_not_finite_are_reported():
 def test_bad_settings_are_refused():
     full = tiny_model(vocab_size=3).unstacked()
     for values, message in [
-        ({"choices": 17}, r"choices must be in \[1, 16\], not 17"),
+        ({"choices": 17}, r"choices must be in 1\.\.16, not 17"),
         ({"choices": 2, "policy": "adaptive"}, "choices 2 needs policy fixed and lookup_length 0"),
         ({"choices": 2, "lookup_length": 4}, "choices 2 needs policy fixed and lookup_length 0"),
     ]:

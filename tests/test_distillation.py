@@ -16,7 +16,8 @@ from layerskip_jax.recipe.distillation import (
     kl_divergence,
     negative_log_acceptance,
 )
-from layerskip_jax.recipe.exit_loss import exit_losses
+from layerskip_jax.recipe.early_exit import negative_log_likelihood
+from layerskip_jax.recipe.exit_loss import Teaching, exit_losses
 
 
 def logits(*probabilities):
@@ -51,7 +52,30 @@ def test_distillation_gives_the_teacher_no_gradient(name):
     batch = Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones((2, 8), int), jnp.ones((2, 8)))
     weight_L = jnp.zeros(L).at[1].set(1)
     loss = SelfDistillation(LOSSES[name])
-    gradient = jax.jit(jax.grad(lambda model: exit_losses(model, batch, weight_L, distillation=(loss, 1.0)).objective))
+    teaching = Teaching(distillation=(loss, 1.0))
+    gradient = jax.jit(jax.grad(lambda model: exit_losses(model, batch, weight_L, teaching=teaching).objective))
     grads = gradient(model)
     norm_L = jnp.abs(grads.blocks.down_FD[...]).max((1, 2))
     assert (norm_L > 0).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_early_exit_teaches_the_last_one_without_a_gradient(name):
+    """J_L = a D(p, q) + (1 - a) CE(p, Y), with q precomputed, has the same value and the same gradients."""
+    model, a, exit_layer = tiny_model(1), 0.3, 2
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 61)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones((2, 8), int), jnp.ones((2, 8)))
+    weight_L = jnp.zeros(4).at[3].set(1)
+    early = model.unstacked().first_layers(exit_layer)(batch.inputs_BT)
+
+    def by_formula(model):
+        last = model(batch.inputs_BT)
+        return jnp.sum(a * LOSSES[name](last, early) + (1 - a) * negative_log_likelihood(last, batch.targets_BT))
+
+    teaching = Teaching(agreement=(SelfDistillation(LOSSES[name]), a, exit_layer))
+    ours = jax.jit(jax.value_and_grad(lambda model: exit_losses(model, batch, weight_L, teaching=teaching).objective))
+    jax.tree.map(
+        lambda got, expected: np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4),
+        ours(model),
+        jax.jit(jax.value_and_grad(by_formula))(model),
+    )

@@ -20,8 +20,8 @@ from layerskip_jax.recipe.distillation import (
     kl_divergence,
     negative_log_acceptance,
 )
-from layerskip_jax.recipe.exit_loss import exit_losses
-from layerskip_jax.recipe.fused_exit_loss import FusedSettings, chunked_exit_losses, fused_exit_losses
+from layerskip_jax.recipe.exit_loss import Teaching, exit_losses
+from layerskip_jax.recipe.fused_exit_loss import FusedSettings, Shares, chunked_exit_losses, fused_exit_losses
 from layerskip_jax.recipe.layer_dropout import DropoutMask, apply_masked, sample_dropout_mask
 from layerskip_jax.recipe.skipping import apply_skipping
 
@@ -85,9 +85,10 @@ def value_and_gradient(losses, *arguments):
 @partial(jax.jit, static_argnames="settings")
 def plain_and_fused(model, batch, weight_L, dropout_mask, settings, share):
     distillation = settings.distillation and (settings.distillation, share)
-    reference = partial(exit_losses, distillation=distillation)
+    agreement = settings.agreement and (settings.agreement, share / 2, settings.exits[0])
+    reference, shares = partial(exit_losses, teaching=Teaching(distillation, agreement)), Shares(share, share / 2)
     plain = value_and_gradient(reference, model, batch, weight_L, dropout_mask)
-    fused = value_and_gradient(fused_exit_losses, model, batch, weight_L, settings, dropout_mask, None, share)
+    fused = value_and_gradient(fused_exit_losses, model, batch, weight_L, settings, dropout_mask, None, shares)
     return plain, fused
 
 
@@ -105,6 +106,17 @@ FUSED = {
         True,
         True,
     ),
+    "agreement": (
+        FusedSettings(
+            4,
+            exits=(2, 3),
+            distillation=SelfDistillation(kl_divergence),
+            agreement=SelfDistillation(argmax_cross_entropy),
+        ),
+        True,
+        True,
+    ),
+    "agreement_alone": (FusedSettings(4, "full", exits=(1,), agreement=SelfDistillation(kl_divergence)), False, False),
     "argmax": (
         FusedSettings(3, "full", exits=(1, 3), distillation=SelfDistillation(argmax_cross_entropy)),
         False,

@@ -167,7 +167,9 @@ def loss_picture(run: Run, plain: Run | None = None) -> Picture:
                 plot(axis, run, f"{kind}/exit_loss/{exit_layer}", color=color, label=label)
             if plain:
                 plot(axis, plain, f"{kind}/exit_loss/{plain.layers}", label="plain model", **PLAIN)
-            axis.set(title=title, xlabel="optimizer step", ylabel="cross-entropy [nats/token]")
+            mixed = kind == "train" and run.config.early_exit.agreement_weight > 0
+            unit = "loss with the share of agreement" if mixed else "cross-entropy"
+            axis.set(title=title, xlabel="optimizer step", ylabel=f"{unit} [nats/token]")
             axis.set_xlim(0, 1.03 * int(run.checkpoint.name))
             if axis.lines:
                 axis.legend()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.data.batch import Batch
@@ -130,6 +131,15 @@ class ExitContext(NamedTuple):
         gathered_head = norm_D, gather(jax.tree.map(lambda leaf: leaf.astype(dtype), matrix))
         labels = batch.targets_BT, batch.mask_BT, teacher
         return cls(loss, jax.lax.stop_gradient(labels), head, jax.lax.stop_gradient(gathered_head))
+
+    def taught_by(self, loss: ExitLoss | None, x_BTD: jax.Array, share: ArrayLike) -> "ExitContext":
+        """Return this with ``loss``, if given, whose teacher is ``(x, share)`` and gets no gradient."""
+        if loss is None:
+            return self
+        targets_BT, mask_BT, _ = self.labels
+        teacher = x_BTD, jnp.broadcast_to(jnp.asarray(share, jnp.float32), mask_BT.shape)
+        labels = jax.lax.stop_gradient((targets_BT, mask_BT, teacher))
+        return self._replace(loss=dataclasses.replace(self.loss, loss=loss), labels=labels)
 
 
 def exit_with_saved_gradients(

@@ -1,11 +1,15 @@
-"""Self-distillation: the last exit teaches the early exits in the same forward pass (not in the LayerSkip paper).
+"""Self-distillation: exits of the same forward pass teach each other (not in the LayerSkip paper).
 
-    J_e = m D(q_e, p) + (1 - m) CE(q_e, Y)      q_e = softmax(g(x_e)),  p = softmax(g(x_L)), detached
+    J_e = m D(q_e, p) + (1 - m) CE(q_e, Y)      q_e = softmax(g(x_e)),  p = softmax(g(x_L))
+    J_L = a D'(p, q_1) + (1 - a) CE(p, Y)       the second argument of D and D' is detached
 
-x_e is the hidden state at exit e, x_L at the last exit, g the shared head, and Y the next tokens of the text. m is the
-share of distillation.
+x_e is the hidden state at exit e, x_L at the last exit, g the shared head, and Y the next tokens of the text. In J_e,
+the last exit teaches an early exit; m is the share of distillation. In J_L, the first of the chosen exits, which
+drafts, teaches the last exit; a is the share of agreement. Where two tokens are almost equally likely, a small share
+makes the last exit prefer the one that the early exit predicts. That costs little loss, and speculation accepts the
+draft.
 
-The losses D are pure functions of logits, each with a value for every position. Any function of the same signature can
+D and D' are pure functions of logits, each with a value for every position. Any function of the same signature can
 take their place in `SelfDistillation`.
 """
 
@@ -22,7 +26,7 @@ DistillationLoss = Callable[[jax.Array, jax.Array], jax.Array]
 """``(logits_BCV, teacher_logits_BCV) -> loss_BC`` [nats]; the teacher's logits are detached."""
 
 Share = Callable[[ArrayLike, int], jax.Array]
-"""``(step t, total_steps T) -> m``, the share of distillation in the loss of an early exit, in [0, 1]."""
+"""``(step t, total_steps T) -> share`` of the teacher in the loss of an exit, in [0, 1]: m or a."""
 
 
 def kl_divergence(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array:
@@ -64,13 +68,13 @@ class ConstantShare:
         return jnp.asarray(self.share, jnp.float32)
 
 
-ALL = ConstantShare(1.0)
-"""No cross-entropy with the data."""
+ALL, NOTHING = ConstantShare(1.0), ConstantShare(0.0)
+"""No cross-entropy with the data, and no other loss."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfDistillation:
-    """The loss of an early exit that learns from the last exit: an `ExitLoss` whose teacher is ``(x_L, m)``."""
+    """The loss of an exit that learns from another: an `ExitLoss` whose teacher is ``(x, share)`` of the other exit."""
 
     loss: DistillationLoss
 
@@ -82,9 +86,9 @@ class SelfDistillation:
         mask_BC: jax.Array,
         teacher: tuple[jax.Array, jax.Array],
     ) -> jax.Array:
-        """Return the loss, summed over counted positions [nats]. ``teacher`` is ``(last_x_BCD, share_BC)``."""
-        last_x_BCD, share_BC = teacher
-        logits_BCV, teacher_logits_BCV = g(x_BCD), jax.lax.stop_gradient(g(last_x_BCD))
+        """Return the loss, summed over counted positions [nats]; ``teacher`` is the other exit's ``x``, and the share."""
+        teacher_x_BCD, share_BC = teacher
+        logits_BCV, teacher_logits_BCV = g(x_BCD), jax.lax.stop_gradient(g(teacher_x_BCD))
         from_teacher_BC = self.loss(logits_BCV, teacher_logits_BCV)
         from_data_BC = negative_log_likelihood(logits_BCV, targets_BC)
         return jnp.sum((share_BC * from_teacher_BC + (1 - share_BC) * from_data_BC) * mask_BC)

@@ -22,6 +22,18 @@ class ExitLosses(NamedTuple):
     loss_L: jax.Array
 
 
+class Teaching(NamedTuple):
+    """The losses of exits that learn from another exit of the same pass, as in `distillation`."""
+
+    distillation: tuple[ExitLoss, ArrayLike] | None = None
+    """For all exits but the last, with the share m; its teacher is ``(x_L, m)``, without gradient."""
+    agreement: tuple[ExitLoss, ArrayLike, int] | None = None
+    """For the last exit, with the share a and an exit e; its teacher is ``(x_e, a)``, without gradient."""
+
+
+NO_TEACHING = Teaching()
+
+
 def exit_losses(
     model: Transformer,
     batch: Batch,
@@ -30,13 +42,13 @@ def exit_losses(
     *,
     loss: ExitLoss = cross_entropy,
     teacher: Any = None,
-    distillation: tuple[ExitLoss, ArrayLike] | None = None,
+    teaching: Teaching = NO_TEACHING,
 ) -> ExitLosses:
     """Return ``J = sum_l w_l CE(g(x_{l+1}), Y)`` (LayerSkip eq. 5), and the loss of each exit with a weight above 0.
 
     ``x_{l+1} = x_l + M_l f_l(x_l)`` (eq. 1) with M from ``dropout_mask``; None keeps every block. ``weight_L`` is
     w(t, l) of eq. 6. ``loss`` takes the place of CE; it receives ``teacher``, a tree of ``[B, T, ...]`` arrays.
-    ``distillation`` is a loss for all exits but the last, with the share m. It receives ``(x_L, m)``, without gradient.
+    The losses of ``teaching`` take its place at the exits that they are for.
     """
     B, T = batch.inputs_BT.shape
     L = model.config.num_layers
@@ -52,13 +64,17 @@ def exit_losses(
 
     last_x_BTD, x_LBTD = run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, mask)
     inner, inner_teacher = loss, teacher
-    if distillation is not None:
-        inner, share = distillation
+    if teaching.distillation is not None:
+        inner, share = teaching.distillation
         inner_teacher = jax.lax.stop_gradient(last_x_BTD), jnp.full((B, T), share)
+    last, last_teacher = loss, teacher
+    if teaching.agreement is not None:
+        last, share, exit_layer = teaching.agreement
+        last_teacher = jax.lax.stop_gradient(x_LBTD[exit_layer - 1]), jnp.full((B, T), share)
 
     def value(exit_loss: ExitLoss, x_BTD: jax.Array, teacher: Any) -> jax.Array:
         return exit_loss(model.unembed, x_BTD, batch.targets_BT, batch.mask_BT, teacher)
 
     values = [value(inner, x_BTD, inner_teacher) for x_BTD in x_LBTD[:-1]]
-    loss_L = jnp.where(weight_L > 0, jnp.stack([*values, value(loss, last_x_BTD, teacher)]), 0)
+    loss_L = jnp.where(weight_L > 0, jnp.stack([*values, value(last, last_x_BTD, last_teacher)]), 0)
     return ExitLosses(jnp.sum(weight_L * loss_L), loss_L)

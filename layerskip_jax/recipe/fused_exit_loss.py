@@ -7,7 +7,7 @@ less memory, and the last exit can teach them.
 import dataclasses
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,8 @@ class FusedSettings:
     """If not empty, only these and the last exit may have a weight above 0."""
     distillation: ExitLoss | None = None
     """Takes the place of ``loss`` at ``exits``, which must then be given; its teacher is ``(x_L, share)``."""
+    agreement: ExitLoss | None = None
+    """Takes the place of ``loss`` at the last exit; its teacher is ``(x_e, share)`` of the first of ``exits``."""
 
     @property
     def recompute(self) -> bool:
@@ -78,6 +80,16 @@ class FusedSettings:
         return OFFLOAD_BLOCK_INPUTS if self.remat == "offload" else None
 
 
+class Shares(NamedTuple):
+    """The share of each teacher in the loss of its exits."""
+
+    distillation: ArrayLike = 1.0
+    agreement: ArrayLike = 0.0
+
+
+DEFAULT_SHARES = Shares()
+
+
 def fused_exit_losses(
     model: Transformer,
     batch: Batch,
@@ -85,7 +97,7 @@ def fused_exit_losses(
     settings: FusedSettings,
     dropout_mask: DropoutMask | None = None,
     teacher: Any = None,
-    share: ArrayLike = 1.0,
+    shares: Shares = DEFAULT_SHARES,
 ) -> ExitLosses:
     """Return what `exit_losses` returns, with the gradient of the objective (LayerSkip eq. 5) already computed.
 
@@ -96,14 +108,17 @@ def fused_exit_losses(
     costs 8 D V FLOPs per token instead of 6.
 
     If ``settings.exits`` names the exits, their losses are computed after the scan, which keeps only the inputs.
-    Their gradients then take memory for these exits alone, and the last exit can be their teacher.
+    Their gradients then take memory for these exits alone, and they and the last exit can teach each other.
 
     Only the objective has a gradient; ``loss_L`` has none.
     """
     weight_L = jnp.asarray(weight_L, jnp.float32)  # custom_vjp needs a float
     exits = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
     if settings.exits:
-        x_BTD, d_matrix, inner = exits_after_scan(model, batch, weight_L, settings, dropout_mask, exits, share)
+        x_BTD, kept_KBTD = run_blocks_and_keep(model, batch, settings, dropout_mask)
+        taught = exits.taught_by(settings.distillation, x_BTD, shares.distillation)
+        d_matrix, inner = exits_after_scan(taught, weight_L, settings.exits, kept_KBTD)
+        exits = exits.taught_by(settings.agreement, kept_KBTD[0], shares.agreement)
     else:
         x_BTD, d_matrix, inner = exits_within_scan(model, batch, weight_L, settings, dropout_mask, exits)
     with jax.named_scope(LAST_EXIT):
@@ -147,16 +162,10 @@ def exits_within_scan(
     return x_BTD, d_matrix, jax.tree.map(itemgetter(slice(1, None)), inner)
 
 
-def exits_after_scan(
-    model: Transformer,
-    batch: Batch,
-    weight_L: jax.Array,
-    settings: FusedSettings,
-    dropout_mask: DropoutMask | None,
-    exits: ExitContext,
-    share: ArrayLike,
-) -> tuple[jax.Array, nnx.Param, ExitLosses]:
-    """Run all blocks, then compute the losses of ``settings.exits``; return what `exits_within_scan` returns."""
+def run_blocks_and_keep(
+    model: Transformer, batch: Batch, settings: FusedSettings, dropout_mask: DropoutMask | None
+) -> tuple[jax.Array, jax.Array]:
+    """Run all blocks; return ``x_L``, and ``kept_KBTD``, the hidden states at each of ``settings.exits``."""
     run_block = block_with_dropout(model, batch, settings, dropout_mask)
     K, L = len(settings.exits), model.config.num_layers
 
@@ -186,22 +195,26 @@ def exits_after_scan(
     (x_BTD, kept_KBTD), _ = run_layers(
         model.blocks, (x_BTD, kept_KBTD), block_fn, (slot_L, before_exit_L, dropout_mask)
     )
+    return x_BTD, kept_KBTD
 
-    if settings.distillation is not None:
-        loss = dataclasses.replace(exits.loss, loss=settings.distillation)
-        share_BT = jnp.broadcast_to(jnp.asarray(share, jnp.float32), batch.mask_BT.shape)
-        taught = batch.targets_BT, batch.mask_BT, (x_BTD, share_BT)
-        exits = exits._replace(loss=loss, labels=jax.lax.stop_gradient(taught))
+
+def exits_after_scan(
+    exits: ExitContext, weight_L: jax.Array, exit_layers: tuple[int, ...], kept_KBTD: jax.Array
+) -> tuple[nnx.Param, ExitLosses]:
+    """Compute the losses of ``exit_layers``, whose hidden states are ``kept_KBTD``.
+
+    Returns the gradient of the head's matrix, and the objectives and losses of the exits 1..L-1.
+    """
 
     def exit_fn(d_matrix: nnx.Param, inputs: tuple[jax.Array, jax.Array]) -> tuple[nnx.Param, ExitLosses]:
         with jax.named_scope(INNER_EXIT):
             _, d_matrix, losses = exit_with_saved_gradients(exits, *inputs, d_matrix)
         return d_matrix, losses
 
-    place_K = exit_K - 1
+    place_K = jnp.array(exit_layers) - 1
     no_gradient = jax.tree.map(jnp.zeros_like, exits.head[1])
     d_matrix, losses = jax.lax.scan(exit_fn, no_gradient, (weight_L[place_K], kept_KBTD))
-    return x_BTD, d_matrix, jax.tree.map(lambda values: jnp.zeros(L - 1).at[place_K].set(values), losses)
+    return d_matrix, jax.tree.map(lambda values: jnp.zeros(len(weight_L) - 1).at[place_K].set(values), losses)
 
 
 def block_with_dropout(

@@ -18,7 +18,15 @@ from layerskip_jax.checks import require
 from layerskip_jax.config import Config, EarlyExitConfig
 from layerskip_jax.model import Block, Transformer
 from layerskip_jax.recipe import early_exit, layer_dropout
-from layerskip_jax.recipe.distillation import ALL, LOSSES, ConstantShare, SelfDistillation, Share
+from layerskip_jax.recipe.distillation import (
+    ALL,
+    LOSSES,
+    NOTHING,
+    ConstantShare,
+    SelfDistillation,
+    Share,
+    argmax_cross_entropy,
+)
 from layerskip_jax.recipe.layer_dropout import (
     ApplyDropout,
     BlockFunction,
@@ -75,6 +83,9 @@ class Recipe:
     distillation: early_exit.ExitLoss | None = None
     """The loss of ``exits`` in place of ``exit_loss``, such as `SelfDistillation`; its teacher is the last exit."""
     distillation_share: Share = ALL
+    agreement: early_exit.ExitLoss | None = None
+    """The loss of the last exit in place of ``exit_loss``; its teacher is the first of ``exits``."""
+    agreement_share: Share = NOTHING
     rescale: bool = False
     """Multiply a kept block's output by ``1 / (1 - p_{l,t})`` (not in the paper)."""
     apply_dropout: ApplyDropout = apply_masked
@@ -94,6 +105,7 @@ class Recipe:
         if early.distillation != "none" and early.curriculum != "none":
             exits = exits or tuple(range(1, layers))
             distillation = SelfDistillation(LOSSES[early.distillation]) if exits else None
+        agrees = early.agreement_weight > 0 and early.curriculum != "none"
         return cls(
             num_layers=layers,
             total_steps=config.train.steps,
@@ -106,6 +118,8 @@ class Recipe:
             exits=exits,
             distillation=distillation,
             distillation_share=ConstantShare(early.distillation_weight),
+            agreement=SelfDistillation(argmax_cross_entropy) if agrees else None,
+            agreement_share=ConstantShare(early.agreement_weight),
             rescale=dropout.rescale,
             apply_dropout=Skipping(dropout.row_groups) if dropout.form == "skipping" else apply_masked,
         )
@@ -136,7 +150,8 @@ class Recipe:
             others = [e for e in range(1, L) if weights_L[e - 1] > 0 and e not in self.exits]
             listed = f"the recipe's exits {self.exits} must list every exit that its curriculum turns on"
             require(not self.exits or not others, f"{listed}: {others} at step {step}")
-        require(self.distillation is None or bool(self.exits), "the recipe's distillation needs its exits")
+        for name, loss in {"distillation": self.distillation, "agreement": self.agreement}.items():
+            require(loss is None or bool(self.exits), f"the recipe's {name} needs its exits")
 
     def check_rows(self, rows: int) -> None:
         """Raise `UserError` if dropout cannot split ``rows``, the sequences of a microbatch on one device."""

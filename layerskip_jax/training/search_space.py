@@ -22,7 +22,7 @@ SearchSpace = Callable[[Trial, Config, Sequence[int]], Overrides]
 
 
 def default_space(trial: Trial, config: Config, exits: Sequence[int]) -> Overrides:
-    """Vary exit, weight, distillation, a second exit at L/2, layer dropout and learning rate."""
+    """Vary exit, weight, distillation, agreement, a second exit at L/2, layer dropout and learning rate."""
     exit_layer, middle = trial.suggest_categorical("exit", list(exits)), config.model.num_layers // 2
     chosen = {exit_layer: trial.suggest_float("weight", 0.1, 2.0, log=True)}
     if middle > exit_layer and trial.suggest_categorical("second_exit", [False, True]):
@@ -32,6 +32,7 @@ def default_space(trial: Trial, config: Config, exits: Sequence[int]) -> Overrid
         "early_exit.exits": tuple(chosen),
         "early_exit.exit_weights": tuple(chosen.values()),
         "early_exit.distillation": trial.suggest_categorical("distillation", ["none", "kl", "acceptance"]),
+        "early_exit.agreement_weight": trial.suggest_float("agreement_weight", 0.0, 0.15),
         "layer_dropout.p_max": trial.suggest_categorical("p_max", [0.0, 0.1, 0.2]),
         "optimizer.learning_rate": config.optimizer.learning_rate
         * trial.suggest_float("learning_rate_factor", 0.5, 2.0, log=True),

@@ -15,7 +15,7 @@ from layerskip_jax.compiler_options import compile_step
 from layerskip_jax.config import Config
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.model import Transformer
-from layerskip_jax.recipe.fused_exit_loss import FusedSettings, fused_exit_losses
+from layerskip_jax.recipe.fused_exit_loss import FusedSettings, Shares, fused_exit_losses
 from layerskip_jax.recipe.layer_dropout import DropoutMask
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import batch_sharding, batch_shards, named_shardings
@@ -145,15 +145,19 @@ class Trainer:
             apply_dropout=self.recipe.apply_dropout,
             exits=self.recipe.exits,
             distillation=self.recipe.distillation,
+            agreement=self.recipe.agreement,
         )
-        share = self.recipe.distillation_share(state.step, self.recipe.total_steps)
+        shares = Shares(
+            self.recipe.distillation_share(state.step, self.recipe.total_steps),
+            self.recipe.agreement_share(state.step, self.recipe.total_steps),
+        )
 
         def objective(
             model: Transformer, micro: Batch, dropout_mask: DropoutMask | None
         ) -> tuple[jax.Array, jax.Array]:
             teacher, frozen = self.recipe.teacher, jax.lax.stop_gradient(model)
             teacher_arrays = teacher(frozen, micro.inputs_BT, micro.segments_BT) if teacher else None
-            total, loss_L = fused_exit_losses(model, micro, weight_L, settings, dropout_mask, teacher_arrays, share)
+            total, loss_L = fused_exit_losses(model, micro, weight_L, settings, dropout_mask, teacher_arrays, shares)
             # Divide by the tokens of the whole batch, so that microbatches add up to exactly the large batch.
             return total / count, loss_L / count
 

@@ -37,8 +37,8 @@ class StepFlops(NamedTuple):
     plain: float
     """Forward and backward pass of the plain model: every block, and one loss at the last layer."""
     exits: float
-    """Heads of the other exits with a loss: ``6 D V`` per position and exit, and ``2 D V`` for its teacher if the last
-    exit teaches it."""
+    """Heads of the other exits with a loss: ``6 D V`` per position and exit, and ``2 D V`` for the teacher of
+    each exit that has one."""
     skipped: float
     """Blocks that dropout skips: drop rate times the block's FLOPs. 0 in the masked form, which computes all blocks.
     The skipping form saves less, since it rounds up to row groups."""
@@ -58,7 +58,7 @@ def step_flops(config: Config, recipe: Recipe, weight_L: np.ndarray, drop_rate_L
     positions = config.train.batch_size * config.data.sequence_length
     head = 2 * config.model.dim * config.model.vocab_size
     losses, inner = int(np.count_nonzero(weight_L)), int(np.count_nonzero(weight_L[:-1]))
-    teachers = 0 if recipe.distillation is None else inner
+    teachers = (0 if recipe.distillation is None else inner) + (recipe.agreement is not None)
     dropped = float(np.sum(drop_rate_L)) if recipe.skips else 0.0
     recomputes = config.train.remat in ("full", "offload")
     needed = block_flops(config) / 3 - 2 * config.model.dim * config.model.ffn_dim
