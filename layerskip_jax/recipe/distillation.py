@@ -86,7 +86,7 @@ class SelfDistillation:
         mask_BC: jax.Array,
         teacher: tuple[jax.Array, jax.Array],
     ) -> jax.Array:
-        """Return the loss, summed over counted positions [nats]; ``teacher`` is the other exit's ``x``, and the share."""
+        """Return the loss, over counted positions [nats]; ``teacher`` is the other exit's ``x``, and the share."""
         teacher_x_BCD, share_BC = teacher
         logits_BCV, teacher_logits_BCV = g(x_BCD), jax.lax.stop_gradient(g(teacher_x_BCD))
         from_teacher_BC = self.loss(logits_BCV, teacher_logits_BCV)
