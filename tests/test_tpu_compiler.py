@@ -185,13 +185,29 @@ def test_compile_ahead_agrees_with_the_formula_and_the_data_sheet():
 
 
 def test_decode_ahead_predicts_from_the_passes():
-    options = ("--chip", "v5e", "--exit_layer", "1", "--draft_length", "2", "--length", "100", "--json")
+    options = (
+        "--chip",
+        "v5e",
+        "--exit_layer",
+        "1",
+        "--draft_length",
+        "2",
+        "--choices",
+        "1",
+        "4",
+        "--length",
+        "100",
+        "--json",
+    )
     done = compile_ahead(*options, "--early_exit.exits", "1", script="decode_ahead")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    passes, (one,) = found["passes"], found["rounds"]
+    passes, (one, branching) = found["passes"], found["rounds"]
     parts = [passes[name]["seconds"] for name in ("draft", "draft", "last early pass", "verify 3 positions")]
     assert one["seconds"] == pytest.approx(sum(parts))
+    # Four choices at each of three positions: the weights are read once for all of them.
+    assert passes["verify 12 positions"]["seconds"] < 1.2 * passes["verify 3 positions"]["seconds"]
+    assert branching["seconds"] < 1.2 * one["seconds"]
     # Four blocks, the head of 1,024 x 2,048, and keys and values of half of 128 positions; bfloat16 at 0.81e12 bytes/s.
     numbers = 4 * (3 * 1024 * 4096 + 4 * 1024 * 1024) + 1024 * 2048 + 4 * 64 * 2 * 1024
     assert passes["plain"]["reading"] == pytest.approx(2 * numbers / 0.81e12, rel=1e-3)

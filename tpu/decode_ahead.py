@@ -32,6 +32,7 @@ from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
 from layerskip_jax.checks import require
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import ModelConfig
+from layerskip_jax.decoding.branching import Branching, GreedyBranches
 from layerskip_jax.decoding.cost import predicted_speedup, weight_bytes
 from layerskip_jax.decoding.engine import prefill, rounds_program
 from layerskip_jax.decoding.policies import Fixed
@@ -131,39 +132,54 @@ class ChipCompiler:
             return rounds_program("tpu", "bfloat16").lower(strategy, self.model, state, until).compile()
 
 
-def report(compiler: ChipCompiler, exit_layer: int, draft_lengths: Sequence[int]) -> dict[str, Any]:
-    """Return the estimates of every pass, and the predictions for every draft length and probability."""
-    config, E, L = compiler.config, exit_layer, compiler.config.num_layers
-    plain, draft, early = (
-        compiler.estimate(Pass(0, last, 1, head)) for last, head in ((L, True), (E, True), (E, False))
-    )
-    passes, rounds = {"plain": plain, "draft": draft, "last early pass": early}, []
-    for d in draft_lengths:
-        verification = passes[f"verify {d + 1} positions"] = compiler.estimate(Pass(E, L, d + 1, True))
-        seconds = d * draft.seconds + early.seconds + verification.seconds
-        by_bytes = d * draft.reading + early.reading + verification.reading
-        began, predictions = time.perf_counter(), []
-        memory = compiler.rounds(SelfSpeculative(Greedy(), Fixed(E, d))).memory_analysis()
-        compile_seconds = time.perf_counter() - began
-        for probability in PROBABILITIES:
-            tokens = sum(probability**drafted for drafted in range(d + 1))
-            predictions.append(
-                {"probability": probability, "accepted": (tokens - 1) / d,
-                 "tokens_per_second": compiler.rows * tokens / seconds,
-                 "speedup": tokens * plain.seconds / seconds,
-                 "speedup_by_bytes": predicted_speedup(config, E, d, tokens)}
+def report(
+    compiler: ChipCompiler, exit_layer: int, draft_lengths: Sequence[int], choices: Sequence[int]
+) -> dict[str, Any]:
+    """Return the estimates of every pass, and of a round for every draft length and number of choices.
+
+    With one choice at each position, a round also has the predictions for every probability.
+    """
+    E, L = exit_layer, compiler.config.num_layers
+    passes, rounds = {"plain": compiler.estimate(Pass(0, L, 1, True))}, []
+    for C in choices:
+        of_C = f", {C} choices" * (C > 1)
+        draft, early = (compiler.estimate(Pass(0, E, C, head)) for head in (True, False))
+        passes |= {f"draft{of_C}": draft, f"last early pass{of_C}": early}
+        for d in draft_lengths:
+            verification = passes[f"verify {(d + 1) * C} positions"] = compiler.estimate(Pass(E, L, (d + 1) * C, True))
+            seconds = d * draft.seconds + early.seconds + verification.seconds
+            by_bytes = d * draft.reading + early.reading + verification.reading
+            strategy = SelfSpeculative(Greedy(), Fixed(E, d)) if C == 1 else Branching(GreedyBranches(), E, d, C)
+            began = time.perf_counter()
+            memory = compiler.rounds(strategy).memory_analysis()
+            rounds.append(
+                {"draft_length": d, "choices": C, "seconds": seconds, "of_bytes": seconds / by_bytes,
+                 "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+                 "compile_seconds": time.perf_counter() - began,
+                 "predictions": predictions(compiler, E, d, seconds, passes["plain"].seconds) if C == 1 else []}
             )  # fmt: skip
-        rounds.append(
-            {"draft_length": d, "seconds": seconds, "of_bytes": seconds / by_bytes,
-             "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-             "compile_seconds": compile_seconds, "predictions": predictions}
-        )  # fmt: skip
     return {
         "exit_layer": E,
         "passes": {name: {**dataclasses.asdict(one), "seconds": one.seconds} for name, one in passes.items()},
-        "plain_tokens_per_second": compiler.rows / plain.seconds,
+        "plain_tokens_per_second": compiler.rows / passes["plain"].seconds,
         "rounds": rounds,
     }
+
+
+def predictions(
+    compiler: ChipCompiler, exit_layer: int, draft_length: int, seconds: float, plain_seconds: float
+) -> list[dict[str, float]]:
+    """Return tokens/s and speedup of rounds that take ``seconds``, for every probability of accepting a draft."""
+    rows = []
+    for probability in PROBABILITIES:
+        tokens = sum(probability**drafted for drafted in range(draft_length + 1))
+        rows.append(
+            {"probability": probability, "accepted": (tokens - 1) / draft_length,
+             "tokens_per_second": compiler.rows * tokens / seconds,
+             "speedup": tokens * plain_seconds / seconds,
+             "speedup_by_bytes": predicted_speedup(compiler.config, exit_layer, draft_length, tokens)}
+        )  # fmt: skip
+    return rows
 
 
 def show(found: dict[str, Any], chip: Chip) -> None:
@@ -175,7 +191,8 @@ def show(found: dict[str, Any], chip: Chip) -> None:
     print(f"  plain decoding: {found['plain_tokens_per_second']:.0f} tokens/s")
     for one in found["rounds"]:
         memory, temporaries = (one["arguments"] + one["temporaries"]) / 1e9, one["temporaries"] / 1e6
-        print(f"  d = {one['draft_length']}: {1e3 * one['seconds']:.3f} ms a round, ", end="")
+        print(f"  d = {one['draft_length']}, {one['choices']} choice{'s' * (one['choices'] > 1)}: ", end="")
+        print(f"{1e3 * one['seconds']:.3f} ms a round, ", end="")
         print(f"{one['of_bytes']:.2f}x the time to read its bytes;")
         print(f"    {memory:.2f} GB of {chip.hbm / 1e9:.0f}, including {temporaries:.0f} MB of temporaries; ", end="")
         print(f"compiles in {one['compile_seconds']:.0f} s")
@@ -192,6 +209,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chip", required=True, choices=CHIPS)
     parser.add_argument("--exit_layer", type=int, help="E; by default a quarter of the layers")
     parser.add_argument("--draft_length", type=int, nargs="+", default=[4, 8], metavar="D", help="(default: 4 8)")
+    parser.add_argument(
+        "--choices", type=int, nargs="+", default=[1], metavar="C", help="verified at each position (default: 1)"
+    )
     parser.add_argument("--rows", type=int, default=1, help="texts that are decoded together (default: 1)")
     parser.add_argument("--length", type=int, default=1000, help="positions of a text with its prompt (default: 1000)")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
@@ -201,13 +221,15 @@ def main(argv: list[str] | None = None) -> None:
     require(1 <= exit_layer < model.num_layers, f"--exit_layer must be in 1..{model.num_layers - 1}, not {exit_layer}")
     for name, value in (
         ("draft_length", min(options.draft_length)),
+        ("choices", min(options.choices)),
         ("rows", options.rows),
         ("length", options.length),
     ):
         require(value >= 1, f"--{name} must be at least 1, not {value}")
     longest = options.length + max(options.draft_length) + 1
     model = dataclasses.replace(model, compute_dtype="bfloat16")
-    found = report(ChipCompiler(model, options.chip, options.rows, round_up(longest)), exit_layer, options.draft_length)
+    compiler = ChipCompiler(model, options.chip, options.rows, round_up(longest))
+    found = report(compiler, exit_layer, options.draft_length, options.choices)
     if options.json:
         print(json.dumps({"config": options.config, "chip": options.chip, "rows": options.rows, **found}))
     else:
