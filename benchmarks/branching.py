@@ -43,9 +43,8 @@ def main() -> None:
             one = DecodeConfig(
                 ignore_eos=True, max_new_tokens=options.new_tokens, exit_layer=exit_layer, draft_length=d, **settings
             )
-            measured = measure(model, prompts, [dataclasses.replace(one, choices=C) for C in CHOICES], options.repeats)[
-                1:
-            ]
+            configs = [dataclasses.replace(one, choices=C) for C in CHOICES]
+            _, *measured = measure(model, prompts, configs, options.repeats)
             for C, m in zip(CHOICES, measured, strict=True):
                 gain = m.tokens_per_round / measured[0].tokens_per_round
                 differs = "  texts DIFFER" if m.identical is False else ""

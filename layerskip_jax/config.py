@@ -125,9 +125,9 @@ class EarlyExitConfig:
     )
     agreement_weight: float = setting(
         0.0,
-        "share, in the loss of the last exit, of cross-entropy with the most likely token of the first of exits: more "
-        "drafts are accepted, at a small cost of loss; 0.05 to 0.1 is a good start",
-        "[0, 1]",
+        "share, in the loss of the last exit, of cross-entropy with the most likely token of the exit that drafts (of "
+        "exits, the nearest to L/4): more drafts are accepted, at a small cost in loss",
+        "[0, 1)",
     )
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ class EarlyExitConfig:
         require(
             bool(exits) or self.curriculum != "fixed", "early_exit.curriculum fixed needs early_exit.exits, such as 3"
         )
-        agrees = self.agreement_weight > 0 and self.curriculum != "none"
+        agrees = self.agreement_weight > 0
         require(bool(exits) or not agrees, "early_exit.agreement_weight needs early_exit.exits, such as 3")
         alone = self.curriculum == "rotational" and not self.always_last
         require(not (alone and exits), "early_exit.exits needs early_exit.always_last true, to train the last layer")
@@ -382,12 +382,13 @@ class Config:
 
     @property
     def decode_settings(self) -> DecodeConfig:
-        """``decode``, which drafts from a trained exit (``early_exit.exits``) unless it names another.
-
-        The draft exit is the trained one nearest to a quarter of the layers.
-        """
+        """``decode``, which drafts from `trained_draft_exit` unless it names another exit."""
         trained, decode = self.early_exit.exits, self.decode
-        if not trained:
-            return decode
-        nearest = min(trained, key=lambda exit_layer: (abs(exit_layer - self.model.num_layers / 4), exit_layer))
-        return dataclasses.replace(decode, exit_layer=decode.exit_layer or nearest, exits=decode.exits or trained)
+        exit_layer = decode.exit_layer or self.trained_draft_exit
+        return dataclasses.replace(decode, exit_layer=exit_layer, exits=decode.exits or trained)
+
+    @property
+    def trained_draft_exit(self) -> int:
+        """Of ``early_exit.exits``, the one nearest to a quarter of the layers; 0 if there are none."""
+        quarter = self.model.num_layers / 4
+        return min(self.early_exit.exits, key=lambda exit_layer: (abs(exit_layer - quarter), exit_layer), default=0)

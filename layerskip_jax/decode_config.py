@@ -29,8 +29,8 @@ class DecodeConfig:
     draft_length: int = setting(4, "d: at most this many tokens are drafted in a round", "[1, 63]")
     choices: int = setting(
         1,
-        "self_speculative, policy fixed: tokens of the exit that are verified at each drafted position; a TPU verifies "
-        "several in almost the time of one",
+        "self_speculative, policy fixed: candidate tokens of the exit to verify at each drafted position; a TPU or GPU "
+        "verifies several in almost the time of one",
         "[1, 16]",
     )
     exits: tuple[int, ...] = setting(
@@ -71,7 +71,9 @@ class DecodeConfig:
         check_fields(self)
         sampled = self.temperature >= 1e-6
         require(sampled or self.temperature == 0, f"temperature must be 0 or in [1e-6, 1e6], not {self.temperature}")
-        alone = self.policy == "fixed" and not self.lookup_length
-        require(self.choices == 1 or alone, f"choices {self.choices} needs policy fixed and lookup_length 0")
+        if self.choices > 1 and self.mode != "autoregressive":  # plain decoding is the baseline of any settings
+            branches = self.mode == "self_speculative" and self.policy == "fixed" and not self.lookup_length
+            needs = "mode self_speculative, policy fixed and lookup_length 0"
+            require(branches, f"choices {self.choices} needs {needs}; or give choices 1")
         require("" not in self.stop, "a stop string must not be empty")
         require_rising("exits", self.exits)

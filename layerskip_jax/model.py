@@ -97,9 +97,9 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Return ``f_l(x)``, and the cache with the keys and values of these positions written.
 
-        Positions are consecutive in each row. Without a cache, a position attends to earlier ones of its document
-        (``segments_BT``). With a cache, it attends to the slots up to itself. ``filled`` is for a prefill from position
-        0: the static number of slots to read, as in `attend_cache`.
+        Without a cache, a position attends to earlier ones of its document (``segments_BT``). With a cache, positions
+        are consecutive and attend to the slots up to themselves; another object with the method `LayerCache.attend` can
+        do otherwise. ``filled`` is for a prefill from position 0: the static number of slots to read.
         """
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
         q_BTNH, k_BTKH, v_BTKH = self.queries_keys_values(h_BTD)

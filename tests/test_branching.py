@@ -25,11 +25,11 @@ from layerskip_jax.errors import UserError
 __all__ = ["model"]  # a fixture
 
 
-@pytest.mark.parametrize(("exit_layer", "choices"), [(1, 2), (2, 3), (3, 5)])
+@pytest.mark.parametrize(("exit_layer", "choices"), [(1, 2), (2, 3)])
 def test_accepted_choices_are_those_of_the_exit_along_the_full_models_text(exit_layer, choices):
     """Follow the exit's most likely tokens while they are right, then one of its other choices if that is right."""
     draft_length, branched = 4, 0
-    for seed in range(4):
+    for seed in range(3):
         full = with_tail(tiny_model(seed), exit_layer, 0.5)
         strategy = Branching(GreedyBranches(), exit_layer, draft_length, choices)
         result = generate(full, [[5, seed]], 50, strategy)
@@ -54,19 +54,19 @@ def test_accepted_choices_are_those_of_the_exit_along_the_full_models_text(exit_
 
 
 @pytest.mark.parametrize(
-    ("sampler", "choices"), [(Stochastic(), 2), (Stochastic(1.2, top_k=3), 4), (Stochastic(1.3, 6, 0.9), 3)], ids=str
+    ("sampler", "choices"), [(Stochastic(), 3), (Stochastic(1.2, top_k=3, top_p=0.9), 4)], ids=["all", "few"]
 )
 def test_samples_have_the_full_models_distribution(model, sampler, choices):
     """Also where top-k leaves fewer tokens than choices."""
     strategy = Branching(StochasticBranches(sampler), 1, 2, choices)
-    p = p_value(model, strategy, exact_distribution(model, [3, 1], sampler))
+    p = p_value(model, strategy, exact_distribution(model, [3, 1], sampler), samples=40_000)
     print(f"{strategy}: p = {p:.3f}")
     assert p > 0.001
 
 
 @dataclasses.dataclass(frozen=True)
-class WithReplacement(StochasticBranches):
-    """A deliberately wrong rule: it draws the second choice from all tokens but the most likely one."""
+class FixedSecondChoice(StochasticBranches):
+    """A deliberately wrong rule: the second choice is the second most likely token, and no draw from q."""
 
     def propose(self, logits_BV, choices, key):
         token_BC, q_BV = super().propose(logits_BV, choices, key)
@@ -76,7 +76,7 @@ class WithReplacement(StochasticBranches):
 
 def test_a_wrong_proposal_is_caught(model):
     exact = exact_distribution(model, [3, 1], Stochastic())
-    assert p_value(model, Branching(WithReplacement(Stochastic()), 1, 2, 2), exact, samples=30_000) < 1e-6
+    assert p_value(model, Branching(FixedSecondChoice(Stochastic()), 1, 2, 2), exact, samples=20_000) < 1e-6
 
 
 def test_more_choices_accept_more(model):
@@ -101,11 +101,13 @@ def test_bad_settings_are_refused():
     full = tiny_model(vocab_size=3).unstacked()
     for values, message in [
         ({"choices": 17}, r"choices must be in 1\.\.16, not 17"),
-        ({"choices": 2, "policy": "adaptive"}, "choices 2 needs policy fixed and lookup_length 0"),
-        ({"choices": 2, "lookup_length": 4}, "choices 2 needs policy fixed and lookup_length 0"),
+        ({"choices": 2, "policy": "adaptive"}, "choices 2 needs .* policy fixed and .*; or give choices 1"),
+        ({"choices": 2, "lookup_length": 4}, "choices 2 needs .* lookup_length 0"),
+        ({"choices": 2, "mode": "prompt_lookup"}, "choices 2 needs mode self_speculative"),
     ]:
         with pytest.raises(UserError, match=message):
             DecodeConfig(**values)
+    assert configure(DecodeConfig(choices=4, temperature=1.0, top_k=2), full)[1].choices == 2
     used, strategy = configure(DecodeConfig(choices=4), full)
     with pytest.raises(UserError, match="choices 4 must be at most the model's vocabulary, 3"):
         generate(used, [[1]], 4, strategy)

@@ -85,7 +85,7 @@ def value_and_gradient(losses, *arguments):
 @partial(jax.jit, static_argnames="settings")
 def plain_and_fused(model, batch, weight_L, dropout_mask, settings, share):
     distillation = settings.distillation and (settings.distillation, share)
-    agreement = settings.agreement and (settings.agreement, share / 2, settings.exits[0])
+    agreement = settings.agreement and (settings.agreement, share / 2, settings.agreement_exit)
     reference, shares = partial(exit_losses, teaching=Teaching(distillation, agreement)), Shares(share, share / 2)
     plain = value_and_gradient(reference, model, batch, weight_L, dropout_mask)
     fused = value_and_gradient(fused_exit_losses, model, batch, weight_L, settings, dropout_mask, None, shares)
@@ -112,11 +112,16 @@ FUSED = {
             exits=(2, 3),
             distillation=SelfDistillation(kl_divergence),
             agreement=SelfDistillation(argmax_cross_entropy),
+            agreement_exit=3,
         ),
         True,
         True,
     ),
-    "agreement_alone": (FusedSettings(4, "full", exits=(1,), agreement=SelfDistillation(kl_divergence)), False, False),
+    "agreement_alone": (
+        FusedSettings(4, "full", exits=(1,), agreement=SelfDistillation(kl_divergence), agreement_exit=1),
+        False,
+        False,
+    ),
     "argmax": (
         FusedSettings(3, "full", exits=(1, 3), distillation=SelfDistillation(argmax_cross_entropy)),
         False,

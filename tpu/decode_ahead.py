@@ -6,8 +6,9 @@ Prints the time of each pass: a plain pass, a draft (blocks [0, E) and the head)
 head), and the verification (blocks [E, L) and the head). A time is the larger of the compiler's estimate for the
 operations and the time to read the weights and the cache at the chip's HBM bandwidth, because the compiler's estimate
 omits the wait for prefetched weights. From these times follow the tokens/s if each draft is accepted with probability
-a, given that those before it were. The memory is the compiler's. The model never runs: only the time to compile is
-measured. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU.
+a, given that those before it were. With several choices at each position, the estimate of a draft runs the head for all
+of them, where a round runs it for one, and omits the selection of the best tokens. The memory is the compiler's. The
+model never runs: only the time to compile is measured. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU.
 """
 
 import argparse

@@ -13,7 +13,7 @@ COMMANDS = {
     "evaluate": "print the loss, perplexity and agreement of every exit on held-out text",
     "tasks": "score generated answers on the paper's tasks, or on your own",
     "lm-eval": "run lm-evaluation-harness at any exit",
-    "search": "find a recipe for a config: exits, weights, distillation, layer dropout",
+    "search": "find a recipe for a config: exits, weights, distillation, agreement, layer dropout",
     "sweep": "find the fastest exit and draft length of a checkpoint, and store them with it",
     "plots": "redraw the plots of a run",
     "report": "write one HTML page with all plots of a run",

@@ -164,12 +164,12 @@ def loss_picture(run: Run, plain: Run | None = None) -> Picture:
         for axis, (kind, title) in zip(axes, titles.items(), strict=True):
             for exit_layer in in_training if kind == "train" else shown:
                 label, color = f"exit {exit_layer}{notes.get(exit_layer, '')}", exit_color(exit_layer, layers)
+                mixed = kind == "train" and exit_layer == layers and run.config.early_exit.agreement_weight > 0
+                label += ", with agreement" * mixed
                 plot(axis, run, f"{kind}/exit_loss/{exit_layer}", color=color, label=label)
             if plain:
                 plot(axis, plain, f"{kind}/exit_loss/{plain.layers}", label="plain model", **PLAIN)
-            mixed = kind == "train" and run.config.early_exit.agreement_weight > 0
-            unit = "loss with the share of agreement" if mixed else "cross-entropy"
-            axis.set(title=title, xlabel="optimizer step", ylabel=f"{unit} [nats/token]")
+            axis.set(title=title, xlabel="optimizer step", ylabel="cross-entropy [nats/token]")
             axis.set_xlim(0, 1.03 * int(run.checkpoint.name))
             if axis.lines:
                 axis.legend()

@@ -267,8 +267,8 @@ def plot(results: list[tuple[Found, Overrides, int]], file: epath.Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(
-        "Search for a recipe: exits, their weights, distillation, layer dropout and learning rate. Trains many small "
-        "proxies of the config with successive halving, and writes the best recipe as a config file.",
+        "Search for a recipe: exits, their weights, distillation, agreement, layer dropout and learning rate. Trains "
+        "many small proxies of the config with successive halving, and writes the best recipe as a config file.",
         "search",
     )
     parser.add_argument("folder", metavar="FOLDER", help="folder of the study; a study in it resumes")

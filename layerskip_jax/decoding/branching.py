@@ -1,17 +1,16 @@
-"""Branching drafts: verify several choices of the exit at every drafted position, in the same pass.
+"""Verify several candidate tokens at each drafted position in one pass (tree verification).
 
-The most likely choice of each position continues the draft, and the others are leaves:
+    position        1       2    3
+    first choice    main    (    args     continues the draft
+    other choice    run     :    )        a leaf: only the full model's token can follow it
 
-    def -> main -> ( -> args        first choices
-        -> run  -> : -> )           second choices, one for each first choice
+If the first choice is rejected at some position and another one is right, the round emits that one, and the full
+model's token after it: one token more. On an accelerator the additional tokens cost almost nothing, because reading the
+weights dominates the time of a pass.
 
-If the first choice is wrong at some position and another one is right, the round emits that one, and the full model's
-token after it. So it emits one token more than a draft without branches would. A pass over a few more tokens costs
-almost nothing on an accelerator, because it takes the time to read the weights.
-
-Here C is the number of choices at a position. A *node* is a token of the tree. Nodes are in groups of C, one group for
-each of Q = d+1 positions: group 0 holds the last known token C times, of which only the first counts, and group i the
-choices of draft i. M = Q C is the number of nodes.
+C is the number of choices at a position. A *node* is a token of the tree. Nodes are in groups of C, one group for each
+of Q = d+1 positions. Group 0 holds C copies of the last known token, of which only the first is used, so that every
+pass of a draft has C nodes. Group i holds the choices of draft i. M = Q C is the number of nodes.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ from layerskip_jax.model import Transformer
 
 
 class Choice(NamedTuple):
-    """The result of verifying the choices of each row."""
+    """The result of a verification, per row."""
 
     accepted_B: jax.Array  # drafted positions whose token is emitted, 0..d
     branch_B: jax.Array  # which choice is emitted at the last of them; the first choice (0) at those before it
@@ -40,13 +39,16 @@ class Choice(NamedTuple):
 
 
 class BranchSampler(Protocol):
-    """The interface between `Branching` and its samplers. As `sampling.Sampler`, hashable and without state."""
+    """The interface between `Branching` and its samplers, which are hashable and stateless like `sampling.Sampler`."""
 
     def propose(self, logits_BV: jax.Array, choices: int, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Return different tokens ``token_BC``, the one that continues the draft first, and what `verify` needs."""
+        """Return C distinct tokens ``token_BC``, and what `verify` needs. The first one continues the draft."""
 
     def verify(self, logits_BQCV: jax.Array, token_BdC: jax.Array, probs: Any, key: jax.Array) -> Choice:
-        """Judge the choices, given the full model's logits at every node; ``probs`` is [B, d, ...] of `propose`."""
+        """Accept or reject the choices, given the full model's logits at every node.
+
+        ``probs`` is what `propose` returned, stacked to [B, d, ...].
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +72,9 @@ class StochasticBranches:
     """Draw the choices from the exit's distribution without replacement, and keep the full model's distribution.
 
     At a position, let p be the full model's distribution and q the exit's. For each choice x in turn, accept x with
-    probability ``min(1, p(x)/q(x))``. If it is rejected, replace p by ``max(0, p - q)`` and q by q without x, both
-    renormalized: x was drawn from q, so the result has the distribution p, as in Leviathan et al. (arXiv 2211.17192,
-    appendix A.1), and the next choice has the distribution of the new q. If all are rejected, draw from the last p
+    probability ``min(1, p(x)/q(x))``. After a rejection, replace p by ``max(0, p - q)`` and q by q without x, and
+    renormalize both. If all are rejected, draw from the last p. The emitted token has the distribution p: each test
+    preserves it (Leviathan et al., arXiv 2211.17192, appendix A.1), because each choice is a draw from the current q
     (recursive rejection sampling without replacement: arXiv 2402.14160, algorithm 1).
     """
 
@@ -86,8 +88,8 @@ class StochasticBranches:
 
     def verify(self, logits_BQCV: jax.Array, token_BdC: jax.Array, probs: Any, key: jax.Array) -> Choice:
         accept_key, draw_key = jax.random.split(key)
-        p_BQCV = self.sampler.probabilities(logits_BQCV)
-        p_BdV, q_BdV = p_BQCV[:, :-1, 0], probs
+        # The first choices continue the draft, so only their nodes have the distributions to compare with.
+        p_BdV, q_BdV = self.sampler.probabilities(logits_BQCV[:, :-1, 0]), probs
         branch_Bd = jnp.full(token_BdC.shape[:2], -1)
         uniform_BdC = jax.random.uniform(accept_key, token_BdC.shape)
         for branch in range(token_BdC.shape[2]):
@@ -101,16 +103,16 @@ class StochasticBranches:
             q_BdV = _normalized(q_BdV, otherwise=q_BdV)
         accepted_B, branch_B = follow(branch_Bd)
         row_B, d = jnp.arange(len(accepted_B)), branch_Bd.shape[1]
-        # After an accepted choice, and after the last draft, the next token comes from the full model's distribution;
-        # where every choice was rejected, from what is left of it.
-        p_BV = p_BQCV[row_B, accepted_B, branch_B]
-        left_BV = p_BdV[row_B, jnp.minimum(accepted_B, d - 1)]
+        # After an accepted choice, and after the last draft, the next token comes from the full model's distribution.
+        # If every choice was rejected, it comes from the residual distribution.
+        p_BV = self.sampler.probabilities(logits_BQCV[row_B, accepted_B, branch_B])
+        residual_BV = p_BdV[row_B, jnp.minimum(accepted_B, d - 1)]
         rejected_B1 = ((branch_B == 0) & (accepted_B < d))[:, None]
-        return Choice(accepted_B, branch_B, draw_from(jnp.where(rejected_B1, left_BV, p_BV), draw_key))
+        return Choice(accepted_B, branch_B, draw_from(jnp.where(rejected_B1, residual_BV, p_BV), draw_key))
 
 
 def _normalized(probs: jax.Array, otherwise: jax.Array) -> jax.Array:
-    """Return ``probs`` divided by their sum, or ``otherwise`` where the sum is 0, which only rounding can cause."""
+    """Return ``probs`` divided by their sum, or ``otherwise`` where nothing is left: their sum is 0."""
     total = jnp.sum(probs, axis=-1, keepdims=True)
     return jnp.where(total > 0, probs / jnp.where(total > 0, total, 1), otherwise)
 
@@ -133,14 +135,14 @@ def follow(branch_Bd: jax.Array) -> tuple[jax.Array, jax.Array]:
 class NodeCache:
     """The cache of one block during a round: the text's keys and values, and those of the nodes.
 
-    Nodes stay outside the cache of the text until it is known which of them are accepted.
+    The nodes are in a buffer of their own until the round knows which of them it accepts.
     """
 
     text: LayerCache
     start_B: jax.Array  # position of the last known token, which is node 0
     k_BKMH: jax.Array
     v_BKMH: jax.Array
-    first: jax.Array  # the first node of the next pass
+    first: jax.Array  # node at which the next pass begins to write
     choices: int = flax.struct.field(pytree_node=False)
 
     @classmethod
@@ -152,9 +154,10 @@ class NodeCache:
     def attend(
         self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, index_BT: jax.Array, filled: int | None = None
     ) -> tuple[jax.Array, "NodeCache"]:
-        """Write the keys and values of T nodes, and attend from each to the text, to the first choices, and to itself.
+        """Write the keys and values of T nodes, and compute their attention.
 
-        As `LayerCache.attend`, but a node attends only to the first choices of groups before its own.
+        A node attends to the text, to the first choices of earlier groups, and to itself. ``filled``, which
+        `LayerCache.attend` needs for a prefill, has no effect.
         """
         write = lambda old_BKMH, new_BTKH: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
             old_BKMH, new_BTKH.swapaxes(1, 2).astype(old_BKMH.dtype), self.first, axis=2
@@ -219,7 +222,7 @@ class Branching:
 
         position_Q = jnp.arange(self.draft_length + 1)
         branch_BQ = jnp.where(position_Q[None] == choice.accepted_B[:, None], choice.branch_B[:, None], 0)
-        # Positions after the accepted ones keep nodes too, which no query sees.
+        # This also writes the rejected nodes after the accepted ones. Later queries mask their slots.
         layers = [nodes.keep(position_Q[None] * self.choices + branch_BQ) for nodes in (*tree.early, *late)]
         state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=layers))
         token_Bd = jnp.take_along_axis(tree.token_BdC, branch_BQ[:, 1:, None], axis=2)[..., 0]
@@ -227,13 +230,15 @@ class Branching:
         return finish_round(state, drafts, Verdict(choice.accepted_B, choice.next_B))
 
     def draft(self, model: Transformer, state: DecodeState, key: jax.Array) -> Tree:
-        """Draft one position per pass, from the first choice of the position before it.
+        """Run d passes: each takes the choices of the previous position, and proposes from the first of them.
 
-        A pass also runs the other choices, whose keys, values and hidden states the verification needs.
+        The other choices run with it, because the verification needs their hidden states. A last pass, without the
+        head, does this for the choices of the last position.
         """
         C, d, (start_token_B, start_B) = self.choices, self.draft_length, state.last_token()
         text = state.cache.layers[: self.exit_layer]
         empty = [NodeCache.empty(layer, start_B, (d + 1) * C, C) for layer in text]
+        # The scan carries the nodes alone: it would have to copy or alias the cache of the text.
         nodes_of = lambda early: [(nodes.k_BKMH, nodes.v_BKMH) for nodes in early]  # noqa: E731
 
         def run_group(slot: jax.Array, token_BC: jax.Array, nodes: Any) -> tuple[jax.Array, Any]:

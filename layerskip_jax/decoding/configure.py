@@ -56,7 +56,8 @@ def configure(config: DecodeConfig, model: Transformer) -> tuple[Transformer, St
     if config.mode == "self_speculative" and config.choices > 1:
         branches = GreedyBranches() if isinstance(sampler, Greedy) else StochasticBranches(sampler)
         exit_layer = resolve_exit_layer(config, num_layers)
-        return model, Branching(branches, exit_layer, config.draft_length, config.choices)
+        choices = min(config.choices, config.top_k or config.choices)  # no other token can be accepted
+        return model, Branching(branches, exit_layer, config.draft_length, choices)
     if config.mode == "self_speculative":
         # With a fixed draft length, one verification width is enough.
         kind = SelfSpeculative if config.policy == "fixed" else AdaptiveSpeculative

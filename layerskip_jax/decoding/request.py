@@ -189,7 +189,7 @@ class Generation:
     seconds: float  # in rounds and in `on_rounds`, without prefill and compilation
     prefill_seconds: float  # in prefill and, for the first request of a shape, compilation
     rounds: int
-    drafted: int  # tokens that were drafted
+    drafted: int  # tokens that were drafted; with several choices at a position, they count once
     accepted: int  # drafts that were accepted, even if an EOS or the row's limit cut them off
     accepted_histogram: list[int]  # entry n: how often a row accepted exactly n drafts in a round, for n = 0..d
     exit_rounds: dict[int, int]  # exit layer -> rounds that drafted there (`ConfidentExit`: tokens that exited there)

@@ -24,7 +24,7 @@ class KVQCache:
 
     ``exit_query_BQD`` has one array per exit of the strategy: the hidden states at that exit, for the Q = d+1 positions
     of the current round. The verification starts from them. Arrays of exits after the one that drafted hold a copy of
-    its hidden states. Strategies that do not draft by early exit leave all arrays zero.
+    its hidden states. `Branching`, and strategies that do not draft by early exit, leave all arrays zero.
     """
 
     layers: list[LayerCache]

@@ -132,10 +132,8 @@ class ExitContext(NamedTuple):
         labels = batch.targets_BT, batch.mask_BT, teacher
         return cls(loss, jax.lax.stop_gradient(labels), head, jax.lax.stop_gradient(gathered_head))
 
-    def taught_by(self, loss: ExitLoss | None, x_BTD: jax.Array, share: ArrayLike) -> "ExitContext":
-        """Return this with ``loss``, if given, whose teacher is ``(x, share)`` and gets no gradient."""
-        if loss is None:
-            return self
+    def taught_by(self, loss: ExitLoss, x_BTD: jax.Array, share: ArrayLike) -> "ExitContext":
+        """Return a copy that uses ``loss`` with the detached teacher ``(x, share)``."""
         targets_BT, mask_BT, _ = self.labels
         teacher = x_BTD, jnp.broadcast_to(jnp.asarray(share, jnp.float32), mask_BT.shape)
         labels = jax.lax.stop_gradient((targets_BT, mask_BT, teacher))

@@ -1,13 +1,13 @@
 """Self-distillation: exits of the same forward pass teach each other (not in the LayerSkip paper).
 
     J_e = m D(q_e, p) + (1 - m) CE(q_e, Y)      q_e = softmax(g(x_e)),  p = softmax(g(x_L))
-    J_L = a D'(p, q_1) + (1 - a) CE(p, Y)       the second argument of D and D' is detached
+    J_L = a D'(p, q_E) + (1 - a) CE(p, Y)       the second argument of D and D' is detached
 
-x_e is the hidden state at exit e, x_L at the last exit, g the shared head, and Y the next tokens of the text. In J_e,
-the last exit teaches an early exit; m is the share of distillation. In J_L, the first of the chosen exits, which
-drafts, teaches the last exit; a is the share of agreement. Where two tokens are almost equally likely, a small share
-makes the last exit prefer the one that the early exit predicts. That costs little loss, and speculation accepts the
-draft.
+x_e is the hidden state at exit e, x_L at the last exit, g the shared head, and Y the next tokens of the text. E is the
+exit that drafts. In J_e, the last exit teaches an early exit with weight m, the share of distillation. In J_L, exit E
+teaches the last exit with weight a, the share of agreement. Where two tokens are almost equally likely, a small a makes
+the last exit prefer the token that exit E predicts. That costs little loss, and speculation accepts the draft. The
+setting ``early_exit.agreement_weight`` takes the cross-entropy with the argmax of q_E as D'.
 
 D and D' are pure functions of logits, each with a value for every position. Any function of the same signature can
 take their place in `SelfDistillation`.
@@ -55,7 +55,7 @@ LOSSES: dict[str, DistillationLoss] = {
     "argmax": argmax_cross_entropy,
     "acceptance": negative_log_acceptance,
 }
-"""By the names of ``early_exit.distillation``."""
+"""Maps values of ``early_exit.distillation`` to losses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,7 @@ class ConstantShare:
         return jnp.asarray(self.share, jnp.float32)
 
 
-ALL, NOTHING = ConstantShare(1.0), ConstantShare(0.0)
-"""No cross-entropy with the data, and no other loss."""
+TEACHER_ONLY, DATA_ONLY = ConstantShare(1.0), ConstantShare(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ class SelfDistillation:
         mask_BC: jax.Array,
         teacher: tuple[jax.Array, jax.Array],
     ) -> jax.Array:
-        """Return the loss, over counted positions [nats]; ``teacher`` is the other exit's ``x``, and the share."""
+        """Sum the loss over counted positions [nats]; ``teacher`` is ``(x, share)`` of the teaching exit."""
         teacher_x_BCD, share_BC = teacher
         logits_BCV, teacher_logits_BCV = g(x_BCD), jax.lax.stop_gradient(g(teacher_x_BCD))
         from_teacher_BC = self.loss(logits_BCV, teacher_logits_BCV)

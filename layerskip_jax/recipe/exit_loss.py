@@ -26,9 +26,9 @@ class Teaching(NamedTuple):
     """The losses of exits that learn from another exit of the same pass, as in `distillation`."""
 
     distillation: tuple[ExitLoss, ArrayLike] | None = None
-    """For all exits but the last, with the share m; its teacher is ``(x_L, m)``, without gradient."""
+    """Loss and share m for every exit but the last. The loss receives the detached teacher ``(x_L, m)``."""
     agreement: tuple[ExitLoss, ArrayLike, int] | None = None
-    """For the last exit, with the share a and an exit e; its teacher is ``(x_e, a)``, without gradient."""
+    """Loss, share a and an exit e, for the last exit. The loss receives the detached teacher ``(x_e, a)``."""
 
 
 NO_TEACHING = Teaching()
@@ -48,7 +48,7 @@ def exit_losses(
 
     ``x_{l+1} = x_l + M_l f_l(x_l)`` (eq. 1) with M from ``dropout_mask``; None keeps every block. ``weight_L`` is
     w(t, l) of eq. 6. ``loss`` takes the place of CE; it receives ``teacher``, a tree of ``[B, T, ...]`` arrays.
-    The losses of ``teaching`` take its place at the exits that they are for.
+    ``teaching.distillation`` replaces ``loss`` at inner exits, ``teaching.agreement`` at the last exit.
     """
     B, T = batch.inputs_BT.shape
     L = model.config.num_layers

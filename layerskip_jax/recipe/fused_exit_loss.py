@@ -1,7 +1,7 @@
 """The exit loss of `exit_loss`, with the head's gradient computed in the forward pass, chunk by chunk.
 
 `exits_within_scan` serves curricula that may turn on any exit. `exits_after_scan` serves a few named exits: it takes
-less memory, and the last exit can teach them.
+less memory, and they and the last exit can teach each other.
 """
 
 import dataclasses
@@ -67,7 +67,9 @@ class FusedSettings:
     distillation: ExitLoss | None = None
     """Takes the place of ``loss`` at ``exits``, which must then be given; its teacher is ``(x_L, share)``."""
     agreement: ExitLoss | None = None
-    """Takes the place of ``loss`` at the last exit; its teacher is ``(x_e, share)`` of the first of ``exits``."""
+    """Takes the place of ``loss`` at the last exit; its teacher is ``(x, share)`` of ``agreement_exit``."""
+    agreement_exit: int = 0
+    """One of ``exits``, if there is an ``agreement``."""
 
     @property
     def recompute(self) -> bool:
@@ -116,9 +118,13 @@ def fused_exit_losses(
     exits = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
     if settings.exits:
         x_BTD, kept_KBTD = run_blocks_and_keep(model, batch, settings, dropout_mask)
-        taught = exits.taught_by(settings.distillation, x_BTD, shares.distillation)
+        taught = exits
+        if settings.distillation is not None:
+            taught = exits.taught_by(settings.distillation, x_BTD, shares.distillation)
         d_matrix, inner = exits_after_scan(taught, weight_L, settings.exits, kept_KBTD)
-        exits = exits.taught_by(settings.agreement, kept_KBTD[0], shares.agreement)
+        if settings.agreement is not None:
+            teacher_x_BTD = kept_KBTD[settings.exits.index(settings.agreement_exit)]
+            exits = exits.taught_by(settings.agreement, teacher_x_BTD, shares.agreement)
     else:
         x_BTD, d_matrix, inner = exits_within_scan(model, batch, weight_L, settings, dropout_mask, exits)
     with jax.named_scope(LAST_EXIT):
@@ -178,9 +184,9 @@ def run_blocks_and_keep(
     def block_fn(
         block: Block, carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array, DropoutMask | None]
     ) -> tuple[Any, None]:
-        (x_BTD, kept_KBTD), (slot, before_exit, mask) = carry, inputs
+        (x_BTD, kept_KBTD), (slot, up_to_last_exit, mask) = carry, inputs
         x_BTD = row_major(x_BTD)
-        value_BTD = jnp.where(before_exit, x_BTD, kept_KBTD[slot])
+        value_BTD = jnp.where(up_to_last_exit, x_BTD, kept_KBTD[slot])
         kept_KBTD = jax.lax.dynamic_update_index_in_dim(kept_KBTD, value_BTD, slot, 0)
         return (run_named_block(block, x_BTD, mask), kept_KBTD), None
 
@@ -189,11 +195,11 @@ def run_blocks_and_keep(
     # last slot's own value back. XLA updates one slot in place, but would copy all slots for a conditional.
     exit_K, layer_L = jnp.array(settings.exits), jnp.arange(L)
     slot_L = jnp.minimum(jnp.searchsorted(exit_K, layer_L), K - 1)
-    before_exit_L = layer_L <= exit_K[-1]
+    up_to_last_exit_L = layer_L <= exit_K[-1]
     x_BTD = model.embed(batch.inputs_BT)
     kept_KBTD = constrain(jnp.zeros((K, *x_BTD.shape), x_BTD.dtype), None, "batch", "length", None)
     (x_BTD, kept_KBTD), _ = run_layers(
-        model.blocks, (x_BTD, kept_KBTD), block_fn, (slot_L, before_exit_L, dropout_mask)
+        model.blocks, (x_BTD, kept_KBTD), block_fn, (slot_L, up_to_last_exit_L, dropout_mask)
     )
     return x_BTD, kept_KBTD
 

@@ -19,9 +19,9 @@ from layerskip_jax.config import Config, EarlyExitConfig
 from layerskip_jax.model import Block, Transformer
 from layerskip_jax.recipe import early_exit, layer_dropout
 from layerskip_jax.recipe.distillation import (
-    ALL,
+    DATA_ONLY,
     LOSSES,
-    NOTHING,
+    TEACHER_ONLY,
     ConstantShare,
     SelfDistillation,
     Share,
@@ -82,10 +82,11 @@ class Recipe:
     teacher: Teacher | None = None
     distillation: early_exit.ExitLoss | None = None
     """The loss of ``exits`` in place of ``exit_loss``, such as `SelfDistillation`; its teacher is the last exit."""
-    distillation_share: Share = ALL
+    distillation_share: Share = TEACHER_ONLY
     agreement: early_exit.ExitLoss | None = None
-    """The loss of the last exit in place of ``exit_loss``; its teacher is the first of ``exits``."""
-    agreement_share: Share = NOTHING
+    """The loss of the last exit in place of ``exit_loss``; its teacher is ``agreement_exit``, one of ``exits``."""
+    agreement_exit: int = 0
+    agreement_share: Share = DATA_ONLY
     rescale: bool = False
     """Multiply a kept block's output by ``1 / (1 - p_{l,t})`` (not in the paper)."""
     apply_dropout: ApplyDropout = apply_masked
@@ -105,7 +106,6 @@ class Recipe:
         if early.distillation != "none" and early.curriculum != "none":
             exits = exits or tuple(range(1, layers))
             distillation = SelfDistillation(LOSSES[early.distillation]) if exits else None
-        agrees = early.agreement_weight > 0 and early.curriculum != "none"
         return cls(
             num_layers=layers,
             total_steps=config.train.steps,
@@ -118,7 +118,8 @@ class Recipe:
             exits=exits,
             distillation=distillation,
             distillation_share=ConstantShare(early.distillation_weight),
-            agreement=SelfDistillation(argmax_cross_entropy) if agrees else None,
+            agreement=SelfDistillation(argmax_cross_entropy) if early.agreement_weight else None,
+            agreement_exit=config.trained_draft_exit,
             agreement_share=ConstantShare(early.agreement_weight),
             rescale=dropout.rescale,
             apply_dropout=Skipping(dropout.row_groups) if dropout.form == "skipping" else apply_masked,
@@ -150,8 +151,16 @@ class Recipe:
             others = [e for e in range(1, L) if weights_L[e - 1] > 0 and e not in self.exits]
             listed = f"the recipe's exits {self.exits} must list every exit that its curriculum turns on"
             require(not self.exits or not others, f"{listed}: {others} at step {step}")
-        for name, loss in {"distillation": self.distillation, "agreement": self.agreement}.items():
-            require(loss is None or bool(self.exits), f"the recipe's {name} needs its exits")
+        require(list(self.exits) == sorted(set(self.exits)), f"the recipe's exits must increase, not be {self.exits}")
+        require(self.distillation is None or bool(self.exits), "the recipe's distillation needs its exits")
+        if self.agreement is not None:
+            listed = f"the recipe's agreement_exit {self.agreement_exit} must be one of its exits {self.exits}"
+            require(self.agreement_exit in self.exits, listed)
+            shares = [float(self.agreement_share(step, T)) for step in sorted({0, T // 2, T - 1})]
+            require(
+                min(shares) >= 0 and 0 < max(shares) <= 1,
+                f"the recipe's agreement_share must be in [0, 1], and positive at some step, not {shares}",
+            )
 
     def check_rows(self, rows: int) -> None:
         """Raise `UserError` if dropout cannot split ``rows``, the sequences of a microbatch on one device."""

@@ -146,6 +146,7 @@ class Trainer:
             exits=self.recipe.exits,
             distillation=self.recipe.distillation,
             agreement=self.recipe.agreement,
+            agreement_exit=self.recipe.agreement_exit,
         )
         shares = Shares(
             self.recipe.distillation_share(state.step, self.recipe.total_steps),
