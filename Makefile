@@ -52,7 +52,7 @@ quickstart: $(BIN)/.installed  ## train a small LayerSkip model and generate tex
 	$(LAYERSKIP) data tokenizer --config $(CONFIG)
 	$(LAYERSKIP) train --config $(CONFIG)
 ifdef BASELINE
-	$(LAYERSKIP) train --config $(CONFIG) --early_exit.curriculum none --early_exit.exits --layer_dropout.p_max 0 --train.run_dir $(RUN)_plain
+	$(LAYERSKIP) train --config $(CONFIG) --early_exit.curriculum none --early_exit.exits --early_exit.agreement_weight 0 --layer_dropout.p_max 0 --train.run_dir $(RUN)_plain
 endif
 	$(LAYERSKIP) evaluate $(RUN) $(if $(BASELINE),$(RUN)_plain)
 	$(LAYERSKIP) plots $(RUN)

@@ -7,16 +7,15 @@ Result:   README.md
 from dataclasses import replace
 
 from layerskip_jax.config import Config, DataConfig, DecodeConfig, ModelConfig, OptimizerConfig, TrainConfig
-from layerskip_jax.presets import pretraining
+from layerskip_jax.presets import pretraining, trained_to_draft
 
 
 def get_config() -> Config:
     base = pretraining(ModelConfig(num_layers=12, dim=192, num_heads=3, num_kv_heads=3, ffn_dim=528, vocab_size=2048))
     return replace(
-        base,
-        # A run this short is too short for a rotation: exit 2, which drafts, learns at every step. Its teacher is the
-        # last exit, because speculation accepts a draft if both predict the same token.
-        early_exit=replace(base.early_exit, curriculum="fixed", exits=(2,), distillation="kl"),
+        # A run this short is too short for a rotation: exit 2, which drafts, learns at every step. It and the last exit
+        # teach each other, because speculation accepts a draft if both predict the same token.
+        trained_to_draft(base, exit_layer=2),
         data=DataConfig(source="python_stdlib", sequence_length=256),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20),
         train=TrainConfig(
@@ -29,5 +28,5 @@ def get_config() -> Config:
             sample_every=325,
             sample_prompt="def ",
         ),
-        decode=DecodeConfig(draft_length=2, max_new_tokens=128),
+        decode=DecodeConfig(draft_length=4, max_new_tokens=128),
     )
