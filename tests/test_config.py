@@ -85,6 +85,8 @@ def test_overrides_reach_their_fields():
             r"early_exit.exits needs early_exit.always_last true",
         ),
         (["--early_exit.distillation_weight", "2"], r"early_exit.distillation_weight must be in \[0, 1\], not 2.0"),
+        (["--early_exit.agreement_weight", "0.1"], r"early_exit.agreement_weight needs early_exit.exits, such as 3"),
+        ([*FIXED, "3", "--early_exit.agreement_weight", "1"], r"agreement_weight must be in \[0, 1\), not 1.0"),
         (["--early_exit.distillation", "kd"], r"must be one of none, kl, argmax, acceptance"),
         (["--train.loss_chunk", "100"], r"train.loss_chunk 100 must divide data.sequence_length 256"),
         (["--data.source", "jsonl"], r"data.source 'jsonl' needs data.path"),

@@ -127,6 +127,12 @@ def test_custom_exit_weights():
         ({"exit_scale": lambda L: 1 - jnp.arange(L)}, "exit weights must not be negative"),
         ({"curriculum": FixedExits((1, 3)), "exit_scale": jnp.ones, "exits": (3,)}, r"must list every exit .*: \[1\]"),
         ({"distillation": SelfDistillation(kl_divergence)}, "distillation needs its exits"),
+        ({"agreement": SelfDistillation(kl_divergence)}, r"agreement_exit 0 must be one of its exits \(\)"),
+        (
+            {"agreement": SelfDistillation(kl_divergence), "exits": (2,), "agreement_exit": 2},
+            r"agreement_share must be in \[0, 1\], and positive at some step, not \[0.0, 0.0, 0.0\]",
+        ),
+        ({"exits": (3, 1)}, r"exits must increase, not be \(3, 1\)"),
     ],
 )
 def test_an_invalid_recipe_is_an_error(replaced, says):
@@ -191,3 +197,14 @@ def test_weights_of_the_papers_scratch_settings_by_hand():
     weight = np.asarray(recipe.exit_weights(30))
     np.testing.assert_allclose(weight[[7, 23]], [5.6 / 79.2, 73.6 / 79.2], rtol=1e-5)
     assert np.flatnonzero(weight).tolist() == [7, 23]
+
+
+def test_the_exit_that_drafts_teaches_the_last_one():
+    """Of the trained exits, decoding drafts from the nearest to L/4: 2 of 8."""
+    early = EarlyExitConfig("fixed", exits=(1, 2, 5), agreement_weight=0.2)
+    config = Config(model=ModelConfig(num_layers=8), early_exit=early)
+    recipe = Recipe.from_config(config)
+    assert recipe.agreement_exit == config.decode_settings.exit_layer == 2
+    assert recipe.agreement_share(0, 10) == pytest.approx(0.2)
+    assert Recipe.from_config(dataclasses.replace(config, early_exit=EarlyExitConfig("all"))).agreement is None
+    recipe.check()

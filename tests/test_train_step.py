@@ -52,7 +52,14 @@ LAYERSKIP = dataclasses.replace(
     early_exit=EarlyExitConfig(curriculum="rotational", dilation=3, e_scale=0.5),
 )
 
-FIXED = EarlyExitConfig("fixed", exits=(1, 3), exit_weights=(0.5, 0.25), distillation="kl", distillation_weight=0.75)
+FIXED = EarlyExitConfig(
+    "fixed",
+    exits=(1, 3),
+    exit_weights=(0.5, 0.25),
+    distillation="kl",
+    distillation_weight=0.75,
+    agreement_weight=0.1,
+)
 DISTILLED = dataclasses.replace(LAYERSKIP, early_exit=FIXED)
 
 REMATS = ["dots", "full", "offload"]

@@ -98,12 +98,13 @@ def test_the_steady_clock_ignores_a_clock_that_is_set(monkeypatch):
     exits=st.integers(0, 6),
     fixed=st.booleans(),
     taught=st.booleans(),
+    agrees=st.booleans(),
     rate=st.floats(0, 0.9),
     tied=st.booleans(),
     remat=st.sampled_from(["none", "dots", "full", "offload"]),
     form=st.sampled_from(["masked", "skipping"]),
 )
-def test_step_flops_are_the_sum_of_the_matmuls(layers, exits, fixed, taught, rate, tied, remat, form):
+def test_step_flops_are_the_sum_of_the_matmuls(layers, exits, fixed, taught, agrees, rate, tied, remat, form):
     """Counted matmul by matmul; the standard rule adds 6 FLOPs per norm weight, which are not matmuls."""
     exits = min(exits, layers)
     D, F, V, T, B, heads = 16, 24, 48, 8, 4, 2
@@ -119,17 +120,20 @@ def test_step_flops_are_the_sum_of_the_matmuls(layers, exits, fixed, taught, rat
     rates = np.full(layers, rate if form == "skipping" else 0)
     weights = np.where(np.arange(layers) < exits, 1.0, 0.0)
     recipe = Recipe.from_config(config)
-    if fixed or taught:
+    if fixed or taught or agrees:
         recipe = dataclasses.replace(recipe, exits=tuple(range(1, layers)))
     if taught:
         recipe = dataclasses.replace(recipe, distillation=SelfDistillation(kl_divergence))
+    if agrees:
+        recipe = dataclasses.replace(recipe, agreement=SelfDistillation(kl_divergence))
     flops = step_flops(config, recipe, weights, np.full(layers, rate))
     whole = layers * (3 * block + 6 * norms) + 3 * 2 * D * V + 6 * D
     assert flops.plain == pytest.approx(B * T * whole)
     assert flops.plain == B * T * flops_per_token(config)
     assert flops.skipped == pytest.approx(B * T * (3 * block + 6 * norms) * rates.sum())
     inner = exits - (exits == layers)
-    assert flops.exits == B * T * (6 * D * V * (exits - 1) + (2 * D * V * inner if taught else 0))
+    teachers = (inner if taught else 0) + (agrees and exits == layers)
+    assert flops.exits == B * T * (6 * D * V * (exits - 1) + 2 * D * V * teachers)
     again = 2 * D * V * (0 if recipe.exits else inner) + (block - 2 * D * F + 2 * norms) * (1 - rates).sum()
     again = again if remat in ("full", "offload") else 0
     assert flops.recomputed == pytest.approx(B * T * again)

@@ -58,7 +58,7 @@ def step_flops(config: Config, recipe: Recipe, weight_L: np.ndarray, drop_rate_L
     positions = config.train.batch_size * config.data.sequence_length
     head = 2 * config.model.dim * config.model.vocab_size
     losses, inner = int(np.count_nonzero(weight_L)), int(np.count_nonzero(weight_L[:-1]))
-    teachers = (0 if recipe.distillation is None else inner) + (recipe.agreement is not None)
+    teachers = (0 if recipe.distillation is None else inner) + bool(recipe.agreement is not None and weight_L[-1] > 0)
     dropped = float(np.sum(drop_rate_L)) if recipe.skips else 0.0
     recomputes = config.train.remat in ("full", "offload")
     needed = block_flops(config) / 3 - 2 * config.model.dim * config.model.ffn_dim
