@@ -15,7 +15,7 @@ from layerskip_jax.presets import GPT3_125M, pretraining_on_tpu
 
 
 def get_config() -> Config:
-    base = pretraining_on_tpu(GPT3_125M, chips=8)
+    base = pretraining_on_tpu(GPT3_125M, chips=8, name="scratch_125m")
     return replace(
         base,
         data=replace(base.data, sequence_length=2048),
@@ -23,7 +23,6 @@ def get_config() -> Config:
         mesh=MeshConfig(fsdp=1),  # a copy of the model on each chip
         train=replace(
             base.train,
-            run_dir="gs://your-bucket/runs/scratch_125m",
             steps=20_000,
             batch_size=256,
             remat="none",

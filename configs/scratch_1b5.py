@@ -16,13 +16,5 @@ from layerskip_jax.presets import LAYERSKIP_1B5, pretraining_on_tpu
 
 
 def get_config() -> Config:
-    base = pretraining_on_tpu(LAYERSKIP_1B5, chips=32)
-    return replace(
-        base,
-        train=replace(
-            base.train,
-            run_dir="gs://your-bucket/runs/scratch_1b5",
-            loss_chunk=1024,  # x 4 sequences per chip = 4,096 tokens per chunk (tpu/README.md)
-        ),
-        decode=DecodeConfig(exit_layer=8, draft_length=6),
-    )
+    base = pretraining_on_tpu(LAYERSKIP_1B5, chips=32, name="scratch_1b5")
+    return replace(base, decode=DecodeConfig(exit_layer=8, draft_length=6))

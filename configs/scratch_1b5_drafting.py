@@ -16,13 +16,5 @@ from layerskip_jax.presets import LAYERSKIP_1B5, pretraining_on_tpu, trained_to_
 
 
 def get_config() -> Config:
-    base = trained_to_draft(pretraining_on_tpu(LAYERSKIP_1B5, chips=32), exit_layer=6)
-    return replace(
-        base,
-        train=replace(
-            base.train,
-            run_dir="gs://your-bucket/runs/scratch_1b5_drafting",
-            loss_chunk=1024,  # x 4 sequences per chip = 4,096 tokens per chunk (tpu/README.md)
-        ),
-        decode=DecodeConfig(draft_length=4),
-    )
+    base = pretraining_on_tpu(LAYERSKIP_1B5, chips=32, name="scratch_1b5_drafting")
+    return replace(trained_to_draft(base, exit_layer=6), decode=DecodeConfig(draft_length=4))

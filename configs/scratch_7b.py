@@ -16,14 +16,9 @@ from layerskip_jax.presets import LLAMA2_7B, pretraining_on_tpu
 
 
 def get_config() -> Config:
-    base = pretraining_on_tpu(LLAMA2_7B, chips=64)
+    base = pretraining_on_tpu(LLAMA2_7B, chips=64, name="scratch_7b")
     return replace(
         base,
         layer_dropout=replace(base.layer_dropout, p_max=0.2),
-        train=replace(
-            base.train,
-            run_dir="gs://your-bucket/runs/scratch_7b",
-            loss_chunk=2048,  # x 2 sequences per chip = 4,096 tokens per chunk (tpu/README.md)
-        ),
         decode=DecodeConfig(exit_layer=8, draft_length=12),
     )

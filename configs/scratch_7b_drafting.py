@@ -1,7 +1,7 @@
 """The 7B model of configs/scratch_7b.py from scratch, with an exit that is trained to draft.
 
 Exit 8 of 32 has a loss at every step, and it and the last layer teach each other: docs/results/recipes.md, where small
-models compare this recipe with the paper's. Layer dropout is the paper's (p_max 0.1).
+models compare this recipe with the paper's. Layer dropout is the paper's (p_max 0.2).
 
 Command:  python train.py --config configs/scratch_7b_drafting.py --train.run_dir gs://BUCKET/runs/scratch_7b_drafting
           --data.path gs://BUCKET/tokens --data.tokenizer gs://BUCKET/tokenizer.model
@@ -16,13 +16,9 @@ from layerskip_jax.presets import LLAMA2_7B, pretraining_on_tpu, trained_to_draf
 
 
 def get_config() -> Config:
-    base = trained_to_draft(pretraining_on_tpu(LLAMA2_7B, chips=64), exit_layer=8)
+    base = pretraining_on_tpu(LLAMA2_7B, chips=64, name="scratch_7b_drafting")
     return replace(
-        base,
-        train=replace(
-            base.train,
-            run_dir="gs://your-bucket/runs/scratch_7b_drafting",
-            loss_chunk=2048,  # x 2 sequences per chip = 4,096 tokens per chunk (tpu/README.md)
-        ),
+        trained_to_draft(base, exit_layer=8),
+        layer_dropout=replace(base.layer_dropout, p_max=0.2),
         decode=DecodeConfig(draft_length=4),
     )

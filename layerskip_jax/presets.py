@@ -44,17 +44,26 @@ def pretraining(model: ModelConfig) -> Config:
     )
 
 
-def pretraining_on_tpu(model: ModelConfig, *, chips: int) -> Config:
+def pretraining_on_tpu(model: ModelConfig, *, chips: int, name: str) -> Config:
     """`pretraining` on 26B tokens: 50,000 steps of 128 x 4,096 pretokenized tokens, sharded over ``chips``.
 
-    The paper gives no warmup and no optimizer: those are Llama's.
+    ``name`` is the run's folder. The paper gives no warmup and no optimizer: those are Llama's.
     """
+    rows = 128
     return dataclasses.replace(
         pretraining(model),
         data=_tokens("gs://your-bucket/tokenizer.model"),
         optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=2000),
         mesh=MeshConfig(fsdp=chips),
-        train=TrainConfig(steps=50_000, batch_size=128, remat="full", evaluate_every=1000, checkpoint_every=1000),
+        train=TrainConfig(
+            run_dir=f"gs://your-bucket/runs/{name}",
+            steps=50_000,
+            batch_size=rows,
+            remat="full",
+            loss_chunk=4096 * chips // rows,  # 4,096 tokens per chunk on each chip (tpu/README.md)
+            evaluate_every=1000,
+            checkpoint_every=1000,
+        ),
     )
 
 

@@ -221,7 +221,9 @@ def test_report_says_when_speculation_does_not_pay(model, tokenizer):
     answers = [TextGenerator(model, tokenizer, config).generate(["x"])]
     report = Report.from_answers(answers, model.config, config)
     assert report.predicted_speedup < 1
-    assert "speculation does not pay here" in report.text()
+    assert re.search("speculation does not pay here .* try --policy adaptive", report.text())
+    # The adaptive policy refuses several choices.
+    assert "try --choices 1, another" in dataclasses.replace(report, choices=4).text()
     assert "does not pay" not in dataclasses.replace(report, speedup=1.4, plain_tokens_per_second=1.0).text()
     assert not any(isinstance(v, float) and math.isnan(v) for v in report.as_dict().values())
     assert sum(report.accepted_histogram) == report.rounds

@@ -65,6 +65,7 @@ class Report:
     exit_rounds: dict[int, int]  # rounds (mode early_exit: tokens) at each exit; with lookups, layer L counts those
     exit_acceptance: dict[int, float]  # accepted / drafted tokens of each exit that drafted
     lookups: bool  # whether rounds can look their drafts up
+    choices: int  # candidates at each drafted position
     drafted_per_round: float
     acceptance: float
     accepted_histogram: list[int]
@@ -108,6 +109,7 @@ class Report:
             exit_rounds=exit_rounds,
             exit_acceptance={exit: right / total for exit, (right, total) in by_exit.items() if total},
             lookups=config.mode == "self_speculative" and config.lookup_length > 0,
+            choices=config.choices,
             drafted_per_round=drafted / row_rounds,
             acceptance=accepted / drafted if drafted else math.nan,
             accepted_histogram=histogram,
@@ -158,8 +160,9 @@ class Report:
         measured = self.speedup if not math.isnan(self.speedup) else self.predicted_speedup
         if measured < 1 and self.mode == "self_speculative":
             how = "measured" if not math.isnan(self.speedup) else "by the cost model"
+            policy = "--choices 1" if self.choices > 1 else "--policy adaptive"  # which needs one choice
             lines.append(
-                f"speculation does not pay here ({measured:.2f}x, {how}): try --policy adaptive, another "
+                f"speculation does not pay here ({measured:.2f}x, {how}): try {policy}, another "
                 "--exit_layer or a smaller --draft_length, or --mode autoregressive"
             )
         return "\n".join(lines)
