@@ -1,4 +1,4 @@
-# Start with `make quickstart`; develop with `make check` and `make test`. All targets need only Python 3.11 or newer.
+# Start with `make quickstart`; develop with `make check` and `make test`. All targets need Python 3.11 or newer; test-newest needs 3.12.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = runs/quickstart
@@ -10,8 +10,8 @@ export JAX_PLATFORMS ?= $(if $(ACCELERATOR),,cpu)
 # The newest installed Python, for `make test-newest`.
 NEWEST_PYTHON ?= $(firstword $(foreach python,python3.14 python3.13 python3.12,$(shell $(python) --version >/dev/null 2>&1 && echo $(python))))
 NEWEST_VENV ?= .venv-newest
-# These depend most on the version of jax: compiled TPU programs, numerics and sharding in full, and of decoding, sampling,
-# losses and resuming one test for every kind of compiled program.
+# Run these with the newest jax: all tests of compiled TPU programs, numerics and sharding, and of decoding, sampling,
+# losses and resuming one test for each kind of compiled program.
 NEWEST_TESTS = $(addprefix tests/test_,tpu_compiler.py numerics.py sharding.py \
 	decoding_lossless.py::test_speculation_equals_autoregressive_decoding[2] \
 	decoding_lossless.py::test_autoregressive_equals_a_plain_loop_without_a_cache \

@@ -129,7 +129,7 @@ def compare(
     max_drafts = max(LENGTHS)
     others = {
         "adaptive": adaptive_config(dataclasses.replace(base, exit_layer=exits[0]), exits, max_drafts, overhead),
-        "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[1], draft_length=max_drafts),
+        "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[:2][-1], draft_length=max_drafts),
         "prompt_lookup": dataclasses.replace(base, mode="prompt_lookup", draft_length=max_drafts),
     }  # fmt: skip
     names = [f"E={c.exit_layer} d={c.draft_length}" for c in fixed] + list(others)

@@ -29,8 +29,8 @@ class Faults:
     """Which fault each request meets: one of `KINDS`, or "" for none."""
 
     KINDS = ("429", "503", "dropped", "answer lost", "late", "slow")
-    """A dropped request has no effect, but one whose answer is lost has. A late answer takes 20 to 200 ms more, and a
-    slow one 100 ms for each of its pieces."""
+    """dropped: the server never gets the request. answer lost: the server handles it, the client gets no answer.
+    late: 20 to 200 ms more delay. slow: 100 ms more for each piece of the answer."""
 
     def __init__(self, seed: int = 0):
         self._chance, self._lock = random.Random(seed), threading.Lock()

@@ -27,7 +27,7 @@ from layerskip_jax.model import Transformer
 T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent
-CODE = ("layerskip_jax", "benchmarks", "configs")
+CODE = ("layerskip_jax", "benchmarks", "configs", "tpu")
 LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 MODELS = {
     "small": ModelConfig(12, 256, 4, 4, 688, 4096, compute_dtype="float32"),
@@ -131,10 +131,10 @@ def called_in_turn(
     warm_up: int = 1,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[T]]:
-    """Call every function once per turn, in the order given; return what each returned after ``warm_up`` more turns.
+    """Call every function once per turn, in the order given; return the results of each over ``turns`` turns.
 
-    ``out_of_time`` is asked after every turn from the second one after the warm-up on; if it returns True, no further
-    turn starts.
+    Run ``warm_up`` turns first and drop their results. Ask ``out_of_time`` after every later turn but the first, and
+    start no further turn once it returns True.
     """
     results: dict[str, list[T]] = {name: [] for name in functions}
     for turn in range(-warm_up, turns):
@@ -188,7 +188,7 @@ def write_json(file: Path | None, about: Mapping[str, Any], results: Any) -> Non
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file at once: a reader, or a crash, never sees half of it."""
+    """Write a file atomically: a reader, or a crash, never sees half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(text, encoding="utf-8")

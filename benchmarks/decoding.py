@@ -42,6 +42,7 @@ from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.state import KVQCache
+from layerskip_jax.errors import run_command
 from layerskip_jax.model import compute_dtype, weight_count
 
 PLAIN = Autoregressive(Greedy())
@@ -290,4 +291,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -46,7 +46,7 @@ class Counted(EarlyExitCandidateGenerator):
 
 
 def compare(run: str, exit_layer: int, draft_length: int, prompts: int, tokens: int) -> dict[str, Any]:
-    """Return the equal leading tokens of each text and both acceptances; exit or draft length 0 is the run's own."""
+    """Return the equal leading tokens of each text and both acceptances; an exit or length of 0 means the run's own."""
     model, config, tokenizer_path = load_model(run, unstacked=True)
     exit_layer = exit_layer or resolve_exit_layer(config.decode_settings, config.model.num_layers)
     draft_length = draft_length or config.decode_settings.draft_length

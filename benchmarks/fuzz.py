@@ -47,7 +47,7 @@ HANG_SECONDS = 60
 CURRENT = "seed"
 """The file of the seed that is tried."""
 MEMORY = 64 << 30
-"""Address space of a process: an array of a size that only a damaged file names exceeds it."""
+"""Limit on a process's address space. An array whose size comes from the damage exceeds it."""
 
 DEEP = "a deeply nested value"
 VALUES: list[Any] = [
@@ -97,7 +97,7 @@ def change_value(value: Any, draw: random.Random) -> Any:
                 stack.extend(part.values() if isinstance(part, dict) else part)
         if not parents:
             return draw.choice(VALUES)
-        # Large lists, such as a vocabulary, are one parent of many: small ones are as likely.
+        # Choose the container first, so that the many values of a vocabulary do not crowd out small lists.
         parent, other = draw.choice(parents), draw.choice(parents)
         key = draw.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
         match draw.randrange(6):

@@ -4,9 +4,9 @@ On any machine, one libtpu compiles both steps for the same topology: same model
 (fsdp = chips), bfloat16 compute, float32 parameters, AdamW, splash attention, remat full. One parser (tpu/hlo.py) and
 one calculation (`report` in tpu/compile_ahead.py) read both HLO texts. The estimate is the compiler's
 `estimated_cycles` over the chip's clock, plus attention at the chip's peak, plus the exposed collectives. The cost
-model does not cover kernels, so attention counts the same on both sides, whatever its tiles. Neither text notes trip
-counts, so a loop counts as often as the constant in its condition says; the JSON has the resulting FLOPs and the
-formula's. Nothing runs, so no figure is a measured time.
+model does not cover kernels, so attention counts the same on both sides, whatever its tiles. The HLO texts lack trip
+counts, so those come from the constants in the loop conditions; the JSON has the resulting FLOPs and the formula's.
+Nothing runs, so no figure is a measured time.
 
 MaxText's step is compiled in up to six forms:
 

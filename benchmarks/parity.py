@@ -1,8 +1,8 @@
 """Compare imported and exported Llamas with transformers: ``python -m benchmarks.parity [--tokens 256] [--json FILE]``.
 
-transformers creates and saves twelve random Llamas of different shapes, and `load_model` loads them. Compared are
-float32 logits, greedy texts, and the bytes of an exported copy with those that transformers saved. ``--random 40``
-compares folders of random shapes, types, shards, rotary scalings and ties instead. Needs
+transformers creates and saves twelve random Llamas of different shapes, and `load_model` loads them. Compares float32
+logits, greedy texts, and the bytes of an exported copy with those that transformers saved. ``--random 40`` compares
+folders of random shapes, types, shards, rotary scalings and ties instead. Needs
 ``pip install layerskip_jax[huggingface] torch transformers``.
 """
 

@@ -1,6 +1,6 @@
 """FLOPs of a compiled training step: ``python -m benchmarks.products``.
 
-With all exits and with none, and for the skipping form with all, half and none of the rows kept.
+Counts with all exits and with none, and for the skipping form with all, half and none of the rows kept.
 """
 
 import dataclasses

@@ -329,7 +329,9 @@ HARMLESS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *LONG], default=[], help="tests to run; by default all")
+    parser.add_argument(
+        "names", nargs="*", choices=[[], *LONG], default=[], metavar="NAME", help="tests to run; by default all"
+    )
     names = parser.parse_args().names or LONG
     header()
     lost = 0

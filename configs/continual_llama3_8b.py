@@ -1,7 +1,8 @@
 """Continual pretraining of Llama3 8B.
 
 LayerSkip table 1: p_max 0.1, S = 1, rotational R = 8, e_scale 0.1. The paper trains on 419B tokens; the 50,000 steps
-here are 52B (400,000 steps would be 419B). It gives no learning rate and no batch: those are Llama2 7B's.
+here are 52B (400,000 steps would be 419B). It gives no learning rate and no batch: the learning rate is Llama2 7B's,
+and a step has as many tokens as there, 128 x 8,192.
 
 Command:  python train.py --config configs/continual_llama3_8b.py --train.run_dir gs://BUCKET/runs/continual_llama3_8b
           --data.path gs://BUCKET/tokens

@@ -25,6 +25,7 @@ def get_config() -> Config:
             base.train,
             steps=20_000,
             batch_size=256,
+            loss_chunk=128,  # x 32 sequences per chip = 4,096 tokens per chunk (tpu/README.md)
             remat="none",
         ),
         decode=DecodeConfig(exit_layer=3, draft_length=4),

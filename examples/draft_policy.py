@@ -1,4 +1,4 @@
-"""A draft policy: one draft more after a round in which every row accepted all, half as many after any other round.
+"""A draft policy that drafts one token more after a round in which every row accepted all, and half as many otherwise.
 
 ``python examples/draft_policy.py --checkpoint runs/quickstart --prompt "def "``
 """

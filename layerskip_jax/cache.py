@@ -33,7 +33,7 @@ class LayerCache(NamedTuple):
     def attend(
         self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, index_BT: jax.Array, filled: int | None = None
     ) -> tuple[jax.Array, "LayerCache"]:
-        """Write the keys and values of the positions ``index_BT``; return `attend_cache`, and the new cache."""
+        """Write the keys and values of the positions ``index_BT``; return their attention and the new cache."""
         written = write_cache(self, k_BTKH, v_BTKH, index_BT[:, 0] if filled is None else None)
         return attend_cache(q_BTNH, written, index_BT, filled), written
 
@@ -86,8 +86,8 @@ def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array)
         window_1KTH = jnp.where(is_new_BT[row][None, None, :, None], new_1KTH, old_1KTH)
         return jax.lax.dynamic_update_slice(piece_BKSH, window_1KTH, at)
 
-    # One row at a time: XLA:CPU and XLA:TPU update a slice in place, but copy the whole piece for a scatter. In an
-    # unrolled loop, XLA:CPU fuses a row's write into the next row's read, and copies the piece twice.
+    # One row at a time: XLA:CPU and XLA:TPU update a slice in place, but copy the whole piece for a scatter. Unroll on
+    # TPU only: XLA:CPU would fuse a row's write into the next row's read, and copy the piece twice.
     rows = start_B.shape[0]
     unroll = 1 if target_platform() == "cpu" else min(8, rows)
     return row_major(jax.lax.fori_loop(0, rows, write_row, piece_BKSH, unroll=unroll))

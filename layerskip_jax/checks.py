@@ -1,4 +1,4 @@
-"""Declaration of settings, and validation of values that users give: conditions, and values of declared types."""
+"""Declare settings, and validate values that users give."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite numbe
 """Names of the plain types in error messages."""
 ANY = "(-inf, inf)"
 INT32_MAX, FLOAT32_MAX = 2**31 - 1, 3.4028234663852886e38
-"""The largest numbers that programs on devices hold."""
+"""The largest int32 and the largest float32."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -28,6 +28,12 @@ def require_rising(name: str, exits: Sequence[int]) -> None:
     """Raise `UserError` unless ``exits`` are strictly increasing and at least 1."""
     rising = list(exits) == sorted(set(exits)) and min(exits, default=1) >= 1
     require(rising, f"{name} must be strictly increasing and at least 1, got {' '.join(map(str, exits))}")
+
+
+def require_positive(name: str, value: int) -> None:
+    """Raise `UserError` unless ``value`` is a whole number of at least 1."""
+    parse_value(int, value, name)
+    require(value >= 1, f"{name} must be at least 1, not {value}")
 
 
 def setting(default: T, doc: str, within: str = "[1, inf)") -> T:

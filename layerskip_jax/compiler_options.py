@@ -65,7 +65,7 @@ def rounds_options(platform: str, dtype: str) -> dict[str, str | bool]:
 
 
 def _is_known(name: str, value: str | bool) -> bool:
-    import jax  # not above: `layerskip_jax.config` imports this module, and --help of a command must not wait for JAX
+    import jax  # imported late: `layerskip_jax.config` imports this module, and --help must not wait for JAX
 
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()

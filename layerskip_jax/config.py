@@ -125,8 +125,8 @@ class EarlyExitConfig:
     )
     agreement_weight: float = setting(
         0.0,
-        "share, in the loss of the last exit, of cross-entropy with the most likely token of the exit that drafts (of "
-        "exits, the nearest to L/4): more drafts are accepted, at a small cost in loss",
+        "share of the last exit's loss that is cross-entropy with the most likely token of the drafting exit (of "
+        "exits, the one nearest to L/4); raises acceptance, at a small cost in loss",
         "[0, 1)",
     )
 
@@ -142,8 +142,10 @@ class EarlyExitConfig:
         )
         agrees = self.agreement_weight > 0
         require(bool(exits) or not agrees, "early_exit.agreement_weight needs early_exit.exits, such as 3")
-        alone = self.curriculum == "rotational" and not self.always_last
-        require(not (alone and exits), "early_exit.exits needs early_exit.always_last true, to train the last layer")
+        skips_last = self.curriculum == "rotational" and not self.always_last
+        require(
+            not (skips_last and exits), "early_exit.exits needs early_exit.always_last true, to train the last layer"
+        )
         listed = " ".join(f"{weight:g}" for weight in weights)
         require(
             not weights or (bool(exits) and len(weights) in (1, len(exits))),
@@ -178,8 +180,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
-        alone = not (self.mixture and (self.name or self.path))
-        require(alone, "data.mixture names the corpora: set --data.name '' and --data.path ''")
+        one_place = not (self.mixture and (self.name or self.path))
+        require(one_place, "data.mixture names the corpora: set --data.name '' and --data.path ''")
         if self.mixture:
             self.components  # noqa: B018 (checks each)
             return
@@ -190,12 +192,12 @@ class DataConfig:
             value = getattr(self, name)
             leaves = value.startswith(("/", "~")) or ".." in value.split("/")
             require(not leaves, f"data.{name} must be a name, not a path that leads elsewhere: {value!r}")
-        pairs = not self.prompt_key or self.source in ("tfds", "jsonl")
-        require(pairs, f"data.prompt_key needs data.source tfds or jsonl, which have fields, not {self.source!r}")
+        has_fields = not self.prompt_key or self.source in ("tfds", "jsonl")
+        require(has_fields, f"data.prompt_key needs data.source tfds or jsonl, which have fields, not {self.source!r}")
 
     @property
     def components(self) -> dict[str, "DataConfig"]:
-        """The corpora of ``mixture`` by name, as if each were alone; without a mixture, this one as ``""``."""
+        """One `DataConfig` per corpus of ``mixture``, by name; without a mixture, this config under the name ``""``."""
         parsed = parse_mixture(self.mixture)
         replace = partial(dataclasses.replace, self, mixture=())
         return {name: replace(**parsed[name].settings) for name in parsed} or {"": self}
@@ -327,8 +329,8 @@ class TrainConfig:
     wandb_project: str = setting("", "Weights & Biases project that receives the metrics too; empty: none")
     hang_seconds: int = setting(
         1800,
-        "print the stacks of all threads once if no step finishes for this long; 0 is never. Another start may take "
-        "the run folder over after this long without a sign of life (0: 1800) [seconds]",
+        "print the stacks of all threads once if no step finishes for this long; 0 is never. Another process may take "
+        "over the run folder if its owner gives no sign of life for this long (0: 1800) [seconds]",
         "[0, inf)",
     )
 
@@ -365,9 +367,10 @@ class Config:
             f"optimizer.decay_fraction {decay} of {steps} train.steps must leave the {warmup} steps of the warmup",
         )
         early, layers = self.early_exit, self.model.num_layers
-        alone = early.curriculum == "rotational" and not early.always_last  # exit 1 has weight e(0) = 0
+        skips_last = early.curriculum == "rotational" and not early.always_last
+        # With these settings a step can train exit 1 alone, whose weight e(0) is 0: the step would have no loss.
         require(
-            not alone or (early.dilation < max(layers, 2) and (early.e_scale > 0 or early.dilation == 1)),
+            not skips_last or (early.dilation < max(layers, 2) and (early.e_scale > 0 or early.dilation == 1)),
             f"early_exit.always_last false leaves steps without a loss: early_exit.dilation, {early.dilation}, must be "
             f"less than model.num_layers, {layers}, and early_exit.e_scale, {early.e_scale}, positive",
         )

@@ -38,8 +38,8 @@ class DecodeConfig:
     )
     lookup_length: int = setting(
         0,
-        "self_speculative: where the text repeats, a round may draft this many of the tokens that followed before "
-        "instead; 0: never",
+        "self_speculative: where the text repeats, a round may draft this many tokens by prompt lookup instead of from "
+        "the exit; 0: never",
         "[0, 63]",
     )
     draft_threshold: float = setting(0.5, "policy confidence: probability below which drafting stops", "[0, 1]")
@@ -47,10 +47,10 @@ class DecodeConfig:
         0.0, "mode early_exit: probability at which a token exits; 0: always at exit_layer", "[0, 1]"
     )
     start_cost: float = setting(
-        0.0, "policy adaptive, lookups: time that drafting adds to a round [plain passes]", "[0, inf)"
+        0.0, "policy adaptive, lookups: time that drafting adds to a round [passes of the full model]", "[0, inf)"
     )
     width_cost: float = setting(
-        0.0, "policy adaptive, lookups: time that each draft adds; sweep measures both [plain passes]", "[0, inf)"
+        0.0, "policy adaptive, lookups: time that each draft adds; sweep measures both [passes]", "[0, inf)"
     )
     weights: Literal["full", "int8"] = setting("full", "int8: round the weights to 8 bits, which changes the text")
     max_new_tokens: int = setting(128, "at most this many new tokens for each prompt")
@@ -63,7 +63,7 @@ class DecodeConfig:
         0, "seed of sampling; every batch of prompts gets its own random numbers", "[-2147483648, 4294967295]"
     )
     ignore_eos: bool = setting(False, "do not stop at the tokens that end a text (for benchmarks)")
-    stop: tuple[str, ...] = setting((), "strings that end the text, which leaves them out; special tokens too")
+    stop: tuple[str, ...] = setting((), "the text ends before the first of these strings; special tokens are allowed")
     chat: bool = setting(False, "take each prompt as a user's message, and render the model's chat template")
     stream_every: int = setting(1, "streaming: rounds between updates of the text [rounds]")
 
@@ -71,7 +71,7 @@ class DecodeConfig:
         check_fields(self)
         sampled = self.temperature >= 1e-6
         require(sampled or self.temperature == 0, f"temperature must be 0 or in [1e-6, 1e6], not {self.temperature}")
-        if self.choices > 1 and self.mode != "autoregressive":  # plain decoding is the baseline of any settings
+        if self.choices > 1 and self.mode != "autoregressive":  # a plain baseline may keep ``choices``, and ignores it
             branches = self.mode == "self_speculative" and self.policy == "fixed" and not self.lookup_length
             needs = "mode self_speculative, policy fixed and lookup_length 0"
             require(branches, f"choices {self.choices} needs {needs}; or give choices 1")

@@ -1,6 +1,7 @@
 """Runs of several processes, one per host: start, agreement, stopping at the same step, and failure of one process."""
 
 import contextlib
+import hashlib
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ from layerskip_jax.errors import Interrupted, LostProcess, UserError, report
 T = TypeVar("T")
 
 EXIT_DELAY_SECONDS = 3
-"""Process 0 hosts the coordinator: when it exits, jax ends the others, so after an error it exits last."""
+"""How long process 0 waits to exit after an error: it hosts the coordinator, and jax ends the others when it exits."""
 
 GATHERED_BYTES = 8192
 """Bytes of text that each process sends to the others when they compare results: all must send equally many."""
@@ -115,8 +116,8 @@ def _exit_on_timeout(config: DistributedConfig) -> None:
 def agree(what: str, make: Callable[[], T], same: Callable[[T], object] = lambda result: None) -> T:
     """Call ``make`` on every process and return its result; a `UserError` on one process is raised on all.
 
-    Raises `UserError` about ``what`` unless ``same`` of the results is equal on all processes. All processes must call
-    it: it is a collective.
+    Raises `UserError` that names ``what`` unless all processes have equal values of ``same(result)``. This is a
+    collective: all processes must call it.
     """
     if jax.process_count() == 1:
         return make()
@@ -143,13 +144,17 @@ def agree(what: str, make: Callable[[], T], same: Callable[[T], object] = lambda
 
 
 def first_message(text: str) -> str:
-    """Return the first ``text`` that is not empty, in the order of processes, on all of them."""
+    """Return, on every process, the first ``text`` that is not empty, in the order of the processes."""
     return next(filter(None, _gather(text)), "") if jax.process_count() > 1 else text
 
 
 def _gather(text: str) -> list[str]:
-    """Return every process's ``text``, cut to `GATHERED_BYTES`."""
-    data = np.frombuffer(text.encode()[:GATHERED_BYTES].ljust(GATHERED_BYTES, b"\0"), np.uint8)
+    """Return every process's ``text``. One of more than `GATHERED_BYTES` is cut, and ends with its digest."""
+    content = text.encode()
+    if len(content) > GATHERED_BYTES:
+        digest = hashlib.sha256(content).hexdigest().encode()
+        content = content[: GATHERED_BYTES - len(digest)] + digest
+    data = np.frombuffer(content.ljust(GATHERED_BYTES, b"\0"), np.uint8)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(data)]
 
 

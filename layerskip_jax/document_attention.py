@@ -43,7 +43,7 @@ def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype:
     >>> choose_backend("auto", "tpu", 4096, 128, jnp.bfloat16), choose_backend("auto", "tpu", 100, 128, jnp.bfloat16)
     ('splash', 'xla')
 
-    Raises `UserError` if ``asked`` names a backend that does not support them.
+    Raises `UserError` if ``asked`` names a backend that does not support the platform, length, head width or dtype.
     """
     own = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
     backend = own.get(platform, "xla") if asked == "auto" else asked
@@ -56,7 +56,7 @@ def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype:
             f"a GPU, not {platform}": platform in ("gpu", "cuda"),
             f"model.compute_dtype bfloat16, not {jnp.dtype(dtype).name}": dtype == jnp.bfloat16,
             f"an even data.sequence_length, not {length}": length % 2 == 0,
-            f"model.dim / model.num_heads in multiples of 8 up to 128, not {head_dim}": (
+            f"model.head_width (or model.dim / model.num_heads) in multiples of 8 up to 128, not {head_dim}": (
                 head_dim % 8 == 0 and head_dim <= 128
             ),
         },

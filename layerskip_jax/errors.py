@@ -12,7 +12,7 @@ DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
 }
-"""Errors of a file system whose causes are outside the program."""
+"""The errno values of file-system errors that are no bug of the program."""
 
 
 class UserError(Exception):
@@ -84,7 +84,7 @@ def report(error: BaseException) -> int:
     elif isinstance(error, Interrupted | LostProcess):
         line, status = str(error), error.status
     elif (unreachable := bucket_error(error)) is not None:
-        line, status = f"error: the bucket does not answer: {' '.join(str(unreachable).split())}", 2
+        line, status = f"error: the bucket cannot be used: {' '.join(str(unreachable).split())}", 2
     elif isinstance(error, BrokenPipeError):  # the reader of a pipe, such as head, has seen enough
         return 141
     elif refused := disk_error(error):

@@ -33,9 +33,9 @@ def locate(path: str) -> epath.Path:
     if not path.startswith("gs://"):
         raise UserError(f"{path} is neither a local path nor a gs:// path: buckets are written gs://BUCKET/...")
     if not any(importlib.util.find_spec(library) for library in BUCKET_LIBRARIES):
-        raise UserError(f"{path} needs gcsfs: pip install layerskip_jax[gcs]")
+        raise UserError(f"{path} needs gcsfs: pip install 'layerskip-jax[gcs]'")
     _configure_buckets()
-    return epath.Path(path)  # resolve() would make it relative to the working directory
+    return epath.Path(path)  # not resolve(): it would make the gs:// path relative to the working directory
 
 
 def decode_text(content: bytes, source: str) -> str:
@@ -58,7 +58,7 @@ def check_encoding(beginning: bytes, source: str) -> None:
 
 
 def locate_file(path: str) -> epath.Path:
-    """Return `locate` of a file under its own name, also if it is a link: the name has a meaning."""
+    """Return `locate` of a file without following a link: the file's own name and suffix tell its kind."""
     located = locate(path)
     return located if is_remote(located) else epath.Path(path).expanduser().absolute()
 
@@ -74,7 +74,7 @@ def file_size(file: epath.Path) -> int:
 
 
 def read_limited(file: epath.Path, limit: int = 1 << 26) -> bytes:
-    """Read a file that a stranger may have written.
+    """Read a file from an untrusted source.
 
     Raises `FileNotFoundError` if it is not a file, and `OSError` if it has more than ``limit`` bytes.
     """
@@ -92,7 +92,7 @@ def keep_compiled_programs(run_dir: str) -> None:
     A resumed run, or one for which `tpu/compile_ahead.py --store` has compiled, then starts without compiling. Do not
     call this on CPU, where a program fits one kind of processor and the run may resume on another.
     """
-    # Not above: commands import this module before they parse their options.
+    # Imported late: commands import this module before they parse their options.
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -121,14 +121,14 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def names_in(folder: epath.Path) -> list[str]:
-    """Return the names in a folder; none if it cannot be listed, unless a bucket does not answer."""
+    """Return the names in a folder, or none if it cannot be listed; raises the error of a bucket that fails."""
     with contextlib.suppress(*((FileNotFoundError, NotADirectoryError) if is_remote(folder) else (OSError,))):
         return [entry.name for entry in folder.iterdir()]
     return []
 
 
 def write_file(path: epath.Path, content: bytes | str) -> None:
-    """Write a whole file or nothing: the content gets its name when it is complete; `UserError` if that fails.
+    """Write a file atomically, under a temporary name that is then replaced; raises `UserError` if that fails.
 
     A symbolic link stays one. A device or a pipe is written directly, and so is an object in a bucket, which is whole
     or missing.
@@ -186,7 +186,7 @@ def file_inside(folder: epath.Path, name: str) -> epath.Path:
         return folder / name
     try:
         root, real = Path(folder).resolve(), (Path(folder) / name).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
         raise UserError(f"{folder} names the file {name!r:.80}, which cannot be: {error}") from error
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     cached = real.parent.name == "blobs" and (real.parent == blobs or real.parent.parent.name.startswith("models--"))

@@ -8,7 +8,7 @@ from layerskip_jax.checks import require
 from layerskip_jax.errors import UserError, nearest
 
 LOCATIONS = {"python_stdlib": "", "tfds": "name", "text": "path", "jsonl": "path", "tokens": "path"}
-"""The setting that says where the corpus of a source is."""
+"""For each source, the field of `layerskip_jax.config.DataConfig` that locates its corpus."""
 
 FORM = "data.mixture takes WEIGHT=SOURCE:PLACE for each corpus, such as 0.7=text:my_texts 0.3=tfds:lm1b"
 

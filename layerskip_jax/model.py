@@ -9,6 +9,7 @@ Legend of shape suffixes:
     A  microbatches                    G  query heads per key head, N / K   R  rows of a loop, or of a matrix
     P  positions of a prompt           H  width of a head                   M  several axes flattened
     1  an axis of size one, kept for broadcasting                           I  groups of J rows (recipe/skipping.py)
+    C also: choices at a position (decoding/branching.py)                   M also: lengths of a match (hybrid.py)
 
 Modules hold `nnx.Param`s and nothing else, so they are plain pytrees: `jax.jit`, `jax.grad`, `lax.scan` and
 `lax.while_loop` take them directly. `Transformer.blocks` has two forms. For training it is one `Block` whose parameters
@@ -98,8 +99,9 @@ class Block(nnx.Module):
         """Return ``f_l(x)``, and the cache with the keys and values of these positions written.
 
         Without a cache, a position attends to earlier ones of its document (``segments_BT``). With a cache, positions
-        are consecutive and attend to the slots up to themselves; another object with the method `LayerCache.attend` can
-        do otherwise. ``filled`` is for a prefill from position 0: the static number of slots to read.
+        are consecutive and attend to the slots up to themselves. An object with another ``attend`` method, such as
+        `branching.NodeCache`, can make other slots visible. ``filled`` is for a prefill from position 0: the static
+        number of slots to read.
         """
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
         q_BTNH, k_BTKH, v_BTKH = self.queries_keys_values(h_BTD)
@@ -230,8 +232,10 @@ class Transformer(nnx.Module):
     def unstacked(self) -> "Transformer":
         """Return the same model for decoding: `blocks` is a list of `DecodingBlock`, matrices are in the compute dtype.
 
-        This copies the weights once; decoding a token then copies none.
+        This copies the weights once; decoding a token then copies none. An unstacked model is returned as it is.
         """
+        if isinstance(self.blocks, nnx.List):
+            return self
         dtype, layers = compute_dtype(self.config), range(self.config.num_layers)
         cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, tree)  # noqa: E731
         model = nnx.merge(*nnx.split(self))
@@ -247,6 +251,8 @@ class Transformer(nnx.Module):
         """Return the model that exits at ``exit_layer``: blocks [0, E) of an `unstacked` model, with shared weights."""
         if not 1 <= exit_layer <= self.config.num_layers:
             raise UserError(f"exit layer {exit_layer} must be in 1..{self.config.num_layers}, the model's layers")
+        if not isinstance(self.blocks, nnx.List):
+            raise UserError("the model's blocks are stacked, as in training: pass model.unstacked()")
         early = nnx.merge(*nnx.split(self))
         early.blocks = nnx.List(list(self.blocks)[:exit_layer])
         early.config = dataclasses.replace(self.config, num_layers=exit_layer)
@@ -312,5 +318,5 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def weight_count(config: ModelConfig) -> int:
-    """Return the number of weights that the pass of a token uses: all but the embedding, of which it reads one row."""
+    """Return the weights that one token's pass uses: all parameters, less an untied embedding (it reads one row)."""
     return parameter_count(config) - (0 if config.tied_embedding else config.vocab_size * config.dim)

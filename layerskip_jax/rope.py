@@ -32,7 +32,7 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 class RotaryTables(NamedTuple):
-    """Positions, and the sines and cosines by which `rotate` turns the H dimensions of a head there."""
+    """Positions, and the sines and cosines by which `rotate` turns the H dimensions of a head at each position."""
 
     index_BT: jax.Array
     sin_BT1H: jax.Array

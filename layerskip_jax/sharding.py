@@ -77,7 +77,7 @@ def arrange_devices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.D
 
 
 def _check_divides(config: Config, data: int) -> None:
-    wanted, parameters = config.mesh, config.mesh.fsdp * config.mesh.sequence
+    wanted, embed_shards = config.mesh, config.mesh.fsdp * config.mesh.sequence
     microbatch = config.train.batch_size // config.train.accumulate
     if microbatch % (data * wanted.fsdp):
         raise UserError(
@@ -92,9 +92,9 @@ def _check_divides(config: Config, data: int) -> None:
             raise UserError(
                 f"model.{name} {size} is not divisible by {' * '.join(over)} = {math.prod(over.values())} devices"
             )
-    if config.model.dim % parameters:
+    if config.model.dim % embed_shards:
         raise UserError(
-            f"model.dim {config.model.dim} is not divisible by mesh.fsdp * mesh.sequence = {parameters} devices"
+            f"model.dim {config.model.dim} is not divisible by mesh.fsdp * mesh.sequence = {embed_shards} devices"
         )
     if config.data.sequence_length % wanted.sequence:
         raise UserError(

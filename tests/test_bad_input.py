@@ -22,6 +22,7 @@ from layerskip_jax.config import DecodeConfig
 from layerskip_jax.config_dict import from_dict
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.branching import Branching, GreedyBranches
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
@@ -71,6 +72,10 @@ BAD_STRATEGIES = [
     (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, probe_share=0.0)), "probe_share"),
     (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, horizon=NAN)), "horizon"),
     (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, overhead=Overhead(per_draft=INF))), "overhead"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((), 2)), "exits must name at least one exit"),
+    (lambda: PromptLookup(Greedy(), 2.0), "draft_length must be a whole number"),
+    (lambda: Branching(GreedyBranches(), 1.5, 2, 2), "exit_layer must be a whole number"),
+    (lambda: Hybrid(PromptLookup(Greedy(), 2), SelfSpeculative(Greedy(), Fixed(1, 2)), 1), "num_layers 1 must be"),
     (lambda: PromptLookup(Greedy(), 0), "draft_length"),
     (lambda: PromptLookup(Greedy(), 64), "draft length 64"),
     (lambda: PromptLookup(Greedy(), 2, max_ngram=0), "max_ngram"),
@@ -120,6 +125,11 @@ BAD_LENGTHS = [(value, "max_length") for value in (0, 1, -5, -(1 << 70), 2.5, "6
 TOO_LARGE = [(1 << 31, "GiB"), ((1 << 32) - 1, "GiB")]  # exceeds any memory
 BAD_EOS = [(value, "eos") for value in (-2, V, 1 << 40, 1.5, None, "</s>", NAN, [2, V], (2, None))]
 BAD_SEEDS = [(value, "seed") for value in (1 << 32, -(1 << 40), 1 << 70, 0.5, None, "x")]
+
+
+def test_rounds_per_call_must_be_positive(model):
+    with pytest.raises(UserError, match="rounds_per_call must be at least 1, not 0"):
+        generate(model, [[1]], 2, Autoregressive(Greedy()), on_rounds=lambda text: [False], rounds_per_call=0)
 
 
 def poison(model, kind):

@@ -108,6 +108,7 @@ def test_bad_settings_are_refused():
         with pytest.raises(UserError, match=message):
             DecodeConfig(**values)
     assert configure(DecodeConfig(choices=4, temperature=1.0, top_k=2), full)[1].choices == 2
+    assert configure(DecodeConfig(choices=4, top_k=1), full)[1].choices == 4  # greedy decoding ignores top_k
     used, strategy = configure(DecodeConfig(choices=4), full)
     with pytest.raises(UserError, match="choices 4 must be at most the model's vocabulary, 3"):
         generate(used, [[1]], 4, strategy)

@@ -273,7 +273,7 @@ def test_a_bucket_that_does_not_answer_is_no_damage(kind, run, data, cloud, monk
     monkeypatch.setattr(cloud.faults, "rate", 1.0)
     monkeypatch.setattr(cloud.faults, "KINDS", (kind,))
     for read in (read_config, read_checksums, read_data_positions):
-        with pytest.raises(Exception, match=r"injected, 503|disconnected|the bucket does not answer") as raised:
+        with pytest.raises(Exception, match=r"injected, 503|disconnected|the bucket cannot be used") as raised:
             read(checkpoint)
         assert not isinstance(raised.value, DamagedCheckpoint)
         assert isinstance(raised.value, UserError) or bucket_error(raised.value)
@@ -303,7 +303,7 @@ def test_a_bucket_that_refuses_all_requests_is_reported_in_one_line(run, cloud, 
     with pytest.raises(SystemExit) as ended:
         run_command(lambda: find_checkpoint(run))
     assert ended.value.code == 2
-    assert capfd.readouterr().err == "error: the bucket does not answer: injected, 503\n"
+    assert capfd.readouterr().err == "error: the bucket cannot be used: injected, 503\n"
 
 
 def test_metrics_continue_those_in_the_bucket(cloud):
@@ -349,4 +349,4 @@ def test_an_unreachable_bucket_is_reported_in_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run_command(lambda: find_checkpoint("gs://bucket/run"))
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: the bucket does not answer: Cannot connect to host example.org\n"
+    assert capsys.readouterr().err == "error: the bucket cannot be used: Cannot connect to host example.org\n"

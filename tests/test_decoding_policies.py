@@ -113,10 +113,10 @@ def test_attributes_that_are_not_fields_are_refused():
             super().__init__(2, 3)
             object.__setattr__(self, "threshold", threshold)
 
-    with pytest.raises(
-        UserError, match=r"Loose has attributes that are not dataclass fields, .*@dataclasses\.dataclass"
-    ):
-        generate(tiny_model(1).unstacked(), PROMPTS, 5, SelfSpeculative(Greedy(), Loose(0.5)))
+    loose = SelfSpeculative(Greedy(), Loose(0.5))
+    for strategy in (loose, Hybrid(PromptLookup(Greedy(), 2), loose, num_layers=4)):
+        with pytest.raises(UserError, match=r"Loose has attributes that are not dataclass fields, .*@dataclasses\."):
+            generate(tiny_model(1).unstacked(), PROMPTS, 5, strategy)
 
 
 @dataclasses.dataclass(frozen=True)

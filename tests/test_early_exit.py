@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig, ModelConfig, TrainConfig
 from layerskip_jax.errors import UserError
-from layerskip_jax.recipe.distillation import SelfDistillation, kl_divergence
+from layerskip_jax.recipe.distillation import ConstantShare, SelfDistillation, kl_divergence
 from layerskip_jax.recipe.early_exit import (
     FixedExits,
     Rotational,
@@ -130,9 +130,13 @@ def test_custom_exit_weights():
         ({"agreement": SelfDistillation(kl_divergence)}, r"agreement_exit 0 must be one of its exits \(\)"),
         (
             {"agreement": SelfDistillation(kl_divergence), "exits": (2,), "agreement_exit": 2},
-            r"agreement_share must be in \[0, 1\], and positive at some step, not \[0.0, 0.0, 0.0\]",
+            r"agreement_share must be positive at some step, not \[0.0, 0.0, 0.0\]",
         ),
-        ({"exits": (3, 1)}, r"exits must increase, not be \(3, 1\)"),
+        ({"exits": (3, 1)}, r"exits must increase within 1..\d, not be \(3, 1\)"),
+        ({"exits": (0, 1)}, r"exits must increase within 1..\d, not be \(0, 1\)"),
+        ({"exits": (1, 8)}, r"exits must increase within 1..\d, not be \(1, 8\)"),
+        ({"distillation_share": ConstantShare(2.0)}, r"distillation_share must be in \[0, 1\], not \[2.0, 2.0, 2.0\]"),
+        ({"agreement_share": ConstantShare(-0.1)}, r"agreement_share must be in \[0, 1\]"),
     ],
 )
 def test_an_invalid_recipe_is_an_error(replaced, says):

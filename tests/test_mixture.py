@@ -288,7 +288,7 @@ def test_a_component_without_documents_is_named(corpus, tmp_path):
     for name, message in (
         (f"text:{tmp_path}/none", r"no corpus at .*none"),
         (f"text:{tmp_path}/empty", r"no files under"),
-        (f"jsonl:{tmp_path}/one.jsonl", "the .* split of .* is empty: there is no document to read: use two or more"),
+        (f"jsonl:{tmp_path}/one.jsonl", "the .* split of .* is empty: there is no document to read: the corpus needs"),
         (f"jsonl:{tmp_path}/split", ".* has a 'train' split but no 'validation'.* WEIGHT=jsonl:.*train.jsonl"),
     ):
         data = dataclasses.replace(corpus, path="", mixture=(f"1=text:{corpus.path}", f"1={name}"), source="tfds")

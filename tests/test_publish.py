@@ -11,7 +11,8 @@ import yaml
 from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.commands import layerskip
 from layerskip_jax.commands.export import export_model
-from layerskip_jax.config import OptimizerConfig, TrainConfig
+from layerskip_jax.commands.model_card import ExitTable, model_card
+from layerskip_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.errors import UserError
 from layerskip_jax.training.loop import train
 from layerskip_jax.training.monitoring.metrics import read_records
@@ -44,6 +45,11 @@ def test_the_card_says_what_the_model_is_and_how_to_run_it(exported, trained_run
     assert not (exported / "README.md.partial").exists()
 
 
+def test_the_card_shows_no_path_of_a_mixture():
+    config = Config(data=DataConfig(mixture=("1=text:/home/me/corpus",)))
+    assert "/home/me" not in model_card("m", config, 3, ExitTable({}, {}), draft_exit=1)
+
+
 def test_the_command_measures_agreement(trained_run, tmp_path, capsys):
     layerskip.main(["export", trained_run, str(tmp_path / "hf"), "--batches", "1"])
     rows = [line for line in (tmp_path / "hf" / "README.md").read_text().splitlines() if line.startswith("| ")]
@@ -57,6 +63,7 @@ def test_a_model_that_was_not_trained_here_has_no_recipe(exported, tmp_path):
     card = (tmp_path / "again" / "README.md").read_text()
     assert "## Training" not in card
     assert "## Exits" not in card
+    assert "early layers" not in card  # nothing is known about its training
     assert "assistant_early_exit=1)" in card  # a quarter of four layers
 
 

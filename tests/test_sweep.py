@@ -90,6 +90,16 @@ def test_the_overhead_of_speculation_is_fitted(overhead):
     assert sweep.fit_overhead(model, measurements) == pytest.approx(overhead, abs=1e-9)
 
 
+def test_the_overhead_is_the_best_fit_that_is_not_negative():
+    """A fit with a negative cost per draft would be best; without it, all of the overhead is a cost per round."""
+    model = ModelConfig(num_layers=8, vocab_size=1)
+    measured = [
+        sweep.Measurement({"exit_layer": 2}, 0, 0, 0, 0, d, round_cost(model, 2, d) + more, True, 0)
+        for d, more in ((2, 0.48), (4, 0.46), (6, 0.44), (8, 0.42))
+    ]
+    assert sweep.fit_overhead(model, measured) == pytest.approx((0.45, 0))
+
+
 def test_an_overhead_is_never_negative():
     model = ModelConfig(num_layers=8, vocab_size=1)
     fast = [

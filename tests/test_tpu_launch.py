@@ -136,11 +136,14 @@ def test_install_copies_the_working_tree_to_all_workers(cloud):
 def test_a_second_install_replaces_the_code_and_keeps_the_files_of_the_run(installed):
     for home in installed.homes():
         (home / "layerskip_jax/runs").mkdir()
+        assert (home / "layerskip_jax/configs/some.py").exists()
     (installed.repository / "train.py").write_text("print(1)")
+    (installed.repository / "configs/some.py").unlink()
     installed.pod("install")
     for home in installed.homes():
         assert (home / "layerskip_jax/train.py").read_text() == "print(1)"
         assert (home / "layerskip_jax/runs").exists()
+        assert not (home / "layerskip_jax/configs/some.py").exists()
 
 
 def test_install_that_fails_on_one_worker(cloud):
@@ -214,6 +217,11 @@ def test_a_single_host_may_write_to_its_disk(installed, accelerator):
 def test_the_config_may_name_the_bucket(cloud, text):
     (cloud.repository / "configs/some.py").write_text(text)
     cloud.pod("launch", "--dry-run", *TRAIN[:3])
+
+
+def test_the_bucket_of_a_shipped_config_is_a_placeholder(cloud):
+    (cloud.repository / "configs/some.py").write_text('run_dir="gs://your-bucket/run"')
+    assert "set --train.run_dir to a gs:// folder" in cloud.refused("launch", "--dry-run", *TRAIN[:3])
 
 
 MISTAKES = [

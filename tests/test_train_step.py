@@ -76,6 +76,12 @@ def make_trainer(config, mesh=ONE_DEVICE):
     return Trainer(config, Recipe.from_config(config), mesh)
 
 
+def test_a_recipe_of_another_config_is_refused():
+    longer = changed(LAYERSKIP, train={"steps": LAYERSKIP.train.steps + 1})
+    with pytest.raises(UserError, match=r"the recipe is for \d+ layers and \d+ steps, the config has"):
+        Trainer(longer, Recipe.from_config(LAYERSKIP), ONE_DEVICE)
+
+
 def make_batch(config, seed=0):
     size, length = config.train.batch_size, config.data.sequence_length
     keys = jax.random.split(jax.random.key(seed), 3)

@@ -25,7 +25,7 @@ import numpy as np
 from hlo import Program, Work, shares_by_scope
 from jax.experimental import topologies
 
-from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.command_line import make_parser, parse_config, positive
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.locations import keep_compiled_programs
@@ -102,10 +102,10 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
     memory, text = step.memory_analysis(), step.as_text()
     peak = getattr(memory, "peak_memory_in_bytes", 0) or memory.argument_size_in_bytes + memory.temp_size_in_bytes
     weights_L, rates_L = typical_step(config, recipe)
-    # The trip count of the skipping form's loop is the number of row groups that are kept, in the mean.
+    # On average, the loop of the skipping form runs once for each kept row group.
     kept_groups = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
-    # The body of a scan has the condition of the inner exits: the scan over blocks, whose first iteration has no exit,
-    # or the scan over `Recipe.exits`. The last exit follows it.
+    # In a scan, each iteration has one conditional for an inner exit. The scan runs over L blocks (the first has no
+    # exit), or over `Recipe.exits`. The conditional of the last exit follows the scan.
     iterations = len(recipe.exits) or len(weights_L)
     shares = {INNER_EXIT: np.count_nonzero(weights_L[:-1]) / iterations, LAST_EXIT: float(weights_L[-1] > 0)}
     work = Program(text).work(shares_by_scope(shares), kept_groups)
@@ -236,7 +236,10 @@ def main(argv: list[str] | None = None) -> None:
         "--topology", required=True, metavar="CHIP:SHAPE", help="for example v5e:4x8, v5p:4x4x4, v6e:8x8"
     )
     parser.add_argument(
-        "--slices", type=int, default=1, help="number of slices of that shape, connected by the data-center network"
+        "--slices",
+        type=positive,
+        default=1,
+        help="number of slices of that shape, connected by the data-center network",
     )
     parser.add_argument(
         "--suggest", action="store_true", help="try meshes, remat policies and microbatches until one fits"

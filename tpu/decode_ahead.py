@@ -45,12 +45,12 @@ from layerskip_jax.model import Transformer, empty_cache, weight_count
 from layerskip_jax.sharding import AXES
 
 PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
-"""Of accepting a draft, given that those before it in the round were accepted."""
+"""Probabilities of accepting a draft, given that the earlier drafts of the round were accepted."""
 PASSES = 64
 """Passes in the loop that is compiled for each kind of pass, so that work before the loop counts little."""
 
 Carry = tuple[jax.Array, list[LayerCache]]
-"""Of a loop of passes: ``x_BWD`` and the cache."""
+"""The state of a loop of passes: ``x_BWD`` and the cache."""
 
 
 class Pass(NamedTuple):

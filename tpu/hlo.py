@@ -1,7 +1,8 @@
 """FLOPs, estimated cycles and communication of a compiled program, parsed from its HLO text.
 
-XLA's own cost analysis counts a loop body once. Here it counts once per iteration: the trip count is the compiler's
-note, or the constant in the loop's condition. The caller gives the shares of the branches of a conditional.
+XLA's own cost analysis counts a loop body once. Here it counts once per iteration: the trip count comes from the
+compiler's annotation, or from the constant in the loop's condition. The caller gives the shares of the branches of a
+conditional.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ BranchShares = Callable[[str, int], Sequence[float]]
 
 
 def shares_by_scope(shares: Mapping[str, float]) -> BranchShares:
-    """Let ``shares[scope]`` of the conditionals traced in a named scope be true; others take all branches equally."""
+    """Take the true branch of ``shares[scope]`` of the conditionals traced in ``scope``; split all others equally."""
 
     def branch_shares(op_name: str, branches: int) -> Sequence[float]:
         for scope, share in shares.items():
@@ -106,7 +107,7 @@ class Program:
         return self._count_computation(self._entry, branch_shares)
 
     def _count_computation(self, name: str, branch_shares: BranchShares) -> Work:
-        work, chains = Work(), set[str]()
+        work, channels = Work(), set[str]()
         for one in self._computations[name].values():
             if one.opcode == "while":
                 body = one.attribute(r"body=%?([\w.\-]+)")
@@ -121,13 +122,13 @@ class Program:
                     work.add(self._count_computation(branch, branch_shares), share)
             else:
                 part = Work(cycles=float(one.attribute(r'"estimated_cycles":"(\d+)"') or 0))
-                self._add_instruction(part, name, one, chains)
+                self._add_instruction(part, name, one, channels)
                 if part.cycles:
                     part.operations[one.attribute(r'op_name="([^"]*)"') or one.name] = (part.cycles, part.flops)
                 work.add(part)
         return work
 
-    def _add_instruction(self, work: Work, name: str, one: Instruction, chains: set[str]) -> None:
+    def _add_instruction(self, work: Work, name: str, one: Instruction, channels: set[str]) -> None:
         if one.opcode in ("convolution", "dot"):
             work.flops += self._matmul_flops(name, one)
         elif one.opcode == "recv" and "megascale" in one.rest:
@@ -138,13 +139,13 @@ class Program:
             called = one.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)")
             for inner in self._computations[called].values():
                 if inner.opcode in COLLECTIVES:
-                    # A gather that spans several fusions appears in each with one channel: count it once.
+                    # A collective split over several fusions appears in each of them, with one channel: count it once.
                     channel = inner.attribute(r"channel_id=(\d+)")
-                    if channel not in chains:
+                    if channel not in channels:
                         self._receive(work, called, inner, one.opcode in STARTS or self._is_overlapped(called))
-                    chains.add(channel)
+                    channels.add(channel)
                 else:
-                    self._add_instruction(work, called, inner, chains)
+                    self._add_instruction(work, called, inner, channels)
 
     def _is_overlapped(self, fusion: str) -> bool:
         return fusion.startswith("async_collective") or "AsyncCollective" in self._text[fusion]
@@ -277,7 +278,7 @@ def _bytes(shape: str) -> float:
 def _convolution_flops(left: list[int], right: list[int], out: list[int], one: Instruction) -> float:
     """Return the FLOPs of a matmul in XLA:TPU's form, a convolution: 2 for each multiplied pair of elements.
 
-    Along a spatial dimension, only pairs count whose input element exists: neither padding nor a hole of the dilation.
+    Along a spatial dimension, pairs do not count whose input element is padding or a hole of the dilation.
     So a batched matmul, which becomes a convolution with a padded window, counts once.
     """
     inputs, kernel, outputs = re.split(r"_|->", one.attribute(r"dim_labels=([\w>\-]+)"))

@@ -4,7 +4,8 @@
 set -euo pipefail
 code=$HOME/layerskip_jax         # the repository as of the last install
 venv=$HOME/layerskip_jax_venv
-run=$HOME/layerskip_jax_run      # files: pid (of train.py), exit (its status), stopped (by tpu/pod stop), log
+run=$HOME/layerskip_jax_run      # files: pid (of train.py), exit (its status), stopped (by tpu/pod stop), log,
+                                 # installed (names of the installed files)
 
 fail() {
   printf 'error: %s: %s\n' "$(hostname)" "$1" >&2
@@ -22,7 +23,15 @@ idle() {
 install() {
   idle
   mkdir -p "$code" "$run"
+  # Remove the files of the last install that the new one lacks. Other files stay: runs and data may be there too.
+  tar -tzf layerskip_jax.tar.gz | LC_ALL=C sort > "$run/installing"
+  if [ -e "$run/installed" ]; then
+    LC_ALL=C comm -23 "$run/installed" "$run/installing" | while IFS= read -r file; do
+      if [ -f "$code/$file" ]; then rm -f "$code/$file"; fi
+    done
+  fi
   tar -xzf layerskip_jax.tar.gz -C "$code"
+  mv "$run/installing" "$run/installed"
   # The pinned jax needs Python 3.12, and TPU images with Ubuntu 22.04 have 3.10: uv downloads its own Python.
   # On Ubuntu 24.04 pip refuses even a --user install without PIP_BREAK_SYSTEM_PACKAGES; an older pip ignores it.
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv ||
@@ -60,7 +69,7 @@ train() {  # keeps running after the ssh connection ends, and records the exit s
 }
 
 state() {
-  # `train` writes the exit status a moment after its process has ended. Without it, wait before the run counts as lost.
+  # `train` writes the exit status a moment after train.py has ended: wait for it before reporting the run as lost.
   if ! running && [ -s "$run/pid" ] && [ ! -s "$run/exit" ]; then sleep 1; fi
   if running; then echo "state: running"
   elif [ -e "$run/stopped" ]; then echo "state: stopped"
@@ -88,12 +97,12 @@ stop() {  # SECONDS [by-hand]: sends SIGTERM, on which train.py saves a checkpoi
   if ! running; then echo "$(hostname): no run is active"; return; fi
   local pid tenth
   pid=$(cat "$run/pid")
-  kill -TERM "$pid"
+  kill -TERM "$pid" 2> /dev/null || true  # it may just have ended
   for ((tenth = 0; tenth < 10 * $1; tenth++)); do
     if ! running; then echo "$(hostname): stopped"; return; fi
     sleep 0.1
   done
-  kill -KILL "$pid"
+  kill -KILL "$pid" 2> /dev/null || true
   echo "$(hostname): killed: still running $1 s after SIGTERM, so its last steps may not be saved"
 }
 

@@ -26,7 +26,7 @@ class DamagedCheckpoint(UserError):  # noqa: N818  (as the user reads it)
 def unreadable(problem: str, error: Exception) -> UserError:
     """Return `DamagedCheckpoint`, or `UserError` if a bucket does not answer: the checkpoint may then be intact."""
     refused = bucket_error(error)
-    return UserError(f"the bucket does not answer: {summarize(refused)}") if refused else DamagedCheckpoint(problem)
+    return UserError(f"the bucket cannot be used: {summarize(refused)}") if refused else DamagedCheckpoint(problem)
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def named_arrays(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     named = {}
     for path, leaf in leaves:
-        for array in jax.tree.leaves(leaf):  # one, or none in the state of an optimizer for other parameters
+        for array in jax.tree.leaves(leaf):  # none for a parameter that an optimizer masks
             named[jax.tree_util.keystr(path, simple=True, separator=".")] = array
     return named
 
@@ -68,7 +68,7 @@ def read_arrays(folder: epath.Path, target: dict[str, Any]) -> dict[str, jax.Arr
 
     Raises `DamagedCheckpoint` for files that cannot be read.
     """
-    # Not through a Checkpointer: it waits for all processes at barriers, and hangs if one of them fails.
+    # A Checkpointer would wait for all processes at barriers, and would hang if one of them fails.
     try:
         return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(target))
     except Exception as error:  # orbax, tensorstore and its drivers share no base class

@@ -13,7 +13,7 @@ from layerskip_jax.checkpoint.run_folder import RunFolder, find_checkpoint
 from layerskip_jax.config import Config, ModelConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError, warn
-from layerskip_jax.locations import is_regular, locate
+from layerskip_jax.locations import is_regular, is_remote, locate
 from layerskip_jax.model import Transformer
 
 
@@ -23,6 +23,8 @@ def open_model_folder(path: str) -> RunFolder | LlamaFolder:
     Raises `UserError` if ``path`` is none of them.
     """
     root = locate(path)
+    if is_remote(root) and is_regular(root / CONFIG):
+        raise UserError(f"{path} is a Hugging Face folder in a bucket: copy it to a local disk")
     return LlamaFolder(root) if is_regular(root / CONFIG) else RunFolder(find_checkpoint(path))
 
 
@@ -75,7 +77,7 @@ def context_length(config: Config) -> int:
 
 
 def warn_beyond_context(config: Config, tokens: int, what: str) -> None:
-    """Warn if ``tokens``, which ``what`` introduces, are more than the model's context."""
+    """Warn if ``tokens`` exceed the model's context; ``what`` starts the warning, such as "data.sequence_length is"."""
     context = context_length(config)
     if tokens > context:
         warn(f"{what} {tokens} tokens, more than the model's context of {context}: expect worse predictions beyond it")

@@ -42,7 +42,7 @@ ITEMS = {"model", "optimizer", "batches", "config", "checksums", "_CHECKPOINT_ME
 
 
 class CheckpointNames(ocp.step.NameFormat):
-    """orbax's names of checkpoints, ``4``, without files and folders that others put next to the checkpoints."""
+    """Orbax's checkpoint names, such as ``4``; ignores other files and folders next to the checkpoints."""
 
     _standard = ocp.step.standard_name_format()
 
@@ -54,7 +54,7 @@ class CheckpointNames(ocp.step.NameFormat):
         names = [entry.name for entry in base.iterdir()] if base.is_dir() else []
         for step in sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True):
             folder = base / str(step)
-            # Not complete, in a bucket; removed meanwhile; no folder.
+            # ValueError: incomplete, in a bucket; FileNotFoundError: just removed; NotADirectoryError: a file.
             with contextlib.suppress(ValueError, FileNotFoundError, NotADirectoryError):
                 if ITEMS & {item.name for item in folder.iterdir()}:
                     yield self._standard.find_step(base, step)

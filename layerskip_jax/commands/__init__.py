@@ -1,1 +1,1 @@
-"""The commands of ``layerskip``: a module each, whose ``main`` parses, calls the package and prints."""
+"""The commands of ``layerskip``: one module per command, whose ``main`` parses, calls the package and prints."""

@@ -1,4 +1,4 @@
-"""``layerskip data COMMAND --config configs/NAME.py [--group.setting value ...]``"""
+"""``layerskip data COMMAND --config configs/NAME.py [--group.setting value ...]`` prepares text for training."""
 
 import itertools
 import sys

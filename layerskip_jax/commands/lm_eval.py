@@ -15,6 +15,7 @@ from layerskip_jax.command_line import (
 )
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.errors import UserError
 
 
@@ -74,10 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     model, config, tokenizer_path = load_model(options.run, unstacked=True)
     max_length = options.max_length or context_length(config)
     warn_beyond_context(config, max_length, "--max_length allows")
+    settings = apply_overrides(config.decode_settings, swept_settings(options.run, {}))
     lm = LayerSkipLM(
-        model,
+        with_weights(model, settings.weights),
         load_tokenizer(str(tokenizer_path)),
-        apply_overrides(config.decode_settings, swept_settings(options.run, {})),
+        settings,
         max_length=max_length,
         exit_layer=options.exit_layer,
         batch_size=options.batch_size,

@@ -7,7 +7,7 @@ from layerskip_jax.config_dict import changed_settings
 
 CARD = "README.md"
 
-PRIVATE = {"run_dir", "path", "data_dir", "tokenizer", "init_from", "sample_prompt", "wandb_project"}
+PRIVATE = {"run_dir", "path", "mixture", "data_dir", "tokenizer", "init_from", "sample_prompt", "wandb_project"}
 """Settings with paths or text of the machine that trained, which a public card must not show."""
 
 FRONT_MATTER = """---
@@ -41,11 +41,14 @@ class ExitTable:
 def model_card(name: str, config: Config, steps: int | None, exits: ExitTable, draft_exit: int) -> str:
     """Return the card of the exported folder ``name``; ``steps`` is None for a model that was not trained here."""
     model, draft_length = config.model, config.decode_settings.draft_length
+    trained = steps is not None and config.early_exit.curriculum != "none"
     sections = [
         f"{FRONT_MATTER}\n# {name}",
         "A language model whose early layers can predict tokens, so that it can draft with its first layers and verify "
         "with all of them: LayerSkip ([arXiv 2404.16710](https://arxiv.org/abs/2404.16710)), trained and exported with "
-        "layerskip_jax.",
+        "layerskip_jax."
+        if trained
+        else "Exported with layerskip_jax.",
         f"A Llama of {model.num_layers} layers, width {model.dim}, {model.num_heads} heads ({model.num_kv_heads} for "
         f"keys and values), feed-forward width {model.ffn_dim}, {model.vocab_size} tokens in the vocabulary.",
     ]
@@ -72,7 +75,7 @@ def _changed_settings(config: Config) -> str:
 def _usage(name: str, draft_exit: int, draft_length: int) -> str:
     return f"""## Use
 
-With transformers, which drafts with the first {draft_exit} layers:
+transformers drafts with the first {draft_exit} layers:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,7 +87,7 @@ output = model.generate(**inputs, max_new_tokens=64, assistant_early_exit={draft
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-With layerskip_jax (`pip install "layerskip_jax[huggingface]"`):
+With layerskip_jax (`pip install "layerskip-jax[huggingface]"`):
 
 ```bash
 layerskip decode {name} --prompt "Once upon a time" --exit_layer {draft_exit} --draft_length {draft_length}

@@ -62,7 +62,7 @@ def command(parts: Iterable[str]) -> str:
 
 
 def folded(title: str, text: str) -> str:
-    """Return a text that opens with a click on ``title`` as HTML."""
+    """Return HTML that shows ``text`` after a click on ``title``."""
     return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
+from layerskip_jax.checkpoint.run_folder import checkpoint_steps, find_checkpoint, read_config
 from layerskip_jax.checkpoint.swept import swept_settings
 from layerskip_jax.command_line import OneLineParser, add_run, make_parser
 from layerskip_jax.config import Config, DecodeConfig
@@ -71,7 +71,7 @@ class Run:
     def exit_weights(self) -> tuple[np.ndarray, np.ndarray]:
         """The weights of the exits, ``weight_LN``, and the N steps that they belong to."""
         config, steps = self.config, self.config.train.steps
-        # A rotation has a short period: take the first few in full. Sample the whole run for the other curricula.
+        # Show the first four rotations in full; for the other curricula, sample 200 steps of the run.
         rotates = config.early_exit.curriculum == "rotational"
         last = min(steps, 4 * config.early_exit.dilation) if rotates else steps
         shown = np.unique(np.linspace(0, last - 1, last if rotates else min(last, 200)).round().astype(int))
@@ -104,9 +104,10 @@ class Run:
 
 
 def find_plain(run: str, given: str | None) -> str:
-    """Return the run of the plain model to compare with: ``given``, else ``RUN_plain`` if it exists, else ""."""
+    """Return the run of the plain model: ``given``, else ``RUN_plain`` if it has metrics and a checkpoint, else ""."""
     beside = f"{locate(run)}_plain"
-    return given or (beside if (locate(beside) / METRICS).exists() else "")
+    usable = (locate(beside) / METRICS).exists() and checkpoint_steps(locate(beside) / "checkpoints")
+    return given or (beside if usable else "")
 
 
 def open_runs(run_dir: str, plain_dir: str | None) -> tuple[Run, Run | None]:
@@ -119,8 +120,8 @@ def open_runs(run_dir: str, plain_dir: str | None) -> tuple[Run, Run | None]:
 def plot_run(run_dir: str, plain_dir: str | None = None, measure: bool = False) -> list[epath.Path]:
     """Write PNG plots to ``RUN/plots`` and return their paths.
 
-    ``plain_dir`` is as for `find_plain`. With ``measure``, `exit_quality` measures the exits; without, the plot of the
-    exits shows the last losses of training only.
+    ``plain_dir`` is as for `find_plain`. With ``measure``, the plot of the exits shows `Run.measured_quality`; without
+    it, the last losses of training.
     """
     run, plain = open_runs(run_dir, plain_dir)
 

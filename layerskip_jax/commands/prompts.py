@@ -51,9 +51,9 @@ def _read_json_line(file: str, number: int, line: str) -> str:
 
 
 def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
-    """Return the beginnings of ``count`` held-out documents: the prompt of a pair, or up to half of the text.
+    """Return ``count`` prompts from held-out documents: the prompt of a pair, or up to half of a text.
 
-    Fewer documents are cut into parts.
+    If there are fewer documents, cut each text into parts, and take a prompt from each part.
     """
     from layerskip_jax.data.documents import Pair
     from layerskip_jax.data.sources import open_documents
@@ -75,7 +75,7 @@ def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
             ]
         if len(prompts) >= count:
             return prompts[:count]
-    raise UserError(f"the held-out split has only {len(prompts)} documents: give --held_out {len(prompts)} or less")
+    raise UserError(f"the held-out split gives only {len(prompts)} prompts, fewer than --held_out {count}")
 
 
 def _word_start(text: str, at: int) -> int:

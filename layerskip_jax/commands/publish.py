@@ -17,21 +17,21 @@ PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", CARD, "LICE
 
 def published_files(folder: epath.Path) -> list[epath.Path]:
     """Return the files to push; raises `UserError` for a link out of the folder."""
-    # Not `glob`: a folder of the path may have brackets in its name, which are a pattern.
+    # `glob` would read brackets in the name of a parent folder as a pattern.
     names = sorted(name for name in names_in(folder) if any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS))
     return [file_inside(folder, name) for name in names if not name.startswith(".") and is_regular(folder / name)]
 
 
 def publish(folder: str, repo_id: str, *, dry_run: bool = False, private: bool = False) -> list[epath.Path]:
-    """Push a Hugging Face folder to the model repository ``repo_id``, which is created if need be; return its files.
+    """Push a Hugging Face folder to the model repository ``repo_id``; create it if it does not exist; return its files.
 
-    With ``dry_run`` everything is checked, and nothing is sent. Raises `UserError` for a folder that is not a complete
-    model, without a login, and for what the Hub refuses.
+    With ``dry_run``, check everything and send nothing. Raises `UserError` if the folder is not a complete model, if
+    there is no login, or if the Hub refuses the upload.
     """
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError("publishing needs huggingface_hub: pip install layerskip_jax[huggingface]") from None
+        raise UserError("publishing needs huggingface_hub: pip install 'layerskip-jax[huggingface]'") from None
     opened = open_model_folder(folder)
     if not isinstance(opened, LlamaFolder):
         raise UserError(

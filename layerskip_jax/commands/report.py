@@ -28,6 +28,7 @@ from layerskip_jax.config import Config
 from layerskip_jax.config_dict import changed_settings, saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.text import Piece, TextGenerator
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation import token_exits
@@ -38,11 +39,11 @@ from layerskip_jax.mixture import mixture_shares
 from layerskip_jax.model import Transformer, parameter_count
 
 TIMED_PROMPTS = 4
-"""Held-out documents that are continued to measure the acceptance and the speed of decoding."""
+"""Number of held-out documents to continue when measuring acceptance and decoding speed."""
 
 
 def train_command(config: Config) -> list[str]:
-    """Return a command that trains the same run, in parts: it sets every setting that differs from its default."""
+    """Return the parts of a ``layerskip train`` command for this config, one for each changed setting."""
     words = ["layerskip train"]
     for name, value in changed_settings(config).items():
         values = value if isinstance(value, tuple) else (str(value).lower() if isinstance(value, bool) else value,)
@@ -60,6 +61,7 @@ class Decoded:
 
 def decode_prompts(run: Run, model: Transformer, tokenizer: Tokenizer, prompts: list[str]) -> Decoded:
     settings = dataclasses.replace(run.decode, mode="self_speculative", temperature=0.0)
+    model = with_weights(model, settings.weights)
     plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
     drafting, batches = TextGenerator(model, tokenizer, settings), [[prompt] for prompt in prompts]
     answers = [drafting.generate(batch) for batch in batches]
@@ -199,7 +201,7 @@ def _short(count: float) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Return increasing numbers, with runs of them as ranges.
+    """Return increasing numbers as text, with consecutive ones as a range.
 
     >>> _ranges([1, 2, 4, 5, 6, 9])
     '1-2, 4-6, 9'

@@ -1,12 +1,14 @@
 """``layerskip search`` finds a recipe for a config by successive halving on a small proxy of it.
 
-A trial trains the proxy with one recipe. After a ninth, a third and all of the steps, only about a third of the trials
-continue (`optuna.pruners.SuccessiveHalvingPruner`). The study is one SQLite file; a search that was stopped resumes.
+A trial trains the proxy with one recipe. After a ninth and after a third of the steps, it continues only if its score
+is in the best third so far (`optuna.pruners.SuccessiveHalvingPruner`). The study is one SQLite file; a search that was
+stopped resumes.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import shutil
 import time
@@ -36,10 +38,10 @@ if TYPE_CHECKING:
     import optuna
 
 RUNGS = 9
-"""Evaluations of a whole trial. The pruner decides after 1, 3 and 9 of them."""
+"""Evaluations of a whole trial. The pruner can stop a trial after the first and after the third of them."""
 
 MOST_INVALID = 20
-"""Stop after this many recipes in a row that `Config` refuses: the search space has no valid point."""
+"""Stop after this many refused recipes in a row: the search space then seems to have no valid point."""
 
 
 def proxy_config(config: Config, width: int, steps: int) -> Config:
@@ -92,7 +94,7 @@ class Search:
         try:
             import optuna
         except ImportError as error:
-            raise UserError("layerskip search needs optuna: pip install 'layerskip_jax[search]'") from error
+            raise UserError("layerskip search needs optuna: pip install 'layerskip-jax[search]'") from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -111,6 +113,8 @@ class Search:
         # Through JSON, since the database returns lists for tuples.
         mine = json.loads(json.dumps({"proxy": saved_settings(self.proxy), "exits": self.exits}))
         mine["proxy"]["train"].pop("run_dir")
+        if self.options.space:
+            mine["space"] = hashlib.sha256(Path(self.options.space).read_bytes()).hexdigest()
         stored = study.user_attrs.get("config", mine)
         if stored != mine:
             raise UserError(f"{self.folder}/study.db belongs to another config or other options; choose another FOLDER")
@@ -219,7 +223,7 @@ def _word(value: Any) -> str:
 
 
 def config_source(search: Search, found: Found, overrides: Overrides) -> str:
-    """Return a config file: the user's config with the recipe. A proxy's learning rate does not fit another width."""
+    """Return the user's config file with the recipe, without the learning rate if the proxy has another width."""
     left_out = "optimizer.learning_rate" if search.options.width else ""
     lines = "\n".join(f"    {name!r}: {value!r}," for name, value in overrides.items() if name != left_out)
     model, given = search.proxy.model, search.options.config

@@ -132,12 +132,14 @@ def fit_overhead(model: ModelConfig, measurements: Iterable[Measurement]) -> Ove
     rows = [(m.drafted_per_round, m.settings["exit_layer"], m.round_cost) for m in measurements]
     residuals = np.array([cost - round_cost(model, exit_layer, drafted) for drafted, exit_layer, cost in rows])
     columns = np.array([(1.0, drafted) for drafted, _, _ in rows])
-    for used in ([0, 1], [1], [0]):  # leave out a coefficient that would be negative
+    fits = [np.zeros(2)]
+    for used in ([0, 1], [0], [1]):
         fitted = np.zeros(2)
         fitted[used] = np.linalg.lstsq(columns[:, used], residuals)[0]
         if np.all(fitted >= 0):
-            return Overhead(*fitted.tolist())
-    return Overhead()
+            fits.append(fitted)
+    best = min(fits, key=lambda fitted: float(np.sum((columns @ fitted - residuals) ** 2)))
+    return Overhead(*best.tolist())
 
 
 def adaptive_config(base: DecodeConfig, exits: Sequence[int], max_drafts: int, overhead: Overhead) -> DecodeConfig:
@@ -158,9 +160,9 @@ def sweep(
 ) -> tuple[list[Measurement], list[Measurement], Overhead]:
     """Measure plain decoding and every pair of exit and draft length, then plain decoding and five finalists.
 
-    The finalists are the fastest pair, the adaptive policy over the same exits up to the largest length, prompt lookup
-    of that length, and the fastest pair together with such lookups or with `CHOICES`. Returns both lists of
-    measurements and the fitted overhead.
+    The finalists are the fastest pair; the adaptive policy over the same exits, up to the largest length; prompt lookup
+    of the largest length; the fastest pair with lookups of that length; and the fastest pair with `CHOICES`. Returns
+    both lists of measurements and the fitted overhead.
     """
     fixed = dataclasses.replace(settings, mode="self_speculative", policy="fixed", lookup_length=0, choices=1)
     pairs = [dataclasses.replace(fixed, exit_layer=e, draft_length=d) for e in exits for d in draft_lengths]

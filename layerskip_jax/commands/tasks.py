@@ -36,7 +36,7 @@ from layerskip_jax.evaluation.tasks import TASKS, Task
 from layerskip_jax.model import Transformer
 
 SETTINGS = {field.name for field in dataclasses.fields(DecodeConfig)} - {"stop", "stream_every"}
-"""The settings of `DecodeConfig` that a task does not set itself."""
+"""The `DecodeConfig` settings that have an option here: all but ``stop``, which the task sets, and streaming."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,8 @@ def run_task(
     """
     for example, field in itertools.product((*examples.shots, *examples.asked), task.fields):
         _ = example[field]  # raises now, not after the other answers were generated
+    for score in task.scores.values():
+        score(examples.asked[0], task.wanted(examples.asked[0]), "")  # raises now if its library is missing
     settings = dataclasses.replace(settings, stop=task.stop, max_new_tokens=task.max_new_tokens)
     generator = TextGenerator(model, tokenizer, settings)
 
@@ -119,7 +121,7 @@ def find_task(name: str) -> Task:
 
 
 def read_examples(task: Task, file: str, data_dir: str, limit: int | None) -> TaskExamples:
-    """Read examples from ``file``, of which the first ``task.shots`` are the solved ones, or else from TFDS."""
+    """Read examples from ``file``, else from TFDS. The first ``task.shots`` examples of a file are the solved ones."""
     if file:
         examples = read_file(file, None if limit is None else task.shots + limit)
         if len(examples) <= task.shots:
@@ -134,7 +136,10 @@ def read_examples(task: Task, file: str, data_dir: str, limit: int | None) -> Ta
 
 
 def _prompt_room(context: int, new_tokens: int) -> int:
-    """Return how many tokens a prompt may have so that its answer fits too: at least half of the ``context``."""
+    """Return the longest prompt [tokens]: ``context`` minus the new tokens, but at least half of ``context``.
+
+    If an answer takes more than half, prompt and answer together may exceed the context.
+    """
     return max(context - new_tokens, context // 2)
 
 
@@ -186,16 +191,21 @@ def _parser() -> OneLineParser:
 
 
 def _read_tasks(options: argparse.Namespace) -> list[tuple[str, Task, TaskExamples]]:
-    """Return name, task and examples of every ``--task``, with the overrides of the command line."""
+    """Return name, task and examples of every ``--task``, with the overrides of the command line.
+
+    The name of a task that is given several times includes its file.
+    """
     changes = {"shots": options.shots, "max_new_tokens": getattr(options, "max_new_tokens", None)}
     changes = {name: value for name, value in changes.items() if value is not None}
     tasks = []
+    names = [word.partition("=")[0] for word in options.task]
     for word in options.task:
         name, _, file = word.partition("=")
         task = dataclasses.replace(find_task(name), **changes)
         if options.run_code:
             task = dataclasses.replace(task, scores={**task.scores, **task.code_scores})
-        tasks.append((name, task, read_examples(task, file, options.data_dir, options.limit)))
+        label = word if names.count(name) > 1 else name
+        tasks.append((label, task, read_examples(task, file, options.data_dir, options.limit)))
     return tasks
 
 

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from layerskip_jax.config import Config, DecodeConfig, ModelConfig
+from layerskip_jax.decoding.configure import resolve_exit_layer, resolve_exits
 from layerskip_jax.decoding.cost import head_share, round_cost, weight_bytes
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.text import Answer, Completion, Piece, TextGenerator
@@ -25,10 +26,13 @@ def shown(completion: Completion, chat: bool = False) -> str:
 
 
 def warn_untrained_exit(config: Config, settings: DecodeConfig) -> None:
-    """Print a line to stderr if ``settings`` drafts from an exit that had no loss in training."""
-    trained, exit_layer = config.early_exit.exits, settings.exit_layer
-    uses_exit = settings.mode in ("self_speculative", "early_exit")
-    if trained and uses_exit and exit_layer not in (*trained, config.model.num_layers):
+    """Print a line to stderr for each exit of ``settings`` that had no loss in training."""
+    trained, layers = config.early_exit.exits, config.model.num_layers
+    if not trained or settings.mode not in ("self_speculative", "early_exit"):
+        return
+    several = settings.policy == "adaptive" or (settings.mode == "early_exit" and settings.exit_threshold > 0)
+    used = resolve_exits(settings, layers) if several else (resolve_exit_layer(settings, layers),)
+    for exit_layer in sorted({*used} - {*trained, layers}):
         listed = " ".join(map(str, trained))
         print(
             f"note: exit {exit_layer} had no loss in training, so it drafts badly; trained: {listed}", file=sys.stderr
@@ -62,7 +66,7 @@ class Report:
     rounds: int
     tokens_per_round: float
     num_layers: int
-    exit_rounds: dict[int, int]  # rounds (mode early_exit: tokens) at each exit; with lookups, layer L counts those
+    exit_rounds: dict[int, int]  # rounds (mode early_exit: tokens) per exit; with lookups, L counts lookup rounds
     exit_acceptance: dict[int, float]  # accepted / drafted tokens of each exit that drafted
     lookups: bool  # whether rounds can look their drafts up
     choices: int  # candidates at each drafted position
@@ -119,7 +123,7 @@ class Report:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the measured numbers, for JSON."""
+        """Return all numbers that are known, for JSON."""
         values = dataclasses.asdict(self)
         unknown = {name for name, v in values.items() if v is None or (isinstance(v, float) and math.isnan(v))}
         return {name: value for name, value in values.items() if name not in unknown}
@@ -160,7 +164,7 @@ class Report:
         measured = self.speedup if not math.isnan(self.speedup) else self.predicted_speedup
         if measured < 1 and self.mode == "self_speculative":
             how = "measured" if not math.isnan(self.speedup) else "by the cost model"
-            policy = "--choices 1" if self.choices > 1 else "--policy adaptive"  # which needs one choice
+            policy = "--choices 1" if self.choices > 1 else "--policy adaptive"  # the adaptive policy needs choices 1
             lines.append(
                 f"speculation does not pay here ({measured:.2f}x, {how}): try {policy}, another "
                 "--exit_layer or a smaller --draft_length, or --mode autoregressive"
@@ -185,7 +189,7 @@ def mean_round_cost(parts: list[Generation], model: ModelConfig, config: DecodeC
 
 
 def _mean_exit_cost(model: ModelConfig, exit_tokens: dict[int, int]) -> float:
-    """Return the mean over tokens of ``(1-h) E/L + h n``: a token that exits at E used the heads of n exits up to E."""
+    """Return the mean of ``(1-h) E/L + h n`` over tokens; a token that exits at E ran the heads of n exits up to E."""
     h = head_share(model)
     costs = [(1 - h) * exit_layer / model.num_layers + h * (n + 1) for n, exit_layer in enumerate(exit_tokens)]
     return sum(cost * count for cost, count in zip(costs, exit_tokens.values(), strict=True)) / sum(

@@ -1,4 +1,4 @@
-"""``layerskip train --config configs/NAME.py [--group.setting value ...]``"""
+"""``layerskip train --config configs/NAME.py [--group.setting value ...]`` trains a run, or resumes one."""
 
 import shlex
 

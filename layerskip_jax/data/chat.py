@@ -18,7 +18,7 @@ def render_chat(template: str, messages: Sequence[Mapping[str, str]], special_to
         import jinja2.ext
         import jinja2.sandbox
     except ImportError:
-        raise UserError("a chat template needs Jinja2: pip install layerskip_jax[huggingface]") from None
+        raise UserError("a chat template needs Jinja2: pip install 'layerskip-jax[huggingface]'") from None
 
     class Generation(jinja2.ext.Extension):
         """The block ``generation`` marks an assistant's answer for training; its content is rendered as it is."""

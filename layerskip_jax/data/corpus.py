@@ -27,7 +27,7 @@ class Corpus(NamedTuple):
     held_out: str
     """Digest of the documents to evaluate on."""
     sequences: int
-    """Sequences that one pass fills, at most as many as are shuffled together (`count_sequences`)."""
+    """Estimated sequences of one pass over the corpus, up to what shuffling and packing need (`count_sequences`)."""
     components: dict[str, "Corpus"] = {}  # noqa: RUF012 (not changed)
     """Those of ``data.mixture`` by name. A mixture has the digests of theirs, and the sum of their sequences."""
 
@@ -35,7 +35,7 @@ class Corpus(NamedTuple):
 def identify_corpus(
     config: Config, tokenizer: Tokenizer, training: Documents, held_out: Documents
 ) -> tuple[Corpus, list[str]]:
-    """Return the corpus of both splits, and lines that describe what is held out and a window that is limited by it."""
+    """Return the corpus of both splits, and lines about what is held out and about a limited shuffle window."""
     if isinstance(training, MixedDocuments) and isinstance(held_out, MixedDocuments):
         return _identify_mixture(config, tokenizer, training, held_out)
     sequences = count_sequences(config, tokenizer, training, config.train.batch_size)

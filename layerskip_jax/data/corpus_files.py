@@ -45,7 +45,7 @@ class File(NamedTuple):
 
 
 class CorpusFiles(NamedTuple):
-    """The files of one split, with the ``names`` of its entries; or of both, without names."""
+    """The files of one split, with the ``names`` of its entries; or the files of both splits, with no names."""
 
     files: list[File]
     names: list[str]
@@ -189,7 +189,7 @@ def hold_out(
     """Return the indices of the documents of ``split``: about 5 % are held out, by the SHA-256 of their names.
 
     If these are more than 20 % of the text [bytes], documents are taken back in the order of their hashes. If they are
-    less than 1 % of a corpus that was ``cut``, documents are added; other corpora keep the split of earlier versions.
+    less than 1 % of a corpus with ``cut`` files, documents are added; other corpora keep the split of earlier versions.
     Of two or more documents, at least one is in each split.
     """
     hashes = (hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names)
@@ -217,7 +217,7 @@ def hold_out(
 
 @functools.lru_cache(maxsize=256)
 def cut_file(file: File, own: bool) -> list[Span]:
-    """Return the spans [bytes] of the pieces of a text file; where a part is to be held out, at least about 15."""
+    """Return the spans [bytes] of the pieces of a text file: about 15 or more if some of them are to be held out."""
     try:
         content = epath.Path(file.path).read_bytes()
     except OSError as error:

@@ -16,6 +16,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     """Load a SentencePiece ``.model`` or a ``.json``, local or gs://; raises `UserError` if it cannot be used."""
     file = locate_file(path)
     if not is_regular(file):
+        if other := find_tokenizer(file.parent):
+            raise UserError(f"no tokenizer at {path}: set --data.tokenizer {other}")
         if (file.parent / "config.json").is_file():
             raise UserError(
                 f"the Hugging Face folder {file.parent} has no tokenizer: put its tokenizer.json or "
@@ -28,7 +30,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(f"{path} (data.tokenizer) is too large for a tokenizer: more than {TOKENIZER_BYTES:,} bytes")
     if file.suffix == ".json":
         return JsonTokenizer.read(file)
-    # Other names are of tokenizers that were trained here, maybe in a folder with unrelated JSON files.
+    # A file of another name was trained here; JSON files next to it may be unrelated.
     settings = TokenizerSettings.read(file.parent) if file.name == TOKENIZER else TokenizerSettings()
     tokenizer = SentencePiece(file.read_bytes(), settings)
     try:

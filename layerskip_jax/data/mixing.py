@@ -10,7 +10,7 @@ import numpy as np
 Row = dict[str, np.ndarray]
 
 CHOICES = "choices"
-"""The stream of components, beside those of rows, in the state of a mixed row."""
+"""Key of the stream that chooses components, next to the components' own streams, in the state of a mixed row."""
 
 
 def choose_components(shares: Sequence[float], batch_size: int, row: int, seed: int) -> grain.MapDataset:
@@ -18,7 +18,7 @@ def choose_components(shares: Sequence[float], batch_size: int, row: int, seed: 
 
     grain spreads the components evenly over the rows of all batches: after 1,000 rows, their shares are within 1 % of
     the weights (grain rounds weights to a hundredth of the smallest). The rows of a batch are then rotated at random.
-    Otherwise a row could always have the same component, and would never read what the others deal out to it.
+    Otherwise a row could get the same component in every batch, and would never read its documents of the others.
     """
     mixed = grain.MapDataset.mix([grain.MapDataset.source([i]).repeat() for i in range(len(shares))], shares)
     return grain.MapDataset.range(sys.maxsize).map(_ComponentOfRow(mixed, batch_size, row, seed))
@@ -67,8 +67,8 @@ def row_streams(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return state.get("streams", {"": state})
 
 
-class SayRepeat:
-    """Says in one line when a component has been read once. Rows read every B-th document; only row 0 says it."""
+class ReportRepeat:
+    """Prints a line when a component has been read once. Rows read every B-th document; only row 0 prints it."""
 
     def __init__(self, name: str, count: int, batch_size: int):
         self._name, self._count, self._batch_size = name, count, batch_size

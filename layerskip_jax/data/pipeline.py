@@ -25,7 +25,7 @@ from layerskip_jax.config import Config
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.data.documents import Document, Documents, Pair, components_of, read_sample
 from layerskip_jax.data.load_tokenizer import load_tokenizer
-from layerskip_jax.data.mixing import Label, MixRows, SayRepeat, choose_components
+from layerskip_jax.data.mixing import Label, MixRows, ReportRepeat, choose_components
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import local_rows
@@ -72,9 +72,9 @@ def make_batches(
 
     ``documents`` are those of the split if they are open already: opening a large corpus takes a while.
 
-    With ``data.mixture``, every row takes its next sequence from the component that `choose_components` names. The
-    sequences of a component are those that a run on it alone has, row by row. In evaluation, every component yields
-    its first ``train.evaluate_batches`` batches, which have its number as ``"component"``.
+    With ``data.mixture``, every row takes its next sequence from the component that `choose_components` names. It reads
+    the same sequences of a component as in a run on that component alone. In evaluation, every component yields its
+    first ``train.evaluate_batches`` batches, which have its number as ``"component"``.
 
     Pairs whose prompt fills a row are left out; a line on stderr counts them. Raises `UserError` if no pair has room.
     """
@@ -126,7 +126,7 @@ class _Component:
         """Return the endless, shuffled sequences of ``rows`` of a batch."""
         endless = self._source.shuffle(seed=seed).repeat()
         if self._name:
-            endless = endless.map_with_index(SayRepeat(self._name, len(self.documents), batch_size))
+            endless = endless.map_with_index(ReportRepeat(self._name, len(self.documents), batch_size))
         tokens = endless.map(self.tokenize)
         sequences = count_sequences(self._config, self._tokenizer, self.documents, batch_size)
         window, bins = packing_sizes(self._config, batch_size, sequences)
@@ -150,7 +150,7 @@ def _chain(components: Sequence[grain.IterDataset], most: int) -> grain.IterData
 
 
 def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, batch_size: int, most: int = 32) -> int:
-    """Estimate from ``most`` documents how many sequences all of them fill, up to what shuffling and packing need."""
+    """Estimate from ``most`` documents how many sequences the corpus fills, up to what shuffling and packing need."""
     bins = PACKING_BINS * batch_size if config.data.prompt_key else 0
     needed = max(config.data.shuffle_window, bins)
     length, count = config.data.sequence_length + 1, len(documents)

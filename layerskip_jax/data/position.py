@@ -43,8 +43,8 @@ class DataPosition:
     ) -> None:
         """Resume from the positions that `read_positions` returned.
 
-        ``resumed`` says for each component of a mixture (``""`` without one) from which stored component it continues,
-        and how; a component that it does not name starts with its first document. By default all have the same rows.
+        ``resumed`` maps each component of a mixture (``""`` without one) to the stored component that it continues, and
+        how; a component that it omits starts with its first document. By default each continues its own stored rows.
 
         Every row resumes after the furthest document of any row if the batch size has changed, or with
         ``"next documents"``: another setting that decides which documents make a row has changed. This skips documents
@@ -98,7 +98,7 @@ def read_corpus(folder: epath.Path) -> Corpus | None:
 
 
 def _position_files(folder: epath.Path) -> list[epath.Path]:
-    # Not `glob`: a folder of the path may have brackets in its name, which are a pattern.
+    # `glob` would read brackets in the name of a parent folder as a pattern.
     return sorted(file for file in folder.iterdir() if re.fullmatch(r"process_\d+-of-\d+\.json", file.name))
 
 

@@ -79,7 +79,7 @@ class SentencePiece(Tokenizer):
         return self._encode_parts(valid_text(text), self._processor)
 
     def _encode_parts(self, text: str, processor: sentencepiece.SentencePieceProcessor) -> list[int]:
-        """Encode ``text`` with ``processor``, and what follows a `SPACE` in it without a dummy prefix."""
+        """Encode ``text`` with ``processor``, and each part after a `SPACE` in it without a dummy prefix."""
         first, *rest = text.split(SPACE)
         ids = processor.encode(first)
         if rest and not first and processor is not self._inner:  # the library adds no prefix to an empty text
@@ -218,7 +218,8 @@ def _train(sentences: Iterator[str], vocab_size: int, character_coverage: float 
 def _sentences(documents: Documents, sample_bytes: int) -> Iterator[str]:
     """Yield pieces of documents that are spread evenly over the corpus, until ``sample_bytes``.
 
-    Every component of a mixture has its share of the bytes, or all of its text if that is less.
+    A document gives at most an eighth of the sample, if there are eight documents. Every component of a mixture has its
+    share of the bytes, or all of its text if that is less.
     """
     if isinstance(documents, MixedDocuments):
         for name, part in documents.parts.items():
@@ -228,10 +229,11 @@ def _sentences(documents: Documents, sample_bytes: int) -> Iterator[str]:
     if not isinstance(first, str):
         raise UserError("a tokenizer is trained on text, but this source (data.source) holds tokens")
     taken, count = 0, len(documents)
+    longest = max(4000, sample_bytes // min(count, 8))  # [characters] of one document
     stride = next(prime for prime in (7919, 104729, 1299709) if count % prime)  # visits every document once
     for i in range(count):
         text = str(documents[i * stride % count])
-        for start in range(0, len(text), 4000):
+        for start in range(0, min(len(text), longest), 4000):
             piece = valid_text(text[start : start + 4000]).replace("\0", " ")
             taken += len(piece.encode())
             yield piece

@@ -53,7 +53,7 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
         where = config.path or config.name or config.source
         hints = {
             "text": ": two files or about 400 characters are needed to hold a part out",
-            "jsonl": ": use two or more",
+            "jsonl": ": the corpus needs at least two lines, so that one can be held out",
         }
         hint = hints.get(config.source, "")
         raise UserError(f"the {split!r} split of {where} is empty: there is no document to read{hint}")
@@ -141,7 +141,7 @@ def _tfds_builder(config: DataConfig) -> Any:
 def _records(builder: Any, config: DataConfig, split: str) -> Sequence[Any]:
     import tensorflow_datasets as tfds
 
-    # TFDS restores the second formats of a dataset with a builder in code to the proto only, not to `info`.
+    # For a dataset whose builder is code, TFDS reads the alternative formats on disk into `as_proto`, not into `info`.
     proto, readable = builder.info.as_proto, tfds.core.FileFormat.with_random_access()
     stored = [proto.file_format or "tfrecord", *proto.alternative_file_formats]
     found = [file_format for name in stored for file_format in readable if file_format.value == name]
@@ -314,13 +314,19 @@ class _Tokens:
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
     """Read the metadata of a pretokenized corpus (`layerskip_jax.data.pretokenize`)."""
     try:
-        return json.loads((folder / METADATA).read_bytes())
-    except (OSError, ValueError) as error:
-        if bucket_error(error):
+        metadata = json.loads((folder / METADATA).read_bytes())
+        counts = [part["documents"] for part in metadata["splits"].values()]
+        np.dtype(metadata["dtype"])
+        if isinstance(metadata["tokenizer_sha256"], str) and all(isinstance(count, int) for count in counts):
+            return metadata
+        error: Exception = ValueError("it is another program's metadata")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as caught:
+        if bucket_error(caught):
             raise
-        raise UserError(
-            f"no pretokenized corpus at {folder} (data.path): make one with layerskip data pretokenize --out FOLDER"
-        ) from error
+        error = caught
+    raise UserError(
+        f"no pretokenized corpus at {folder} (data.path): make one with layerskip data pretokenize --out FOLDER"
+    ) from error
 
 
 def _open_tokens(config: DataConfig, split: str) -> Documents:

@@ -57,7 +57,7 @@ class JsonTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise UserError("a tokenizer.json needs tokenizers: pip install layerskip_jax[huggingface]") from None
+            raise UserError("a tokenizer.json needs tokenizers: pip install 'layerskip-jax[huggingface]'") from None
         library = tokenizers.Tokenizer.from_buffer(self.json.removeprefix(codecs.BOM_UTF8))
         library.no_truncation()
         library.no_padding()

@@ -45,7 +45,7 @@ class TokenizerSettings:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """The settings of the tokenizer. An older file names the special tokens for one without added tokens."""
+        """The settings of the tokenizer. `SPECIAL_TOKENS` adds to them unless they have an ``added_tokens_decoder``."""
         values = self._object(SETTINGS)
         return values if "added_tokens_decoder" in values else values | self._object(SPECIAL_TOKENS)
 
@@ -106,7 +106,7 @@ class TokenizerSettings:
         return template
 
     def kept(self, eos_id: int) -> dict[str, bytes]:
-        """Return the files that a run keeps with its tokenizer. ``eos_id`` ends its training documents."""
+        """Return the files that a run keeps with its tokenizer. The end tokens in them then include ``eos_id``."""
         kept = {n: self.contents[n] for n in (SETTINGS, SPECIAL_TOKENS, CHAT_TEMPLATE) if n in self.contents}
         generation = self._object(GENERATION)
         if self.end_ids:

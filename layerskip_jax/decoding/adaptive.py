@@ -83,7 +83,7 @@ class AdaptiveSpeculative(SelfSpeculative):
     def late_blocks(
         self, model: Transformer, plan: Plan, position: RotaryTables, token_B: jax.Array, cache: KVQCache
     ) -> tuple[list[jax.Array], jax.Array, list[LayerCache]]:
-        """Run W positions through the blocks after the planned exit.
+        """Run W positions through the blocks after the planned exit, or one position through all blocks if W = 1.
 
         Returns ``x_BWD`` at each candidate exit, the full model's ``logits_BWV``, and the caches.
         """

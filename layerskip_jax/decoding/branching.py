@@ -4,9 +4,9 @@
     first choice    main    (    args     continues the draft
     other choice    run     :    )        a leaf: only the full model's token can follow it
 
-If the first choice is rejected at some position and another one is right, the round emits that one, and the full
-model's token after it: one token more. On an accelerator the additional tokens cost almost nothing, because reading the
-weights dominates the time of a pass.
+If the first choice is rejected at some position and another choice is right, the round emits that choice and the full
+model's token after it: one token more than without other choices. On an accelerator the additional tokens cost almost
+nothing, because reading the weights dominates the time of a pass.
 
 C is the number of choices at a position. A *node* is a token of the tree. Nodes are in groups of C, one group for each
 of Q = d+1 positions. Group 0 holds C copies of the last known token, of which only the first is used, so that every
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.cache import LayerCache, attend_cache, write_cache
-from layerskip_jax.checks import require
+from layerskip_jax.checks import require, require_positive
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.rounds import finish_round
 from layerskip_jax.decoding.sampling import Drafts, Stochastic, Verdict, argmax, draw_from
@@ -199,7 +199,7 @@ class Branching:
 
     def __post_init__(self) -> None:
         for name in ("exit_layer", "draft_length", "choices"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+            require_positive(name, getattr(self, name))
 
     @property
     def exits(self) -> Sequence[int]:
@@ -238,7 +238,7 @@ class Branching:
         C, d, (start_token_B, start_B) = self.choices, self.draft_length, state.last_token()
         text = state.cache.layers[: self.exit_layer]
         empty = [NodeCache.empty(layer, start_B, (d + 1) * C, C) for layer in text]
-        # The scan carries the nodes alone: it would have to copy or alias the cache of the text.
+        # The scan carries only the nodes. If it also carried the text's cache, it would have to copy or alias it.
         nodes_of = lambda early: [(nodes.k_BKMH, nodes.v_BKMH) for nodes in early]  # noqa: E731
 
         def run_group(slot: jax.Array, token_BC: jax.Array, nodes: Any) -> tuple[jax.Array, Any]:

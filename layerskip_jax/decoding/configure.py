@@ -54,9 +54,11 @@ def configure(config: DecodeConfig, model: Transformer) -> tuple[Transformer, St
     for check in (resolve_exit_layer, resolve_exits):  # also if the mode does not use them
         check(config, num_layers)
     if config.mode == "self_speculative" and config.choices > 1:
-        branches = GreedyBranches() if isinstance(sampler, Greedy) else StochasticBranches(sampler)
         exit_layer = resolve_exit_layer(config, num_layers)
-        choices = min(config.choices, config.top_k or config.choices)  # no other token can be accepted
+        greedy = isinstance(sampler, Greedy)
+        # A sampler with top-k cannot accept another token.
+        choices = config.choices if greedy else min(config.choices, config.top_k or config.choices)
+        branches = GreedyBranches() if isinstance(sampler, Greedy) else StochasticBranches(sampler)
         return model, Branching(branches, exit_layer, config.draft_length, choices)
     if config.mode == "self_speculative":
         # With a fixed draft length, one verification width is enough.

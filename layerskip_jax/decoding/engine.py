@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerskip_jax.checks import require
 from layerskip_jax.compiler_options import rounds_options
 from layerskip_jax.decoding.request import Generation, HostText, Request, check_request, fetch_text, round_up
 from layerskip_jax.decoding.rounds import Strategy
@@ -52,7 +53,7 @@ def prefill(strategy: Strategy, model: Transformer, request: Request, width: int
 
 
 def run_rounds(strategy: Strategy, model: Transformer, state: DecodeState, until: jax.Array) -> DecodeState:
-    """Run rounds until every row is done or ``state``, which is donated, has counted ``until`` rounds in total."""
+    """Run rounds until every row is done or `Statistics.rounds` reaches ``until``. ``state`` is donated."""
     return rounds_program(target_platform(), compute_dtype(model.config).name)(strategy, model, state, until)
 
 
@@ -117,7 +118,8 @@ def generate(
     A row ends at its first end token. ``eos`` is one token id, several, or -1 for none.
 
     With ``on_rounds``, the loop returns to the host after every ``rounds_per_call`` rounds and calls it, for streaming
-    and stop strings. Raises `UserError` as `begin` does, and if the logits of a row are not finite.
+    and stop strings. Raises `UserError` as `begin` does, for ``rounds_per_call`` below 1, and if the logits of a row
+    are not finite.
 
     >>> from flax import nnx
     >>> from layerskip_jax.config import ModelConfig
@@ -130,6 +132,7 @@ def generate(
     >>> [len(row) for row in result.tokens]
     [8, 8]
     """
+    require(rounds_per_call >= 1, f"rounds_per_call must be at least 1, not {rounds_per_call}")
     began = time.perf_counter()
     state = begin(model, prompts, max_new_tokens, strategy, eos=eos, seed=seed, max_length=max_length)
     # Compile by a call that runs no round, so that `Generation.seconds` excludes it. Unlike `lower().compile()`,

@@ -35,16 +35,16 @@ class Gains(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Hybrid:
-    """Run the round that is expected to emit the most tokens for its cost: of ``lookup``, of ``speculation``, or plain.
+    """Run the round with the most expected tokens per cost: a lookup, a round of ``speculation``, or plain decoding.
 
-    - The exit is expected to emit as many tokens for their cost as in its past rounds.
+    - A round of the exit is expected to emit as many tokens per cost as the exit's past rounds did.
     - A lookup of d drafts is expected to emit 1 + a + ... + a^d tokens, where a is the acceptance of lookups whose
-      match had the same length. After every round, the emitted tokens are compared with the drafts of the lookup,
-      also if the round did not use them. So lookups are used as soon as the text begins to repeat itself.
+      match had the same length. Every round also scores the lookup's drafts against its tokens, even if it did not use
+      them. So lookups are used as soon as the text begins to repeat itself.
     - Plain decoding emits one token for a cost of one.
 
-    About the last ``horizon`` rounds count, besides `prior`. A lookup costs one pass of the full model, plus the
-    overhead. The statistics count it under layer L.
+    The estimates weigh about the last ``horizon`` rounds, and `prior`. A lookup costs one pass of the full model, plus
+    the overhead. The statistics count it under layer L.
     """
 
     lookup: PromptLookup
@@ -71,7 +71,8 @@ class Hybrid:
         return tuple(sorted({*self.speculation.exits, self.num_layers}))
 
     def init_policy_state(self, model: ModelConfig) -> Any:
-        """Return the gains, and the state of the exit's own policy."""
+        """Return the gains, and the state of the exit's own policy; raises `UserError` for another depth."""
+        require(self.num_layers == model.num_layers, f"num_layers {self.num_layers} must be {model.num_layers}")
         return prior(self.lookup.max_ngram), self.speculation.init_policy_state(model)
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
@@ -104,7 +105,10 @@ class Hybrid:
     def compare(
         self, draft_Bd: jax.Array, match_B: jax.Array, before: DecodeState, after: DecodeState
     ) -> tuple[jax.Array, jax.Array]:
-        """Compare lookups with the tokens of a round from any source; return its ``agreed_M`` and ``compared_M``."""
+        """Compare the lookup's drafts with the tokens that a round of any kind emitted.
+
+        Returns the ``agreed_M`` and ``compared_M`` of `Gains` for this round.
+        """
         d, tokens_BS = self.lookup.draft_length, after.tokens_BS
         known_B1 = jnp.minimum(after.length_B - before.length_B, d)[:, None]
         slot_Bd = jnp.minimum(before.length_B[:, None] + jnp.arange(d)[None], tokens_BS.shape[1] - 1)
@@ -130,7 +134,7 @@ class Hybrid:
         return dataclasses.replace(after, statistics=statistics)
 
     def exit_cost(self, config: ModelConfig, before: DecodeState, after: DecodeState) -> jax.Array:
-        """Return the cost of the round between two states, by the drafts of each exit for an active row."""
+        """Return the cost of the round between two states, from the mean drafts per active row and their mean exit."""
         exits_X = jnp.array(self.speculation.exits)
         drafted_X = (after.statistics.drafted_X - before.statistics.drafted_X)[: len(exits_X)]
         drafted = jnp.sum(drafted_X) / jnp.maximum(jnp.sum(~before.done_B), 1)

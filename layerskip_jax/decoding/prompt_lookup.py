@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layerskip_jax.checks import require
+from layerskip_jax.checks import require_positive
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.rounds import finish_round
 from layerskip_jax.decoding.sampling import Drafts, Sampler
@@ -54,8 +54,8 @@ class PromptLookup:
     exits: Sequence[int] = dataclasses.field(init=False, default=())
 
     def __post_init__(self) -> None:
-        for name, value in (("draft_length", self.draft_length), ("max_ngram", self.max_ngram)):
-            require(value >= 1, f"{name} must be at least 1, not {value}")
+        require_positive("draft_length", self.draft_length)
+        require_positive("max_ngram", self.max_ngram)
 
     def init_policy_state(self, model: ModelConfig) -> Any:
         return ()

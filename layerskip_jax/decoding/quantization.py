@@ -24,7 +24,7 @@ def _qwix() -> Any:
     try:
         import qwix
     except ImportError:
-        raise UserError("int8 weights need qwix: pip install layerskip_jax[int8]") from None
+        raise UserError("int8 weights need qwix: pip install 'layerskip-jax[int8]'") from None
     return qwix
 
 
@@ -61,5 +61,5 @@ def quantized(model: Transformer) -> Transformer:
 
 
 def with_weights(model: Transformer, kind: str) -> Transformer:
-    """Return an unstacked ``model`` with the kind of weights that `DecodeConfig.weights` names."""
+    """Return ``model`` itself, or its `quantized` copy if ``kind`` (`DecodeConfig.weights`) is int8."""
     return quantized(model) if kind == "int8" else model

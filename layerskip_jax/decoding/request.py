@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from layerskip_jax.checks import require
+from layerskip_jax.checks import require, require_rising
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.rounds import Strategy
 from layerskip_jax.decoding.sampling import NO_TOKEN
@@ -77,8 +77,8 @@ def check_request(
     for row, prompt in enumerate(prompts):
         require(
             len(prompt) + 1 <= max_length,
-            f"prompt {row} has {len(prompt)} tokens and the cache holds {max_length}, with room for one new token "
-            f"wanted: shorten the prompt or raise max_length to at least {len(prompt) + 1}",
+            f"prompt {row} has {len(prompt)} tokens, so max_length {max_length} leaves no room for a new token: "
+            f"shorten the prompt or raise max_length to at least {len(prompt) + 1}",
         )
     _check_memory(config, len(prompts), max_length)
     return max_length
@@ -102,18 +102,24 @@ def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
             1 <= exit_layer <= config.num_layers,
             f"exit layer {exit_layer} must be in 1..{config.num_layers}, the model's layers",
         )
-    increasing = exits == sorted(set(exits))
-    require(increasing, f"exit layers must be strictly increasing, got {' '.join(map(str, exits))}")
-    for part in (strategy, *getattr(strategy, "__dict__", {}).values()):
-        if dataclasses.is_dataclass(part):
-            # jit compares dataclasses by their fields. If two instances differ in another attribute only, the second
-            # would run the program that was compiled for the first.
-            name, fields = type(part).__name__, {field.name for field in dataclasses.fields(part)}
-            require(
-                vars(part).keys() <= fields,
-                f"{name} has attributes that are not dataclass fields, so jit cannot tell two instances apart: "
-                "give its class @dataclasses.dataclass(frozen=True)",
-            )
+    require_rising("exit layers", exits)
+    _check_fields(strategy)
+
+
+def _check_fields(part: Any) -> None:
+    """Raise `UserError` if a dataclass, or a part of it, has other attributes than its fields.
+
+    jit compares dataclasses by their fields. If two instances differ in another attribute only, the second would run
+    the program that was compiled for the first.
+    """
+    if dataclasses.is_dataclass(part):
+        require(
+            vars(part).keys() <= {field.name for field in dataclasses.fields(part)},
+            f"{type(part).__name__} has attributes that are not dataclass fields, so jit cannot tell two instances "
+            "apart: give its class @dataclasses.dataclass(frozen=True)",
+        )
+        for inner in vars(part).values():
+            _check_fields(inner)
 
 
 def _is_whole(value: Any) -> bool:

@@ -41,7 +41,7 @@ class Strategy(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Autoregressive:
-    """Plain decoding: run all blocks for one token. With `Transformer.first_layers` of a model: lossy early exit."""
+    """Plain decoding: run all blocks for one token. On `Transformer.first_layers` it is early exit, which is lossy."""
 
     sampler: Sampler
     draft_length: int = dataclasses.field(init=False, default=0)

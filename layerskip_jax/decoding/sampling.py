@@ -56,7 +56,7 @@ class Sampler(Protocol):
         """Accept a prefix of each row's drafts, given the full model's logits at the Q positions."""
 
     def deterministic_draft_probs(self, draft_Bd: jax.Array, vocabulary: int) -> Any:
-        """Return `Drafts.probs` of drafts that are copied and not sampled, as in prompt lookup: one-hot."""
+        """Return `Drafts.probs` of copied drafts, as in prompt lookup: one-hot, or () if `verify` needs none."""
 
     def agreement(self, exit_logits_BQV: jax.Array, logits_BQV: jax.Array) -> jax.Array:
         """Return, per position, the probability that a draft from the exit's logits is accepted."""

@@ -52,7 +52,7 @@ class TextGenerator:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: DecodeConfig):
         vocabulary = model.config.vocab_size
-        if tokenizer.vocab_size > 2 * vocabulary:  # it cannot be the model's, with a few tokens added
+        if tokenizer.vocab_size > 2 * vocabulary:  # too large to be the model's tokenizer with a few tokens added
             tokenizer.check_vocabulary(vocabulary, padded=True)
         self.tokenizer, self.config = tokenizer, config
         self._ends = () if config.ignore_eos else tokenizer.end_tokens(vocabulary)
@@ -60,7 +60,7 @@ class TextGenerator:
         self.model, self.strategy = configure(config, model)
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, BOS included, or (``chat``) of a conversation that it opens."""
+        """Return the token ids of a prompt, BOS included; with ``chat``, of a conversation with this first message."""
         if self.config.chat:
             return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
         return self.tokenizer.encode_prompt(prompt)
@@ -80,8 +80,10 @@ class TextGenerator:
                     show(piece)
             if not self.config.stop:
                 return [False] * len(ids)
-            new = [row[len(prompt) :] for row, prompt in zip(known_tokens(text), ids, strict=True)]
-            return [self._stop_at(self.read(row, partial=True)) >= 0 for row in new]
+            return [
+                bool(done) or self._stop_at(self.read(row[len(prompt) :], partial=True)) >= 0
+                for row, prompt, done in zip(known_tokens(text), ids, text.done_B, strict=True)
+            ]
 
         generation = generate(
             self.model,
@@ -104,7 +106,7 @@ class TextGenerator:
         return self.visible(self.read(new, partial=True))
 
     def read(self, new: Sequence[int], partial: bool = False) -> str:
-        """Decode tokens, with a mark for each special token that a stop string has."""
+        """Decode tokens, and insert a mark for each special token that occurs in a stop string."""
         parts: list[str] = []
         rest: list[int] = []
         for token in new:
@@ -116,7 +118,7 @@ class TextGenerator:
         return "".join([*parts, (self.tokenizer.decode_partial if partial else self.tokenizer.decode)(rest)])
 
     def visible(self, text: str) -> str:
-        """Return a text of `read` without the marks."""
+        """Remove the marks from text that `read` returned."""
         return text.translate(dict.fromkeys(map(ord, self._marks.values()))) if self._marks else text
 
     def _stop_at(self, text: str) -> int:
@@ -135,7 +137,7 @@ class TextGenerator:
         return self.visible(text[: self._stop_at(text)]), new[:needed]
 
     def held_back(self, text: str) -> int:
-        """Return how many visible characters at the end of a text of `read` may begin a stop string."""
+        """Return how many visible characters at the end of ``text`` (from `read`) may begin a stop string."""
         held = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         return len(self.visible(text[len(text) - held :]))
 

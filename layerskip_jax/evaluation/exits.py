@@ -57,9 +57,10 @@ def summed_losses(model: Transformer, batch: Batch, mesh: Mesh, chunk: int) -> t
 
 
 def held_out_batches(held_out: Iterable[dict[str, np.ndarray]], config: Config) -> list[dict[str, np.ndarray]]:
-    """Return the first ``train.evaluate_batches`` batches of ``held_out``, this process's rows of the validation split.
+    """Return the first ``train.evaluate_batches`` batches of ``held_out``, the validation split.
 
-    With ``data.mixture``, these are the first batches of every component. All processes of a run call it together.
+    Each process gets its own rows. With ``data.mixture``, return that many batches of every component. All processes
+    of a run call it together.
     """
 
     def read() -> list[dict[str, np.ndarray]]:
@@ -82,7 +83,7 @@ def evaluate(model: Transformer, held_out: Iterable[dict[str, np.ndarray]], conf
 def component_losses(
     model: Transformer, held_out: Iterable[dict[str, np.ndarray]], config: Config, mesh: Mesh
 ) -> dict[str, np.ndarray]:
-    """Return what `evaluate` returns as ``""``, and ``loss_L`` of every component of ``data.mixture`` by its name."""
+    """Return ``loss_L`` by component of ``data.mixture``, and their weighted mean (`evaluate`) under ``""``."""
 
     def summed(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
         loss_L, count = jax.device_get(summed_losses(model, to_devices(batch, mesh), mesh, config.train.loss_chunk))
@@ -97,9 +98,9 @@ def _means(
     batches: Iterable[dict[str, np.ndarray]],
     config: Config,
 ) -> dict[str, np.ndarray]:
-    """Return means over the tokens of every component, of which ``summed`` returns the sum and the count of a batch.
+    """Return the mean per token of each component of ``data.mixture``, and their weighted mean under ``""``.
 
-    Their mean, weighted by the shares of the rows, is ``""``.
+    ``summed`` returns the sum over the tokens of a batch, and their number. The weights are those of ``data.mixture``.
     """
     shares = mixture_shares(config.data.mixture)
     totals = dict.fromkeys(shares, (np.zeros(config.model.num_layers), 0.0))
@@ -110,9 +111,9 @@ def _means(
     for name, (_, tokens) in totals.items():
         if not tokens:
             raise UserError(
-                f"no token of the first train.evaluate_batches {config.train.evaluate_batches} held-out batches "
-                f"{f'of {name} ' * bool(name)}counts: data.sequence_length {config.data.sequence_length} must be "
-                "longer than their prompts (data.prompt_key)"
+                f"the first {config.train.evaluate_batches} held-out batches (train.evaluate_batches) "
+                f"{f'of {name} ' * bool(name)}have no token with a loss: data.sequence_length "
+                f"{config.data.sequence_length} must be longer than their prompts (data.prompt_key)"
             )
     means = {name: total_L / tokens for name, (total_L, tokens) in totals.items()}
     return means | {"": np.sum([shares[name] * mean_L for name, mean_L in means.items()], axis=0)}
@@ -156,7 +157,7 @@ def exit_quality(
     """Measure every exit on the first ``train.evaluate_batches`` batches of the validation split.
 
     Uses data parallelism over as many devices as divide the batch size. Pass the opened split, ``held_out``, and the
-    result of `evaluate` on it, ``loss_L``, if they are known. Prepares no corpus.
+    result of `evaluate` on it, ``loss_L``, if they are known. Prepares no corpus. Call it in a run of one process.
     """
     devices = jax.devices()[: math.gcd(config.train.batch_size, jax.device_count())]
     mesh = Mesh(np.reshape(devices, (-1, 1, 1, 1)), AXES, axis_types=(AxisType.Auto,) * len(AXES))

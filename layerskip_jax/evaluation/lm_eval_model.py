@@ -16,7 +16,7 @@ from layerskip_jax.evaluation.likelihood import log_likelihoods
 from layerskip_jax.model import Transformer
 
 GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
-"""The ``generation_kwargs`` of a task that are used, after `normalize_gen_kwargs`, which knows other names for some."""
+"""The ``generation_kwargs`` that are used, by the names that `normalize_gen_kwargs` gives them."""
 
 
 class BosPolicy(NamedTuple):
@@ -29,9 +29,9 @@ class BosPolicy(NamedTuple):
 class LayerSkipLM(TemplateLM):
     """The first ``exit_layer`` blocks (0: all) of an unstacked model, for lm-evaluation-harness.
 
-    ``add_bos_token`` is as in lm-eval's ``hf`` class: by default the tokenizer decides whether texts begin with BOS,
-    and a text that spells the BOS gets no second one. With ``score_bos``, rolling likelihoods are those of the ``hf``
-    class, which include the likelihood of the BOS after another BOS; without it, they are those of the text alone.
+    ``bos.add`` is ``add_bos_token`` of lm-eval's ``hf`` class: by default the tokenizer decides whether texts begin
+    with BOS, and a text that spells the BOS gets no second one. With ``bos.score``, rolling likelihoods equal those of
+    the ``hf`` class, which include the likelihood of the BOS after another BOS; without it, they cover the text alone.
 
     An exit before the last scores and generates alone; the last exit generates with ``settings``, by default with
     self-speculation. ``max_length`` is the context [tokens].
@@ -98,7 +98,7 @@ class LayerSkipLM(TemplateLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
-        if not continuation_ids:  # it has joined the last tokens of the context: score what they become
+        if not continuation_ids:  # it merged with the last tokens of the context: score the tokens that changed
             whole = self.tok_encode(context + continuation)
             same = len(whole)
             while whole[:same] != context_ids[:same]:

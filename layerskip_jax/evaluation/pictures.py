@@ -31,7 +31,7 @@ PLAIN = {"linestyle": "--", "color": "C9"}
 """The style of a plain model's lines."""
 
 DEPTHS: dict[Theme, tuple[float, float]] = {"light": (0.58, 0.0), "dark": (0.42, 1.0)}
-"""The part of viridis that shows depth, from the first exit to the last, which has most contrast."""
+"""The part of viridis that colors exits, from the first to the last. The last exit has the most contrast."""
 
 
 @dataclasses.dataclass(frozen=True)

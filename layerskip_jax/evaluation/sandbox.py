@@ -1,6 +1,7 @@
-"""Run generated Python in a separate process: empty folder, limited time, memory and files, no network.
+"""Run generated Python in a separate process with an empty folder and limited time, memory and files.
 
-It protects against accidents, not against attackers: for that, run the whole evaluation in a container.
+On Linux it has no network, if the kernel permits that. This protects against accidents, not against attackers: for
+that, run the whole evaluation in a container.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Generation tasks: those of the paper, and your own.
 
 A task is one frozen `Task`; ``--task my_task.py=examples.jsonl`` takes it from ``get_task()`` in your Python file.
-lm-evaluation-harness ships HumanEval and CNN/DM too, but importing it needs torch, which these tasks spare their users.
+lm-evaluation-harness ships HumanEval and CNN/DM too, but importing it needs torch, and these tasks do not.
 """
 
 import dataclasses

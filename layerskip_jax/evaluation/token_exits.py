@@ -47,7 +47,7 @@ def settling_exits(next_LT: np.ndarray) -> np.ndarray:
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Return ``text`` with signs in place of characters that show nothing, but for those of ``keep``.
+    """Replace invisible characters by symbols, except those in ``keep``.
 
     >>> visible(" def\\n"), visible("caf\\u00e9 \\u2028"), visible("a\\tb\\0", keep="\\t")
     ('\u2423def\u21b5', 'caf\u00e9\u2423\u27e8U+2028\u27e9', 'a\\tb\u27e8U+0000\u27e9')

@@ -141,28 +141,28 @@ class ExitContext(NamedTuple):
 
 
 def exit_with_saved_gradients(
-    exits: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
+    context: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
 ) -> tuple[jax.Array, nnx.Param, ExitLosses]:
-    """Compute an exit's loss and all its gradients now; the backward pass reads the saved ones of ``x`` and the norm.
+    """Compute an exit's loss and all its gradients now, and save those of ``x`` and the norm for the backward pass.
 
-    Returns ``x``, ``d_matrix`` plus the gradient of the head's matrix, and the losses.
+    Returns ``x``, the sum of ``d_matrix`` and this exit's gradient of the head's matrix, and the losses.
     """
 
     def on(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
-        head, labels = exits.gathered_head, exits.labels
-        value, d_x_BTD, (d_norm_D, exit_d_matrix) = exits.loss.value_and_gradients(head, x_BTD, labels, weight)
+        head, labels = context.gathered_head, context.labels
+        value, d_x_BTD, (d_norm_D, exit_d_matrix) = context.loss.value_and_gradients(head, x_BTD, labels, weight)
         return value, (d_x_BTD, d_norm_D), add_resharded(d_matrix, exit_d_matrix)
 
     def off(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
-        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, (x_BTD, exits.head[0])), d_matrix
+        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, (x_BTD, context.head[0])), d_matrix
 
     value, gradient, d_matrix = jax.lax.cond(weight > 0, on, off, jax.lax.stop_gradient(x_BTD), d_matrix)
-    objective = attach_gradient(weight * value, (x_BTD, exits.head[0]), gradient)
+    objective = attach_gradient(weight * value, (x_BTD, context.head[0]), gradient)
     return x_BTD, d_matrix, ExitLosses(objective, value)
 
 
 def exit_with_recomputed_logits(
-    exits: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
+    context: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
 ) -> tuple[jax.Array, nnx.Param, ExitLosses]:
     """Compute an exit's loss and the gradient of the head's matrix now, and the other gradients in the backward pass.
 
@@ -170,16 +170,16 @@ def exit_with_recomputed_logits(
     """
 
     def on(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
-        head, labels = exits.gathered_head, exits.labels
-        value, _, (_, exit_d_matrix) = exits.loss.value_and_gradients(head, x_BTD, labels, weight)
+        head, labels = context.gathered_head, context.labels
+        value, _, (_, exit_d_matrix) = context.loss.value_and_gradients(head, x_BTD, labels, weight)
         return value, add_resharded(d_matrix, exit_d_matrix)
 
     def off(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
         return jnp.zeros(()), d_matrix
 
     value, d_matrix = jax.lax.cond(weight > 0, on, off, jax.lax.stop_gradient(x_BTD), d_matrix)
-    frozen = weight, exits.gathered_head[1], exits.labels
-    x_BTD, value = attach_recomputed_gradient(exits.loss, x_BTD, exits.head[0], value, frozen)
+    frozen = weight, context.gathered_head[1], context.labels
+    x_BTD, value = attach_recomputed_gradient(context.loss, x_BTD, context.head[0], value, frozen)
     return x_BTD, d_matrix, ExitLosses(weight * value, jax.lax.stop_gradient(value))
 
 

@@ -6,8 +6,8 @@
 x_e is the hidden state at exit e, x_L at the last exit, g the shared head, and Y the next tokens of the text. E is the
 exit that drafts. In J_e, the last exit teaches an early exit with weight m, the share of distillation. In J_L, exit E
 teaches the last exit with weight a, the share of agreement. Where two tokens are almost equally likely, a small a makes
-the last exit prefer the token that exit E predicts. That costs little loss, and speculation accepts the draft. The
-setting ``early_exit.agreement_weight`` takes the cross-entropy with the argmax of q_E as D'.
+the last exit prefer the token that exit E predicts. That costs little loss, and speculation accepts the draft. With
+``early_exit.agreement_weight``, D' is the cross-entropy with the argmax of q_E.
 
 D and D' are pure functions of logits, each with a value for every position. Any function of the same signature can
 take their place in `SelfDistillation`.
@@ -30,7 +30,7 @@ Share = Callable[[ArrayLike, int], jax.Array]
 
 
 def kl_divergence(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array:
-    """``KL(p || q) = sum_v p(v) (log p(v) - log q(v))``, 0 where both distributions are equal."""
+    """``KL(p || q) = sum_v p(v) (log p(v) - log q(v))``, with the teacher's distribution p; 0 where q = p."""
     log_p, log_q = jax.nn.log_softmax(teacher_logits_BCV), jax.nn.log_softmax(logits_BCV)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 

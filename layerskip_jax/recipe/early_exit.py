@@ -76,7 +76,7 @@ class PaperScale:
 
 @dataclasses.dataclass(frozen=True)
 class ChosenScale:
-    """``e(l) = weights[k]`` at the output of exit ``exits[k]``, 1 at the last exit, and 0 elsewhere (not in the paper).
+    """``e(l) = weights[k]`` if exit l+1 is ``exits[k]``, 1 at the last exit, and 0 elsewhere (not in the paper).
 
     >>> ChosenScale(exits=(2,), weights=(0.5,))(4).tolist()
     [0.0, 0.5, 0.0, 1.0]
@@ -98,10 +98,11 @@ def exit_weights(enabled_L: jax.Array, scale_L: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Rotational:
-    """Turn exit l on if ``l mod R = t mod R``, where R is ``dilation`` (LayerSkip section 4.1.2).
+    """Turn the exit after block l on if ``l mod R = t mod R``, where R is ``dilation`` (LayerSkip section 4.1.2).
 
     At each step, about L/R exits are on. Each exit is on once in R steps. ``always_last`` keeps the last exit on at
-    every step. If ``exits`` is given, only these rotate: the k-th is on if ``k mod R = t mod R`` (not in the paper).
+    every step. If ``exits`` is given, only these rotate: ``exits[k]`` is on if ``k mod R = t mod R``; k counts from 0
+    (not in the paper).
     """
 
     dilation: int
@@ -128,7 +129,7 @@ class FixedExits:
 
 
 def gradual(step: ArrayLike, total_steps: int, num_layers: int) -> jax.Array:
-    """From the last exit down, one more every T/(2L) steps (section 4.1.2): on iff ``t >= (L-1-l) T/(2L)``."""
+    """Turn the exit after block l on from step ``(L-1-l) T/(2L)``: one more every T/(2L) steps (section 4.1.2)."""
     layer_L = jnp.arange(num_layers)
     # Compare integers: rounding T/(2L) to a float could turn an exit on a step early or late.
     on_L = 2 * num_layers * jnp.asarray(step) >= (num_layers - 1 - layer_L) * total_steps

@@ -109,27 +109,27 @@ def fused_exit_losses(
     full or offload, the backward pass recomputes the logits of inner exits to compute that gradient. An inner exit then
     costs 8 D V FLOPs per token instead of 6.
 
-    If ``settings.exits`` names the exits, their losses are computed after the scan, which keeps only the inputs.
-    Their gradients then take memory for these exits alone, and they and the last exit can teach each other.
+    If ``settings.exits`` names the exits, the scan only keeps their hidden states, and their losses follow the scan.
+    Memory for gradients is then needed for these exits alone, and they and the last exit can teach each other.
 
     Only the objective has a gradient; ``loss_L`` has none.
     """
     weight_L = jnp.asarray(weight_L, jnp.float32)  # custom_vjp needs a float
-    exits = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
+    context = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
     if settings.exits:
         x_BTD, kept_KBTD = run_blocks_and_keep(model, batch, settings, dropout_mask)
-        taught = exits
+        taught = context
         if settings.distillation is not None:
-            taught = exits.taught_by(settings.distillation, x_BTD, shares.distillation)
+            taught = context.taught_by(settings.distillation, x_BTD, shares.distillation)
         d_matrix, inner = exits_after_scan(taught, weight_L, settings.exits, kept_KBTD)
         if settings.agreement is not None:
             teacher_x_BTD = kept_KBTD[settings.exits.index(settings.agreement_exit)]
-            exits = exits.taught_by(settings.agreement, teacher_x_BTD, shares.agreement)
+            context = context.taught_by(settings.agreement, teacher_x_BTD, shares.agreement)
     else:
-        x_BTD, d_matrix, inner = exits_within_scan(model, batch, weight_L, settings, dropout_mask, exits)
+        x_BTD, d_matrix, inner = exits_within_scan(model, batch, weight_L, settings, dropout_mask, context)
     with jax.named_scope(LAST_EXIT):
-        x_BTD, d_matrix, last = exit_with_saved_gradients(exits, weight_L[-1], x_BTD, d_matrix)
-    objective = attach_gradient(jnp.sum(inner.objective) + last.objective, exits.head[1], d_matrix)
+        x_BTD, d_matrix, last = exit_with_saved_gradients(context, weight_L[-1], x_BTD, d_matrix)
+    objective = attach_gradient(jnp.sum(inner.objective) + last.objective, context.head[1], d_matrix)
     return ExitLosses(objective, jnp.append(inner.loss_L, last.loss_L))
 
 
@@ -139,7 +139,7 @@ def exits_within_scan(
     weight_L: jax.Array,
     settings: FusedSettings,
     dropout_mask: DropoutMask | None,
-    exits: ExitContext,
+    context: ExitContext,
 ) -> tuple[jax.Array, nnx.Param, ExitLosses]:
     """Run all blocks, with the loss of every inner exit between them.
 
@@ -155,7 +155,7 @@ def exits_within_scan(
         (x_BTD, d_matrix), (weight, mask) = carry, inputs
         x_BTD = checkpoint_name(row_major(x_BTD), BLOCK_INPUT)
         with jax.named_scope(INNER_EXIT):
-            x_BTD, d_matrix, losses = inner_exit(exits, weight, x_BTD, d_matrix)
+            x_BTD, d_matrix, losses = inner_exit(context, weight, x_BTD, d_matrix)
         return (run_block(block, x_BTD, mask), d_matrix), losses
 
     if recompute:
@@ -163,7 +163,7 @@ def exits_within_scan(
     # Iteration l computes the exit before block l, whose input x is the iteration's saved input. The exit after block l
     # would need the block's output, so full remat would also recompute the block's down projection.
     weight_before_L = jnp.roll(weight_L, 1).at[0].set(0)  # no exit comes before block 0
-    start = model.embed(batch.inputs_BT), jax.tree.map(jnp.zeros_like, exits.head[1])
+    start = model.embed(batch.inputs_BT), jax.tree.map(jnp.zeros_like, context.head[1])
     (x_BTD, d_matrix), inner = run_layers(model.blocks, start, block_fn, (weight_before_L, dropout_mask))
     return x_BTD, d_matrix, jax.tree.map(itemgetter(slice(1, None)), inner)
 
@@ -205,7 +205,7 @@ def run_blocks_and_keep(
 
 
 def exits_after_scan(
-    exits: ExitContext, weight_L: jax.Array, exit_layers: tuple[int, ...], kept_KBTD: jax.Array
+    context: ExitContext, weight_L: jax.Array, exit_layers: tuple[int, ...], kept_KBTD: jax.Array
 ) -> tuple[nnx.Param, ExitLosses]:
     """Compute the losses of ``exit_layers``, whose hidden states are ``kept_KBTD``.
 
@@ -214,11 +214,11 @@ def exits_after_scan(
 
     def exit_fn(d_matrix: nnx.Param, inputs: tuple[jax.Array, jax.Array]) -> tuple[nnx.Param, ExitLosses]:
         with jax.named_scope(INNER_EXIT):
-            _, d_matrix, losses = exit_with_saved_gradients(exits, *inputs, d_matrix)
+            _, d_matrix, losses = exit_with_saved_gradients(context, *inputs, d_matrix)
         return d_matrix, losses
 
     place_K = jnp.array(exit_layers) - 1
-    no_gradient = jax.tree.map(jnp.zeros_like, exits.head[1])
+    no_gradient = jax.tree.map(jnp.zeros_like, context.head[1])
     d_matrix, losses = jax.lax.scan(exit_fn, no_gradient, (weight_L[place_K], kept_KBTD))
     return d_matrix, jax.tree.map(lambda values: jnp.zeros(len(weight_L) - 1).at[place_K].set(values), losses)
 
@@ -246,12 +246,12 @@ def chunked_exit_losses(
     model: Transformer, batch: Batch, *, chunk: int, loss: ExitLoss = cross_entropy, teacher: Any = None
 ) -> jax.Array:
     """Return ``loss_L`` of every exit, as `exit_losses` without dropout does, for evaluation."""
-    exits = ExitContext.create(model, batch, ChunkedLoss(model.config, loss, chunk), teacher)
+    context = ExitContext.create(model, batch, ChunkedLoss(model.config, loss, chunk), teacher)
     f = block_function(model)
 
     def block_fn(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         x_BTD = x_BTD + f(block, x_BTD, batch.segments_BT)
-        return x_BTD, exits.loss.value(exits.gathered_head, x_BTD, exits.labels)
+        return x_BTD, context.loss.value(context.gathered_head, x_BTD, context.labels)
 
     return run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, None)[1]
 

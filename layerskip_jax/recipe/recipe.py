@@ -77,7 +77,7 @@ class Recipe:
     exit_scale: early_exit.ExitScale
     is_spike: IsSpike
     exits: tuple[int, ...] = ()
-    """The inner exits that the curriculum may turn on; empty: any. Naming them saves memory."""
+    """The inner exits that the curriculum may turn on; empty: any. Naming a few of them saves memory."""
     exit_loss: early_exit.ExitLoss = early_exit.cross_entropy
     teacher: Teacher | None = None
     distillation: early_exit.ExitLoss | None = None
@@ -142,7 +142,10 @@ class Recipe:
         for name, part in jax.eval_shape(parts, jax.ShapeDtypeStruct((), jnp.int32)).items():
             shape, wanted = ((), "one number") if name == "time_scale" else ((L,), f"{L} numbers, one per layer")
             require(part.shape == shape, f"the recipe's {name} must return {wanted}, not the shape {part.shape}")
-        for step in sorted({0, T // 2, T - 1}):
+        rising = list(self.exits) == sorted(set(self.exits)) and all(1 <= e < L for e in self.exits)
+        require(rising, f"the recipe's exits must increase within 1..{L - 1}, not be {self.exits}")
+        steps = sorted({0, T // 2, T - 1})
+        for step in steps:
             rates_L, weights_L = map(np.asarray, _rates_and_weights(self, step))
             allowed = np.all((rates_L >= 0) & (rates_L < 1))
             require(bool(allowed), f"the recipe's drop rates must be in [0, 1), not {rates_L.tolist()} at step {step}")
@@ -151,16 +154,14 @@ class Recipe:
             others = [e for e in range(1, L) if weights_L[e - 1] > 0 and e not in self.exits]
             listed = f"the recipe's exits {self.exits} must list every exit that its curriculum turns on"
             require(not self.exits or not others, f"{listed}: {others} at step {step}")
-        require(list(self.exits) == sorted(set(self.exits)), f"the recipe's exits must increase, not be {self.exits}")
         require(self.distillation is None or bool(self.exits), "the recipe's distillation needs its exits")
+        for name in ("distillation_share", "agreement_share"):
+            shares = [float(getattr(self, name)(step, T)) for step in steps]
+            require(min(shares) >= 0 and max(shares) <= 1, f"the recipe's {name} must be in [0, 1], not {shares}")
         if self.agreement is not None:
             listed = f"the recipe's agreement_exit {self.agreement_exit} must be one of its exits {self.exits}"
             require(self.agreement_exit in self.exits, listed)
-            shares = [float(self.agreement_share(step, T)) for step in sorted({0, T // 2, T - 1})]
-            require(
-                min(shares) >= 0 and 0 < max(shares) <= 1,
-                f"the recipe's agreement_share must be in [0, 1], and positive at some step, not {shares}",
-            )
+            require(max(shares) > 0, f"the recipe's agreement_share must be positive at some step, not {shares}")
 
     def check_rows(self, rows: int) -> None:
         """Raise `UserError` if dropout cannot split ``rows``, the sequences of a microbatch on one device."""

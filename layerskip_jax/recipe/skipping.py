@@ -63,7 +63,7 @@ class _Groups(NamedTuple):
         return cls(row_IJ, -(-jnp.sum(keep_R) // row_IJ.shape[1]))
 
     def read(self, array: jax.Array, i: jax.Array) -> jax.Array:
-        """Return the rows of group ``i``. By slices, because XLA:CPU gathers element by element."""
+        """Return the rows of group ``i``. Slice them, because XLA:CPU gathers element by element."""
         return jnp.concatenate([jax.lax.dynamic_slice_in_dim(array, row, 1) for row in self.row_IJ[i]])
 
     def write(self, array: jax.Array, i: jax.Array, values: jax.Array) -> jax.Array:

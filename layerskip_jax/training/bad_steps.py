@@ -1,8 +1,8 @@
 """Handle bad steps: store their batches, and stop the run after too many in a row.
 
 A step is bad, and is not applied, if its objective or its gradient norm is not finite, if no token of its batch counts,
-or if `Recipe.is_spike` is True. By default it is if ``train.skip_spikes`` is set and the objective exceeds that factor
-times its moving average.
+or if `Recipe.is_spike` is True. The default `LossSpike` is True if the objective exceeds ``train.skip_spikes`` times
+its moving average; 0 turns it off.
 """
 
 import io

@@ -51,12 +51,12 @@ from layerskip_jax.training.step import TrainState
 class _Once(logging.Filter):
     """Passes only the first message that a save waits for the previous one: a slow bucket repeats it at every save."""
 
-    said = False
+    passed = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not str(record.msg).startswith("Waiting for previous save"):
             return True
-        first, self.said = not self.said, True
+        first, self.passed = not self.passed, True
         return first
 
 
@@ -64,7 +64,7 @@ _once = _Once()
 
 
 class Checkpoints:
-    """The checkpoints of one run, which the context manager locks; leaving it waits for the last save."""
+    """The checkpoints of one run. The context manager locks the run folder; its exit waits for the last save."""
 
     def __init__(self, config: Config):
         self.folder = checkpoint_folder(config)
@@ -285,7 +285,7 @@ class Checkpoints:
 def make_run_folder(config: Config) -> None:
     """Create the folder of a run's checkpoints; raises `UserError` if that fails."""
     folder = checkpoint_folder(config)
-    # orbax treats the path as a glob pattern, finds none of the files that it has written, and commits an empty folder.
+    # With such a character, orbax takes the path for a glob pattern: it finds no file and commits an empty folder.
     if signs := set("*?[") & set(str(folder)):
         raise UserError(
             f"checkpoints cannot be saved below a folder with {' or '.join(sorted(signs))} in its name: rename it or "

@@ -36,7 +36,7 @@ from layerskip_jax.training.monitoring.watch import Profiler
 from layerskip_jax.training.step import StepMetrics, Trainer, TrainState
 
 OnEvaluation = Callable[[int, Transformer, grain.IterDataset, np.ndarray], None]
-"""Gets the step, the model, the held-out split and ``loss_L`` after each evaluation; its exceptions end the run."""
+"""Called as ``(step, model, held_out, loss_L)`` after each evaluation; an exception ends the run."""
 
 
 def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluation = lambda *_: None) -> TrainState:

@@ -100,8 +100,8 @@ class RunLock:
     def _wait(self, found: Sign) -> str:
         """Return who left the lock ``found`` and why it is stale, or "" if it is removed while this waits.
 
-        A process of this kernel that is gone, or that wrote the lock of this folder recently, is clear at once. For
-        others, this watches the file for a change. Raises `UserError` if the process is alive.
+        Decides at once for a process of this kernel that is gone, or that recently wrote the lock of this very folder.
+        Otherwise watches the file for a change. Raises `UserError` if the process is alive.
         """
         holder, silent = _parse(found), time.time() - found[0]
         one_kernel = (holder.host, holder.system) == (self._me.host, self._me.system)
@@ -128,7 +128,7 @@ class RunLock:
                 return ""
             if now != found:
                 raise self._refusal(now)
-        return f"{holder} has shown no sign of life for {max(silent, 0) + patience:.0f} s (train.hang_seconds)"
+        return f"{holder} has shown no sign of life for {max(silent, 0) + patience:.0f} s"
 
     def _refusal(self, found: Sign) -> UserError:
         return UserError(
@@ -139,13 +139,13 @@ class RunLock:
     def check(self, step: int, now: bool = False) -> None:
         """Record the last ``step``; raises `UserError` if another process has taken the lock over.
 
-        With ``now`` the file is read, else the answer is some seconds old.
+        With ``now`` this reads the file; otherwise it uses what the last beat found.
         """
         if step > self._me.step:
             self._me = dataclasses.replace(self._me, step=step, time=time.time())
         if now and self._thread.is_alive():
             with contextlib.suppress(Exception):
-                self._look()
+                self._refresh_holder()
         if self._taken_over:
             raise UserError(
                 f"{self._taken_over} has taken the run folder {self._run_dir} over, because this process showed no "
@@ -158,17 +158,17 @@ class RunLock:
         if self._thread.ident is None:  # not process 0, or not acquired
             return
         self._thread.join(BEAT_SECONDS)
-        with contextlib.suppress(Exception), _alone(self._file.parent):  # such as a network that is down
-            if self._look():
+        with contextlib.suppress(Exception), _alone(self._file.parent):  # the network may be down
+            if self._refresh_holder():
                 self._file.unlink()
 
     def _beat(self) -> None:
         while not self._taken_over and not self._ended.wait(self._me.every):
-            with contextlib.suppress(Exception), _alone(self._file.parent):  # such as a network that is down
-                if self._look():
+            with contextlib.suppress(Exception), _alone(self._file.parent):  # the network may be down
+                if self._refresh_holder():
                     self._write()
 
-    def _look(self) -> bool:
+    def _refresh_holder(self) -> bool:
         """Return whether the lock is ours or missing; remember who has taken it over."""
         now = self._read()
         ours = now is None or self._is_ours(now)

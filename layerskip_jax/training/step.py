@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerskip_jax.checks import require
 from layerskip_jax.compiler_options import compile_step
 from layerskip_jax.config import Config
 from layerskip_jax.data.batch import Batch
@@ -55,7 +56,8 @@ class StepMetrics(NamedTuple):
 class Trainer:
     """The compiled functions of a run. Stateless; every public method that runs a program sets the mesh itself.
 
-    Raises `UserError` if the recipe's layer dropout cannot split the rows of a device.
+    Raises `UserError` if the recipe is for another number of layers or steps, or if its layer dropout cannot split the
+    rows of a device.
     """
 
     config: Config
@@ -63,8 +65,14 @@ class Trainer:
     mesh: Mesh
 
     def __post_init__(self) -> None:
-        train = self.config.train
-        self.recipe.check_rows(train.batch_size // train.accumulate // batch_shards(self.mesh))
+        train, recipe = self.config.train, self.recipe
+        made_for, needed = (recipe.num_layers, recipe.total_steps), (self.config.model.num_layers, train.steps)
+        require(
+            made_for == needed,
+            f"the recipe is for {made_for[0]} layers and {made_for[1]} steps, the config has {needed[0]} and "
+            f"{needed[1]}: make it with Recipe.from_config(config)",
+        )
+        recipe.check_rows(train.batch_size // train.accumulate // batch_shards(self.mesh))
 
     def init(self, model: Transformer | None = None) -> TrainState:
         """Return the state before step 0 on the mesh, with ``model`` or one initialized from ``config.train.seed``."""
@@ -126,7 +134,7 @@ class Trainer:
         )
         new = optax.apply_updates(state.model, updates), opt_state, _update_ema(state.loss_ema, value)
         old = state.model, state.opt_state, state.loss_ema
-        # Not lax.cond, which would keep old and new in memory at once: a select fuses into the update.
+        # lax.cond would keep old and new in memory at once; a select fuses into the update.
         chosen = jax.tree.map(lambda new, old: jnp.where(applied, new, old), new, old)
         state = TrainState(state.step + 1, *chosen)
         # Return the state in the shardings of the input. If the compiler chose others, the next call would recompile,
@@ -176,7 +184,7 @@ class Trainer:
         return jax.lax.scan(add, zeros, parts)[0]
 
     def compile_step(self) -> jax.stages.Compiled:
-        """Compile `step` from shapes alone, with the XLA options of the mesh's devices; called as `step` is.
+        """Compile `step` from shapes alone, with the XLA options of the mesh's devices; the result takes its arguments.
 
         The training loop runs this program. Its memory and text can be read without a run.
         """

@@ -20,7 +20,7 @@ from layerskip_jax.locations import file_inside, is_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-NO_LIBRARY = "safetensors files need safetensors: pip install layerskip_jax[huggingface]"
+NO_LIBRARY = "safetensors files need safetensors: pip install 'layerskip-jax[huggingface]'"
 READABLE = ("F64", "F32", "BF16", "F16")
 COMPARED_VALUES = 1 << 24
 """Values of head and embedding that are in memory when they are compared."""
@@ -29,7 +29,7 @@ FILE_BYTES = 1 << 30
 
 
 class StoredTensor(NamedTuple):
-    """The name of a parameter's tensor, and how many leading axes here are inputs (0: the tensor is stored as here)."""
+    """The name of a parameter's tensor, and how many leading axes of the parameter are inputs (0: no transpose)."""
 
     tensor: str
     inputs: int

@@ -132,9 +132,9 @@ class TensorBoardSink:
         from tensorboardX.proto.event_pb2 import Event  # importing takes a second
         from tensorboardX.record_writer import RecordWriter
 
-        # Not SummaryWriter: after an error such as a full disk its thread is dead, and the next write blocks forever.
+        # SummaryWriter does not fit: after an error such as a full disk its thread is dead, and the next write blocks.
         (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
-        # Unique, or a restart within a second, or after the clock was set back, would overwrite the file.
+        # Make the name unique: a restart within a second, or after the clock was set back, would overwrite the file.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         self._writer, self._flushed = RecordWriter(str(folder / "tensorboard" / name)), time.monotonic()
         try:

@@ -92,7 +92,7 @@ class Progress:
             self._restart_clock()  # leave compilation out of the tokens/s
 
     def after_evaluation(self, done: int, losses: dict[str, np.ndarray]) -> None:
-        """Report the held-out ``loss_L`` of ``""``, overall, and of each component of ``data.mixture`` by its name."""
+        """Report ``losses[""]``, the held-out ``loss_L`` of the whole split, and those of each mixture component."""
         values = per_exit("validation/exit_loss", losses[""])
         self.log(f"step {done}  held-out loss by exit: {_by_exit(losses[''])}")
         for name, loss_L in losses.items():

@@ -56,8 +56,8 @@ class Profiler:
 class Watchdog:
     """Prints the Python stacks of all threads once if `tick` is not called for ``seconds``; 0 turns it off.
 
-    It runs in a thread, so it prints while the training thread waits for data, a device or another process. Not
-    `faulthandler.dump_traceback_later`, which cannot print the line that names the setting.
+    It runs in a thread, so it prints while the training thread waits for data, a device or another process.
+    `faulthandler.dump_traceback_later` cannot print the line that names the setting.
     """
 
     def __init__(self, seconds: int):
