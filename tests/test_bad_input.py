@@ -127,9 +127,11 @@ BAD_EOS = [(value, "eos") for value in (-2, V, 1 << 40, 1.5, None, "</s>", NAN, 
 BAD_SEEDS = [(value, "seed") for value in (1 << 32, -(1 << 40), 1 << 70, 0.5, None, "x")]
 
 
-def test_rounds_per_call_must_be_positive(model):
+def test_rounds_per_call_must_be_positive():
     with pytest.raises(UserError, match="rounds_per_call must be at least 1, not 0"):
-        generate(model, [[1]], 2, Autoregressive(Greedy()), on_rounds=lambda text: [False], rounds_per_call=0)
+        generate(
+            model_with("")[1], [[1]], 2, Autoregressive(Greedy()), on_rounds=lambda text: [False], rounds_per_call=0
+        )
 
 
 def poison(model, kind):
