@@ -100,9 +100,10 @@ def test_speculation_equals_autoregressive_decoding(combination, monkeypatch):
     strategies = speculative_strategies(combination, random)
     fixed = strategies[0].policy
     cases, drafted = 0, 0
+    new_model = jax.jit(lambda key, scale: with_tail(tiny_model(key, **shape), fixed.exit_layer, scale))
     while cases < CASES_EACH:
         scale = random.choice([0.0, 0.02, 0.2, 1.0])
-        model = with_tail(tiny_model(int(random.integers(1 << 30)), **shape), fixed.exit_layer, scale)
+        model = new_model(jax.random.key(random.integers(1 << 30)), scale)
         vocabulary = model.config.vocab_size
         prompts = [random.integers(0, vocabulary, random.integers(1, 13)).tolist() for _ in range(batch)]
         limit = int(random.integers(1, 33))

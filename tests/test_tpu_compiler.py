@@ -44,10 +44,11 @@ from tpu.decode_ahead import ChipCompiler
 
 pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
 ROOT = Path(__file__).parent.parent
-MODEL = ModelConfig(num_layers=4, dim=512, num_heads=4, num_kv_heads=2, ffn_dim=1024, vocab_size=2048)
+DECODER = ModelConfig(num_layers=3, dim=512, num_heads=4, num_kv_heads=2, ffn_dim=1024, vocab_size=2048)
+MODEL = ModelConfig(num_layers=4, dim=512, num_heads=4, num_kv_heads=2, ffn_dim=256, vocab_size=256)
 CONFIG = Config(
     model=MODEL,
-    data=DataConfig(sequence_length=512),
+    data=DataConfig(sequence_length=128),
     mesh=MeshConfig(1, 2, 1, 2),
     optimizer=OptimizerConfig(warmup_steps=0),
     train=TrainConfig(batch_size=8),
@@ -88,7 +89,7 @@ def test_a_decode_loop_runs_its_matmuls_on_the_matrix_unit_of_every_chip(topolog
 
     A matmul on the vector unit is a fusion that multiplies a weight matrix and sums the products.
     """
-    compiler = ChipCompiler(dataclasses.replace(MODEL, num_layers=3), topology.split(":")[0], rows=1, capacity=256)
+    compiler = ChipCompiler(DECODER, topology.split(":")[0], rows=1, capacity=256)
     text, model = compiler.rounds(SelfSpeculative(Greedy(), Fixed(1, 3))).as_text(), compiler.model
     assert "while(" in text
     matrices = [leaf for leaf in jax.tree.leaves((model.blocks, model.head_DV)) if leaf.ndim > 1]
@@ -161,15 +162,16 @@ def test_the_skipping_form_compiles_around_the_kernel(mesh, remat):
     assert [kernel for kernel in SPLASH if kernel not in text] == []
 
 
-def compile_ahead(*options, script="compile_ahead"):
-    model = "--model.num_layers 4 --model.dim 1024 --model.num_heads 8 --model.num_kv_heads 8 --model.ffn_dim 4096"
-    settings = [*model.split(), "--early_exit.dilation", "3", *options]
+def compile_ahead(*options, script="compile_ahead", dim=1024):
+    heads = dim // 128
+    model = f"--model.num_layers 4 --model.dim {dim} --model.num_heads {heads} --model.num_kv_heads {heads}"
+    settings = [*model.split(), f"--model.ffn_dim={4 * dim}", "--early_exit.dilation", "3", *options]
     command = [sys.executable, f"tpu/{script}.py", "--config", "configs/quickstart.py", *settings]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
 def test_compile_ahead_agrees_with_the_formula_and_the_data_sheet():
-    done = compile_ahead("--topology", "v5e:2x2", "--mesh.fsdp", "4", "--json")
+    done = compile_ahead("--topology", "v5e:2x2", "--mesh.fsdp", "4", "--json", dim=512)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["fits"]
