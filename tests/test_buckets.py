@@ -331,7 +331,7 @@ def test_other_schemes_are_refused(path, tmp_path, monkeypatch):
 
 def test_a_bucket_without_the_library_is_refused(monkeypatch):
     monkeypatch.setattr(locations, "BUCKET_LIBRARIES", ("no_such_library",))
-    with pytest.raises(UserError, match=r"gs://bucket needs gcsfs: pip install layerskip_jax\[gcs\]"):
+    with pytest.raises(UserError, match=r"gs://bucket needs gcsfs: pip install 'layerskip-jax\[gcs\]'"):
         locate("gs://bucket")
 
 

@@ -153,7 +153,7 @@ def test_engine_refuses_bad_prompts(model):
     for prompts, more, message in [
         ([], {}, "there is no prompt"),
         ([[1], []], {}, "prompt 1 has no token"),
-        ([[1] * 30], {"max_length": 30}, r"prompt 0 has 30 tokens and the cache holds 30.*at least 31"),
+        ([[1] * 30], {"max_length": 30}, r"prompt 0 has 30 tokens, so max_length 30 leaves no room.*at least 31"),
         ([[1, VOCABULARY]], {}, r"prompt 0 has a token outside the model's vocabulary 0\.\.339"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -128,7 +128,8 @@ class RunLock:
                 return ""
             if now != found:
                 raise self._refusal(now)
-        return f"{holder} has shown no sign of life for {max(silent, 0) + patience:.0f} s"
+        setting = " (train.hang_seconds)" if holder.host != self._me.host else ""
+        return f"{holder} has shown no sign of life for {max(silent, 0) + patience:.0f} s{setting}"
 
     def _refusal(self, found: Sign) -> UserError:
         return UserError(

@@ -67,11 +67,8 @@ class Trainer:
     def __post_init__(self) -> None:
         train, recipe = self.config.train, self.recipe
         made_for, needed = (recipe.num_layers, recipe.total_steps), (self.config.model.num_layers, train.steps)
-        require(
-            made_for == needed,
-            f"the recipe is for {made_for[0]} layers and {made_for[1]} steps, the config has {needed[0]} and "
-            f"{needed[1]}: make it with Recipe.from_config(config)",
-        )
+        problem = f"the recipe is for {made_for} (layers, steps), not {needed}: make it with Recipe.from_config(config)"
+        require(made_for == needed, problem)
         recipe.check_rows(train.batch_size // train.accumulate // batch_shards(self.mesh))
 
     def init(self, model: Transformer | None = None) -> TrainState:
