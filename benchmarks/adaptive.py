@@ -2,7 +2,7 @@
 
 RUN is the run folder of a model of Python code (``make quickstart``). The kinds are code (beginnings of held-out
 documents), prose (docstrings of the documents) and tables (literals in a regular pattern). For each kind, all pairs of
-exit and draft length, the adaptive policy over the same exits, the confidence policy and prompt lookup are timed in
+exit and draft length, the adaptive policy over the trained exits, the confidence policy and prompt lookup are timed in
 turn, and their texts compared with those of plain decoding. Then follows early exit by confidence, which is lossy: how
 often its next token is the full model's, and how fast it is.
 """
@@ -121,14 +121,17 @@ class Comparison:
 def compare(
     model: Transformer, prompts: dict[str, list[list[int]]], base: DecodeConfig, exits: Sequence[int], repeats: int
 ) -> Comparison:
-    """Time all pairs of exit and length, and the other policies, in turn on each kind of prompt."""
+    """Time all pairs of exit and length, and the other policies, in turn on each kind of prompt.
+
+    The adaptive policy has the exits of ``base``, by default those that were trained, or else all of ``exits``.
+    """
     fixed = [dataclasses.replace(base, exit_layer=e, draft_length=d) for e in exits for d in LENGTHS]
     # Fit this machine's overhead of speculation to the smallest and the largest exit on one kind.
     extremes = [config for config in fixed if config.exit_layer in (exits[0], exits[-1])]
     overhead = fit_overhead(model.config, measure(model, next(iter(prompts.values())), extremes, repeats)[1:])
     max_drafts = max(LENGTHS)
     others = {
-        "adaptive": adaptive_config(dataclasses.replace(base, exit_layer=exits[0]), exits, max_drafts, overhead),
+        "adaptive": adaptive_config(dataclasses.replace(base, exit_layer=0), base.exits or exits, max_drafts, overhead),
         "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[:2][-1], draft_length=max_drafts),
         "prompt_lookup": dataclasses.replace(base, mode="prompt_lookup", draft_length=max_drafts),
     }  # fmt: skip

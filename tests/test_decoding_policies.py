@@ -202,6 +202,14 @@ def test_adaptive_probes_for_its_share_of_the_time():
     assert probes * 2 * head_share(config) / spent == pytest.approx(0.02, rel=0.2)
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_single_candidate_is_probed_only_in_rounds_without_a_draft(drafts):
+    policy = Adaptive((1,), 4)
+    due = policy.init_state(tiny_config())._replace(spent=jnp.float32(1e9))
+    planned = due._replace(best=Plan(jnp.int32(0), jnp.int32(drafts)))
+    assert bool(policy.probes(planned)) == (drafts == 0)
+
+
 @pytest.mark.parametrize("good_exit", [1, 2, 3])
 def test_adaptive_finds_the_exit_that_is_always_right(good_exit):
     """Blocks after ``good_exit`` are identities, so it and all later exits are right, and it is the cheapest."""
@@ -273,9 +281,11 @@ def test_probes_count_what_each_exit_would_have_drafted(used):
 
 
 def test_candidates_must_be_increasing_and_in_the_model():
-    for exits in [(2, 1), (1, 1), (0, 1), ()]:
+    for exits in [(2, 1), (1, 1), (0, 1)]:
         with pytest.raises(UserError, match="must be strictly increasing and at least 1"):
             Adaptive(exits, 2)
+    with pytest.raises(UserError, match="exits must name at least one exit"):
+        Adaptive((), 2)
     with pytest.raises(UserError, match="exits must be a list, not 1"):
         Adaptive(1, 2)
     assert Adaptive([1, 2], 2) == Adaptive((1, 2), 2)

@@ -8,6 +8,7 @@ text (with `Stochastic`: its distribution), because every draft is verified.
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -171,6 +172,10 @@ class ConfidenceStop(Fixed):
         return jnp.take_along_axis(probability_BV, token_B[:, None], axis=1)[:, 0] >= self.threshold
 
 
+PRIOR_RATE = 0.8
+"""The acceptance that `Adaptive` assumes of an exit before the first round."""
+
+
 class Acceptance(NamedTuple):
     """The policy state of `Adaptive`. Costs are in passes of the full model for one token."""
 
@@ -230,10 +235,17 @@ class Adaptive:
 
     def best_plan(self, agreed_Xd: jax.Array, reached_Xd: jax.Array, cost_XQ: jax.Array) -> Plan:
         """Return the plan with the most expected tokens for its cost."""
-        # Smooth small counts with a prior worth two observations: 1/2 for an exit, and the exit's rate for each draft.
-        rate_X1 = (jnp.sum(agreed_Xd, 1, keepdims=True) + 1) / (jnp.sum(reached_Xd, 1, keepdims=True) + 2)
-        rate_Xd = (agreed_Xd + 2 * rate_X1) / (reached_Xd + 2)
-        tokens_XQ = 1 + jnp.pad(jnp.cumsum(jnp.cumprod(rate_Xd, axis=1), axis=1), ((0, 0), (1, 0)))
+        # Smooth small counts with a prior worth two observations: `PRIOR_RATE` for an exit, and the exit's rate for
+        # each draft. An optimistic prior tries long drafts first: a round of them shows more than one of short drafts.
+        weight = 2.0
+        agreed_X1, reached_X1 = (jnp.sum(counts_Xd, axis=1, keepdims=True) for counts_Xd in (agreed_Xd, reached_Xd))
+        rate_X1 = (agreed_X1 + weight * PRIOR_RATE) / (reached_X1 + weight)
+        rate_Xd = (agreed_Xd + weight * rate_X1) / (reached_Xd + weight)
+        # Multiply by a triangle of ones for cumulative sums: XLA:CPU runs far fewer operations than for cumsum.
+        upper_dd = np.triu(np.ones((self.draft_length,) * 2, np.float32))
+        cumulate = partial(jnp.matmul, b=upper_dd, precision=jax.lax.Precision.HIGHEST)
+        survival_Xd = jnp.exp(cumulate(jnp.log(rate_Xd)))
+        tokens_XQ = 1 + jnp.pad(cumulate(survival_Xd), ((0, 0), (1, 0)))
         best = jnp.argmax(tokens_XQ / cost_XQ).astype(jnp.int32)
         return Plan(best // tokens_XQ.shape[1], best % tokens_XQ.shape[1])
 
@@ -241,7 +253,9 @@ class Adaptive:
         return policy_state.best
 
     def probes(self, policy_state: Any) -> bool | jax.Array:
-        return policy_state.spent >= policy_state.probe_after
+        due = policy_state.spent >= policy_state.probe_after
+        # A round that drafts measures its own exit, so a single candidate needs a probe only in rounds without a draft.
+        return due if len(self.exits) > 1 else due & (policy_state.best.draft_length == 0)
 
     def keep_drafting(self, policy_state: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
         return jnp.ones_like(token_B, bool)
