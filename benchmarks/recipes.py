@@ -7,7 +7,8 @@ dropout and early exits, and the other rows of the same model, corpus and tokens
     python -m benchmarks.recipes plain
     python -m benchmarks.recipes fixed --early_exit.curriculum fixed --early_exit.exits 3 --early_exit.exit_weights 0.5
 
-A run that was stopped resumes. A seed that is in the page is skipped; ``--again`` measures it again.
+A run that was stopped resumes. A seed is skipped if the page's .json file has a row of the same NAME, seed, corpus,
+model size and number of tokens, even if other settings have changed; ``--again`` measures it again.
 """
 
 import argparse

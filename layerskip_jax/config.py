@@ -368,7 +368,8 @@ class Config:
         )
         early, layers = self.early_exit, self.model.num_layers
         skips_last = early.curriculum == "rotational" and not early.always_last
-        # With these settings a step can train exit 1 alone, whose weight e(0) is 0: the step would have no loss.
+        # Without always_last, a step has no loss if no exit is on (dilation above L), or only exits of weight 0: exit 1
+        # alone (dilation L; e(0) is 0), or any inner exits if e_scale is 0. Dilation 1 turns on all, with the last.
         require(
             not skips_last or (early.dilation < max(layers, 2) and (early.e_scale > 0 or early.dilation == 1)),
             f"early_exit.always_last false leaves steps without a loss: early_exit.dilation, {early.dilation}, must be "

@@ -43,7 +43,8 @@ TIMED_PROMPTS = 4
 
 
 def train_command(config: Config) -> list[str]:
-    """Return the parts of a ``layerskip train`` command for this config, one for each changed setting."""
+    """Return the parts of a command that trains this config: ``layerskip train``, then one part for each setting that
+    differs from its default."""
     words = ["layerskip train"]
     for name, value in changed_settings(config).items():
         values = value if isinstance(value, tuple) else (str(value).lower() if isinstance(value, bool) else value,)

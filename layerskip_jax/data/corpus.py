@@ -27,7 +27,8 @@ class Corpus(NamedTuple):
     held_out: str
     """Digest of the documents to evaluate on."""
     sequences: int
-    """Estimated sequences of one pass over the corpus, up to what shuffling and packing need (`count_sequences`)."""
+    """Estimated number of sequences that the training documents fill, at most what shuffling and packing can use
+    (`count_sequences`)."""
     components: dict[str, "Corpus"] = {}  # noqa: RUF012 (not changed)
     """Those of ``data.mixture`` by name. A mixture has the digests of theirs, and the sum of their sequences."""
 
@@ -35,7 +36,11 @@ class Corpus(NamedTuple):
 def identify_corpus(
     config: Config, tokenizer: Tokenizer, training: Documents, held_out: Documents
 ) -> tuple[Corpus, list[str]]:
-    """Return the corpus of both splits, and lines about what is held out and about a limited shuffle window."""
+    """Return the `Corpus` that identifies both splits, and lines to print.
+
+    The lines tell the shares of a mixture, what is held out, and whether the corpus is too small to fill
+    ``data.shuffle_window``.
+    """
     if isinstance(training, MixedDocuments) and isinstance(held_out, MixedDocuments):
         return _identify_mixture(config, tokenizer, training, held_out)
     sequences = count_sequences(config, tokenizer, training, config.train.batch_size)

@@ -150,7 +150,11 @@ def _chain(components: Sequence[grain.IterDataset], most: int) -> grain.IterData
 
 
 def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, batch_size: int, most: int = 32) -> int:
-    """Estimate from ``most`` documents how many sequences the corpus fills, up to what shuffling and packing need."""
+    """Estimate, from a sample of at most ``most`` documents, how many sequences the corpus fills.
+
+    The result is at most what is needed: ``data.shuffle_window``, or the bins of packing for all rows if they are more.
+    If that is less than two batches, nothing is shuffled, and it is returned whatever the size of the corpus.
+    """
     bins = PACKING_BINS * batch_size if config.data.prompt_key else 0
     needed = max(config.data.shuffle_window, bins)
     length, count = config.data.sequence_length + 1, len(documents)

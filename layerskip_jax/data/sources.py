@@ -141,7 +141,8 @@ def _tfds_builder(config: DataConfig) -> Any:
 def _records(builder: Any, config: DataConfig, split: str) -> Sequence[Any]:
     import tensorflow_datasets as tfds
 
-    # For a dataset whose builder is code, TFDS reads the alternative formats on disk into `as_proto`, not into `info`.
+    # If a dataset's builder is Python code, TFDS stores the alternative formats that it finds on disk only in
+    # `info.as_proto`, not in the attributes of `info`.
     proto, readable = builder.info.as_proto, tfds.core.FileFormat.with_random_access()
     stored = [proto.file_format or "tfrecord", *proto.alternative_file_formats]
     found = [file_format for name in stored for file_format in readable if file_format.value == name]

@@ -45,7 +45,8 @@ class TokenizerSettings:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """The settings of the tokenizer. `SPECIAL_TOKENS` adds to them unless they have an ``added_tokens_decoder``."""
+        """The settings of the tokenizer. Unless they have an ``added_tokens_decoder``, those of `SPECIAL_TOKENS` are
+        added, and replace settings of the same name."""
         values = self._object(SETTINGS)
         return values if "added_tokens_decoder" in values else values | self._object(SPECIAL_TOKENS)
 

@@ -37,10 +37,13 @@ class Gains(NamedTuple):
 class Hybrid:
     """Run the round with the most expected tokens per cost: a lookup, a round of ``speculation``, or plain decoding.
 
-    - A round of the exit is expected to emit as many tokens per cost as the exit's past rounds did.
-    - A lookup of d drafts is expected to emit 1 + a + ... + a^d tokens, where a is the acceptance of lookups whose
-      match had the same length. Every round also scores the lookup's drafts against its tokens, even if it did not use
-      them. So lookups are used as soon as the text begins to repeat itself.
+    All rows of the batch run the same kind of round.
+
+    - A round of ``speculation`` is expected to emit as many tokens per cost as its past rounds did.
+    - A lookup of d drafts is expected to emit 1 + a + ... + a^d tokens in a row, where a is the acceptance of earlier
+      lookups whose match was as long as this row's; without a match, 1. The mean over the active rows decides. Every
+      round compares the lookup's drafts with the tokens that it emits, even if it did not use them. So lookups are used
+      as soon as the text begins to repeat itself.
     - Plain decoding emits one token for a cost of one.
 
     The estimates weigh about the last ``horizon`` rounds, and `prior`. A lookup costs one pass of the full model, plus

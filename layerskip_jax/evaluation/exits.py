@@ -98,9 +98,11 @@ def _means(
     batches: Iterable[dict[str, np.ndarray]],
     config: Config,
 ) -> dict[str, np.ndarray]:
-    """Return the mean per token of each component of ``data.mixture``, and their weighted mean under ``""``.
+    """Return means per token, one for each exit, by component of ``data.mixture``; their weighted mean is under ``""``.
 
-    ``summed`` returns the sum over the tokens of a batch, and their number. The weights are those of ``data.mixture``.
+    ``summed`` returns what to average, summed over the counted tokens of a batch (one sum for each exit), and the
+    number of these tokens. The weights are the shares of ``data.mixture``. Raises `UserError` if no token of a
+    component counts.
     """
     shares = mixture_shares(config.data.mixture)
     totals = dict.fromkeys(shares, (np.zeros(config.model.num_layers), 0.0))

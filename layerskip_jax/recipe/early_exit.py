@@ -101,8 +101,8 @@ class Rotational:
     """Turn the exit after block l on if ``l mod R = t mod R``, where R is ``dilation`` (LayerSkip section 4.1.2).
 
     At each step, about L/R exits are on. Each exit is on once in R steps. ``always_last`` keeps the last exit on at
-    every step. If ``exits`` is given, only these rotate: ``exits[k]`` is on if ``k mod R = t mod R``; k counts from 0
-    (not in the paper).
+    every step. If ``exits`` is given, only these take turns, and all others stay off: ``exits[k]`` is on if
+    ``k mod R = t mod R``; k counts from 0 (not in the paper).
     """
 
     dilation: int

@@ -109,8 +109,9 @@ def fused_exit_losses(
     full or offload, the backward pass recomputes the logits of inner exits to compute that gradient. An inner exit then
     costs 8 D V FLOPs per token instead of 6.
 
-    If ``settings.exits`` names the exits, the scan only keeps their hidden states, and their losses follow the scan.
-    Memory for gradients is then needed for these exits alone, and they and the last exit can teach each other.
+    If ``settings.exits`` names the exits, the scan over blocks keeps only their hidden states, and their losses are
+    computed after it. The gradients with respect to ``x`` are then saved whatever ``remat`` is, but for these exits
+    alone; no logits are recomputed. These exits and the last one can teach each other.
 
     Only the objective has a gradient; ``loss_L`` has none.
     """

@@ -100,8 +100,9 @@ class RunLock:
     def _wait(self, found: Sign) -> str:
         """Return who left the lock ``found`` and why it is stale, or "" if it is removed while this waits.
 
-        Decides at once for a process of this kernel that is gone, or that recently wrote the lock of this very folder.
-        Otherwise watches the file for a change. Raises `UserError` if the process is alive.
+        Decides at once if the process is of this kernel and is gone (stale), or if it runs and wrote the lock of this
+        very folder within ``train.hang_seconds`` (alive). Otherwise watches the file for a change: for a few beats, or
+        for up to ``train.hang_seconds`` if the lock names another host. Raises `UserError` if the process is alive.
         """
         holder, silent = _parse(found), time.time() - found[0]
         one_kernel = (holder.host, holder.system) == (self._me.host, self._me.system)
