@@ -7,7 +7,9 @@ CHARACTERS = 4000
 """The length of a piece; it ends at the first place to cut after so many characters."""
 
 ENDS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # as `str.splitlines`
-LINE_END = rf"[{ENDS}](?:(?<=\r)\n)?+"
+# CR LF is one line end. Python 3.11.2 loops forever on possessive quantifiers and atomic groups, so use neither.
+LINE_END = rf"(?:\r\n|(?!\r\n)[{ENDS}])"
+CHARACTER = r"(?:\r\n|(?!\r\n)(?s:.))"
 INVISIBLE = r"\u200b\u2060\ufeff"
 LINE = re.compile(LINE_END)
 BLANK_LINE = re.compile(rf"{LINE_END}(?:[^\S{ENDS}]|[{INVISIBLE}])*{LINE_END}")
@@ -24,7 +26,8 @@ def cut_text(text: str, characters: int = CHARACTERS) -> list[Span]:
     """
     spans: list[Span] = list(_cut_at(BLANK_LINE, text, (0, len(text)), characters))
     spans = [piece for span in spans for piece in _cut_long(LINE, text, span, characters)]
-    anywhere = re.compile(rf"(?s:(?>\r\n|.){{1,{characters}}}(?:\r\n|\s|\Z)|(?>\r\n|.){{1,{characters}}})")
+    most = rf"{CHARACTER}{{1,{characters}}}"
+    anywhere = re.compile(rf"{most}(?:\r\n|\s|\Z)|{most}")
     spans = [piece for span in spans for piece in _cut_long(anywhere, text, span, characters)]
     return [span for span in spans if not BLANK.fullmatch(text, *span)]
 
