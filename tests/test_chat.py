@@ -100,7 +100,7 @@ def test_a_template_that_fails_is_one_line(template):
 
 def test_jinja2_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2.ext", None)
-    with pytest.raises(UserError, match=r"needs Jinja2: pip install layerskip_jax\[huggingface\]"):
+    with pytest.raises(UserError, match=r"needs Jinja2: pip install 'layerskip-jax\[huggingface\]'"):
         render_chat("x", [], {})
 
 

@@ -72,5 +72,5 @@ def test_quantization_does_not_change_the_original_model():
 
 def test_a_missing_qwix_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(UserError, match=r"pip install layerskip_jax\[int8\]"):
+    with pytest.raises(UserError, match=r"pip install 'layerskip-jax\[int8\]'"):
         quantized(tiny_model().unstacked())
