@@ -15,18 +15,12 @@ from layerskip_jax.presets import GPT3_125M, pretraining_on_tpu
 
 
 def get_config() -> Config:
-    base = pretraining_on_tpu(GPT3_125M, chips=8, name="scratch_125m")
+    base = pretraining_on_tpu(GPT3_125M, chips=8, name="scratch_125m", rows=256)
     return replace(
         base,
         data=replace(base.data, sequence_length=2048),
         optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=1000),
         mesh=MeshConfig(fsdp=1),  # a copy of the model on each chip
-        train=replace(
-            base.train,
-            steps=20_000,
-            batch_size=256,
-            loss_chunk=128,  # x 32 sequences per chip = 4,096 tokens per chunk (tpu/README.md)
-            remat="none",
-        ),
+        train=replace(base.train, steps=20_000, remat="none"),
         decode=DecodeConfig(exit_layer=3, draft_length=4),
     )

@@ -44,12 +44,11 @@ def pretraining(model: ModelConfig) -> Config:
     )
 
 
-def pretraining_on_tpu(model: ModelConfig, *, chips: int, name: str) -> Config:
-    """`pretraining` on 26B tokens: 50,000 steps of 128 x 4,096 pretokenized tokens, sharded over ``chips``.
+def pretraining_on_tpu(model: ModelConfig, *, chips: int, name: str, rows: int = 128) -> Config:
+    """`pretraining` for 50,000 steps of ``rows`` x 4,096 pretokenized tokens, sharded over ``chips``; 26B by default.
 
     ``name`` is the run's folder. The paper gives no warmup and no optimizer: those are Llama's.
     """
-    rows = 128
     return dataclasses.replace(
         pretraining(model),
         data=_tokens("gs://your-bucket/tokenizer.model"),
