@@ -25,8 +25,6 @@ def get_config() -> Config:
             loss_chunk=64,
             evaluate_every=130,
             checkpoint_every=130,
-            sample_every=325,
-            sample_prompt="def ",
         ),
         decode=DecodeConfig(draft_length=4, max_new_tokens=128),
     )
