@@ -170,6 +170,7 @@ def run_file(path: str, function: str, kind: type[T]) -> T:
         raise UserError(f"{what} file {path} must end in .py: a {what} is a Python file with {function}()")
     module = types.ModuleType(f"layerskip_jax_file_{file.stem}")
     module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses looks up the annotations of a class there
     try:
         exec(compile(file.read_bytes(), path, "exec"), module.__dict__)
         value = getattr(module, function)() if hasattr(module, function) else None

@@ -244,6 +244,15 @@ def test_config_files_that_do_not_work_are_named(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_a_config_file_may_define_dataclasses(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom layerskip_jax import Config\n"
+        "@dataclasses.dataclass\nclass Mine:\n    x: int = 1\n"
+        "def get_config(): return Config()\n"
+    )
+    assert load_config_file(str(tmp_path / "mine.py")) == Config()
+
+
 @pytest.mark.parametrize(
     "name", ["config.yaml", "config.json", "config", "config.PY", "config.pyc", "config.so", "x.py"]
 )

@@ -1,6 +1,7 @@
 """The choices of draft policies, prompt lookup and confident exits, against hand calculations and oracles."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -117,6 +118,28 @@ def test_attributes_that_are_not_fields_are_refused():
     for strategy in (loose, Hybrid(PromptLookup(Greedy(), 2), loose, num_layers=4)):
         with pytest.raises(UserError, match=r"Loose has attributes that are not dataclass fields, .*@dataclasses\."):
             generate(tiny_model(1).unstacked(), PROMPTS, 5, strategy)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slots(Fixed):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached(Fixed):
+    @functools.cached_property
+    def verify_widths(self):
+        return (self.draft_length + 1,)
+
+
+@pytest.mark.parametrize("kind", [Slots, Cached])
+def test_policies_may_have_slots_and_cached_properties(kind):
+    model, strategy = tiny_model(1).unstacked(), SelfSpeculative(Greedy(), kind(2, 3))
+    for _ in range(2):  # the cached property has a value in the second round
+        _ = strategy.policy.verify_widths
+        assert (
+            generate(model, PROMPTS, 5, strategy).tokens == generate(model, PROMPTS, 5, Autoregressive(Greedy())).tokens
+        )
 
 
 @dataclasses.dataclass(frozen=True)

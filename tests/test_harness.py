@@ -177,8 +177,8 @@ def requests(*arguments):
 def make_lm(lm_eval_model):
     model = tiny_model(6, vocab_size=Letters.vocab_size, num_layers=2).unstacked()
 
-    def make(**changes):
-        return lm_eval_model.LayerSkipLM(model, Letters(), DecodeConfig(), max_length=MAX_LENGTH, **changes)
+    def make(settings=DecodeConfig(), **changes):  # noqa: B008  (immutable)
+        return lm_eval_model.LayerSkipLM(model, Letters(), settings, max_length=MAX_LENGTH, **changes)
 
     return make
 
@@ -254,6 +254,17 @@ def test_generation_kwargs_that_cannot_be_used_are_named(make_lm, capsys):
                   {"until": [5]}, {"top_p": 2, "do_sample": True}):  # fmt: skip
         with pytest.raises(UserError, match=f"generation_kwargs {{'{next(iter(wrong))}': .* cannot be used"):
             lm._request_settings(wrong)
+
+
+def test_repeated_prompts_get_different_samples(make_lm):
+    sampled = {"do_sample": True, "max_gen_toks": 12}
+    texts = make_lm(batch_size=2).generate_until(requests(*[("a cat", sampled)] * 6), disable_tqdm=True)
+    assert len(set(texts)) == 6
+
+
+def test_an_inner_exit_generates_whatever_the_other_settings_are(make_lm):
+    lm = make_lm(settings=DecodeConfig(choices=4), exit_layer=1)
+    assert lm.generate_until(requests(("a cat", {"max_gen_toks": 3})), disable_tqdm=True)
 
 
 def test_a_prompt_that_is_cut_is_named_once(make_lm, capsys):

@@ -45,6 +45,14 @@ def test_the_card_says_what_the_model_is_and_how_to_run_it(exported, trained_run
     assert not (exported / "README.md.partial").exists()
 
 
+def test_the_card_of_a_checkpoint_has_its_own_losses(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({"step": 4, "validation/exit_loss/4": 99.5}) + "\n")
+    export_model(str(run / "checkpoints" / "3"), str(tmp_path / "exported"))
+    assert "99.5" not in (tmp_path / "exported" / "README.md").read_text()
+
+
 def test_the_card_shows_no_path_of_a_mixture():
     config = Config(data=DataConfig(mixture=("1=text:private/corpus",)))
     assert "private" not in model_card("m", config, 3, ExitTable({}, {}), draft_exit=1)

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import html.parser
+import json
 import math
 import re
 import shlex
@@ -219,6 +220,28 @@ def test_exits_show_loss_agreement_acceptance_the_draft_exit_and_the_plain_model
     (loss,) = drawn(unmeasured)
     assert labels(loss) == ["this model", "draft exit 2"]
     assert "nan" not in unmeasured.alt
+
+
+def test_the_metrics_of_a_checkpoint_end_at_its_step(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({"step": 4, "train/objective": 2.5}) + "\n")
+    assert list(Run.open(str(run)).series("train/objective")[0]) == [1, 2, 3, 4]
+    assert list(Run.open(str(run / "checkpoints" / "3")).series("train/objective")[0]) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"draft_length": 5}, "drafts from exit 2"),
+        ({"policy": "adaptive", "exits": (1, 3)}, "drafts from exits 1 3"),
+        ({"lookup_length": 4}, "drafts from exit 2 and lookups"),
+    ],
+)
+def test_the_report_names_where_drafts_come_from(trained_run, settings, expected):
+    run = Run.open(trained_run)
+    run = dataclasses.replace(run, decode=dataclasses.replace(run.decode, **settings))
+    assert report._draft_source(run) == expected
 
 
 def test_a_plain_run_beside_is_found_and_a_given_one_must_exist(trained_run, tmp_path):

@@ -10,7 +10,7 @@ from corpora import VOCABULARY
 from layerskip_jax.command_line import load_config_file
 from layerskip_jax.commands import search
 from layerskip_jax.commands.search import proxy_config
-from layerskip_jax.config import Config, ModelConfig
+from layerskip_jax.config import Config, ModelConfig, TrainConfig
 from layerskip_jax.decoding.cost import best_speedup, predicted_speedup
 from layerskip_jax.errors import UserError
 from layerskip_jax.training.search_space import Found, default_space, frontier
@@ -78,6 +78,10 @@ def test_a_search_writes_the_best_recipe_and_resumes(options, tmp_path, capsys, 
     assert (tmp_path / "study/frontier.png").read_bytes().startswith(b"\x89PNG")
     best = load_config_file(str(tmp_path / "study/best.py"))
     assert best.early_exit.exits == (1,)
+    assert (best.model.num_layers, best.data.sequence_length) == (
+        4,
+        trained[0].data.sequence_length,
+    )  # from the command
     assert list(best.early_exit.exit_weights) == rows[0]["settings"]["early_exit.exit_weights"]
 
     before = len(trained)
@@ -101,11 +105,20 @@ def test_a_space_without_a_valid_recipe_is_refused(options, tmp_path, monkeypatc
     [
         (["--draft_exits", "4"], "--draft_exits must be in 1..3, not 4"),
         (["--width", "7"], "--width must be even"),
+        (["--loss_tolerance", "nan"], "nan"),
     ],
 )
 def test_wrong_options_are_refused(options, more, message):
     with pytest.raises(UserError, match=message):
         search.main([*options, *more])
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/study", "space.py"])
+def test_a_folder_that_cannot_hold_a_database_is_refused(options, tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="FOLDER must be a local folder"):
+        search.main([folder, *options[1:]])
+    assert {path.name for path in tmp_path.iterdir()} == {"space.py"}
 
 
 def test_a_file_that_is_no_database_is_refused(options, tmp_path):
@@ -130,6 +143,16 @@ def test_a_proxy_keeps_the_layers_and_whole_rungs():
     assert (proxy.model.num_layers, proxy.model.dim, proxy.model.ffn_dim) == (24, 64, 176)
     assert proxy.train.steps == 9 * proxy.train.evaluate_every == 108
     assert proxy_config(config, width=0, steps=9).model == config.model
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(200, 200), (300, 50), (96, 96), (64, 64)])
+def test_a_proxy_of_a_valid_config_is_valid(corpus, length, chunk):
+    """Whatever its batches, chunks and initial weights are."""
+    data = dataclasses.replace(corpus, sequence_length=length)
+    train = TrainConfig(batch_size=32, accumulate=16, loss_chunk=chunk, init_from="meta-llama")
+    proxy = proxy_config(Config(data=data, train=train), width=64, steps=9)
+    assert proxy.data.sequence_length % proxy.train.loss_chunk == 0
+    assert (proxy.train.init_from, proxy.model.vocab_size) == ("", VOCABULARY)
 
 
 def test_scores_and_the_best_draft_length():

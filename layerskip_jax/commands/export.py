@@ -75,7 +75,7 @@ def _exit_table(run: RunFolder, batches: int, model: Transformer) -> ExitTable:
         quality = checkpoint_quality(str(run.checkpoint), batches, loaded=(model, run.config, run.tokenizer))
         return ExitTable(*(dict(enumerate(map(float, row), 1)) for row in (quality.loss_L, quality.agreement_L)))
     prefix, loss = "validation/exit_loss/", dict[int, float]()
-    for record in read_records(str(run.root)):
+    for record in read_records(str(run.root), last_step=int(run.checkpoint.name)):
         named = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
         loss |= {int(name): value for name, value in named.items() if name.isdigit() and isinstance(value, float)}
     return ExitTable(dict(sorted(loss.items())), {})

@@ -25,13 +25,16 @@ from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.monitoring.metrics import METRICS, read_records
 
 
-def read_metrics(run_dir: str) -> dict[str, dict[int, float]]:
-    """Read ``metrics.jsonl`` as ``{name: {step: value}}``; the last value counts if a step was repeated."""
+def read_metrics(run_dir: str, last_step: int = 2**63 - 1) -> dict[str, dict[int, float]]:
+    """Read ``metrics.jsonl`` as ``{name: {step: value}}`` up to ``last_step``.
+
+    The last value counts if a step was repeated.
+    """
     path = locate(run_dir) / METRICS
     if not path.exists():
         raise UserError(f"no metrics at {path}: expected a run folder of `layerskip train`")
     values: dict[str, dict[int, float]] = defaultdict(dict)
-    for record in read_records(run_dir):
+    for record in read_records(run_dir, last_step):
         for name, value in record.items():
             if isinstance(value, float):
                 values[name][record["step"]] = value
@@ -49,11 +52,15 @@ class Run:
 
     @classmethod
     def open(cls, path: str) -> "Run":
-        """Read the run at ``path``, a run folder or one checkpoint in it; raises `UserError` if there is none."""
+        """Read the run at ``path``; raises `UserError` if there is none.
+
+        ``path`` is a run folder, or one checkpoint in it: then the metrics end at its step.
+        """
         checkpoint = find_checkpoint(path)
+        until = {"last_step": int(checkpoint.name)} if checkpoint == locate(path) else {}
         config = read_config(checkpoint)
         decode = apply_overrides(config.decode_settings, swept_settings(str(checkpoint), set()))
-        return cls(checkpoint, config, read_metrics(str(checkpoint.parent.parent)), decode)
+        return cls(checkpoint, config, read_metrics(str(checkpoint.parent.parent), **until), decode)
 
     @property
     def folder(self) -> epath.Path:

@@ -28,6 +28,7 @@ from layerskip_jax.config import Config
 from layerskip_jax.config_dict import changed_settings, saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.configure import resolve_exits
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.text import Piece, TextGenerator
 from layerskip_jax.errors import UserError
@@ -62,7 +63,6 @@ class Decoded:
 
 def decode_prompts(run: Run, model: Transformer, tokenizer: Tokenizer, prompts: list[str]) -> Decoded:
     settings = dataclasses.replace(run.decode, mode="self_speculative", temperature=0.0)
-    model = with_weights(model, settings.weights)
     plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
     drafting, batches = TextGenerator(model, tokenizer, settings), [[prompt] for prompt in prompts]
     answers = [drafting.generate(batch) for batch in batches]
@@ -87,7 +87,7 @@ def write_report(
     model, config, tokenizer_path = load_model(str(run.checkpoint))
     quality, problem = run.measured_quality(batches, (model, config, tokenizer_path))
     missing = f"<p>Not measured: {html.escape(problem)}</p>" if problem else ""
-    model, tokenizer = model.unstacked(), load_tokenizer(str(tokenizer_path))
+    model, tokenizer = with_weights(model.unstacked(), run.decode.weights), load_tokenizer(str(tokenizer_path))
     shown, timed, no_prompt = _prompts(run.config, prompts)
     decoded = decode_prompts(run, model, tokenizer, timed) if timed else None
 
@@ -148,8 +148,7 @@ def summary(
         "Held-out loss": (f"{quality.loss_L[-1]:.3f}", f"exit {run.draft_exit}: {quality.loss_L[at]:.3f}{beside}"),
     }
     if decoded and not math.isnan(decoded.report.acceptance):
-        drafted = f"of the drafts from exit {run.draft_exit}, up to {run.decode.draft_length} a round"
-        values["Acceptance"] = (f"{decoded.report.acceptance:.0%}", drafted)
+        values["Acceptance"] = (f"{decoded.report.acceptance:.0%}", f"of the {_draft_source(run)}")
     if decoded:
         speedup = f"{decoded.report.speedup:.2f}x plain decoding on this machine"
         values["Decoding"] = (f"{decoded.report.tokens_per_second:,.0f} tokens/s", speedup)
@@ -169,7 +168,7 @@ def speed_picture(run: Run, decoded: Decoded | None) -> Picture:
             axes[0].plot(steps, smooth(rates), color="C0", linewidth=2)
         axes[0].set(title="Training", xlabel="optimizer step", ylabel="tokens/s", ylim=(0, None))
         if decoded:
-            names = ["plain", f"drafts from exit {run.draft_exit}"]
+            names = ["plain", _draft_source(run)]
             values = [decoded.report.plain_tokens_per_second, decoded.report.tokens_per_second]
             bars = axes[1].barh(names, values, color=["C9", "C0"], height=0.55)
             axes[1].bar_label(bars, fmt="{:,.0f}", padding=4)
@@ -181,6 +180,13 @@ def speed_picture(run: Run, decoded: Decoded | None) -> Picture:
     return Picture(
         draw, "Tokens per second of training over optimizer steps, and of decoding.", 1 + bool(decoded), (11, 3)
     )
+
+
+def _draft_source(run: Run) -> str:
+    """Say where the drafts of self-speculative decoding come from."""
+    exits = resolve_exits(run.decode, run.layers) if run.decode.policy == "adaptive" else (run.draft_exit,)
+    lookups = " and lookups" * bool(run.decode.lookup_length)
+    return f"drafts from exit{'s' * (len(exits) > 1)} {' '.join(map(str, exits))}{lookups}"
 
 
 def _tokens_seen(run: Run) -> float:
@@ -258,7 +264,7 @@ def _speed(run: Run, decoded: Decoded | None) -> str:
     acceptance = "" if math.isnan(report.acceptance) else f"{report.acceptance:.1%}"
     rows = [
         ["plain decoding", f"{report.plain_tokens_per_second:,.0f}", "1.00x", "", "1.00"],
-        [f"drafts from exit {run.draft_exit}", f"{report.tokens_per_second:,.0f}", f"{report.speedup:.2f}x", acceptance,
+        [_draft_source(run), f"{report.tokens_per_second:,.0f}", f"{report.speedup:.2f}x", acceptance,
          f"{report.tokens_per_round:.2f}"],
     ]  # fmt: skip
     same = "the same texts" if report.identical else "other texts, in which rounding decided a token"

@@ -20,7 +20,7 @@ import grain
 import numpy as np
 from etils import epath
 
-from layerskip_jax.command_line import make_parser, parse_config, positive, run_file
+from layerskip_jax.command_line import make_parser, number, parse_config, positive, run_file
 from layerskip_jax.config import Config, MeshConfig
 from layerskip_jax.config_dict import apply_overrides, saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -47,7 +47,9 @@ MOST_INVALID = 20
 def proxy_config(config: Config, width: int, steps: int) -> Config:
     """Return ``config`` with all its blocks at ``width``, trained for ``steps`` on sequences of at most 256 tokens.
 
-    The number of blocks stays, because the exits refer to it. A width of 0 keeps the model and the sequences.
+    The number of blocks stays, because the exits refer to it. A narrower proxy starts from random weights, with the
+    vocabulary of the tokenizer, even if the config starts from a checkpoint. A width of 0 keeps the model, its initial
+    weights and the sequences.
     """
     evaluate_every = -(-steps // RUNGS)
     settings: Overrides = {
@@ -58,18 +60,22 @@ def proxy_config(config: Config, width: int, steps: int) -> Config:
         "optimizer.warmup_steps": min(config.optimizer.warmup_steps, steps // 10),
     }
     if width:
-        heads = max(1, width // 64)
+        heads, length = max(1, width // 64), min(config.data.sequence_length, 256)
         settings |= {
             "model.dim": width,
             "model.num_heads": heads,
             "model.num_kv_heads": heads,
             "model.head_width": 0,
             "model.ffn_dim": 8 * -(-width * config.model.ffn_dim // (8 * config.model.dim)),
-            "data.sequence_length": min(config.data.sequence_length, 256),
+            "data.sequence_length": length,
             "train.batch_size": min(config.train.batch_size, 8),
-            "train.loss_chunk": min(config.train.loss_chunk, 64),
+            "train.accumulate": 1,
+            "train.loss_chunk": max(chunk for chunk in range(1, 65) if length % chunk == 0),
             "train.remat": "none",
         }
+        if config.train.init_from:
+            vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
+            settings |= {"train.init_from": "", "model.vocab_size": vocabulary}
         config = dataclasses.replace(config, mesh=MeshConfig())
     return apply_overrides(config, settings)
 
@@ -80,6 +86,8 @@ class Search:
     def __init__(self, config: Config, options: argparse.Namespace, space: SearchSpace):
         self.config, self.options, self.space = config, options, space
         self.folder = Path(options.folder)
+        if "://" in options.folder or (self.folder.exists() and not self.folder.is_dir()):
+            raise UserError(f"FOLDER must be a local folder, for the database of the study, not {options.folder}")
         self.proxy = proxy_config(config, options.width, options.steps)
         layers = config.model.num_layers
         self.exits = sorted(set(options.draft_exits or [max(1, layers // 4)]))
@@ -223,12 +231,17 @@ def _word(value: Any) -> str:
 
 
 def config_source(search: Search, found: Found, overrides: Overrides) -> str:
-    """Return the user's config file with the recipe, without the learning rate if the proxy has another width."""
+    """Return a config file: the user's config file and options, and the recipe.
+
+    The recipe's learning rate is left out if the proxy has another width.
+    """
     left_out = "optimizer.learning_rate" if search.options.width else ""
-    lines = "\n".join(f"    {name!r}: {value!r}," for name, value in overrides.items() if name != left_out)
-    model, given = search.proxy.model, search.options.config
-    base = f"load_config_file({given!r})" if given else "Config()"
-    imports = "from layerskip_jax.command_line import load_config_file" if given else "from layerskip_jax import Config"
+    given = {name: value for name, value in vars(search.options).items() if "." in name}
+    settings = given | {name: value for name, value in overrides.items() if name != left_out}
+    lines = "\n".join(f"    {name!r}: {value!r}," for name, value in settings.items())
+    model, file = search.proxy.model, search.options.config
+    base = f"load_config_file({file!r})" if file else "Config()"
+    imports = "from layerskip_jax.command_line import load_config_file" if file else "from layerskip_jax import Config"
     proxy = f"{model.num_layers} blocks x {model.dim}, {search.proxy.train.steps} steps"
     return f'''"""The recipe that layerskip search found on {proxy}.
 
@@ -238,13 +251,13 @@ Last exit: loss {100 * found.loss_increase:+.2f} % relative to the plain model; 
 {imports}
 from layerskip_jax.config_dict import apply_overrides
 
-RECIPE = {{
+SETTINGS = {{
 {lines}
 }}
 
 
 def get_config():
-    return apply_overrides({base}, RECIPE)
+    return apply_overrides({base}, SETTINGS)
 '''
 
 
@@ -257,8 +270,8 @@ def plot(results: list[tuple[Found, Overrides, int]], file: epath.Path) -> None:
         axis.scatter([100 * one.loss_increase for one in found], [100 * one.agreement for one in found], color="C9")
         front = sorted(one for one, is_best in zip(found, best, strict=True) if is_best)
         axis.plot([100 * one.loss_increase for one in front], [100 * one.agreement for one in front], "o-", color="C0")
-        for one, _, number in results:
-            axis.annotate(str(number), (100 * one.loss_increase, 100 * one.agreement), fontsize="small")
+        for one, _, trial in results:
+            axis.annotate(str(trial), (100 * one.loss_increase, 100 * one.agreement), fontsize="small")
         axis.axvline(0, color="C9", zorder=0)
         axis.set(
             title="recipes by number of trial; the frontier in blue",
@@ -288,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--loss_tolerance",
         metavar="X",
-        type=float,
+        type=number,
         default=0.005,
         help="accepted increase of the last exit's loss over the plain model's (default: 0.005)",
     )
@@ -320,8 +333,8 @@ def report(search: Search) -> None:
         raise UserError("no trial was trained to the end: allow more --minutes or more --trials")
     on_frontier = frontier([found for found, _, _ in results])
     rows = [
-        {"trial": number, **found._asdict(), "frontier": best, "settings": overrides}
-        for (found, overrides, number), best in zip(results, on_frontier, strict=True)
+        {"trial": trial, **found._asdict(), "frontier": best, "settings": overrides}
+        for (found, overrides, trial), best in zip(results, on_frontier, strict=True)
     ]
     best, overrides, _ = results[0]
     folder = epath.Path(search.folder)
@@ -331,8 +344,8 @@ def report(search: Search) -> None:
     if search.options.json:
         print(json.dumps(rows))
         return
-    for (found, settings, number), is_best in zip(results, on_frontier, strict=True):
-        print(f"{'frontier' if is_best else '':8} trial {number:3}: {shown(found, settings)}")
+    for (found, settings, trial), is_best in zip(results, on_frontier, strict=True):
+        print(f"{'frontier' if is_best else '':8} trial {trial:3}: {shown(found, settings)}")
     tolerance = search.options.loss_tolerance
     if best.loss_increase > tolerance:
         print(f"note: no recipe is within the loss tolerance of {100 * tolerance:.2f} %")

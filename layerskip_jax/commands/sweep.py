@@ -39,15 +39,16 @@ from layerskip_jax.decoding.cost import Overhead, round_cost
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.request import Generation
+from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.pictures import Picture, ink_on
 from layerskip_jax.model import Transformer
 
 SETTINGS = ("weights", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
-"""The settings that all measurements share; `sweep` chooses the others."""
+"""The settings that the user may fix."""
 
 CHOSEN = ("mode", "policy", "exit_layer", "draft_length", "lookup_length", "choices")
-"""The settings that tell measurements apart."""
+"""The settings that the sweep varies and stores."""
 
 CHOICES = 4
 """The choices at each position that the sweep tries."""
@@ -264,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     sources = (options.prompt, options.prompts, options.held_out)
     held_out = 8 if all(source is None for source in sources) else options.held_out
     texts = read_prompts(options.prompt, options.prompts, held_out, config)
-    prompts = [tokenizer.encode_prompt(text) for text in texts]
+    prompts = [*map(TextGenerator(model, tokenizer, settings).encode, texts)]  # with the chat template, if it is on
     longest = max(map(len, prompts))
     warn_beyond_context(config, longest + settings.max_new_tokens, "the longest prompt and max_new_tokens are")
     eos = () if settings.ignore_eos else tokenizer.end_tokens(config.model.vocab_size)

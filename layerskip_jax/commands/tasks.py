@@ -28,6 +28,7 @@ from layerskip_jax.config import DecodeConfig
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
+from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.text import Completion, TextGenerator
 from layerskip_jax.errors import UserError, nearest
@@ -218,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = apply_overrides(config.decode_settings, swept_settings(options.run, given) | given)
     tokenizer = load_tokenizer(str(tokenizer_path))
     model = with_weights(model, settings.weights)
+    settings = dataclasses.replace(settings, exit_layer=resolve_exit_layer(settings, config.model.num_layers))
     results = {}
     for name, task, examples in tasks:
         results[name], answered = run_task(

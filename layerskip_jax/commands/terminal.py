@@ -180,8 +180,8 @@ def mean_round_cost(parts: list[Generation], model: ModelConfig, config: DecodeC
         return _mean_exit_cost(model, {exit: sum(part.exit_rounds[exit] for part in parts) for exit in exits})
     if config.mode == "prompt_lookup" or not drafted:
         return round_cost(model, 0, 0)
-    # The cost is linear in d and in d E, so its mean over rounds is the cost at the mean exit of the drafts. A
-    # looked-up draft costs nothing; layer L counts them.
+    # Without overhead, the cost is linear in d and in d E. So the mean cost is the cost of the mean d at the mean exit
+    # of the drafts. Leave out lookups, which are counted under layer L: they need no draft pass.
     free = {model.num_layers} if config.lookup_length else set()
     drafts = [(exit, n) for part in parts for exit, n in part.exit_drafts.items() if exit not in free]
     drafted, layers = sum(n for _, n in drafts), sum(exit * n for exit, n in drafts)

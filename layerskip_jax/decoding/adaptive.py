@@ -83,9 +83,11 @@ class AdaptiveSpeculative(SelfSpeculative):
     def late_blocks(
         self, model: Transformer, plan: Plan, position: RotaryTables, token_B: jax.Array, cache: KVQCache
     ) -> tuple[list[jax.Array], jax.Array, list[LayerCache]]:
-        """Run W positions through the blocks after the planned exit, or one position through all blocks if W = 1.
+        """Run the W positions of ``position`` from their exit queries through the blocks after the planned exit.
 
-        Returns ``x_BWD`` at each candidate exit, the full model's ``logits_BWV``, and the caches.
+        W = 1 means that nothing was drafted: there are no exit queries, so run all blocks from the embedding. Returns
+        ``x_BWD`` at each candidate exit (up to the planned one, the exit queries), the full model's ``logits_BWV``, and
+        the caches.
         """
         width, layers = position.index_BT.shape[1], cache.layers
         plain = width == 1  # nothing was drafted, so no block has run yet: this is a round of plain decoding
@@ -109,7 +111,7 @@ class AdaptiveSpeculative(SelfSpeculative):
     ) -> Probe:
         """Compare all candidate exits with the full model, if the policy asks for it; else return ``none``."""
         width = logits_BWV.shape[1]
-        # Past the first rejected draft, the context is not the full model's text.
+        # Positions after the first rejected draft follow a wrong token, so they do not count.
         valid_BW = (jnp.arange(width)[None] <= verdict.accepted_B[:, None]) & ~state.done_B[:, None]
 
         def compare(none: Probe) -> Probe:

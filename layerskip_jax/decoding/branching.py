@@ -9,8 +9,9 @@ model's token after it: one token more than without other choices. On an acceler
 nothing, because reading the weights dominates the time of a pass.
 
 C is the number of choices at a position. A *node* is a token of the tree. Nodes are in groups of C, one group for each
-of Q = d+1 positions. Group 0 holds C copies of the last known token, of which only the first is used, so that every
-pass of a draft has C nodes. Group i holds the choices of draft i. M = Q C is the number of nodes.
+of Q = d+1 positions, so M = Q C is their number. Group i holds the choices of draft i; node i C + c is its choice c.
+Group 0 holds C copies of the last known token, of which only the first is used, so that every pass of a draft has C
+nodes.
 """
 
 import dataclasses

@@ -17,9 +17,9 @@ Hidden = tuple[jax.Array, list[LayerCache]]
 def run_if(condition: bool | jax.Array, run: Callable[[Carry], Carry], carry: Carry) -> Carry:
     """Return ``run(carry)`` if ``condition`` is true, else ``carry``.
 
-    Use this instead of `jax.lax.cond` when ``carry`` holds the KV cache. XLA copies the arrays that a conditional
-    returns, but a loop updates its carry in place, so this is a loop of one iteration or none. A Python bool is decided
-    at trace time and compiles to no loop at all.
+    Use this instead of `jax.lax.cond` when ``carry`` holds the KV cache: XLA copies the outputs of a conditional, but
+    updates the carry of a loop in place. So this is a loop of one iteration or none. A Python bool is decided at trace
+    time and compiles to no loop.
     """
     if isinstance(condition, bool):
         return run(carry) if condition else carry

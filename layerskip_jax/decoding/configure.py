@@ -55,11 +55,11 @@ def configure(config: DecodeConfig, model: Transformer) -> tuple[Transformer, St
         check(config, num_layers)
     if config.mode == "self_speculative" and config.choices > 1:
         exit_layer = resolve_exit_layer(config, num_layers)
-        greedy = isinstance(sampler, Greedy)
-        # A sampler with top-k cannot accept another token.
-        choices = config.choices if greedy else min(config.choices, config.top_k or config.choices)
-        branches = GreedyBranches() if isinstance(sampler, Greedy) else StochasticBranches(sampler)
-        return model, Branching(branches, exit_layer, config.draft_length, choices)
+        if isinstance(sampler, Greedy):
+            return model, Branching(GreedyBranches(), exit_layer, config.draft_length, config.choices)
+        # With top_k, only that many tokens can be accepted.
+        choices = min(config.choices, config.top_k or config.choices)
+        return model, Branching(StochasticBranches(sampler), exit_layer, config.draft_length, choices)
     if config.mode == "self_speculative":
         # With a fixed draft length, one verification width is enough.
         kind = SelfSpeculative if config.policy == "fixed" else AdaptiveSpeculative

@@ -147,7 +147,8 @@ def generate(
             text = fetch_text(state)
             # In numpy, since a jnp operation would compile here, in the timed part.
             done_B = text.done_B | np.asarray(on_rounds(text))
-            sharding = state.done_B.sharding if state.done_B.committed else None  # another would recompile
+            # Keep the sharding, and whether it is committed: jit recompiles if either changes.
+            sharding = state.done_B.sharding if state.done_B.committed else None
             state = dataclasses.replace(state, done_B=jax.device_put(done_B, sharding))
             if done_B.all():
                 break

@@ -40,10 +40,10 @@ class Hybrid:
     All rows of the batch run the same kind of round.
 
     - A round of ``speculation`` is expected to emit as many tokens per cost as its past rounds did.
-    - A lookup of d drafts is expected to emit 1 + a + ... + a^d tokens in a row, where a is the acceptance of earlier
-      lookups whose match was as long as this row's; without a match, 1. The mean over the active rows decides. Every
-      round compares the lookup's drafts with the tokens that it emits, even if it did not use them. So lookups are used
-      as soon as the text begins to repeat itself.
+    - Let a be the acceptance of earlier lookups whose match was as long as that of a row. The row is expected to get
+      1 + a + ... + a^d tokens from a lookup of d drafts, or one token if it has no match. The mean over the active
+      rows, divided by the cost, is the lookup's estimate. Every round compares the lookup's drafts with the tokens that
+      it emits, even if it did not use them. So lookups are used as soon as the text begins to repeat itself.
     - Plain decoding emits one token for a cost of one.
 
     The estimates weigh about the last ``horizon`` rounds, and `prior`. A lookup costs one pass of the full model, plus
@@ -137,7 +137,7 @@ class Hybrid:
         return dataclasses.replace(after, statistics=statistics)
 
     def exit_cost(self, config: ModelConfig, before: DecodeState, after: DecodeState) -> jax.Array:
-        """Return the cost of the round between two states, from the mean drafts per active row and their mean exit."""
+        """Return the cost of the round between two states, from its drafts per active row and their mean exit."""
         exits_X = jnp.array(self.speculation.exits)
         drafted_X = (after.statistics.drafted_X - before.statistics.drafted_X)[: len(exits_X)]
         drafted = jnp.sum(drafted_X) / jnp.maximum(jnp.sum(~before.done_B), 1)
@@ -154,8 +154,8 @@ def prior(max_ngram: int) -> Gains:
     """Return the gains before the first round: the exit emitted two tokens for the cost of one full pass, and 1.6 of
     2 looked-up tokens agreed.
 
-    Most texts gain less, so each source is tried. The sums of later rounds keep these counts, so a source that has not
-    been used for long is tried again.
+    Most texts gain less, so both sources are tried. `Hybrid.discounted` decays the sums towards these values instead of
+    0, so an exit that has not been used for long is tried again.
     """
     lookups = [jnp.full(max_ngram, count, jnp.float32) for count in (1.6, 2.0)]
     return Gains(jnp.float32(2.0), jnp.float32(1.0), *lookups)

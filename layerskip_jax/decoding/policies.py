@@ -28,14 +28,15 @@ class Plan(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Counts of the drafts that each of X candidate exits would get accepted at the positions of a verification.
+    """How far each of X candidate exits agrees with the full model, as counts of active rows by position.
 
-    Counts are sums over the active rows. A stochastic sampler adds up probabilities of acceptance instead of 0 and 1.
+    ``agreed / reached`` estimates the acceptance of the exit's draft q if the drafts before it were accepted. With a
+    stochastic sampler, the counts add up probabilities of acceptance instead of 0 and 1.
     """
 
     done: jax.Array  # whether this round compared the exits; the counts are 0 otherwise
-    agreed_XQ: jax.Array  # rows in which the exit's drafts 0..q would all be accepted
-    reached_XQ: jax.Array  # rows in which its drafts 0..q-1 would be accepted, and position q was verified
+    agreed_XQ: jax.Array  # rows in which the exit agrees at positions 0..q
+    reached_XQ: jax.Array  # rows in which it agrees at 0..q-1, and the round accepted the text up to position q
 
     @classmethod
     def none(cls, exits: int, width: int) -> "Probe":
@@ -235,8 +236,8 @@ class Adaptive:
 
     def best_plan(self, agreed_Xd: jax.Array, reached_Xd: jax.Array, cost_XQ: jax.Array) -> Plan:
         """Return the plan with the most expected tokens for its cost."""
-        # Smooth small counts with a prior worth two observations: `PRIOR_RATE` for an exit, and the exit's rate for
-        # each draft. An optimistic prior tries long drafts first: a round of them shows more than one of short drafts.
+        # Shrink the rate of each exit towards `PRIOR_RATE`, then the rate of each draft towards its exit's, each with
+        # the weight of two observations. The prior is optimistic: the first rounds draft long, and so learn more.
         weight = 2.0
         agreed_X1, reached_X1 = (jnp.sum(counts_Xd, axis=1, keepdims=True) for counts_Xd in (agreed_Xd, reached_Xd))
         rate_X1 = (agreed_X1 + weight * PRIOR_RATE) / (reached_X1 + weight)

@@ -32,16 +32,17 @@ class Int8Param(nnx.Param[Any]):
     """A matrix stored as a ``qwix.QArray``; indexing with ``[...]`` returns the float32 array ``q * scale``."""
 
     def get_value(self, *, index: Any = ...) -> jax.Array:
-        """Return ``(q * scale)[index]``. Under jit this is computed at each use and not stored."""
+        """Return ``(q * scale)[index]``. Under jit, a GPU or TPU computes it at each use; XLA:CPU does it once a call,
+        before the decode loop, and keeps the result."""
         return _qwix().dequantize(self.get_raw_value())[index]
 
 
 def quantized(model: Transformer) -> Transformer:
     """Return an unstacked copy of ``model`` with int8 matrices: ``q = round(w / scale)``, ``scale = max |w| / 127.5``.
 
-    The maximum is over an output channel. A weight takes 1 byte and a channel 4 bytes more; float32 takes 4 bytes per
-    weight. Activations, norms and the embedding are not quantized; a token reads only one row of the embedding. A tied
-    head becomes a separate int8 matrix.
+    The maximum is over an output channel. A weight takes 1 byte and a channel 4 bytes more. Activations, norms and the
+    embedding are not quantized; a token reads only one row of the embedding. A tied head becomes a separate int8
+    matrix.
     """
     qwix = _qwix()
     if not isinstance(model.blocks, nnx.List):

@@ -1,6 +1,7 @@
 """Checks of a generation request, and the result of a generation."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
@@ -94,8 +95,8 @@ def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
             "those of its parts @dataclasses.dataclass(frozen=True), and tuples in place of lists"
         ) from None
     d, exits = strategy.draft_length, list(strategy.exits)
-    # `cache.write_cache` needs the d+1 positions of a round to fit into any piece of the cache; the smallest piece
-    # has `BUCKET` slots.
+    # `LayerCache` splits the cache into several arrays along its length. `write_cache` writes the d+1 positions of a
+    # round through a window of that size in each of them, so d+1 must not exceed the shortest one: `BUCKET` slots.
     require(0 <= d < BUCKET, f"draft length {d} must be in 0..{BUCKET - 1}")
     for exit_layer in exits:
         require(
@@ -113,13 +114,15 @@ def _check_fields(part: Any) -> None:
     the program that was compiled for the first.
     """
     if dataclasses.is_dataclass(part):
+        fields, kind = {field.name for field in dataclasses.fields(part)}, type(part)
+        others = getattr(part, "__dict__", {}).keys() - fields  # a class with slots has no __dict__
         require(
-            vars(part).keys() <= {field.name for field in dataclasses.fields(part)},
-            f"{type(part).__name__} has attributes that are not dataclass fields, so jit cannot tell two instances "
+            all(isinstance(getattr(kind, name, None), functools.cached_property) for name in others),
+            f"{kind.__name__} has attributes that are not dataclass fields, so jit cannot tell two instances "
             "apart: give its class @dataclasses.dataclass(frozen=True)",
         )
-        for inner in vars(part).values():
-            _check_fields(inner)
+        for name in fields:
+            _check_fields(getattr(part, name))
 
 
 def _is_whole(value: Any) -> bool:
@@ -186,8 +189,8 @@ def known_tokens(text: HostText) -> list[list[int]]:
 class Generation:
     """The result of one `engine.generate` call: the new tokens of each prompt, times and counts.
 
-    Counts add up the rows of the batch; a row that is done no longer counts. ``rounds`` and, except for
-    `ConfidentExit`, ``exit_rounds`` count rounds of the loop instead, which all rows share. A strategy without exits
+    Drafts and the histogram are sums over the rows that are not done. ``rounds`` and ``exit_rounds`` count rounds of
+    the loop, which all rows share; only for `ConfidentExit`, ``exit_rounds`` counts tokens. A strategy without exits
     counts its rounds and drafts under layer L.
     """
 

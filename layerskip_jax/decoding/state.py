@@ -35,7 +35,8 @@ class KVQCache:
 class Statistics:
     """Counts over a generation. Rows that are done no longer count.
 
-    X is the number of the strategy's exits, or 1 if it has none: then the only entry counts every round and draft.
+    X is the number of the strategy's exits. For a strategy without exits X is 1, and that entry counts all rounds and
+    drafts.
     """
 
     rounds: jax.Array  # of the loop, which all rows share

@@ -32,7 +32,7 @@ class Completion:
 class Answer:
     """The completions of a batch of prompts, and the `Generation` that they come from.
 
-    The generation also counts the tokens that were generated after a stop string, which no completion contains.
+    The counts of the generation include tokens after a stop string; the completions do not.
     """
 
     completions: list[Completion]
@@ -48,7 +48,10 @@ class Piece:
 
 
 class TextGenerator:
-    """Generate text with an `unstacked` model and the strategy that a `DecodeConfig` asks for."""
+    """Generate text with an `unstacked` model and the strategy that a `DecodeConfig` asks for.
+
+    For ``weights`` int8, pass a model that `quantization.with_weights` returned.
+    """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: DecodeConfig):
         vocabulary = model.config.vocab_size
@@ -148,7 +151,8 @@ class TextGenerator:
 
 
 def _mark_special_tokens(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[dict[int, str], tuple[str, ...]]:
-    """Return a mark for each special token that is in a stop string, and the stop strings with and without marks.
+    """Return ``{token id: mark}`` for the special tokens that stop strings contain, and the stop strings: as given, and
+    with marks in place of these tokens.
 
     A special token has no text. The marks are lone surrogates, which no decoded text has.
     """

@@ -98,11 +98,10 @@ def _means(
     batches: Iterable[dict[str, np.ndarray]],
     config: Config,
 ) -> dict[str, np.ndarray]:
-    """Return means per token, one for each exit, by component of ``data.mixture``; their weighted mean is under ``""``.
+    """Return ``mean_L`` per token for each component of ``data.mixture``; the mean by their shares is under ``""``.
 
-    ``summed`` returns what to average, summed over the counted tokens of a batch (one sum for each exit), and the
-    number of these tokens. The weights are the shares of ``data.mixture``. Raises `UserError` if no token of a
-    component counts.
+    ``summed(batch)`` returns a sum over the unmasked tokens of a batch for each exit, and the number of these tokens.
+    Raises `UserError` if a component has no unmasked token.
     """
     shares = mixture_shares(config.data.mixture)
     totals = dict.fromkeys(shares, (np.zeros(config.model.num_layers), 0.0))
@@ -143,8 +142,8 @@ def exit_predictions(model: Transformer, tokens_BT: jax.Array, segments_BT: jax.
 def agreements(model: Transformer, batch: Batch) -> jax.Array:
     """Return ``count_L``: the unmasked positions at which each exit predicts the same token as the last exit.
 
-    As a fraction, this is the acceptance of the first draft of a round from that exit under greedy decoding of similar
-    text, and an upper bound for any draft policy.
+    As a fraction, this estimates the acceptance of the first draft of a round from that exit, for greedy decoding of
+    similar text.
     """
     next_LBT = exit_predictions(model, batch.inputs_BT, batch.segments_BT)
     return jnp.sum((next_LBT == next_LBT[-1:]) * batch.mask_BT[None], axis=(1, 2))

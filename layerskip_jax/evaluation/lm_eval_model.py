@@ -29,12 +29,12 @@ class BosPolicy(NamedTuple):
 class LayerSkipLM(TemplateLM):
     """The first ``exit_layer`` blocks (0: all) of an unstacked model, for lm-evaluation-harness.
 
-    ``bos.add`` is ``add_bos_token`` of lm-eval's ``hf`` class: by default the tokenizer decides whether texts begin
-    with BOS, and a text that spells the BOS gets no second one. With ``bos.score``, rolling likelihoods equal those of
-    the ``hf`` class, which include the likelihood of the BOS after another BOS; without it, they cover the text alone.
+    ``bos.add`` (True, False, or None: as the tokenizer does) is ``add_bos_token`` of lm-eval's ``hf`` class. A text
+    that already begins with BOS gets no second one. Rolling likelihoods always start from one BOS. With ``bos.score``,
+    they also score the BOS that a text begins with, as the ``hf`` class does; without it, only the rest of the text.
 
-    An exit before the last scores and generates alone; the last exit generates with ``settings``, by default with
-    self-speculation. ``max_length`` is the context [tokens].
+    An inner exit generates in mode early_exit, the last exit with ``settings``. ``max_length`` is the context
+    [tokens].
     """
 
     max_gen_toks = 256
@@ -62,7 +62,9 @@ class LayerSkipLM(TemplateLM):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.exit_layer, self.max_length, self.batch_size = exit_layer or layers, max_length, batch_size
         if self.exit_layer < layers:
-            self.settings = dataclasses.replace(settings, mode="early_exit", exit_layer=exit_layer, exit_threshold=0.0)
+            self.settings = dataclasses.replace(
+                settings, mode="early_exit", exit_layer=exit_layer, exit_threshold=0.0, choices=1
+            )
 
     @property
     def eot_token_id(self) -> int:
@@ -151,7 +153,7 @@ class LayerSkipLM(TemplateLM):
             for start in tqdm(range(0, len(group), size), disable=disable_tqdm, leave=False):
                 batch = group[start : start + size]
                 filled = [*batch, *[batch[-1]] * (size - len(batch))]  # keep the shape, to avoid a recompile
-                answer = generator.generate([requests[number].args[0] for number in filled])
+                answer = generator.generate([requests[number].args[0] for number in filled], first=start)
                 texts |= {n: completion.text for n, completion in zip(batch, answer.completions, strict=False)}
         return [texts[number] for number in range(len(requests))]
 

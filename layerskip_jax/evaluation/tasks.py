@@ -46,9 +46,10 @@ class Task:
     def prompt_for(
         self, example: Mapping[str, str], shots: Sequence[Mapping[str, str]], fits: Callable[[str], bool]
     ) -> tuple[str, bool]:
-        """Return the prompt, and whether it was shortened: it drops shots, then cuts ``shortens``, until it ``fits``.
+        """Return the prompt, and whether it was shortened.
 
-        A prompt that does not fit even then is returned too.
+        A prompt that does not satisfy ``fits`` first loses shots, then the end of the field ``shortens``. If it does
+        not fit even then, it is returned all the same.
         """
         own = self.prompt.format_map(example)
         solved = [self.prompt.format_map(shot) + self.wanted(shot) for shot in shots]

@@ -79,9 +79,9 @@ def predict_continuations(
 def acceptance_by_exit(continuations: Sequence[np.ndarray], draft_length: int) -> np.ndarray:
     """Return ``acceptance_L``: accepted drafts over drafts, if rounds of ``draft_length`` drafted from each exit.
 
-    ``continuations`` are the `predict_continuations` of texts of greedy decoding. A draft is then accepted if it and
-    those before it in its round are the tokens of the text, so the texts tell the acceptance of every exit without
-    decoding again. Rounds that a text cuts off do not count; NaN if no round remains.
+    This simulates the rounds on texts of greedy decoding: a draft is accepted if it and the drafts before it in its
+    round equal the text. So one text gives the acceptance of every exit. ``continuations`` are the
+    `predict_continuations` of the texts. Rounds that a text cuts off do not count; NaN if no round remains.
 
     >>> acceptance_by_exit([np.array([[7, 2, 3, 4, 5], [1, 2, 3, 4, 5]])], draft_length=2).tolist()
     [0.5, 1.0]

@@ -190,8 +190,8 @@ class WandbSink:
         self._run.finish()
 
 
-def read_records(run_dir: str) -> list[dict[str, Any]]:
-    """Return the records of ``RUN_DIR/metrics.jsonl`` in order; none without the file.
+def read_records(run_dir: str, last_step: int = 2**63 - 1) -> list[dict[str, Any]]:
+    """Return the records of ``RUN_DIR/metrics.jsonl`` up to ``last_step``, in order; none without the file.
 
     Skips lines that are no records, such as one that a killed process left half written.
     """
@@ -200,7 +200,7 @@ def read_records(run_dir: str) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines() if is_regular(path) else []:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**63:
+            if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] <= last_step:
                 records.append(record)
     return records
 
