@@ -105,7 +105,9 @@ class EarlyExitConfig:
     )
     dilation: int = setting(8, "R of the rotational curriculum: every R-th layer, shifted by one each step")
     e_scale: float = setting(
-        1.0, "e_scale of eq. 6, for all exits; 0 leaves only the loss of the last layer", "[0, inf)"
+        1.0,
+        "e_scale of eq. 6, for exits without exit_weights (not fixed); 0 leaves only the loss of the last layer",
+        "[0, inf)",
     )
     always_last: bool = setting(True, "rotational: the last layer has a loss at every step")
     exits: tuple[int, ...] = setting((), "fixed: the exits; rotational: those that take turns; empty: all", ANY)
@@ -315,7 +317,7 @@ class TrainConfig:
         "stop", "if a checkpoint cannot be written: stop, or (one process only) go_on, and try again at the next one"
     )
     bad_steps: int = setting(
-        5, "steps in a row that are not applied (not finite, or a loss spike) before the run stops"
+        5, "steps in a row that are not applied (not finite, a loss spike, or no counted token) before the run stops"
     )
     skip_spikes: float = setting(
         0.0, "skip a step whose loss exceeds its moving average by this factor; 0 skips none", "[0, inf)"
@@ -368,8 +370,8 @@ class Config:
         )
         early, layers = self.early_exit, self.model.num_layers
         skips_last = early.curriculum == "rotational" and not early.always_last
-        # Without always_last, a step has no loss if no exit is on (dilation above L), or only exits of weight 0: exit 1
-        # alone (dilation L; e(0) is 0), or any inner exits if e_scale is 0. Dilation 1 turns on all, with the last.
+        # Without always_last, some step has no loss in three cases. R > L: no exit is on. R = L: only exit 1 is on, and
+        # e(0) = 0. e_scale = 0: all inner exits have weight 0, so only R = 1 is valid, which always has the last exit.
         require(
             not skips_last or (early.dilation < max(layers, 2) and (early.e_scale > 0 or early.dilation == 1)),
             f"early_exit.always_last false leaves steps without a loss: early_exit.dilation, {early.dilation}, must be "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from layerskip_jax.checks import parse_value, require
@@ -18,29 +18,26 @@ RENAMED = {
 """Former names of settings in stored configs."""
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Return the config as nested dictionaries that JSON can store."""
-    return dataclasses.asdict(config)
-
-
 def saved_settings(config: Config) -> dict[str, Any]:
-    """Return what a checkpoint stores: `to_dict` without `Config.distributed`, which describes machines."""
-    return {group: settings for group, settings in to_dict(config).items() if group != "distributed"}
+    """Return what a checkpoint stores: the config as nested dictionaries for JSON, without `Config.distributed`, which
+    describes machines."""
+    return {group: settings for group, settings in dataclasses.asdict(config).items() if group != "distributed"}
 
 
-def changed_settings(config: Config) -> dict[str, Any]:
-    """Return the `saved_settings` that differ from their defaults, by their dotted names."""
-    defaults = saved_settings(Config())
+def changed_settings(config: Config, base: Config | None = None) -> dict[str, tuple[Any, Any]]:
+    """Return the values in ``base`` (by default the default config) and in ``config`` of the `saved_settings` that
+    differ, by their dotted names."""
+    old = saved_settings(base or Config())
     return {
-        f"{group}.{name}": value
+        f"{group}.{name}": (old[group][name], value)
         for group, settings in saved_settings(config).items()
         for name, value in settings.items()
-        if value != defaults[group][name]
+        if value != old[group][name]
     }
 
 
 def from_dict(values: Mapping[str, Any], kind: type[T], where: str = "") -> T:
-    """Rebuild a config from the output of `to_dict`; raises `UserError` for an unknown name or a wrong type.
+    """Rebuild a config from nested dictionaries; raises `UserError` for an unknown name or a wrong type.
 
     Settings that were renamed since a checkpoint was written keep their values.
     """
@@ -61,7 +58,13 @@ def from_dict(values: Mapping[str, Any], kind: type[T], where: str = "") -> T:
 
 
 def apply_overrides(defaults: T, overrides: dict[str, Any]) -> T:
-    """Return ``defaults`` with dotted ``overrides`` applied; the dataclasses check the result."""
+    """Return ``defaults`` with dotted ``overrides`` applied; the dataclasses check the result.
+
+    Raises `UserError` for an unknown name.
+    """
+    known = list(_setting_names(defaults))
+    for name in overrides.keys() - set(known):
+        raise UserError(f"unknown setting {name}{nearest(name, known)}")
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(typing.cast(Any, defaults)):
         value = getattr(defaults, field.name)
@@ -71,10 +74,16 @@ def apply_overrides(defaults: T, overrides: dict[str, Any]) -> T:
                 try:
                     changes[field.name] = apply_overrides(value, inner)
                 except UserError as error:  # DecodeConfig is also used alone, so its errors name no group
-                    if str(error).split()[0] not in inner:
+                    if str(error).split()[0] not in _setting_names(value):
                         raise
                     raise UserError(f"{field.name}.{error}") from error
         elif field.name in overrides:
             new = overrides[field.name]
             changes[field.name] = tuple(new) if isinstance(new, list) else new
     return dataclasses.replace(typing.cast(Any, defaults), **changes) if changes else defaults
+
+
+def _setting_names(config: Any, group: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{group}{field.name}"
+        yield from _setting_names(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]

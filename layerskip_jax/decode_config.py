@@ -78,5 +78,5 @@ class DecodeConfig:
             branches = self.mode == "self_speculative" and self.policy == "fixed" and not self.lookup_length
             needs = "mode self_speculative, policy fixed and lookup_length 0"
             require(branches, f"choices {self.choices} needs {needs}; or give choices 1")
-        require("" not in self.stop, "a stop string must not be empty")
+        require("" not in self.stop, "stop strings must not be empty")
         require_rising("exits", self.exits)

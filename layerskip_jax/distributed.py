@@ -160,10 +160,11 @@ def _gather(text: str) -> list[str]:
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
     """Return the rows of a batch on this process's devices; `UserError` if another process holds some of them too."""
-    indices: dict[Any, Any] = dict(sharding.devices_indices_map((batch_size, 1)))
+    by_rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+    indices: dict[Any, Any] = dict(by_rows.devices_indices_map((batch_size,)))
     local = {
         row
-        for device, (rows, _) in indices.items()
+        for device, (rows,) in indices.items()
         if device.process_index == jax.process_index()
         for row in range(*rows.indices(batch_size))
     }

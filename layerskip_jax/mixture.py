@@ -46,7 +46,8 @@ def parse_mixture(words: Sequence[str]) -> dict[str, Component]:
         )
     lightest = min((component.weight for component in components.values()), default=1.0)
     total = sum(component.weight for component in components.values())
-    require(total <= 1e6 * lightest, "data.mixture must give every corpus a weight of at least 1e-6 of their sum")
+    least = "data.mixture must give every corpus a weight of at least 1e-6 of their sum"
+    require(math.isfinite(total) and total <= 1e6 * lightest, f"{least}, which must be finite")
     return components
 
 

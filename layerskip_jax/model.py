@@ -81,7 +81,7 @@ class Block(nnx.Module):
         self.query_DNH = parameter(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), D)
         self.key_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), D)
         self.value_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), D)
-        self.output_NHD = parameter(rngs.params(), (N, H, D), ("heads", "head_dim", "embed"), D, out)
+        self.output_NHD = parameter(rngs.params(), (N, H, D), ("heads", "head_dim", "embed"), N * H, out)
         self.ffn_norm_D = nnx.Param(jnp.ones(D), axes=("embed",))
         self.gate_DF = parameter(rngs.params(), (D, F), ("embed", "ffn"), D)
         self.up_DF = parameter(rngs.params(), (D, F), ("embed", "ffn"), D)

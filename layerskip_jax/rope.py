@@ -57,7 +57,7 @@ def rotate(x_BTNH: jax.Array, position: RotaryTables) -> jax.Array:
     """Apply rotary positions (RoFormer, eq. 34). Dimension i pairs with i + H/2, as in Llama checkpoints."""
     half = x_BTNH.shape[-1] // 2
     if target_platform() == "tpu":
-        # A roll by half a head leaves half of each vector register empty. The matrix unit swaps the halves for less.
+        # Swap the halves by a matmul: a roll by half a head leaves half of each vector register empty.
         swap_HH = jnp.roll(jnp.eye(2 * half, dtype=x_BTNH.dtype), half, axis=1)
         swapped_BTNH = jnp.matmul(x_BTNH, swap_HH, precision=jax.lax.Precision.HIGHEST)  # exact in float32
     else:

@@ -1,8 +1,9 @@
 """The device mesh, and `RULES`, the one table that maps logical axes to mesh axes.
 
-To try another layout, edit `RULES`, and `_check_divides`, which checks that the mesh divides them. For example,
-``"embed": None`` replicates parameters over fsdp and sequence. The axis sequence is then free for another dimension:
-``"ffn": ("tensor", "sequence")`` shards the feed-forward width over tensor and sequence.
+To try another layout, edit `RULES`. Edit `_check_divides` too, which repeats the table to raise a `UserError` if the
+mesh does not divide a dimension. For example, ``"embed": None`` replicates parameters over fsdp and sequence. The axis
+sequence is then free for another dimension: ``"ffn": ("tensor", "sequence")`` shards the feed-forward width over tensor
+and sequence.
 """
 
 import math
@@ -101,10 +102,9 @@ def _check_divides(config: Config, data: int) -> None:
             f"data.sequence_length {config.data.sequence_length} is not divisible by mesh.sequence = "
             f"{wanted.sequence} devices"
         )
-    if config.train.loss_chunk % wanted.sequence:
-        raise UserError(
-            f"train.loss_chunk {config.train.loss_chunk} is not divisible by mesh.sequence = {wanted.sequence} devices"
-        )
+    chunk = min(config.train.loss_chunk, config.data.sequence_length)
+    if chunk % wanted.sequence:
+        raise UserError(f"train.loss_chunk {chunk} is not divisible by mesh.sequence = {wanted.sequence} devices")
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -197,10 +197,10 @@ def on_each_device(
 ) -> Callable[..., Any]:
     """Return ``f`` under `jax.shard_map`: every device runs it on its own shard of the arguments.
 
-    ``inputs`` holds the logical axes of each argument, for all arrays in it; () is replicated. ``output`` holds those
-    of the single output, or is a list with those of each output. ``along`` names logical axes: their mesh axes become
-    manual axes of the `shard_map`, and the compiler partitions the other mesh axes as before. None makes all axes
-    manual. Returns ``f`` itself if no axis is left to map: outside `jax.set_mesh`, or inside a `shard_map` over these
+    ``inputs`` has an entry for each argument: the logical axes of the leading dimensions of every array in it; ()
+    replicates them. ``output`` is one such entry, or a list with one for each output. ``along`` names the logical axes
+    to map over, by default all. Their mesh axes become manual, and the compiler still partitions the others. Returns
+    ``f`` itself if no axis is left to map: on one device, outside `jax.set_mesh`, or inside a `shard_map` over these
     axes.
     """
     mesh = jax.sharding.get_abstract_mesh()

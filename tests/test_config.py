@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from layerskip_jax.command_line import add_settings, load_config_file, make_parser, parse_config
 from layerskip_jax.config import Config, DecodeConfig, EarlyExitConfig, ModelConfig, OptimizerConfig
-from layerskip_jax.config_dict import from_dict, to_dict
+from layerskip_jax.config_dict import apply_overrides, from_dict
 from layerskip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +89,11 @@ def test_overrides_reach_their_fields():
         ([*FIXED, "3", "--early_exit.agreement_weight", "1"], r"agreement_weight must be in \[0, 1\), not 1.0"),
         (["--early_exit.distillation", "kd"], r"must be one of none, kl, argmax, acceptance"),
         (["--train.loss_chunk", "100"], r"train.loss_chunk 100 must divide data.sequence_length 256"),
+        (["--decode.temperature", "-1"], r"^decode.temperature must be in"),
+        (
+            ["--config", "configs/scratch_1b5.py", "--decode.choices", "4", "--decode.lookup_length", "2"],
+            r"^decode.choices",
+        ),
         (["--data.source", "jsonl"], r"data.source 'jsonl' needs data.path"),
         (["--config", "configs/quickstrat.py"], r"no config file .*did you mean 'configs/quickstart.py'"),
         (["--config"], r"--config: expected one argument"),
@@ -99,6 +104,19 @@ def test_mistakes_are_one_line_that_names_the_right_one(argv, message, monkeypat
     with pytest.raises(UserError, match=message) as error:
         parsed(*argv)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("early_exit.curiculum", "unknown setting early_exit.curiculum; did you mean 'early_exit.curriculum'"),
+        ("model", "unknown setting model"),
+        ("nonsense.x", "unknown setting nonsense.x"),
+    ],
+)
+def test_unknown_overrides_are_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        apply_overrides(Config(), {name: "fixed"})
 
 
 @given(
@@ -117,7 +135,7 @@ def test_a_config_survives_a_json_round_trip(layers, rate, stop, exits, weight):
         early_exit=EarlyExitConfig("fixed", exits=tuple(sorted(exits)), exit_weights=(weight,) * len(exits)),
         decode=dataclasses.replace(config.decode, stop=tuple(stop)),
     )
-    assert from_dict(json.loads(json.dumps(to_dict(config))), Config) == config
+    assert from_dict(json.loads(json.dumps(dataclasses.asdict(config))), Config) == config
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ from layerskip_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from layerskip_jax.config_dict import to_dict
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.training import loop as training
@@ -88,8 +87,8 @@ def config(corpus, tmp_path):
 
 def options(config):
     """Return the command line options that make ``config``."""
-    flat = {(g, n): v for g, settings in to_dict(config).items() for n, v in settings.items()}
-    default = {(g, n): v for g, settings in to_dict(Config()).items() for n, v in settings.items()}
+    flat = {(g, n): v for g, settings in dataclasses.asdict(config).items() for n, v in settings.items()}
+    default = {(g, n): v for g, settings in dataclasses.asdict(Config()).items() for n, v in settings.items()}
     return [
         f"--{g}.{n}={str(v).lower() if isinstance(v, bool) else v}" for (g, n), v in flat.items() if default[g, n] != v
     ]

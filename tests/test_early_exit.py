@@ -126,6 +126,13 @@ def test_custom_exit_weights():
         ({"layer_scale": lambda L: 7.0 * jnp.arange(L)}, r"drop rates must be in \[0, 1\), not .* at step"),
         ({"exit_scale": lambda L: 1 - jnp.arange(L)}, "exit weights must not be negative"),
         ({"curriculum": FixedExits((1, 3)), "exit_scale": jnp.ones, "exits": (3,)}, r"must list every exit .*: \[1\]"),
+        (
+            {
+                "curriculum": lambda t, total, L: (jnp.arange(L) == L - 1) | ((jnp.arange(L) == 2) & (t == 5)),
+                "exits": (2,),
+            },
+            r"must list every exit .*: \[3\] at step 5",
+        ),
         ({"distillation": SelfDistillation(kl_divergence)}, "distillation needs its exits"),
         ({"agreement": SelfDistillation(kl_divergence)}, r"agreement_exit 0 must be one of its exits \(\)"),
         (

@@ -259,6 +259,7 @@ def test_the_kept_components_of_a_changed_mixture_go_on(mixed, tmp_path):
         (["nan=text:a"], "a weight must be finite and more than 0"),
         (["inf=text:a"], "a weight must be finite and more than 0"),
         (["1=text:a", "1e-9=text:b"], "must give every corpus a weight of at least 1e-6 of their sum"),
+        (["1e308=text:a", "1e308=text:b"], "of their sum, which must be finite"),
         (["1=text:a", "2=text:a"], "data.mixture has text:a twice: add its weights up in one word"),
         (["1=txt:a"], "data.mixture 1=txt:a: no source 'txt'; did you mean 'text'"),
         (["1=text"], "data.mixture 1=text: text needs its data.path after a colon"),

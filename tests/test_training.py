@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from corpora import VOCABULARY
+from flax import nnx
 
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.reading import load_model
@@ -25,6 +26,7 @@ from layerskip_jax.config import (
     DecodeConfig,
     EarlyExitConfig,
     LayerDropoutConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -63,6 +65,17 @@ def config(corpus, tmp_path):
 
 def changed(config, group, **values):
     return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
+
+
+def test_a_run_on_a_mesh_with_a_sequence_axis_trains_like_one_without(config, tmp_path):
+    config = changed(changed(config, "model", num_kv_heads=2), "train", sample_every=0)
+    states = []
+    for name, mesh in [("rows", MeshConfig(data=8)), ("sequence", MeshConfig(data=4, sequence=2))]:
+        run = dataclasses.replace(changed(config, "train", run_dir=str(tmp_path / name)), mesh=mesh)
+        # Every shard of the rows draws the same dropout mask, so two numbers of shards would differ.
+        states.append(train(changed(run, "layer_dropout", p_max=0.0)))
+    for a, b in zip(*(jax.tree.leaves(nnx.state(state.model)) for state in states), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 class Stopped(BaseException):

@@ -47,7 +47,7 @@ def train_command(config: Config) -> list[str]:
     """Return the parts of a command that trains this config: ``layerskip train``, then one part for each setting that
     differs from its default."""
     words = ["layerskip train"]
-    for name, value in changed_settings(config).items():
+    for name, (_, value) in changed_settings(config).items():
         values = value if isinstance(value, tuple) else (str(value).lower() if isinstance(value, bool) else value,)
         words.append(" ".join([f"--{name}", *(shlex.quote(str(one)) for one in values)]))
     return words

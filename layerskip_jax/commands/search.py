@@ -202,8 +202,8 @@ class Search:
         return False
 
     def found(self, config: Config, step: int, quality: ExitQuality) -> Found:
-        """Return the quality of the last exit and of the drafting exit, the first of ``early_exit.exits``."""
-        exit_layer = min(config.early_exit.exits or self.exits)
+        """Return the quality of the last exit and of the drafting exit."""
+        exit_layer = config.trained_draft_exit or self.exits[0]
         agreement = float(quality.agreement_L[exit_layer - 1])
         increase = float(quality.loss_L[-1]) / self.plain_loss[step] - 1
         return Found(increase, agreement, best_speedup(self.config.model, exit_layer, agreement))

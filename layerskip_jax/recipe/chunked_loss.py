@@ -143,9 +143,10 @@ class ExitContext(NamedTuple):
 def exit_with_saved_gradients(
     context: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
 ) -> tuple[jax.Array, nnx.Param, ExitLosses]:
-    """Compute an exit's loss and all its gradients now, and save those of ``x`` and the norm for the backward pass.
+    """Compute an exit's loss and all its gradients now, and attach those of ``x`` and the norm to its objective.
 
-    Returns ``x``, the sum of ``d_matrix`` and this exit's gradient of the head's matrix, and the losses.
+    Returns ``x`` unchanged, ``d_matrix`` plus this exit's weighted gradient of the head's matrix, and the losses.
+    `fused_exit_losses` attaches the sum of these gradients once, for all exits.
     """
 
     def on(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
@@ -166,7 +167,7 @@ def exit_with_recomputed_logits(
 ) -> tuple[jax.Array, nnx.Param, ExitLosses]:
     """Compute an exit's loss and the gradient of the head's matrix now, and the other gradients in the backward pass.
 
-    Returns what `exit_with_saved_gradients` returns.
+    Returns what `exit_with_saved_gradients` returns, but here ``x`` carries the exit's gradient.
     """
 
     def on(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
@@ -191,7 +192,11 @@ def add_resharded(total: nnx.Param, d_matrix: nnx.Param) -> nnx.Param:
 
 @jax.custom_vjp
 def attach_gradient(value: jax.Array, at: Any, gradient: Any) -> jax.Array:
-    """Return ``value``; in the backward pass, ``at`` receives ``gradient`` times the cotangent of ``value``."""
+    """Return ``value``, and add ``gradient`` to its derivative with respect to ``at``.
+
+    The backward pass passes the cotangent of ``value`` on to ``value``, and ``gradient`` times that cotangent to
+    ``at``. So a gradient that the forward pass computed counts as if JAX had differentiated the loss.
+    """
     return value
 
 
@@ -205,9 +210,12 @@ attach_gradient.defvjp(
 def attach_recomputed_gradient(
     loss: ChunkedLoss, x_BTD: jax.Array, norm_D: nnx.Param, value: jax.Array, frozen: tuple[jax.Array, Any, Labels]
 ) -> tuple[jax.Array, jax.Array]:
-    """Return ``x`` and ``value``; the backward pass recomputes the logits for the gradients of ``x`` and the norm.
+    """Return ``x`` and ``value`` unchanged; the backward pass recomputes the logits, and adds the exit's gradients.
 
-    ``frozen`` is the exit's weight, the head's matrix and the labels, which receive no gradient here.
+    It adds the gradient with respect to ``x`` to the cotangent of ``x``. That is why ``x`` passes through here: the
+    addition happens inside the conditional, so an exit that is off needs no array of zeros. ``frozen`` is the exit's
+    weight (here only the switch: the caller multiplies by it), the head's matrix and the labels. They receive no
+    gradient here.
     """
     return x_BTD, value
 
@@ -220,7 +228,6 @@ def _attach_backward(loss: ChunkedLoss, residuals: Any, cotangents: tuple[jax.Ar
     x_BTD, norm_D, (weight, matrix, labels) = residuals
     d_x_BTD, d_value = cotangents
 
-    # Add inside the conditional, so that an exit that is off needs no array of zeros.
     def on(d_x_BTD: jax.Array) -> Any:
         _, exit_d_x_BTD, (d_norm_D, _) = loss.value_and_gradients((norm_D, matrix), x_BTD, labels, d_value)
         return d_x_BTD + exit_d_x_BTD, d_norm_D

@@ -36,7 +36,7 @@ def kl_divergence(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.A
 
 
 def argmax_cross_entropy(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array:
-    """``-log q(argmax p)``: under greedy decoding a draft is accepted where q and p have the same argmax."""
+    """``-log q(argmax p)``: greedy decoding accepts a draft where q and p have the same argmax."""
     return negative_log_likelihood(logits_BCV, jnp.argmax(teacher_logits_BCV, axis=-1))
 
 

@@ -26,8 +26,8 @@ ExitLoss = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax
 """``(g, x_BCD, targets_BC, mask_BC, teacher) -> loss``: the loss of an exit, summed over counted positions [nats].
 
 ``g(x_BCD)`` returns the logits of C positions of each sequence. ``teacher`` holds the arrays of `Recipe.teacher` at
-these positions, or None if the recipe has no teacher. In `Recipe.distillation` it is ``(x_L, m)``, in
-`Recipe.agreement` ``(x_E, a)``.
+these positions, or None if the recipe has no teacher. A loss given as `Recipe.distillation` gets ``(x_L, m)`` instead,
+one given as `Recipe.agreement` ``(x_E, a)``.
 """
 
 

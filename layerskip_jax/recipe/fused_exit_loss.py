@@ -110,8 +110,8 @@ def fused_exit_losses(
     costs 8 D V FLOPs per token instead of 6.
 
     If ``settings.exits`` names the exits, the scan over blocks keeps only their hidden states, and their losses are
-    computed after it. The gradients with respect to ``x`` are then saved whatever ``remat`` is, but for these exits
-    alone; no logits are recomputed. These exits and the last one can teach each other.
+    computed after it. Their gradients with respect to ``x`` are then saved for every ``remat``, one array for each
+    named exit, and no logits are recomputed. These exits and the last one can teach each other.
 
     Only the objective has a gradient; ``loss_L`` has none.
     """
@@ -191,9 +191,10 @@ def run_blocks_and_keep(
         kept_KBTD = jax.lax.dynamic_update_index_in_dim(kept_KBTD, value_BTD, slot, 0)
         return (run_named_block(block, x_BTD, mask), kept_KBTD), None
 
-    # Exit e reads the input of block e; blocks are counted from 0. Every block writes its input to the slot of the next
-    # exit, so block e is the last to change the slot of exit e. Blocks after the last of `settings.exits` write the
-    # last slot's own value back. XLA updates one slot in place, but would copy all slots for a conditional.
+    # The hidden state of exit e is the input of block e, counted from 0. Every block overwrites the slot of the next
+    # exit with its input, so the slot of exit e ends with the input of block e. Blocks after the last of
+    # `settings.exits` write the last slot back unchanged: XLA updates one slot in place, but would copy all slots for a
+    # conditional.
     exit_K, layer_L = jnp.array(settings.exits), jnp.arange(L)
     slot_L = jnp.minimum(jnp.searchsorted(exit_K, layer_L), K - 1)
     up_to_last_exit_L = layer_L <= exit_K[-1]

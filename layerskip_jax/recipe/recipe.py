@@ -38,7 +38,9 @@ from layerskip_jax.recipe.layer_dropout import (
 from layerskip_jax.recipe.skipping import apply_skipping
 
 Teacher = Callable[[Transformer, jax.Array, jax.Array], Any]
-"""``(model, inputs_BT, segments_BT) -> arrays [B, T, ...]``, computed once a step, for `Recipe.exit_loss`."""
+"""``(model, inputs_BT, segments_BT) -> arrays [B, T, ...]``: the argument ``teacher`` of `Recipe.exit_loss`.
+
+It is called once for each microbatch, and the model receives no gradient from it."""
 
 IsSpike = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """``is_spike(objective, gradient_norm, loss_ema)``: whether to skip the update; ``loss_ema`` is 0 before the first."""
@@ -131,7 +133,8 @@ class Recipe:
         return isinstance(self.apply_dropout, Skipping)
 
     def check(self) -> None:
-        """Raise `UserError` if a function returns a bad shape or value at the first, the middle or the last step."""
+        """Raise `UserError` if a function returns a bad shape, or a bad value at one of up to 200 steps: the first 100,
+        and 100 over the whole run."""
         L, T = self.num_layers, self.total_steps
 
         def parts(step: jax.Array) -> dict[str, jax.Array]:
@@ -144,7 +147,7 @@ class Recipe:
             require(part.shape == shape, f"the recipe's {name} must return {wanted}, not the shape {part.shape}")
         rising = list(self.exits) == sorted(set(self.exits)) and all(1 <= e < L for e in self.exits)
         require(rising, f"the recipe's exits must increase within 1..{L - 1}, not be {self.exits}")
-        steps = sorted({0, T // 2, T - 1})
+        steps = sorted({*range(min(T, 100)), *np.linspace(0, T - 1, 100).astype(int).tolist()})
         for step in steps:
             rates_L, weights_L = map(np.asarray, _rates_and_weights(self, step))
             allowed = np.all((rates_L >= 0) & (rates_L < 1))
@@ -157,11 +160,13 @@ class Recipe:
         require(self.distillation is None or bool(self.exits), "the recipe's distillation needs its exits")
         for name in ("distillation_share", "agreement_share"):
             shares = [float(getattr(self, name)(step, T)) for step in steps]
-            require(min(shares) >= 0 and max(shares) <= 1, f"the recipe's {name} must be in [0, 1], not {shares}")
+            wrong = [share for share in shares if not 0 <= share <= 1]
+            require(not wrong, f"the recipe's {name} must be in [0, 1], not {wrong[:3]}")
         if self.agreement is not None:
             listed = f"the recipe's agreement_exit {self.agreement_exit} must be one of its exits {self.exits}"
             require(self.agreement_exit in self.exits, listed)
-            require(max(shares) > 0, f"the recipe's agreement_share must be positive at some step, not {shares}")
+            positive = f"the recipe's agreement_share must be positive at some step, not {shares[:3]}"
+            require(max(shares) > 0, positive)
 
     def check_rows(self, rows: int) -> None:
         """Raise `UserError` if dropout cannot split ``rows``, the sequences of a microbatch on one device."""

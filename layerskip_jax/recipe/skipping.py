@@ -1,9 +1,10 @@
 """Layer dropout that does not compute what it drops, in the forward and the backward pass, with static shapes.
 
-Each device splits its own R sequences into I groups of J. A loop runs the block on the groups that contain a kept
-sequence; its trip count is only known at run time. JAX cannot differentiate such a loop in reverse mode, so a second
-loop over the same groups computes the backward pass. The residuals of `jax.vjp` (all of them, or those that
-`jax.checkpoint` saves) are stored in arrays with one slot per group, and only the slots of executed groups are written.
+Each device sorts its own R sequences, kept ones first, and splits them into I groups of J. A loop runs the block on the
+first ceil(kept / J) groups; this trip count is only known at run time. JAX cannot differentiate such a loop in reverse
+mode, so a second loop over the same groups computes the backward pass. It reads the residuals of `jax.vjp` (all of
+them, or those that `jax.checkpoint` saves) from arrays with one slot per group, which the first loop wrote. Residuals
+that do not depend on the rows, such as weights in the compute dtype, are computed again.
 """
 
 import dataclasses

@@ -35,7 +35,7 @@ from layerskip_jax.checkpoint.run_folder import (
     sha256,
 )
 from layerskip_jax.config import Config
-from layerskip_jax.config_dict import saved_settings
+from layerskip_jax.config_dict import changed_settings, saved_settings
 from layerskip_jax.data.corpus import resume_mixture
 from layerskip_jax.data.load_tokenizer import find_tokenizer, load_tokenizer
 from layerskip_jax.data.position import DataPosition
@@ -43,7 +43,7 @@ from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import agree, first_message
 from layerskip_jax.errors import UserError, warn
 from layerskip_jax.locations import write_file
-from layerskip_jax.training.optimizer import learning_rate
+from layerskip_jax.training.optimizer import learning_rate, schedule_count
 from layerskip_jax.training.run_lock import RunLock
 from layerskip_jax.training.step import TrainState
 
@@ -247,9 +247,10 @@ class Checkpoints:
         if problem:
             return None, problem
         resumed, data_notes = resume_mixture(saved, self._config, corpus, data.corpus)
-        self.resumed = "; ".join([*_resumed(saved, self._config, step), *data_notes])
         data.set_state(positions, self._config.train.batch_size, resumed)
         item = with_arrays(_optimizer_item(abstract), optimizer)
+        updates = int(schedule_count(item["state"]))
+        self.resumed = "; ".join([*_resumed(saved, self._config, step, updates), *data_notes])
         model = with_arrays(abstract.model, model)
         return TrainState(step=item["step"], model=model, opt_state=item["state"], loss_ema=item["usual"]), ""
 
@@ -297,22 +298,19 @@ def make_run_folder(config: Config) -> None:
         raise UserError(f"the run folder {config.train.run_dir} (train.run_dir) cannot be created: {error}") from error
 
 
-def _resumed(saved: Config, config: Config, step: int) -> list[str]:
-    """Describe a resumed run: its next step, a jump of the learning rate, and the settings that changed."""
+def _resumed(saved: Config, config: Config, step: int, updates: int) -> list[str]:
+    """Describe a resumed run: its next step, a jump of the learning rate, and the settings that changed.
+
+    The learning rate follows the count of ``updates``, which leaves out skipped steps.
+    """
     lines = [f"resuming after step {step}"]
     if step >= config.train.steps:
         lines = [f"the run has {step} steps already, so nothing is trained (train.steps)"]
     else:
-        old_rate, rate = (float(learning_rate(settings)(step)) for settings in (saved, config))
+        old_rate, rate = (float(learning_rate(settings)(updates)) for settings in (saved, config))
         if abs(rate - old_rate) > 1e-6 * max(old_rate, rate):
             lines.append(f"the learning rate of step {step + 1} goes from {old_rate:.3g} to {rate:.3g}")
-    old = saved_settings(saved)
-    changed = [
-        f"{group}.{name} {old[group][name]} -> {value}"
-        for group, settings in saved_settings(config).items()
-        for name, value in settings.items()
-        if old[group][name] != value
-    ]
+    changed = [f"{name} {old} -> {value}" for name, (old, value) in changed_settings(config, base=saved).items()]
     return [*lines, *([f"changed settings: {', '.join(changed)}"] if changed else [])]
 
 

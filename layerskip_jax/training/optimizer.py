@@ -12,7 +12,7 @@ from layerskip_jax.config import Config
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Linear warmup to the peak, then ``optimizer.schedule`` to ``final_fraction`` of it at the last step."""
+    """Linear warmup to the peak, then ``optimizer.schedule``, at ``final_fraction`` one step after the last."""
     settings, peak, warmup = config.optimizer, config.optimizer.learning_rate, config.optimizer.warmup_steps
     steps, end, start = max(config.train.steps - warmup, 1), peak * settings.final_fraction, peak / max(warmup, 1)
     decay = max(round(settings.decay_fraction * config.train.steps), 1)
@@ -67,7 +67,11 @@ def matrix_axes(params: Any) -> Any:
 
 
 def muon(schedule: optax.Schedule, beta1: float, beta2: float, decay: float) -> optax.GradientTransformation:
-    """Muon for the matrices of the blocks, adamw for the rest, both with updates of RMS 0.2 (arXiv 2502.16982)."""
+    """Muon for the matrices of the blocks, adamw for the rest.
+
+    Muon's updates are scaled to an RMS of 0.2, about that of adamw's, so that both share one learning rate
+    (arXiv 2502.16982).
+    """
     directions = optax.contrib.muon(
         learning_rate=1.0,
         beta=beta1,
@@ -76,7 +80,8 @@ def muon(schedule: optax.Schedule, beta1: float, beta2: float, decay: float) -> 
         muon_weight_dimension_numbers=matrix_axes,
         consistent_rms=0.2,
     )
-    # The learning rate and weight decay come after both optimizers, so that the state holds one schedule.
+    # Apply weight decay and the schedule once, after both optimizers. Each would otherwise hold a schedule of its own,
+    # and `schedule_count` needs exactly one.
     return optax.chain(directions, optax.add_decayed_weights(-decay, decay_mask), optax.scale_by_schedule(schedule))
 
 

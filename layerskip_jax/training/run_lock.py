@@ -1,9 +1,10 @@
 """One writer for a run folder: a lock that names its process, shows signs of life, and is taken over when stale.
 
 ``RUN_DIR/writer.json`` names the process and its last step. The process rewrites the file every few seconds and removes
-it at the end. Another process takes it over if the first is gone or does not rewrite it: for ``train.hang_seconds``, or
-for a few beats if the lock names the same host. Whatever the clocks of two hosts say, a lock of another host is taken
-over only if the file does not change during the wait. The file's age only shortens the wait.
+it at the end. Another process takes it over if the first has ended, or has not rewritten the file for
+``train.hang_seconds``. If the lock names this host, but not a live process of this kernel that writes in this folder, a
+few beats without a change are enough. Whatever the clocks of two hosts say, a lock of another host is taken over only
+if the file does not change during the wait. The file's age only shortens the wait.
 """
 
 import contextlib
@@ -32,7 +33,8 @@ LOCK = "writer.json"
 BEAT_SECONDS, LOCAL_BEAT_SECONDS = 10.0, 2.0
 """Seconds between signs of life in a bucket and in other folders, at most a quarter of ``train.hang_seconds``."""
 SETTLE_SECONDS = 1.0
-"""Seconds that a write to a bucket may take. Two processes that start together then both see the later write."""
+"""Seconds between writing the lock to a bucket and reading it again. Of two processes that start together, the one
+whose lock was overwritten then gives up."""
 
 Sign = tuple[int, bytes]
 """When the file was last changed [seconds], and its content."""
@@ -98,11 +100,13 @@ class RunLock:
         self._thread.start()
 
     def _wait(self, found: Sign) -> str:
-        """Return who left the lock ``found`` and why it is stale, or "" if it is removed while this waits.
+        """Return why the lock ``found`` is stale, or "" if it is removed while this waits.
 
-        Decides at once if the process is of this kernel and is gone (stale), or if it runs and wrote the lock of this
-        very folder within ``train.hang_seconds`` (alive). Otherwise watches the file for a change: for a few beats, or
-        for up to ``train.hang_seconds`` if the lock names another host. Raises `UserError` if the process is alive.
+        Raises `UserError` if its process is alive. A process of this kernel is decided at once: stale if it has ended,
+        alive if it runs and wrote the lock of this very folder within ``train.hang_seconds``. In all other cases, this
+        waits for the file to change, which shows that the process is alive. It waits 2.5 beats if the lock names this
+        host (a restarted container, a copied folder, a process that hangs). For another host it waits until the file
+        is ``train.hang_seconds`` old, and at least 2.5 beats.
         """
         holder, silent = _parse(found), time.time() - found[0]
         one_kernel = (holder.host, holder.system) == (self._me.host, self._me.system)

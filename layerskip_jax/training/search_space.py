@@ -53,7 +53,7 @@ class Found(NamedTuple):
     agreement: float
     """Fraction of held-out tokens for which the drafting exit predicts what the last exit predicts."""
     speedup: float
-    """`cost.best_speedup` of the user's config if drafts are accepted as often as the exits agree."""
+    """Predicted for the user's config (`cost.best_speedup`), with the agreement as the acceptance."""
 
     def score(self, tolerance: float) -> float:
         """``speedup - 100 max(0, loss_increase - tolerance)``: 1 % of loss beyond the tolerance costs 1.0x.

@@ -123,7 +123,7 @@ class Trainer:
             exit_weight_L=weight_L,
             drop_rate_L=drop_rate_L,
             gradient_norm=norm,
-            gradient_norm_L=_norm_by_layer(grads.blocks),
+            gradient_norm_L=jax.vmap(optax.tree.norm)(grads.blocks),
             # The schedule counts applied steps only, so `state.step` may be ahead of it.
             learning_rate=jnp.asarray(learning_rate(self.config)(schedule_count(state.opt_state))),
             tokens=tokens,
@@ -215,10 +215,5 @@ class Trainer:
         return DropoutMask(keep_ALB, jnp.tile(dropout_mask.scale_L, (parts, 1)))
 
 
-def _update_ema(mean: jax.Array, value: jax.Array, decay: float = 0.98) -> jax.Array:
-    return jnp.where(mean == 0, value, decay * mean + (1 - decay) * value)
-
-
-def _norm_by_layer(stacked: Any) -> jax.Array:
-    squares = [jnp.sum(leaf * leaf, axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(stacked)]
-    return jnp.sqrt(sum(squares[1:], squares[0]))
+def _update_ema(mean: jax.Array, value: jax.Array) -> jax.Array:
+    return jnp.where(mean == 0, value, 0.98 * mean + 0.02 * value)
