@@ -169,9 +169,10 @@ def same_share(ours: Generation, plain: Generation) -> float:
 
 
 def trained_config(sizes: Sizes, folder: str) -> Config:
-    """Return the config of `trained`: each step has the loss of one exit, in rotation, as in configs/quickstart.py.
+    """Return the config of `trained`: the loss of one exit per step, in rotation.
 
-    The run ends when its time is up, so no schedule may depend on the number of steps.
+    This is the recipe ``tuned`` of docs/results/evidence.md. The run ends when its time is up, so no schedule may
+    depend on the number of steps.
     """
     layers = sizes.trained.num_layers
     return Config(

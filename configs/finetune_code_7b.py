@@ -28,7 +28,7 @@ def get_config() -> Config:
             init_from="llama-7b",
             steps=10_000,
             batch_size=128,
-            loss_chunk=512,  # x 2 sequences per chip = 1,024 tokens per chunk (tpu/README.md)
+            loss_chunk=512,  # x 2 sequences per chip = 1,024 tokens per chunk
         ),
         decode=DecodeConfig(exit_layer=6, draft_length=12),
     )

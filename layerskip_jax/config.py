@@ -105,9 +105,7 @@ class EarlyExitConfig:
     )
     dilation: int = setting(8, "R of the rotational curriculum: every R-th layer, shifted by one each step")
     e_scale: float = setting(
-        1.0,
-        "e_scale of eq. 6, for exits without exit_weights (not fixed); 0 leaves only the loss of the last layer",
-        "[0, inf)",
+        1.0, "e_scale of eq. 6, if the exits have no exit_weights; 0 leaves only the loss of the last layer", "[0, inf)"
     )
     always_last: bool = setting(True, "rotational: the last layer has a loss at every step")
     exits: tuple[int, ...] = setting((), "fixed: the exits; rotational: those that take turns; empty: all", ANY)

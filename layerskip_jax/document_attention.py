@@ -23,18 +23,19 @@ def attend_documents(
     ``backend`` is `ModelConfig.attention`; the choice is made at trace time.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
     match choose_backend(backend, target_platform(), T, H, q_BTNH.dtype):
         case "splash":
             return attend_splash(q_BTNH, k_BTKH, v_BTKH, segments_BT)
         case "cudnn":
             # cuDNN gets the documents as a [B, 1, T, T] bias, which doubles the kernel's time on an H100
             # (docs/results/h100.md). Its packed layout needs none, but JAX offers that in private functions only.
-            same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
             return jax.nn.dot_product_attention(
-                q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, implementation="cudnn"
+                q_BTNH, k_BTKH, v_BTKH, mask=same_BTS[:, None], is_causal=True, implementation="cudnn"
             )
         case _:
-            return attend(q_BTNH, [k_BTKH.swapaxes(1, 2)], [v_BTKH.swapaxes(1, 2)], same_document(segments_BT))
+            visible_BTS = same_BTS & jnp.tril(jnp.ones((T, T), bool))[None]
+            return attend(q_BTNH, [k_BTKH.swapaxes(1, 2)], [v_BTKH.swapaxes(1, 2)], visible_BTS)
 
 
 def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype: jnp.dtype) -> str:
@@ -100,10 +101,3 @@ def attend_splash(
     queries, keys = ("batch", None, "attended_heads", None), ("batch", None, "attended_kv_heads", None)
     split = on_each_device(on_device, [queries, keys, keys, ("batch", None)], queries)
     return split(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-
-
-def same_document(segments_BT: jax.Array) -> jax.Array:
-    """Return ``visible_BTS`` for training: the position itself and earlier ones of the same document."""
-    T = segments_BT.shape[1]
-    causal_TS = jnp.tril(jnp.ones((T, T), bool))
-    return causal_TS[None] & (segments_BT[:, :, None] == segments_BT[:, None, :])

@@ -96,7 +96,13 @@ def finetuning(model: ModelConfig, *, chips: int, tokenizer: str) -> Config:
 
 
 def _tokens(tokenizer: str) -> DataConfig:
-    return DataConfig(source="tokens", path="gs://your-bucket/tokens", tokenizer=tokenizer, sequence_length=4096)
+    return DataConfig(
+        source="tokens",
+        path="gs://your-bucket/tokens",
+        tokenizer=tokenizer,
+        sequence_length=4096,
+        workers=4,  # so that no step waits for a bucket; a host of the largest slices has 4 rows
+    )
 
 
 def trained_to_draft(config: Config, exit_layer: int) -> Config:

@@ -13,9 +13,9 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.recipe.distillation import ConstantShare, SelfDistillation, kl_divergence
 from layerskip_jax.recipe.early_exit import (
     FixedExits,
+    PaperScale,
     Rotational,
     all_exits,
-    exit_scale,
     exit_weights,
     gradual,
     last_only,
@@ -25,15 +25,15 @@ from layerskip_jax.recipe.recipe import LossSpike, Recipe
 
 def test_scale_by_hand():
     # e(l) = s l(l+1)/2, e(L-1) = (L-1) + s (L-2)(L-1)/2, for L = 5
-    np.testing.assert_allclose(exit_scale(5, 1.0), [0, 1, 3, 6, 4 + 6])
-    np.testing.assert_allclose(exit_scale(5, 0.2), [0, 0.2, 0.6, 1.2, 4 + 0.2 * 6], rtol=1e-6)
-    np.testing.assert_allclose(exit_scale(1, 1.0), [1])
-    np.testing.assert_allclose(exit_scale(2, 1.0), [0, 1])
+    np.testing.assert_allclose(PaperScale(1.0)(5), [0, 1, 3, 6, 4 + 6])
+    np.testing.assert_allclose(PaperScale(0.2)(5), [0, 0.2, 0.6, 1.2, 4 + 0.2 * 6], rtol=1e-6)
+    np.testing.assert_allclose(PaperScale(1.0)(1), [1])
+    np.testing.assert_allclose(PaperScale(1.0)(2), [0, 1])
 
 
 @given(num_layers=st.integers(2, 64), e_scale=st.floats(0, 2))
 def test_scale_properties(num_layers, e_scale):
-    e = np.asarray(exit_scale(num_layers, e_scale))
+    e = np.asarray(PaperScale(e_scale)(num_layers))
     assert e[0] == 0
     assert (np.diff(e[:-1]) >= 0).all()
     assert e[-1] >= e[:-1].max()
@@ -42,8 +42,8 @@ def test_scale_properties(num_layers, e_scale):
 
 def test_weights_by_hand():
     # eq. 6 normalizes over the exits that are on
-    np.testing.assert_allclose(exit_weights(np.array([1.0, 0, 1, 1]), exit_scale(4, 1.0)), [0, 0, 1 / 3, 2 / 3])
-    np.testing.assert_allclose(exit_weights(np.zeros(4), exit_scale(4, 1.0)), 0)
+    np.testing.assert_allclose(exit_weights(np.array([1.0, 0, 1, 1]), PaperScale(1.0)(4)), [0, 0, 1 / 3, 2 / 3])
+    np.testing.assert_allclose(exit_weights(np.zeros(4), PaperScale(1.0)(4)), 0)
 
 
 @given(
@@ -54,14 +54,14 @@ def test_weights_by_hand():
 )
 def test_weights_sum_to_one_over_the_exits_that_are_on(num_layers, dilation, step, e_scale):
     on = np.asarray(Rotational(dilation)(step, 10_001, num_layers))
-    weight = np.asarray(exit_weights(on, exit_scale(num_layers, e_scale)))
+    weight = np.asarray(exit_weights(on, PaperScale(e_scale)(num_layers)))
     assert weight.sum() == pytest.approx(1, abs=1e-5)
     assert (weight[on == 0] == 0).all()
     assert (weight[(on == 1) & (np.arange(num_layers) > 0)] > 0).all()
 
 
 def test_zero_e_scale_is_the_ordinary_loss():
-    np.testing.assert_allclose(exit_weights(np.ones(6), exit_scale(6, 0.0)), [0, 0, 0, 0, 0, 1])
+    np.testing.assert_allclose(exit_weights(np.ones(6), PaperScale(0.0)(6)), [0, 0, 0, 0, 0, 1])
 
 
 @given(num_layers=st.integers(1, 40), dilation=st.integers(1, 40), start=st.integers(0, 10**6))

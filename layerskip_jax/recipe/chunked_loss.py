@@ -194,8 +194,7 @@ def add_resharded(total: nnx.Param, d_matrix: nnx.Param) -> nnx.Param:
 def attach_gradient(value: jax.Array, at: Any, gradient: Any) -> jax.Array:
     """Return ``value``, and add ``gradient`` to its derivative with respect to ``at``.
 
-    The backward pass passes the cotangent of ``value`` on to ``value``, and ``gradient`` times that cotangent to
-    ``at``. So a gradient that the forward pass computed counts as if JAX had differentiated the loss.
+    So a gradient that the forward pass computed counts as if JAX had differentiated the loss.
     """
     return value
 

@@ -68,9 +68,6 @@ class ConstantShare:
         return jnp.asarray(self.share, jnp.float32)
 
 
-TEACHER_ONLY, DATA_ONLY = ConstantShare(1.0), ConstantShare(0.0)
-
-
 @dataclasses.dataclass(frozen=True)
 class SelfDistillation:
     """The loss of an exit that learns from another: an `ExitLoss` whose teacher is ``(x, share)`` of the other exit."""

@@ -50,28 +50,22 @@ def negative_log_likelihood(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax
     return jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC
 
 
-def exit_scale(num_layers: int, e_scale: float) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class PaperScale:
     """``e(l) = e_scale l(l+1)/2`` for l < L-1, ``e(L-1) = (L-1) + e_scale (L-2)(L-1)/2`` (LayerSkip section 4.1.2).
 
     Block 0 has weight 0 and later blocks weigh more; ``e_scale = 0`` is the ordinary loss of the last layer.
 
-    >>> exit_scale(4, 1.0).tolist()
+    >>> PaperScale(e_scale=1.0)(num_layers=4).tolist()
     [0.0, 1.0, 3.0, 6.0]
     """
-    last = num_layers - 1
-    layer_L = jnp.arange(num_layers, dtype=jnp.float32)
-    inner_L = e_scale * layer_L * (layer_L + 1) / 2
-    return inner_L.at[last].set(last + e_scale * (last - 1) * last / 2 if last else 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class PaperScale:
-    """The paper's `exit_scale` with its factor ``e_scale``."""
 
     e_scale: float
 
     def __call__(self, num_layers: int) -> jax.Array:
-        return exit_scale(num_layers, self.e_scale)
+        last, layer_L = num_layers - 1, jnp.arange(num_layers, dtype=jnp.float32)
+        inner_L = self.e_scale * layer_L * (layer_L + 1) / 2
+        return inner_L.at[last].set(last + self.e_scale * (last - 1) * last / 2 if last else 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

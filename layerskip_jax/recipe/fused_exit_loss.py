@@ -89,9 +89,6 @@ class Shares(NamedTuple):
     agreement: ArrayLike = 0.0
 
 
-DEFAULT_SHARES = Shares()
-
-
 def fused_exit_losses(
     model: Transformer,
     batch: Batch,
@@ -99,7 +96,7 @@ def fused_exit_losses(
     settings: FusedSettings,
     dropout_mask: DropoutMask | None = None,
     teacher: Any = None,
-    shares: Shares = DEFAULT_SHARES,
+    shares: Shares = Shares(),  # noqa: B008  (immutable)
 ) -> ExitLosses:
     """Return what `exit_losses` returns, with the gradient of the objective (LayerSkip eq. 5) already computed.
 

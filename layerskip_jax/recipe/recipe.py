@@ -19,9 +19,7 @@ from layerskip_jax.config import Config, EarlyExitConfig
 from layerskip_jax.model import Block, Transformer
 from layerskip_jax.recipe import early_exit, layer_dropout
 from layerskip_jax.recipe.distillation import (
-    DATA_ONLY,
     LOSSES,
-    TEACHER_ONLY,
     ConstantShare,
     SelfDistillation,
     Share,
@@ -84,11 +82,11 @@ class Recipe:
     teacher: Teacher | None = None
     distillation: early_exit.ExitLoss | None = None
     """The loss of ``exits`` in place of ``exit_loss``, such as `SelfDistillation`; its teacher is the last exit."""
-    distillation_share: Share = TEACHER_ONLY
+    distillation_share: Share = ConstantShare(1.0)  # noqa: RUF009 (frozen)
     agreement: early_exit.ExitLoss | None = None
     """The loss of the last exit in place of ``exit_loss``; its teacher is ``agreement_exit``, one of ``exits``."""
     agreement_exit: int = 0
-    agreement_share: Share = DATA_ONLY
+    agreement_share: Share = ConstantShare(0.0)  # noqa: RUF009 (frozen)
     rescale: bool = False
     """Multiply a kept block's output by ``1 / (1 - p_{l,t})`` (not in the paper)."""
     apply_dropout: ApplyDropout = apply_masked

@@ -60,7 +60,7 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
         progress = stack.enter_context(Progress(config, trainer.recipe, first, goodput, peak_flops()))
         profiler = stack.enter_context(Profiler(config.train))
         bad_steps = BadSteps(config, checkpoints.latest)
-        progress.log("\n".join([opening_line(config, mesh, start), *corpus_lines]))
+        progress.log("\n".join([opening_line(config, mesh, trainer.recipe, start), *corpus_lines]))
         step_fn = trainer.compile_step() if first < config.train.steps else trainer.step
 
         def report_step(done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:

@@ -129,7 +129,9 @@ class Trainer:
             tokens=tokens,
             applied=applied,
         )
-        new = optax.apply_updates(state.model, updates), opt_state, _update_ema(state.loss_ema, value)
+        mean = state.loss_ema
+        mean = jnp.where(mean == 0, value, 0.98 * mean + 0.02 * value)
+        new = optax.apply_updates(state.model, updates), opt_state, mean
         old = state.model, state.opt_state, state.loss_ema
         # lax.cond would keep old and new in memory at once; a select fuses into the update.
         chosen = jax.tree.map(lambda new, old: jnp.where(applied, new, old), new, old)
@@ -213,7 +215,3 @@ class Trainer:
         parts = self.config.train.accumulate
         keep_ALB = jnp.moveaxis(dropout_mask.keep_LB.reshape(dropout_mask.keep_LB.shape[0], -1, parts), -1, 0)
         return DropoutMask(keep_ALB, jnp.tile(dropout_mask.scale_L, (parts, 1)))
-
-
-def _update_ema(mean: jax.Array, value: jax.Array) -> jax.Array:
-    return jnp.where(mean == 0, value, 0.98 * mean + 0.02 * value)

@@ -124,15 +124,25 @@ def _by_exit(loss_L: np.ndarray) -> str:
     return "  ".join(f"{x + 1}: {v:.3f}" for x, v in enumerate(loss_L))
 
 
-def opening_line(config: Config, mesh: Mesh, start: str) -> str:
-    """Describe the model, the devices and the length of a run; ``start`` describes its initial state."""
+def opening_line(config: Config, mesh: Mesh, recipe: Recipe, start: str) -> str:
+    """Describe the model, the devices, the length and the recipe of a run; ``start`` describes its initial state."""
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     size = parameter_count(config.model) / 1e6
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return (
         f"{size:.1f}M parameters, {config.model.num_layers} layers, on {mesh.size} {jax.devices()[0].device_kind} "
-        f"device(s){processes} ({shape}); {config.train.steps} steps, {start}"
+        f"device(s){processes} ({shape}); {config.train.steps} steps, {start}; {_summarized(config, recipe)}"
     )
+
+
+def _summarized(config: Config, recipe: Recipe) -> str:
+    early, dropout = config.early_exit, config.layer_dropout.p_max
+    if recipe != Recipe.from_config(config):
+        return "a recipe of its own"
+    if early.curriculum == "none" and not dropout:
+        return "plain model: no layer dropout, no early exits"
+    exits = " ".join(map(str, early.exits))
+    return f"layer dropout up to {dropout:g}, early exits: {early.curriculum} {exits}".rstrip()
 
 
 def training_values(metrics: StepMetrics) -> dict[str, float]:
