@@ -30,7 +30,6 @@ def test_nothing_imports_tensorflow():
 def test_public_names_are_imported_when_used():
     code = "import sys, layerskip_jax as l; assert 'jax' not in sys.modules; [getattr(l, name) for name in l.__all__]"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=300)
-    assert sorted(layerskip_jax.MODULES) == sorted(layerskip_jax.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
         _ = layerskip_jax.Trainer
 

@@ -6,7 +6,7 @@ candidate exit with the full model. All of it is one compiled program; the polic
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -40,10 +40,6 @@ class AdaptiveSpeculative(SelfSpeculative):
         state = dataclasses.replace(state, key=key, cache=cache, policy_state=policy_state)
         return finish_round(state, drafts, verdict, plan.exit_index, jnp.any(drafts.count_B > 0))
 
-    def stages(self) -> Iterable[tuple[int, int]]:
-        """Return the blocks [first, last) between each candidate exit and the one before it."""
-        return itertools.pairwise((0, *self.exits))
-
     def early_blocks(
         self, model: Transformer, plan: Plan, position: RotaryTables, x_B1D: jax.Array, layers: list[LayerCache]
     ) -> tuple[list[jax.Array], list[LayerCache]]:
@@ -52,7 +48,7 @@ class AdaptiveSpeculative(SelfSpeculative):
         Exits after the planned one repeat its hidden state, so the last entry is always the one to draft from.
         """
         queries = []
-        for index, blocks in enumerate(self.stages()):
+        for index, blocks in enumerate(itertools.pairwise((0, *self.exits))):
             runs = index == 0 or plan.exit_index >= index
             x_B1D, layers = run_blocks_if(runs, model, position, blocks, (x_B1D, layers))
             queries.append(x_B1D)
@@ -93,7 +89,7 @@ class AdaptiveSpeculative(SelfSpeculative):
         plain = width == 1  # nothing was drafted, so no block has run yet: this is a round of plain decoding
         query_BWD = [query_BQD[:, :width] for query_BQD in cache.exit_query_BQD]
         x_BWD = model.embed(token_B[:, None]) if plain else query_BWD[0]
-        for index, blocks in enumerate(self.stages()):
+        for index, blocks in enumerate(itertools.pairwise((0, *self.exits))):
             runs = plain or (index > 0 and plan.exit_index < index)
             x_BWD, layers = run_blocks_if(runs, model, position, blocks, (x_BWD, layers))
             query_BWD[index] = x_BWD = x_BWD if plain else jnp.where(runs, x_BWD, query_BWD[index])

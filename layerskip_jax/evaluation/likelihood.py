@@ -1,7 +1,6 @@
 """Log-likelihoods of texts at one exit, in batches of few static shapes."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,7 +41,8 @@ def log_likelihoods(
     require(largest < vocabulary, f"a text has the token {largest}, beyond the model's vocabulary of {vocabulary}")
     results: dict[int, tuple[float, bool]] = {}
     longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    for batch in _batches(longest_first, batch_size):
+    for start in range(0, len(pairs), max(batch_size, 1)):
+        batch = longest_first[start : start + batch_size]
         width = round_up(len(rows[batch[0]]) - 1)
         tokens_BT = np.zeros((batch_size, width + 1), np.int32)
         for place, index in enumerate(batch):
@@ -53,9 +53,3 @@ def log_likelihoods(
             own = slice(end - len(pairs[index][1]), end)
             results[index] = float(scores_BT[place, own].sum()), bool(greedy_BT[place, own].all())
     return [results[index] for index in range(len(rows))]
-
-
-def _batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
-    rest = iter(indices)
-    while batch := list(itertools.islice(rest, size)):
-        yield batch
