@@ -64,13 +64,19 @@ def locate_file(path: str) -> epath.Path:
 
 
 def is_regular(path: epath.Path) -> bool:
-    """Return whether ``path`` is a file, and not a pipe or a device, whose readers wait (`epath` counts them too)."""
+    """Return whether ``path`` is a regular file. `epath` also accepts pipes and devices, on which a read can block."""
     return path.is_file() if is_remote(path) else os.path.isfile(path)
 
 
+# `epath.Path.stat` fails for local files whose owner has no name, as in containers.
 def file_size(file: epath.Path) -> int:
-    """Return the size of a file [bytes]. `epath` fails for local files whose owner has no name, as in containers."""
+    """Return the size of a file [bytes]."""
     return file.stat().length if is_remote(file) else os.path.getsize(file)
+
+
+def modified_time(file: epath.Path) -> int:
+    """Return when a file was last changed [seconds]."""
+    return file.stat().mtime if is_remote(file) else int(os.path.getmtime(file))
 
 
 def read_limited(file: epath.Path, limit: int = 1 << 26) -> bytes:

@@ -250,6 +250,18 @@ def test_files_that_cannot_be_read_as_text(tmp_path):
         texts(DataConfig(source="jsonl", path=str(tmp_path / "packed")), "train")
 
 
+def test_empty_and_deep_files_are_named(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match=r"the 'train' split of .*empty\.jsonl is empty"):
+        texts(DataConfig(source="jsonl", path=str(tmp_path / "empty.jsonl")), "train")
+    (tmp_path / "deep.jsonl").write_text(f'{{"text": "a", "x": {"[" * 100_000}\n' * 2)
+    with pytest.raises(UserError, match=r"deep\.jsonl line \d is not a JSON object"):
+        texts(DataConfig(source="jsonl", path=str(tmp_path / "deep.jsonl")), "train")
+    corpus = write_files(tmp_path / "split", **{"train.txt": "", "valid.txt": "text"})
+    with pytest.raises(UserError, match=r"the 'train' split of .* has no text: train\.txt is empty"):
+        texts(corpus, "train")
+
+
 def test_file_names_that_are_not_unicode(tmp_path):
     for number in range(20):
         with open(os.fsencode(tmp_path) + b"/\xff%d" % number, "w") as file:

@@ -132,6 +132,8 @@ def test_python_stdlib_is_a_tfds_dataset_with_splits_by_file(tmp_path, monkeypat
     assert texts(tfds_data, "train") == train
     assert [example["text"] for example in read_tfds(tfds_data.name, str(tmp_path), "train", 2)] == train[:2]
     assert len(texts(tfds_data, "train[:50%]")) == round(len(train) / 2)
+    with pytest.raises(UserError, match=r"cannot be split by 'train\[:90'"):
+        texts(tfds_data, "train[:90")
     with pytest.raises(UserError, match="has no split 'test': it has train, validation"):
         texts(tfds_data, "test")
     with pytest.raises(UserError, match=r"has no field 'txt' \(data.text_key\); did you mean 'text'"):

@@ -103,11 +103,14 @@ def test_every_data_setting_is_tested_above():
 
 def test_without_a_change_nothing_is_said(lines):
     assert resumed(lines, lines) == ("same rows", [])
-    for group, name in (("train", "seed"), ("train", "batch_size")):
-        settings = dataclasses.replace(getattr(lines, group), **{name: 2})
-        how, (note,) = resumed(lines, dataclasses.replace(lines, **{group: settings}))
-        assert how == "next documents"
-        assert note.startswith(f"{group}.{name}: every row continues after the documents that were read")
+    for name, expected, effect in (
+        ("seed", "first document", "another order of the training documents, read from the first one on"),
+        ("batch_size", "next documents", "every row continues after the documents that were read"),
+    ):
+        settings = dataclasses.replace(lines.train, **{name: 2})
+        how, (note,) = resumed(lines, dataclasses.replace(lines, train=settings))
+        assert how == expected
+        assert note.startswith(f"train.{name}: {effect}")
 
 
 def edit_a_document(folder):

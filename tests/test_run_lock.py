@@ -80,6 +80,17 @@ def test_the_second_writer_is_refused_in_one_line(run_dir, monkeypatch):
         pass
 
 
+def test_the_owner_of_the_files_needs_no_name(tmp_path, monkeypatch):
+    """As in a container with --user 12345: `etils` fails to look it up."""
+    monkeypatch.setattr("pwd.getpwuid", lambda number: (_ for _ in ()).throw(KeyError(f"uid not found: {number}")))
+    with held(str(tmp_path), monkeypatch) as first:
+        with pytest.raises(UserError, match="in use"), held(str(tmp_path), monkeypatch):
+            pass
+        first.check(41, now=True)
+        assert first._refresh_holder()
+    assert not (tmp_path / LOCK).exists()
+
+
 @pytest.mark.parametrize(
     "gone",
     [

@@ -167,6 +167,18 @@ def test_a_damaged_tokenizer_is_named(config):
         load_model(config.train.run_dir)
 
 
+def test_a_damaged_tokenizer_is_restored_by_a_resume(config, capsys):
+    """The run's own tokenizer has the digest that the checkpoint stores, so it is not another one."""
+    train(changed(config, steps=4))
+    file = Path(config.train.run_dir) / "checkpoints" / "tokenizer.model"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"return", b"RETURN"))
+    assert file.read_bytes() != content
+    train(changed(config, steps=5))
+    assert file.read_bytes() == content
+    assert "tokenizer.model was changed after a save: it is replaced by" in capsys.readouterr().err
+
+
 def test_nothing_is_unpickled(config, monkeypatch):
     train(changed(config, steps=4))
 

@@ -1,6 +1,7 @@
 """The files of a tokenizer decide: settings that tokenizer.json can store, BOS and EOS, lone surrogates, U+2581."""
 
 import contextlib
+import dataclasses
 import json
 import pickle
 
@@ -11,9 +12,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.tokenizer import SPACE, valid_text
+from layerskip_jax.data.tokenizer_json import JsonTokenizer
+from layerskip_jax.data.tokenizer_settings import SETTINGS, TokenizerSettings
 from layerskip_jax.errors import UserError
 
 TRUNCATION = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
@@ -320,6 +324,39 @@ def dummy_prefix(tmp_path_factory):
 def test_a_dummy_prefix_adds_a_space_in_front_and_nowhere_else(dummy_prefix, text):
     tokenizer = dummy_prefix["llama"]
     assert tokenizer.decode(tokenizer.encode(text)) == (" " + text if text else "")
+
+
+@given(text=st.text(st.sampled_from(f"ab{SPACE} \n漢"), max_size=12))
+def test_a_continuation_has_no_dummy_prefix(dummy_prefix, text):
+    tokenizer = dummy_prefix["llama"]
+    assert tokenizer.decode(tokenizer.encode_continuation(text)) == text
+
+
+@pytest.mark.parametrize("prefix", ["Prepend", "Metaspace", None])
+def test_a_continuation_in_a_tokenizer_json_has_no_prefix(dummy_prefix, prefix):
+    files = tokenizer_files(dummy_prefix["llama"])
+    file = json.loads(files["tokenizer.json"])
+    replace_spaces = file["normalizer"]["normalizers"][1]
+    if prefix == "Metaspace":
+        file["normalizer"], file["pre_tokenizer"] = None, {
+            "type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False
+        }  # fmt: skip
+    if prefix is None:
+        file["normalizer"] = replace_spaces
+    settings = TokenizerSettings({SETTINGS: files[SETTINGS]})
+    tokenizer = JsonTokenizer(json.dumps(file).encode(), settings)
+    assert tokenizer.decode(tokenizer.encode("a b")) == (" a b" if prefix else "a b")
+    for text in ("a b", "  a", "", "\n b"):
+        assert tokenizer.decode(tokenizer.encode_continuation(text)) == text
+
+
+def test_an_export_adds_eos_like_the_tokenizer(dummy_prefix):
+    settings = TokenizerSettings({SETTINGS: b'{"add_eos_token": true}'})
+    tokenizer = dataclasses.replace(dummy_prefix["llama"], settings=settings)
+    files = tokenizer_files(tokenizer)
+    exported = JsonTokenizer(files["tokenizer.json"], TokenizerSettings({SETTINGS: files[SETTINGS]}))
+    assert exported.encode_prompt("a b") == tokenizer.encode_prompt("a b")
+    assert exported.encode_prompt("a b")[-1] == tokenizer.eos_id
 
 
 def test_other_control_tokens_are_read(dummy_prefix):

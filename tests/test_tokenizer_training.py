@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from layerskip_jax.commands import data
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.errors import UserError
@@ -18,6 +19,14 @@ def test_vocabularies_that_cannot_be_made(tmp_path):
     with pytest.raises(UserError, match=r"cannot make 300 pieces .* from this corpus: it has no text"):
         train_tokenizer([""], str(tmp_path / "empty.model"), 300)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sentencepiece_model_is_not_written_into_a_json_file(corpus, tmp_path):
+    words = ["--data.source", corpus.source, "--data.path", corpus.path, "--data.tokenizer", str(tmp_path / "t.json")]
+    (tmp_path / "t.json").write_text("somebody's tokenizer")
+    with pytest.raises(UserError, match=r"would name another kind: name it .*t\.model"):
+        data.main(["tokenizer", *words, "--overwrite"])
+    assert (tmp_path / "t.json").read_text() == "somebody's tokenizer"
 
 
 def test_a_corpus_that_is_too_small_names_the_largest_vocabulary(corpus, tmp_path):

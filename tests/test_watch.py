@@ -21,6 +21,7 @@ from layerskip_jax.recipe.distillation import SelfDistillation, kl_divergence
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.monitoring.flops import flops_per_token, step_flops
 from layerskip_jax.training.monitoring.goodput import PHASES, Goodput, steady_time
+from layerskip_jax.training.monitoring.metrics import MetricsWriter, read_records
 from layerskip_jax.training.monitoring.progress import Progress
 from layerskip_jax.training.monitoring.watch import Profiler, Watchdog
 from layerskip_jax.training.step import StepMetrics
@@ -186,6 +187,14 @@ def test_a_profile_is_written_at_its_step_and_after_sigusr1(tmp_path, capsys):
             assert folder.exists() == (step > 3)
     assert capsys.readouterr().out == f"profile of steps 3..3: {folder}\nprofile of steps 6..6: {folder}\n"
     assert list(folder.rglob("*.xplane.pb"))
+
+
+def test_metrics_after_half_a_line_are_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 0.5}\n{"step": 2, "a"')
+    writer = MetricsWriter(Config(train=TrainConfig(run_dir=str(tmp_path))))
+    writer.write(3, {"a": 0.25})
+    writer.close()
+    assert read_records(str(tmp_path)) == [{"step": 1, "a": 0.5}, {"step": 3, "a": 0.25}]
 
 
 def test_the_watchdog_prints_every_hang_once(capfd):

@@ -8,7 +8,6 @@ its tiles. ``--operations`` lists the operations that take most of the estimate.
 time. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU. The exit status is 2 if the step does not fit.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -104,8 +103,9 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
     weights_L, rates_L = typical_step(config, recipe)
     # On average, the loop of the skipping form runs once for each kept row group.
     kept_groups = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
-    # In a scan, each iteration has one conditional for an inner exit. The scan runs over L blocks (the first has no
-    # exit), or over `Recipe.exits`. The conditional of the last exit follows the scan.
+    # The share of the conditionals of inner exits that take the true branch. The scan over L blocks has one before each
+    # block, and that before block 0 is always false; with `Recipe.exits`, a scan over these exits has one each. The
+    # last exit has a conditional of its own after the scan.
     iterations = len(recipe.exits) or len(weights_L)
     shares = {INNER_EXIT: np.count_nonzero(weights_L[:-1]) / iterations, LAST_EXIT: float(weights_L[-1] > 0)}
     work = Program(text).work(shares_by_scope(shares), kept_groups)
@@ -225,13 +225,14 @@ def alternatives(config: Config, chips: int, slices: int) -> Iterator[tuple[str,
             if config.train.batch_size % (accumulate * chips):
                 continue
             train = dataclasses.replace(config.train, remat=remat, accumulate=accumulate)
-            words = f"--mesh.data {slices} --mesh.fsdp {chips // slices} --train.remat {remat}"
+            words = f"--mesh.data {slices} --mesh.fsdp {chips // slices} --mesh.sequence 1 --mesh.tensor 1"
+            words += f" --train.remat {remat}"
             yield f"{words} --train.accumulate {accumulate}", dataclasses.replace(config, mesh=mesh, train=train)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("Compile a config's training step for a TPU topology, without a TPU.")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
     parser.add_argument(
         "--topology", required=True, metavar="CHIP:SHAPE", help="for example v5e:4x8, v5p:4x4x4, v6e:8x8"
     )

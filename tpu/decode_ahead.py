@@ -6,12 +6,11 @@ Prints the time of each pass: a plain pass, a draft (blocks [0, E) and the head)
 head), and the verification (blocks [E, L) and the head). A time is the larger of the compiler's estimate for the
 operations and the time to read the weights and the cache at the chip's HBM bandwidth, because the compiler's estimate
 omits the wait for prefetched weights. From these times follow the tokens/s if each draft is accepted with probability
-a, given that those before it were. With several choices at each position, the estimate of a draft runs the head for all
-of them, where a round runs it for one, and omits the selection of the best tokens. The memory is the compiler's. The
-model never runs: only the time to compile is measured. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU.
+a, given that those before it were. With C choices at each position, the estimate of a draft is too high by the head of
+C - 1 nodes, which a round does not run, and too low by the selection of the best tokens. The memory is the compiler's.
+The model never runs: only the time to compile is measured. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU.
 """
 
-import argparse
 import dataclasses
 import json
 import time
@@ -31,7 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from layerskip_jax.cache import LayerCache
 from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
 from layerskip_jax.checks import require
-from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.command_line import make_parser, parse_config, positive
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.branching import Branching, GreedyBranches
 from layerskip_jax.decoding.cost import predicted_speedup, weight_bytes
@@ -205,28 +204,24 @@ def show(found: dict[str, Any], chip: Chip) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("Compile decoding for one TPU chip, without a TPU, and predict its speed.")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--folder", help="take the model of this Hugging Face folder, not of the config")
     parser.add_argument("--chip", required=True, choices=CHIPS)
-    parser.add_argument("--exit_layer", type=int, help="E; by default a quarter of the layers")
-    parser.add_argument("--draft_length", type=int, nargs="+", default=[4, 8], metavar="D", help="(default: 4 8)")
+    parser.add_argument("--exit_layer", type=positive, help="E; by default a quarter of the layers")
+    parser.add_argument("--draft_length", type=positive, nargs="+", default=[4, 8], metavar="D", help="(default: 4 8)")
     parser.add_argument(
-        "--choices", type=int, nargs="+", default=[1], metavar="C", help="verified at each position (default: 1)"
+        "--choices", type=positive, nargs="+", default=[1], metavar="C", help="verified at each position (default: 1)"
     )
-    parser.add_argument("--rows", type=int, default=1, help="texts that are decoded together (default: 1)")
-    parser.add_argument("--length", type=int, default=1000, help="positions of a text with its prompt (default: 1000)")
+    parser.add_argument(
+        "--rows", type=positive, default=1, metavar="N", help="texts that are decoded together (default: 1)"
+    )
+    parser.add_argument(
+        "--length", type=positive, default=1000, metavar="N", help="positions of a text with its prompt (default: 1000)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     config, options = parse_config(parser, argv)
     model = read_model_config(epath.Path(options.folder)) if options.folder else config.model
     exit_layer = options.exit_layer or max(1, model.num_layers // 4)
     require(1 <= exit_layer < model.num_layers, f"--exit_layer must be in 1..{model.num_layers - 1}, not {exit_layer}")
-    for name, value in (
-        ("draft_length", min(options.draft_length)),
-        ("choices", min(options.choices)),
-        ("rows", options.rows),
-        ("length", options.length),
-    ):
-        require(value >= 1, f"--{name} must be at least 1, not {value}")
     longest = options.length + max(options.draft_length) + 1
     model = dataclasses.replace(model, compute_dtype="bfloat16")
     compiler = ChipCompiler(model, options.chip, options.rows, round_up(longest))

@@ -1,8 +1,9 @@
 """Run folders: ``RUN/checkpoints/STEP`` with the orbax items of a checkpoint, and the tokenizer in ``RUN/checkpoints``.
 
 A checkpoint stores model, optimizer, data positions and config apart, so decoding reads only model and config. The
-item ``checksums`` holds the digests of all of them (`layerskip_jax.checkpoint.digests` for arrays, SHA-256 for the
-rest), which are compared at every read. Files are parsed as data: nothing is unpickled or executed.
+item ``checksums`` holds the digests of arrays (`layerskip_jax.checkpoint.digests`), config and tokenizer (SHA-256),
+which are compared at every read; a file of data positions holds its own. Files are parsed as data: nothing is unpickled
+or executed.
 """
 
 import contextlib

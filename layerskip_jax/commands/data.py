@@ -67,6 +67,10 @@ def _size(document: Document) -> int:
 
 def _tokenizer(config: Config, overwrite: bool) -> None:
     path = config.data.tokenizer
+    if path.endswith(".json"):
+        raise UserError(
+            f"this trains a SentencePiece model, and {path} would name another kind: name it {path[:-5]}.model"
+        )
     if locate(path).exists() and not overwrite:
         load_tokenizer(path).check_vocabulary(config.model.vocab_size)
         print(f"{path} exists, with {config.model.vocab_size} pieces; --overwrite replaces it")

@@ -30,7 +30,8 @@ class Corpus(NamedTuple):
     """Estimated number of sequences that the training documents fill, at most what shuffling and packing can use
     (`count_sequences`)."""
     components: dict[str, "Corpus"] = {}  # noqa: RUF012 (not changed)
-    """Those of ``data.mixture`` by name. A mixture has the digests of theirs, and the sum of their sequences."""
+    """The `Corpus` of each component of ``data.mixture``, by name. The digests of a mixture are digests of theirs, and
+    its ``sequences`` is their sum."""
 
 
 def identify_corpus(
@@ -112,10 +113,12 @@ GoOn = Literal["same rows", "next documents", "first document"]
 def resume_mixture(
     saved: Config, config: Config, before: Corpus | None, now: Corpus | None
 ) -> tuple[dict[str, tuple[str, GoOn]], list[str]]:
-    """Return which stored component each component continues, and how (`resume_data`); and lines about all changes.
+    """Match the components of this run with those of the checkpoint.
 
-    A component continues the stored one with the same training documents, under any name; else that of its name.
-    Without a mixture, the only component is ``""``: a corpus may join a mixture and go on, or go on alone.
+    Returns ``{name: (stored name, GoOn)}``, and lines about all changes. A component matches a stored one with the same
+    training documents, its own name first. Without one, it matches the stored component of its name, whose documents
+    have changed, so it starts over. A component without a match is not in the result. A corpus without a mixture is the
+    component ``""``, so it keeps its position when it joins or leaves a mixture.
     """
     old = before.components or {"": before} if before else dict.fromkeys(saved.data.components)
     new = now.components or {"": now} if now else dict.fromkeys(config.data.components)
@@ -165,7 +168,7 @@ def resume_data(saved: Config, config: Config, before: Corpus | None, now: Corpu
         old, new = getattr(saved, group), getattr(config, group)
         return [f"{group}.{name}" for name in names if getattr(old, name) != getattr(new, name)]
 
-    documents, rows = changed(*DOCUMENTS), changed("seed", "batch_size", group="train") + changed("sequence_length")
+    documents, rows = changed(*DOCUMENTS), changed("batch_size", group="train") + changed("sequence_length")
     sizes = [
         packing_sizes(settings, settings.train.batch_size, corpus.sequences if corpus else settings.data.shuffle_window)
         for settings, corpus in ((saved, before), (config, now))
@@ -184,6 +187,9 @@ def resume_data(saved: Config, config: Config, before: Corpus | None, now: Corpu
         )
     else:
         effects.append((documents, "the same training documents"))
+    if go_on != "first document" and (seed := changed("seed", group="train")):
+        go_on = "first document"
+        effects.append((seed, "another order of the training documents, read from the first one on"))
     order = rows + changed("shuffle_window")
     if go_on == "next documents":
         effect = (

@@ -45,7 +45,11 @@ class File(NamedTuple):
 
 
 class CorpusFiles(NamedTuple):
-    """The files of one split, with the ``names`` of its entries; or the files of both splits, with no names."""
+    """The files of a split, and ``names``, its entries in the folder.
+
+    If the folder names no splits, the files are those of both, ``names`` is empty, and `hold_out` divides the
+    documents.
+    """
 
     files: list[File]
     names: list[str]
@@ -83,6 +87,9 @@ def find_files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> Cor
         kinds = f" ending in {' or '.join(suffixes)}" if suffixes else ""
         if not own:
             raise UserError(f"no files{kinds} under {config.path} (data.path)")
+        if chosen:
+            listed = ", ".join(entry.name for entry in chosen)
+            raise UserError(f"the {split!r} split of {config.path} has no text{kinds}: {listed:.200} is empty")
         there = train or held_out
         raise UserError(
             f"{config.path} has a {there[0].stem!r} split but no {split!r}: add it, name another in data.train_split "
@@ -95,7 +102,10 @@ def find_files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> Cor
 
 
 def _entries(folder: epath.Path, suffixes: tuple[str, ...]) -> tuple[list[epath.Path], list[epath.Path]]:
-    """Return the entries of a folder that can be text, and those that can belong to a split; enter a single folder."""
+    """Return the entries of a folder that can be text, and those of them that are no README or license.
+
+    If a folder is the only entry, return its entries instead.
+    """
     try:
         inner = _visible(folder)
     except PermissionError as error:
@@ -150,7 +160,7 @@ def _real(path: epath.Path) -> str:
 def _walk(path: epath.Path, suffixes: tuple[str, ...], seen: set[str], parent: str) -> list[File]:
     """Return the files under ``path`` that are not empty; a link to what has been ``seen`` is left out.
 
-    ``parent`` is the folder of ``path`` without links.
+    ``parent`` is the real path of the folder of ``path``.
     """
     name = str(path)
     is_link = not is_remote(path) and os.path.islink(name)
@@ -186,11 +196,12 @@ def _stat(path: epath.Path) -> tuple[bool, int, int]:
 def hold_out(
     names: Sequence[str], sizes: Sequence[int] | np.ndarray, config: DataConfig, split: str, cut: int = 0
 ) -> np.ndarray:
-    """Return the indices of the documents of ``split``: about 5 % are held out, by the SHA-256 of their names.
+    """Return the indices of the documents of ``split``: about 5 % are held out.
 
-    If these are more than 20 % of the text [bytes], documents are taken back in the order of their hashes. If they are
-    less than 1 % of a corpus with ``cut`` files, documents are added; other corpora keep the split of earlier versions.
-    Of two or more documents, at least one is in each split.
+    A document is held out if the SHA-256 of its name modulo 100 is below `VALIDATION_PERCENT`. If these have more than
+    20 % of the bytes, those with the largest remainders return to training. If they have less than 1 % in a corpus with
+    ``cut`` files, those with the next remainders are added, except documents that would exceed 20 %. Other corpora are
+    not filled up, so that earlier runs keep their split. Of two or more documents, at least one is in each split.
     """
     hashes = (hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names)
     ranks = np.fromiter((int(name_hash.hexdigest(), 16) % 100 for name_hash in hashes), np.uint8, len(names))
@@ -217,7 +228,8 @@ def hold_out(
 
 @functools.lru_cache(maxsize=256)
 def cut_file(file: File, own: bool) -> list[Span]:
-    """Return the spans [bytes] of the pieces of a text file: about 15 or more if some of them are to be held out."""
+    """Return the spans [bytes] of the pieces of a text file: in text of 3,000 characters or more, about 15 or more if
+    some of them are to be held out."""
     try:
         content = epath.Path(file.path).read_bytes()
     except OSError as error:

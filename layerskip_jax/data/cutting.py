@@ -19,10 +19,11 @@ Span = tuple[int, int]
 
 
 def cut_text(text: str, characters: int = CHARACTERS) -> list[Span]:
-    """Return the spans of the pieces of ``text`` that are not blank, each of at least ``characters`` but the last.
+    """Return the spans of the pieces of ``text`` that are not blank, most of at least ``characters``.
 
-    The text is cut at blank lines; pieces of more than twice ``characters`` are cut at line ends, and if they stay so
-    long, after spaces or else anywhere. CR LF counts as one character, so that it is cut in the same places as LF.
+    The text is cut at blank lines into pieces of at least ``characters``. Pieces of more than twice ``characters`` are
+    cut at line ends, and if they stay so long, after spaces or else anywhere, into pieces of at most ``characters``. CR
+    LF counts as one character, so that it is cut in the same places as LF.
     """
     spans: list[Span] = list(_cut_at(BLANK_LINE, text, (0, len(text)), characters))
     spans = [piece for span in spans for piece in _cut_long(LINE, text, span, characters)]

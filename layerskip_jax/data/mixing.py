@@ -17,8 +17,9 @@ def choose_components(shares: Sequence[float], batch_size: int, row: int, seed: 
     """Return the number of the component of ``row`` in each batch.
 
     grain spreads the components evenly over the rows of all batches: after 1,000 rows, their shares are within 1 % of
-    the weights (grain rounds weights to a hundredth of the smallest). The rows of a batch are then rotated at random.
-    Otherwise a row could get the same component in every batch, and would never read its documents of the others.
+    the weights (grain rounds weights down to a hundredth of the smallest). The rows of a batch are then rotated at
+    random. Otherwise a row could get the same component in every batch, and would never read its documents of the
+    others.
     """
     mixed = grain.MapDataset.mix([grain.MapDataset.source([i]).repeat() for i in range(len(shares))], shares)
     return grain.MapDataset.range(sys.maxsize).map(_ComponentOfRow(mixed, batch_size, row, seed))
@@ -63,7 +64,7 @@ class _MixRowsIterator(grain.DatasetIterator):
 
 
 def row_streams(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the parts of the state of a row: `CHOICES` and those of its components, or itself as ``""``."""
+    """Return ``{stream: state}`` of a row: `CHOICES` and every component, or ``{"": state}`` without a mixture."""
     return state.get("streams", {"": state})
 
 

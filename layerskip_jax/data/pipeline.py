@@ -76,7 +76,8 @@ def make_batches(
     the same sequences of a component as in a run on that component alone. In evaluation, every component yields its
     first ``train.evaluate_batches`` batches, which have its number as ``"component"``.
 
-    Pairs whose prompt fills a row are left out; a line on stderr counts them. Raises `UserError` if no pair has room.
+    Pairs whose prompt fills a row are left out; a line on stderr counts them in a sample. Raises `UserError` if no pair
+    of the sample has room.
     """
     rows = range(batch_size) if rows is None else rows
     tokenizer, documents = load_tokenizer(config.data.tokenizer), documents or open_documents(config.data, split)
@@ -150,10 +151,11 @@ def _chain(components: Sequence[grain.IterDataset], most: int) -> grain.IterData
 
 
 def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, batch_size: int, most: int = 32) -> int:
-    """Estimate, from a sample of at most ``most`` documents, how many sequences the corpus fills.
+    """Estimate how many packed sequences the corpus fills, up to the largest number that matters.
 
-    The result is at most what is needed: ``data.shuffle_window``, or the bins of packing for all rows if they are more.
-    If that is less than two batches, nothing is shuffled, and it is returned whatever the size of the corpus.
+    That limit is ``data.shuffle_window``, or with prompts the `PACKING_BINS` of all rows if they are more. Return it
+    without reading text if it is less than two batches, because then nothing is shuffled, or if the BOS and EOS of all
+    documents already fill it. Otherwise tokenize up to ``most`` documents and extrapolate.
     """
     bins = PACKING_BINS * batch_size if config.data.prompt_key else 0
     needed = max(config.data.shuffle_window, bins)
@@ -290,7 +292,7 @@ class _TokenizePair:
         assert isinstance(document, Pair)
         # Encoded separately, as in generation, which encodes the prompt alone.
         prompt = self._tokenizer.encode_prompt(document.prompt)
-        response = [*self._tokenizer.encode(document.response), self._tokenizer.eos_id]
+        response = [*self._tokenizer.encode_continuation(document.response), self._tokenizer.eos_id]
         counts = np.repeat(np.array([0, 1], np.int32), [len(prompt), len(response)])
         tokens = np.array(prompt + response, np.int32)
         return {"tokens": tokens[: self.length], "counts": counts[: self.length]}

@@ -43,13 +43,14 @@ class DataPosition:
     ) -> None:
         """Resume from the positions that `read_positions` returned.
 
-        ``resumed`` maps each component of a mixture (``""`` without one) to the stored component that it continues, and
-        how; a component that it omits starts with its first document. By default each continues its own stored rows.
+        ``resumed`` maps each component of this run (``""`` without a mixture) to the stored component that it
+        continues, and to a `GoOn`. A component that is missing from it starts at its first document. Without
+        ``resumed``, each component continues the stored rows of its own name.
 
-        Every row resumes after the furthest document of any row if the batch size has changed, or with
-        ``"next documents"``: another setting that decides which documents make a row has changed. This skips documents
-        that slower rows had not yielded. It repeats documents that the furthest row had yielded from its shuffle window
-        or packing bins, because its saved count ends before them.
+        With ``"next documents"``, or with another batch size, stored rows are not rows of this run. Every row then
+        starts after the last document that any stored row has read, in the shuffled order of the corpus. Documents that
+        slower rows had not reached are skipped. Some documents are read twice: grain's state of a row dates from the
+        start of its shuffle window (or group of packing bins), so its count leaves out the documents of that window.
         """
         saved, iterator_state = {row: row_streams(state) for row, state in states.items()}, self._iterator.get_state()
         own = [row_streams(state) for state in _row_states(iterator_state)]

@@ -78,8 +78,12 @@ class SentencePiece(Tokenizer):
         """
         return self._encode_parts(valid_text(text), self._processor)
 
+    def encode_continuation(self, text: str) -> list[int]:
+        return self._encode_parts(valid_text(text), self._inner)
+
     def _encode_parts(self, text: str, processor: sentencepiece.SentencePieceProcessor) -> list[int]:
-        """Encode ``text`` with ``processor``, and each part after a `SPACE` in it without a dummy prefix."""
+        """Encode the text before the first `SPACE` with ``processor``, the others without a dummy prefix, and each
+        `SPACE` as its bytes."""
         first, *rest = text.split(SPACE)
         ids = processor.encode(first)
         if rest and not first and processor is not self._inner:  # the library adds no prefix to an empty text
@@ -218,8 +222,8 @@ def _train(sentences: Iterator[str], vocab_size: int, character_coverage: float 
 def _sentences(documents: Documents, sample_bytes: int) -> Iterator[str]:
     """Yield pieces of documents that are spread evenly over the corpus, until ``sample_bytes``.
 
-    A document gives at most an eighth of the sample, if there are eight documents. Every component of a mixture has its
-    share of the bytes, or all of its text if that is less.
+    A document gives at most an eighth of ``sample_bytes`` [characters], if there are eight documents. Every component
+    of a mixture has its share of the bytes, or all of its text if that is less.
     """
     if isinstance(documents, MixedDocuments):
         for name, part in documents.parts.items():

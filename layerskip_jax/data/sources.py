@@ -25,7 +25,9 @@ from layerskip_jax.locations import check_encoding, decode_text, locate, names_i
 from layerskip_jax.mixture import mixture_shares
 
 CUT_BELOW_FILES = 10
-"""A text file is cut if fewer than this many of its size make the corpus: it alone could be all that is held out."""
+"""A text file with more than this share (1/10) of the bytes of the files that were found is cut into documents.
+
+Documents are held out whole, so one large file could otherwise be all of the held-out text."""
 
 
 def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Documents:
@@ -99,12 +101,13 @@ def _open_stdlib(config: DataConfig, split: str) -> Documents:
 
     from layerskip_jax.data.python_stdlib.python_stdlib_dataset_builder import Builder
 
-    builder = Builder(data_dir=config.data_dir, file_format="array_record")
+    folder = str(locate(config.data_dir))
+    builder = Builder(data_dir=folder, file_format="array_record")
     tfds.disable_progress_bar()
     try:
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     except FileExistsError:  # another process has prepared the dataset at the same time
-        builder = Builder(data_dir=config.data_dir, file_format="array_record")
+        builder = Builder(data_dir=folder, file_format="array_record")
         if not builder.is_prepared():
             raise
     return _data_source(builder, config, split, {"data.text_key": "text"})
@@ -156,7 +159,10 @@ def _records(builder: Any, config: DataConfig, split: str) -> Sequence[Any]:
     splits = list(builder.info.splits)
     if split.split("[")[0] not in splits:
         raise UserError(f"{builder.info.full_name} has no split {split!r}: it has {', '.join(splits) or 'none'}")
-    return builder.as_data_source(split=split)
+    try:
+        return builder.as_data_source(split=split)
+    except ValueError as error:  # a part such as train[:90 or train[:200%]
+        raise UserError(f"{builder.info.full_name} cannot be split by {split!r}: {error}") from error
 
 
 def _data_source(builder: Any, config: DataConfig, split: str, keys: dict[str, str]) -> Documents:
@@ -236,7 +242,7 @@ class _JsonLines:
         texts: list[str] = []
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not a JSON object: {error!r}") from error
         for setting, key in self._keys.items():
             try:
@@ -291,7 +297,7 @@ def _find_lines(file: File) -> np.ndarray:
 def _open_jsonl(config: DataConfig, split: str) -> Documents:
     found = find_files(config, split, (".jsonl", ".json"))
     parts = [_find_lines(file) for file in found.files]
-    lines = np.concatenate(parts)
+    lines = np.concatenate([np.zeros(0, LINE), *parts])
     lines["file"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     if not found.names:
         lines = lines[hold_out(_LineNames(found.files, lines), lines["size"], config, split)]

@@ -86,6 +86,10 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without BOS and EOS."""
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Return the token ids of ``text`` after other text: `encode` without a space that it adds in front."""
+        return self.encode(text)
+
     def encode_prompt(self, text: str) -> list[int]:
         """Return the token ids of the beginning of a text, with the special tokens that the tokenizer's files add.
 

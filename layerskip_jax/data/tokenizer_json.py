@@ -2,7 +2,7 @@
 
 import codecs
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -134,6 +134,30 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(valid_text(text), add_special_tokens=False).ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return self._inner.encode(valid_text(text), add_special_tokens=False).ids
+
+    @cached_property
+    def _inner(self) -> Any:
+        """The library's tokenizer, without the space that it adds in front of a text."""
+
+        def without_prefix(part: Any) -> Any:
+            if isinstance(part, list):
+                return [without_prefix(inner) for inner in part]
+            if not isinstance(part, dict):
+                return part
+            if part.get("type") == "Prepend":
+                return {"type": "Sequence", "normalizers": []}
+            changes: dict[str, Any] = {
+                "Metaspace": {"prepend_scheme": "never"},
+                "ByteLevel": {"add_prefix_space": False},
+            }
+            return {name: without_prefix(inner) for name, inner in part.items()} | changes.get(part.get("type", ""), {})
+
+        file = json.loads(self.json)
+        changed = file | {name: without_prefix(file.get(name)) for name in ("normalizer", "pre_tokenizer")}
+        return self._library if changed == file else replace(self, json=json.dumps(changed).encode())._library
 
     def _encode_with_special_tokens(self, text: str) -> list[int]:
         return self._library.encode(valid_text(text)).ids

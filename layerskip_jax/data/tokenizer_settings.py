@@ -45,8 +45,8 @@ class TokenizerSettings:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """The settings of the tokenizer. Unless they have an ``added_tokens_decoder``, those of `SPECIAL_TOKENS` are
-        added, and replace settings of the same name."""
+        """The content of `SETTINGS`. If it has no ``added_tokens_decoder``, `SPECIAL_TOKENS` is merged into it and
+        wins, as in transformers."""
         values = self._object(SETTINGS)
         return values if "added_tokens_decoder" in values else values | self._object(SPECIAL_TOKENS)
 

@@ -42,7 +42,7 @@ from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import agree, first_message
 from layerskip_jax.errors import UserError, warn
-from layerskip_jax.locations import write_file
+from layerskip_jax.locations import is_regular, write_file
 from layerskip_jax.training.optimizer import learning_rate, schedule_count
 from layerskip_jax.training.run_lock import RunLock
 from layerskip_jax.training.step import TrainState
@@ -116,13 +116,24 @@ class Checkpoints:
                 self._manager.close()
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raise `UserError` if the run was started with another tokenizer."""
+        """Raise `UserError` if the run was started with another tokenizer; restore its stored files if they changed."""
+        steps, own = checkpoint_steps(self.folder), {name: sha256(content) for name, content in tokenizer.files.items()}
+        if steps and read_checksums(self.folder / str(steps[0]))["tokenizer"] == own:
+            self._restore_tokenizer(tokenizer)
+            return
         path = find_tokenizer(self.folder)
         if path and load_tokenizer(str(path)).files != tokenizer.files:
             raise UserError(
                 f"the run {self._config.train.run_dir} was trained with another tokenizer than "
                 f"{self._config.data.tokenizer}: continue with --data.tokenizer {path}, or start a new --train.run_dir"
             )
+
+    def _restore_tokenizer(self, tokenizer: Tokenizer) -> None:
+        for name, content in tokenizer.files.items() if jax.process_index() == 0 else ():
+            file = self.folder / name
+            if is_regular(file) and file.read_bytes() != content:
+                warn(f"{file} was changed after a save: it is replaced by {self._config.data.tokenizer}")
+                write_file(file, content)
 
     def save_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Copy the tokenizer's files to the folder of the checkpoints, so that they need no others."""
@@ -143,9 +154,13 @@ class Checkpoints:
         model, optimizer = named_arrays(state.model), named_arrays(_optimizer_item(state))
         sums, finite = digests({**prefix_names("model", model), **prefix_names("optimizer", optimizer)})
         if not finite:
+            newest = self.latest()
+            there = (
+                f"the newest checkpoint in {self.folder} is of step {newest}" if newest else "there is no checkpoint"
+            )
             raise UserError(
-                f"parameters are not finite after step {int(state.step)}, so they are not saved; the newest "
-                f"checkpoint in {self.folder} is of step {self.latest()}: lower optimizer.learning_rate and restart"
+                f"parameters are not finite after step {int(state.step)}, so they are not saved; {there}: lower "
+                "optimizer.learning_rate and restart"
             )
         config = saved_settings(self._config)
         tokenizer = {name: sha256(content) for name, content in self._tokenizer.items()}
@@ -275,7 +290,7 @@ class Checkpoints:
                 target.mkdir(exist_ok=True)
                 names = (target / name for name in (str(step), *(f"{step}-{n}" for n in range(1, 1000))))
                 name = next(name for name in names if not name.exists())
-                # Before `rename`, which needs a target folder: in a bucket, only files make folders.
+                # Write the text first: `rename` needs a target folder, and in a bucket only files make folders.
                 write_file(target / f"{name.name}.txt", f"{problem}\n")
                 (self.folder / str(step)).rename(name)
 

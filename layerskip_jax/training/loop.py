@@ -52,13 +52,13 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
     trainer.recipe.check()
 
     with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
+        profiler = stack.enter_context(Profiler(config.train))  # first: SIGUSR1 would end a process without a handler
         tokenizer, data, held_out, corpus, corpus_lines = _open_data(config, mesh)
         position = DataPosition(data, local_rows(batch_sharding(mesh), config.train.batch_size), corpus)
         checkpoints = _open_checkpoints(config, tokenizer, stack)
         state, first, start = _restore_or_init(trainer, checkpoints, position, tokenizer)
         goodput = Goodput(read_records(config.train.run_dir), first, since=began)
         progress = stack.enter_context(Progress(config, trainer.recipe, first, goodput, peak_flops()))
-        profiler = stack.enter_context(Profiler(config.train))
         bad_steps = BadSteps(config, checkpoints.latest)
         progress.log("\n".join([opening_line(config, mesh, trainer.recipe, start), *corpus_lines]))
         step_fn = trainer.compile_step() if first < config.train.steps else trainer.step

@@ -27,7 +27,7 @@ from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.config_dict import from_dict
 from layerskip_jax.distributed import agree
 from layerskip_jax.errors import UserError, warn
-from layerskip_jax.locations import is_remote, locate, write_file
+from layerskip_jax.locations import is_remote, locate, modified_time, write_file
 
 LOCK = "writer.json"
 BEAT_SECONDS, LOCAL_BEAT_SECONDS = 10.0, 2.0
@@ -187,7 +187,7 @@ class RunLock:
 
     def _read(self) -> Sign | None:
         try:
-            return self._file.stat().mtime, self._file.read_bytes()
+            return modified_time(self._file), self._file.read_bytes()
         except FileNotFoundError:
             return None
 
@@ -203,7 +203,7 @@ class RunLock:
 
 @contextlib.contextmanager
 def _alone(folder: epath.Path) -> Iterator[None]:
-    """Keep other processes of this kernel out of the body; does nothing for a folder without locks: a bucket."""
+    """Hold an exclusive lock on ``folder``, so that other processes of this machine wait; does nothing in a bucket."""
     handle = -1
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -216,7 +216,7 @@ def _alone(folder: epath.Path) -> Iterator[None]:
 
 
 def _this_process() -> tuple[str, str, int, str]:
-    """Return the host, a name of its kernel and of the container on it, the process and when it started."""
+    """Return the host's name, the kernel's boot ID with the PID namespace, the process ID and its start time."""
     system = ""
     with contextlib.suppress(OSError):
         system = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")

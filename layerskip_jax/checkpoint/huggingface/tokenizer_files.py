@@ -51,9 +51,11 @@ def _tokenizer_json(tokenizer: SentencePiece, model: Any) -> dict[str, Any]:
         spaces = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
         back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    added = [token for token in tokenizer.encode_prompt("") if token == tokenizer.bos_id]
+    added = tokenizer.encode_prompt("")
     names = [model.pieces[token].piece for token in added]
-    begin = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+    special = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+    begins = int(added[:1] == [tokenizer.bos_id])
+    begin, end = special[:begins], special[begins:]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -64,8 +66,8 @@ def _tokenizer_json(tokenizer: SentencePiece, model: Any) -> dict[str, Any]:
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [*begin, first],
-            "pair": [*begin, first, *begin, second],
+            "single": [*begin, first, *end],
+            "pair": [*begin, first, *end, *begin, second, *end],
             "special_tokens": {
                 name: {"id": name, "ids": [token], "tokens": [name]} for name, token in zip(names, added, strict=True)
             },

@@ -25,7 +25,8 @@ READABLE = ("F64", "F32", "BF16", "F16")
 COMPARED_VALUES = 1 << 24
 """Values of head and embedding that are in memory when they are compared."""
 FILE_BYTES = 1 << 30
-"""Maximum size of an exported file. An export holds one file in memory in addition to the model."""
+"""Maximum size of an exported file, unless one tensor is larger. An export holds one file in memory in addition to the
+model."""
 
 
 class StoredTensor(NamedTuple):
@@ -200,12 +201,13 @@ class WeightFiles:
     def _slice(self, at: StoredTensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """Return ``parameter[index]`` of a parameter of ``shape``, from its tensor."""
         n, header = at.inputs, self._headers[at.tensor]
-        # Open the file for each tensor: a mapping that stays open keeps every page that was read in memory.
+        # Reopen the file for each tensor: while a file is mapped, the pages that were read stay in memory.
         with safe_open(header.file) as file:
             tensor = file.get_slice(header.name)
             if n == 0:
                 return tensor[index]
-            # Files are sliced only along the first axis of outputs and of inputs; the other axes are cut here.
+            # A tensor in a file has two axes, [outputs, inputs], and each is a group of the parameter's axes. A slice
+            # of a group's first axis is one range, so read only that range, and slice the other axes afterwards.
             rows, columns = _along(shape[n:], index[n]), _along(shape[:n], index[0])
             part = tensor[rows, columns].T.reshape(-1, *shape[1:n], rows.stop - rows.start)
             part = part.reshape(*part.shape[:-1], -1, *shape[n + 1 :])

@@ -43,9 +43,10 @@ class StepFlops(NamedTuple):
     """Blocks that dropout skips: drop rate times the block's FLOPs. 0 in the masked form, which computes all blocks.
     The skipping form saves less, since it rounds up to row groups."""
     recomputed: float
-    """Forward FLOPs that the backward pass recomputes with ``train.remat`` full or offload: ``2 D V`` per position for
-    each inner exit with a loss (none if `Recipe.exits` names them), and every block that is not skipped, without its
-    down projection (``2 D F``), whose output no gradient needs. With dots it recomputes no matmul."""
+    """Forward FLOPs that the backward pass repeats with ``train.remat`` full or offload. It repeats each block that is
+    not skipped, without its down projection (``2 D F`` per position), whose output no gradient needs. It repeats the
+    logits of each inner exit with a loss (``2 D V``), unless `Recipe.exits` names the exits: their gradients are saved
+    in the forward pass. With none it repeats nothing, and with dots no matmul."""
 
     @property
     def hardware(self) -> float:

@@ -2,11 +2,12 @@
 
 import contextlib
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 Phase = Literal["training", "starting", "data", "evaluating", "saving", "sampling"]
-PHASES: tuple[Phase, ...] = ("training", "starting", "data", "evaluating", "saving", "sampling")
+PHASES: tuple[Phase, ...] = typing.get_args(Phase)
 
 
 _START = time.time() - time.monotonic()
@@ -21,8 +22,9 @@ class Goodput:
     """Books every second of the training thread to one phase.
 
     *training* is the time of steps that were kept, without those that a resume repeats. *starting* lasts from a start
-    to the end of its first step: reading the checkpoint, compiling. *data* is waiting for a batch. All other time is
-    *lost*: between two starts, and in steps that were repeated.
+    to the end of its first step: reading the checkpoint, compiling. *data* is waiting for a batch. *evaluating*,
+    *saving* and *sampling* have their usual meaning. The rest is *lost*: between two starts, and in steps that a resume
+    repeats.
     """
 
     def __init__(

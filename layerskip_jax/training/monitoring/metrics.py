@@ -113,7 +113,10 @@ class JsonLinesSink:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / METRICS).exists() and (earlier / METRICS).exists():
             (folder / METRICS).write_bytes((earlier / METRICS).read_bytes())
+        text = (folder / METRICS).read_bytes() if (folder / METRICS).exists() else b""
         self._file = (folder / METRICS).open("a", buffering=1)
+        if text and not text.endswith(b"\n"):  # a killed process left half a line, or the disk was full
+            self._file.write("\n")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
