@@ -62,8 +62,9 @@ def write_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B
 def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
     """Write the positions of ``new_BKTH`` that fall into a piece; ``start_B`` counts from the piece's first slot."""
     S, T = piece_BKSH.shape[2], new_BKTH.shape[2]
-    # Each row writes a window of T slots from slot_B on: the slots of its new positions, shifted into the piece if some
-    # are outside. Slot t of the window gets new position source_BT[t], or keeps its value if that is not in [0, T).
+    # Each row rewrites a window of T slots. It starts at the row's first new position, clipped so that the window lies
+    # in the piece. Slot t of the window takes new position source_BT[t]; where that is outside [0, T), it keeps its
+    # value.
     slot_B = jnp.clip(start_B, 0, S - T)
     source_BT = (slot_B - start_B)[:, None] + jnp.arange(T)[None]
     is_new_BT = (source_BT >= 0) & (source_BT < T)

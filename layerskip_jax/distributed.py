@@ -29,7 +29,7 @@ EXIT_DELAY_SECONDS = 3
 """How long process 0 waits to exit after an error: it hosts the coordinator, and jax ends the others when it exits."""
 
 GATHERED_BYTES = 8192
-"""Bytes of text that each process sends to the others when they compare results: all must send equally many."""
+"""Size of the text that each process sends when they compare results [bytes]: an all-gather needs equal shapes."""
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.sharding import on_each_device, target_platform
 
 SPLASH_TILE = 128
-"""The length of splash attention's tiles must be a multiple of this, the lanes of a TPU vector [positions]."""
+"""Splash attention needs tiles of a multiple of 128 positions, the number of lanes of a TPU vector register."""
 
 SAVED_OUTPUT = "attention output"
 """Checkpoint name of splash attention's output and log-sum-exp, for remat policies that save them."""

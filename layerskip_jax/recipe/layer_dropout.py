@@ -68,7 +68,7 @@ def decaying_time_scale(step: ArrayLike, total_steps: int) -> jax.Array:
 
     Source: a later study by LayerSkip's first author ("Don't Drop Dropout", 2026), which we know only second-hand.
     """
-    # XLA multiplies by the rounded reciprocal and may fuse that with the subtraction: -1e-8 at the last step.
+    # Clamp at 0: XLA multiplies by the rounded reciprocal in place of the division, so the last step may give -1e-8.
     return jnp.maximum(1 - _progress(step, total_steps), 0)
 
 
