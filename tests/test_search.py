@@ -11,9 +11,11 @@ from layerskip_jax.command_line import load_config_file
 from layerskip_jax.commands import search
 from layerskip_jax.commands.search import proxy_config
 from layerskip_jax.config import Config, ModelConfig, TrainConfig
+from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.decoding.cost import best_speedup, predicted_speedup
 from layerskip_jax.errors import UserError
-from layerskip_jax.training.search_space import Found, default_space, frontier
+from layerskip_jax.presets import pretraining, trained_to_draft
+from layerskip_jax.training.search_space import RECOMMENDED, Found, default_space, frontier
 
 SPACE = """
 def get_space():
@@ -135,6 +137,17 @@ def test_the_default_space_gives_valid_recipes():
         recipe = search.apply_overrides(config, overrides)
         assert recipe.early_exit.exits[0] in (1, 2)
         assert set(recipe.early_exit.exits[1:]) <= {4}
+
+
+def test_a_search_tries_the_recommended_recipe_first():
+    study = optuna.create_study()
+    study.enqueue_trial(RECOMMENDED | {"exit": 3})
+    config = Config(model=ModelConfig(num_layers=12))
+    overrides = default_space(study.ask(), config, [2, 3])
+    found, wanted = apply_overrides(config, overrides), trained_to_draft(pretraining(config.model), exit_layer=3)
+    early = dataclasses.replace(wanted.early_exit, exit_weights=(0.5,))
+    assert (found.early_exit, found.layer_dropout) == (early, wanted.layer_dropout)
+    assert found.optimizer == config.optimizer
 
 
 def test_a_proxy_keeps_the_layers_and_whole_rungs():

@@ -32,7 +32,7 @@ from layerskip_jax.locations import write_file
 from layerskip_jax.model import Transformer
 from layerskip_jax.presets import without_layerskip
 from layerskip_jax.training.loop import OnEvaluation, train
-from layerskip_jax.training.search_space import Found, Overrides, SearchSpace, default_space, frontier
+from layerskip_jax.training.search_space import RECOMMENDED, Found, Overrides, SearchSpace, default_space, frontier
 
 if TYPE_CHECKING:
     import optuna
@@ -130,6 +130,8 @@ class Search:
         for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # stopped: take it up first
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+        if not study.trials and self.space is default_space:
+            study.enqueue_trial(RECOMMENDED | {"exit": self.exits[0]})
         return study
 
     def train_plain(self) -> None:

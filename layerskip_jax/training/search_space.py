@@ -21,6 +21,19 @@ SearchSpace = Callable[[Trial, Config, Sequence[int]], Overrides]
 """``(trial, config, exits) -> settings``: one recipe for ``config`` that drafts from one of ``exits``."""
 
 
+RECOMMENDED: dict[str, Any] = {
+    "weight": 0.5,
+    "second_exit": False,
+    "distillation": "kl",
+    "distillation_weight": 1.0,
+    "agreement_weight": 0.1,
+    "p_max": 0.1,
+    "time_scale": "exponential",
+    "learning_rate_factor": 1.0,
+}
+"""The point of `default_space` that a search tries first: the recipe of `layerskip_jax.presets.trained_to_draft`."""
+
+
 def default_space(trial: Trial, config: Config, exits: Sequence[int]) -> Overrides:
     """Vary exit, weight, distillation, agreement, a second exit at L/2, layer dropout and learning rate."""
     exit_layer, middle = trial.suggest_categorical("exit", list(exits)), config.model.num_layers // 2
