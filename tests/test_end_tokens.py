@@ -17,7 +17,7 @@ from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.commands import decode
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
-from layerskip_jax.data.pipeline import _ToRow
+from layerskip_jax.data.pipeline import _to_row
 from layerskip_jax.data.tokenizer_settings import TokenizerSettings
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.confident_exit import ConfidentExit
@@ -224,8 +224,8 @@ def test_a_tokenizer_larger_than_the_model_opens(llama, tmp_path, model, capsys)
 def test_tokens_that_the_model_lacks_are_refused_wherever_texts_are_scored(model):
     row = {"tokens": np.array([1, 7]), "tokens_segment_ids": np.array([1, 1])}
     with pytest.raises(UserError, match="a document has the token 7, beyond the model's vocabulary of 7"):
-        _ToRow(False, 7)(row)
-    assert _ToRow(False, 8)(row)["targets_BT"].tolist() == [7]
+        _to_row(False, 7, row)
+    assert _to_row(False, 8, row)["targets_BT"].tolist() == [7]
     with pytest.raises(UserError, match="a text has the token 340, beyond the model's vocabulary of 340"):
         log_likelihoods(model, [([1], [2, VOCABULARY])], 4, 64, 1)
 

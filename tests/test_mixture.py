@@ -219,8 +219,8 @@ def test_changes_of_a_mixture_are_said(mixed, tmp_path):
     assert notes == [f"jsonl:{moved}: data.path: the same training documents"]
     seed = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
     resumed, (note,) = resume_mixture(config, seed, now, identify(seed))
-    assert set(resumed.values()) == {(name, "next documents") for name in names}
-    assert note.startswith("train.seed: every row continues after the documents that were read")
+    assert set(resumed.values()) == {(name, "first document") for name in names}
+    assert note == "train.seed: another order of the training documents, read from the first one on"
 
 
 def test_the_kept_components_of_a_changed_mixture_go_on(mixed, tmp_path):

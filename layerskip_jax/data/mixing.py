@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grain
@@ -22,17 +23,13 @@ def choose_components(shares: Sequence[float], batch_size: int, row: int, seed: 
     others.
     """
     mixed = grain.MapDataset.mix([grain.MapDataset.source([i]).repeat() for i in range(len(shares))], shares)
-    return grain.MapDataset.range(sys.maxsize).map(_ComponentOfRow(mixed, batch_size, row, seed))
+    return grain.MapDataset.range(sys.maxsize).map(partial(_component_of_row, mixed, batch_size, row, seed))
 
 
-class _ComponentOfRow:
-    # grain's WindowShuffleMapDataset takes 16 ms to shuffle one row of a batch of 4.
-    def __init__(self, mixed: grain.MapDataset, batch_size: int, row: int, seed: int):
-        self._mixed, self._batch_size, self._row, self._seed = mixed, batch_size, row, seed
-
-    def __call__(self, batch: int) -> int:
-        rotation = int(np.random.default_rng((self._seed, batch)).integers(self._batch_size))
-        return self._mixed[batch * self._batch_size + (self._row + rotation) % self._batch_size]
+# This rotates rows itself: grain's WindowShuffleMapDataset takes 16 ms to shuffle one row of a batch of 4.
+def _component_of_row(mixed: grain.MapDataset, batch_size: int, row: int, seed: int, batch: int) -> int:
+    rotation = int(np.random.default_rng((seed, batch)).integers(batch_size))
+    return mixed[batch * batch_size + (row + rotation) % batch_size]
 
 
 class MixRows(grain.IterDataset):
@@ -68,28 +65,18 @@ def row_streams(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return state.get("streams", {"": state})
 
 
-class ReportRepeat:
-    """Prints a line when a component has been read once. Rows read every B-th document; only row 0 prints it."""
-
-    def __init__(self, name: str, count: int, batch_size: int):
-        self._name, self._count, self._batch_size = name, count, batch_size
-
-    def __call__(self, index: int, document: Any) -> Any:
-        if self._count <= index < self._count + self._batch_size and index % self._batch_size == 0:
-            print(
-                f"note: all {self._count:,} documents of {self._name} (data.mixture) have been read once, so they are "
-                "repeated from here on",
-                file=sys.stderr,
-                flush=True,
-            )
-        return document
+def report_repeat(name: str, count: int, batch_size: int, index: int, document: Any) -> Any:
+    """Print a line when a component has been read once. Rows read every B-th document; only row 0 prints it."""
+    if count <= index < count + batch_size and index % batch_size == 0:
+        print(
+            f"note: all {count:,} documents of {name} (data.mixture) have been read once, so they are repeated from "
+            "here on",
+            file=sys.stderr,
+            flush=True,
+        )
+    return document
 
 
-class Label:
-    """Marks a held-out batch with the number of its component."""
-
-    def __init__(self, number: int):
-        self._number = number
-
-    def __call__(self, batch: Row) -> Row:
-        return batch | {"component": np.array(self._number)}
+def label(number: int, batch: Row) -> Row:
+    """Mark a held-out batch with the number of its component."""
+    return batch | {"component": np.array(number)}

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from layerskip_jax.config import Config
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.data.documents import Document, Documents, Pair, components_of, read_sample
 from layerskip_jax.data.load_tokenizer import load_tokenizer
-from layerskip_jax.data.mixing import Label, MixRows, ReportRepeat, choose_components
+from layerskip_jax.data.mixing import MixRows, choose_components, label, report_repeat
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import local_rows
@@ -89,7 +89,10 @@ def make_batches(
         if isinstance(component.tokenize, _TokenizePair):
             _report_pairs_without_room(component.documents, component.tokenize, split)
     if in_order:
-        parts = [component.batches(batch_size).map(_SelectRows(rows, batch_size)) for component in components.values()]
+        parts = [
+            component.batches(batch_size).map(partial(_select_rows, list(rows), batch_size))
+            for component in components.values()
+        ]
         batches = parts[0] if "" in components else _chain(parts, config.train.evaluate_batches)
         return _in_worker(batches) if config.data.workers else batches
     streams = [component.rows(rows, batch_size, seed) for component in components.values()]
@@ -127,7 +130,7 @@ class _Component:
         """Return the endless, shuffled sequences of ``rows`` of a batch."""
         endless = self._source.shuffle(seed=seed).repeat()
         if self._name:
-            endless = endless.map_with_index(ReportRepeat(self._name, len(self.documents), batch_size))
+            endless = endless.map_with_index(partial(report_repeat, self._name, len(self.documents), batch_size))
         tokens = endless.map(self.tokenize)
         sequences = count_sequences(self._config, self._tokenizer, self.documents, batch_size)
         window, bins = packing_sizes(self._config, batch_size, sequences)
@@ -144,7 +147,7 @@ class _Component:
 def _chain(components: Sequence[grain.IterDataset], most: int) -> grain.IterDataset:
     """Return the first ``most`` batches of every component, labeled with its number."""
     limited = [
-        grain.experimental.LimitIterDataset(batches.map(Label(number)), count=most)
+        grain.experimental.LimitIterDataset(batches.map(partial(label, number)), count=most)
         for number, batches in enumerate(components)
     ]
     return grain.experimental.InterleaveIterDataset(limited, cycle_length=1)
@@ -181,9 +184,9 @@ def packing_sizes(config: Config, batch_size: int, sequences: int) -> tuple[int,
     return min(config.data.shuffle_window, sequences) // batch_size, bins
 
 
-def _tokenize(config: Config, tokenizer: Tokenizer) -> "_Tokenize | _TokenizePair":
+def _tokenize(config: Config, tokenizer: Tokenizer) -> Callable[[Document], dict[str, np.ndarray]]:
     length = config.data.sequence_length + 1
-    return _TokenizePair(tokenizer, length) if config.data.prompt_key else _Tokenize(tokenizer)
+    return _TokenizePair(tokenizer, length) if config.data.prompt_key else partial(_tokenize_document, tokenizer)
 
 
 def _pack(config: Config, documents: grain.MapDataset, bins: int) -> grain.IterDataset:
@@ -196,7 +199,7 @@ def _pack(config: Config, documents: grain.MapDataset, bins: int) -> grain.IterD
         rows = grain.experimental.FirstFitPackIterDataset(tokens, length_struct=lengths, num_packing_bins=bins)
     else:
         rows = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"tokens": length})
-    return rows.map(_ToRow(config.data.cross_document_attention, config.model.vocab_size))
+    return rows.map(partial(_to_row, config.data.cross_document_attention, config.model.vocab_size))
 
 
 def _in_worker(dataset: grain.IterDataset) -> grain.IterDataset:
@@ -270,16 +273,8 @@ def _stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-class _Tokenize:
-    """Tokenize a document: BOS, its tokens, EOS."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-
-    def __call__(self, document: Document) -> dict[str, np.ndarray]:
-        if isinstance(document, np.ndarray):
-            return {"tokens": document}
-        return {"tokens": document_tokens(self._tokenizer, document)}
+def _tokenize_document(tokenizer: Tokenizer, document: Document) -> dict[str, np.ndarray]:
+    return {"tokens": document if isinstance(document, np.ndarray) else document_tokens(tokenizer, document)}
 
 
 class _TokenizePair:
@@ -322,42 +317,30 @@ def document_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.array(tokenizer.encode_document(text), np.int32)
 
 
-class _ToRow:
+def _to_row(cross_documents: bool, vocab_size: int, packed: dict[str, Any]) -> dict[str, np.ndarray]:
     """Turn T+1 packed tokens into inputs, targets, segments and mask of T predictions."""
-
-    def __init__(self, cross_documents: bool, vocab_size: int):
-        self._cross_documents, self._vocab_size = cross_documents, vocab_size
-
-    def __call__(self, packed: dict[str, Any]) -> dict[str, np.ndarray]:
-        tokens, segments = packed["tokens"], packed["tokens_segment_ids"]
-        if tokens.max() >= self._vocab_size:  # a tokenizer can have special tokens that the model lacks
-            raise UserError(
-                f"a document has the token {tokens.max()}, beyond the model's vocabulary of {self._vocab_size} "
-                "(model.vocab_size): remove the special tokens that it spells"
-            )
-        counts = segments[1:] > 0
-        if self._cross_documents:
-            segments = (segments > 0).astype(np.int32)
-        else:
-            counts = counts & (segments[1:] == segments[:-1])
-        if "counts" in packed:
-            counts = counts & (packed["counts"][1:] > 0)
-        return {
-            "inputs_BT": tokens[:-1],
-            "targets_BT": tokens[1:],
-            "segments_BT": segments[:-1],
-            "mask_BT": counts.astype(np.float32),
-        }
+    tokens, segments = packed["tokens"], packed["tokens_segment_ids"]
+    if tokens.max() >= vocab_size:  # a tokenizer can have special tokens that the model lacks
+        raise UserError(
+            f"a document has the token {tokens.max()}, beyond the model's vocabulary of {vocab_size} "
+            "(model.vocab_size): remove the special tokens that it spells"
+        )
+    counts = segments[1:] > 0
+    if cross_documents:
+        segments = (segments > 0).astype(np.int32)
+    else:
+        counts = counts & (segments[1:] == segments[:-1])
+    if "counts" in packed:
+        counts = counts & (packed["counts"][1:] > 0)
+    return {
+        "inputs_BT": tokens[:-1],
+        "targets_BT": tokens[1:],
+        "segments_BT": segments[:-1],
+        "mask_BT": counts.astype(np.float32),
+    }
 
 
-class _SelectRows:
+def _select_rows(rows: Sequence[int], batch_size: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Select the local rows of a batch; a short last batch is first padded with rows of zeros."""
-
-    def __init__(self, rows: Sequence[int], batch_size: int):
-        self._rows, self._batch_size = list(rows), batch_size
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        def select(array_BT: np.ndarray) -> np.ndarray:
-            return np.pad(array_BT, ((0, self._batch_size - len(array_BT)), (0, 0)))[self._rows]
-
-        return {name: select(array_BT) for name, array_BT in batch.items()}
+    padded = {name: np.pad(array_BT, ((0, batch_size - len(array_BT)), (0, 0))) for name, array_BT in batch.items()}
+    return {name: array_BT[rows] for name, array_BT in padded.items()}
