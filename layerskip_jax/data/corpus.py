@@ -115,10 +115,11 @@ def resume_mixture(
 ) -> tuple[dict[str, tuple[str, GoOn]], list[str]]:
     """Match the components of this run with those of the checkpoint.
 
-    Returns ``{name: (stored name, GoOn)}``, and lines about all changes. A component matches a stored one with the same
-    training documents, its own name first. Without one, it matches the stored component of its name, whose documents
-    have changed, so it starts over. A component without a match is not in the result. A corpus without a mixture is the
-    component ``""``, so it keeps its position when it joins or leaves a mixture.
+    Returns ``{name: (stored name, GoOn)}``, and lines about all changes. A component continues the stored one that has
+    the same training documents; if several have, the one of its own name. If none has, it takes the stored component of
+    its name, and starts over because the documents have changed. An older checkpoint has no `Corpus` to compare: its
+    component of the same name is taken to be the same. A component without a match is not in the result. A corpus
+    without a mixture is the component ``""``, so it keeps its position when it joins or leaves a mixture.
     """
     old = before.components or {"": before} if before else dict.fromkeys(saved.data.components)
     new = now.components or {"": now} if now else dict.fromkeys(config.data.components)

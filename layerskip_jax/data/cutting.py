@@ -19,11 +19,12 @@ Span = tuple[int, int]
 
 
 def cut_text(text: str, characters: int = CHARACTERS) -> list[Span]:
-    """Return the spans of the pieces of ``text`` that are not blank, most of at least ``characters``.
+    """Return the spans of the pieces of ``text`` that are not blank. Most pieces have at least ``characters``.
 
-    The text is cut at blank lines into pieces of at least ``characters``. Pieces of more than twice ``characters`` are
-    cut at line ends, and if they stay so long, after spaces or else anywhere, into pieces of at most ``characters``. CR
-    LF counts as one character, so that it is cut in the same places as LF.
+    Cut the text at blank lines into pieces of at least ``characters``. Cut those longer than twice ``characters`` at
+    line ends, again into pieces of at least ``characters``. Cut those that are still longer than twice ``characters``
+    into pieces of about ``characters``, after a space where there is one. CR LF counts as one character, so that texts
+    with CR LF and with LF are cut in the same places.
     """
     spans: list[Span] = list(_cut_at(BLANK_LINE, text, (0, len(text)), characters))
     spans = [piece for span in spans for piece in _cut_long(LINE, text, span, characters)]

@@ -154,11 +154,11 @@ def _chain(components: Sequence[grain.IterDataset], most: int) -> grain.IterData
 
 
 def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, batch_size: int, most: int = 32) -> int:
-    """Estimate how many packed sequences the corpus fills, up to the largest number that matters.
+    """Estimate how many packed sequences the corpus fills, up to a limit above which the number does not matter.
 
-    That limit is ``data.shuffle_window``, or with prompts the `PACKING_BINS` of all rows if they are more. Return it
-    without reading text if it is less than two batches, because then nothing is shuffled, or if the BOS and EOS of all
-    documents already fill it. Otherwise tokenize up to ``most`` documents and extrapolate.
+    The limit is ``data.shuffle_window``, or with prompts the `PACKING_BINS` of all rows if they are more. Return the
+    limit without reading text in two cases: it is less than two batches, so nothing is shuffled; or one BOS and one EOS
+    for each document already fill it. Otherwise tokenize up to ``most`` documents and extrapolate.
     """
     bins = PACKING_BINS * batch_size if config.data.prompt_key else 0
     needed = max(config.data.shuffle_window, bins)

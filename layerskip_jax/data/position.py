@@ -44,13 +44,13 @@ class DataPosition:
         """Resume from the positions that `read_positions` returned.
 
         ``resumed`` maps each component of this run (``""`` without a mixture) to the stored component that it
-        continues, and to a `GoOn`. A component that is missing from it starts at its first document. Without
-        ``resumed``, each component continues the stored rows of its own name.
+        continues, and to a `GoOn`. A component without an entry, or with ``"first document"``, starts at its first
+        document. Without ``resumed``, each component continues the stored component of its name.
 
-        With ``"next documents"``, or with another batch size, stored rows are not rows of this run. Every row then
-        starts after the last document that any stored row has read, in the shuffled order of the corpus. Documents that
-        slower rows had not reached are skipped. Some documents are read twice: grain's state of a row dates from the
-        start of its shuffle window (or group of packing bins), so its count leaves out the documents of that window.
+        With ``"same rows"`` and the same batch size, every row continues where it stopped. Otherwise every row starts
+        after the last document that any stored row has begun to read, in the shuffled order of the corpus. Documents
+        that slower rows had not reached are skipped. Others are read again: grain stores the state of a row as it was
+        at the start of its shuffle window (or group of packing bins), so the count misses the documents read since.
         """
         saved, iterator_state = {row: row_streams(state) for row, state in states.items()}, self._iterator.get_state()
         own = [row_streams(state) for state in _row_states(iterator_state)]

@@ -79,11 +79,11 @@ class AdaptiveSpeculative(SelfSpeculative):
     def late_blocks(
         self, model: Transformer, plan: Plan, position: RotaryTables, token_B: jax.Array, cache: KVQCache
     ) -> tuple[list[jax.Array], jax.Array, list[LayerCache]]:
-        """Run the W positions of ``position`` from their exit queries through the blocks after the planned exit.
+        """Run the W positions of ``position`` through the blocks after the planned exit, from their exit queries.
 
-        W = 1 means that nothing was drafted: there are no exit queries, so run all blocks from the embedding. Returns
-        ``x_BWD`` at each candidate exit (up to the planned one, the exit queries), the full model's ``logits_BWV``, and
-        the caches.
+        With W = 1, nothing was drafted and no block has run, so run all blocks from the embedding. Returns ``x_BWD`` at
+        every candidate exit, the full model's ``logits_BWV``, and the caches. At exits up to the planned one, ``x_BWD``
+        is the exit query, unless W = 1.
         """
         width, layers = position.index_BT.shape[1], cache.layers
         plain = width == 1  # nothing was drafted, so no block has run yet: this is a round of plain decoding

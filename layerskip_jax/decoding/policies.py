@@ -30,13 +30,13 @@ class Plan(NamedTuple):
 class Probe(NamedTuple):
     """How far each of X candidate exits agrees with the full model, as counts of active rows by position.
 
-    ``agreed / reached`` estimates the acceptance of the exit's draft q if the drafts before it were accepted. With a
-    stochastic sampler, the counts add up probabilities of acceptance instead of 0 and 1.
+    Position q, from 0, predicts draft q. So ``agreed / reached`` estimates the acceptance of the exit's draft q if the
+    drafts before it were accepted. With a stochastic sampler, the counts add up probabilities instead of 0 and 1.
     """
 
     done: jax.Array  # whether this round compared the exits; the counts are 0 otherwise
-    agreed_XQ: jax.Array  # rows in which the exit agrees at positions 0..q
-    reached_XQ: jax.Array  # rows in which it agrees at 0..q-1, and the round accepted the text up to position q
+    agreed_XQ: jax.Array  # of the rows in reached_XQ, those in which the exit also agrees at position q
+    reached_XQ: jax.Array  # rows in which the round accepted its first q drafts, and the exit agrees at 0..q-1
 
     @classmethod
     def none(cls, exits: int, width: int) -> "Probe":

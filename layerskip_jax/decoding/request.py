@@ -96,7 +96,8 @@ def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
         ) from None
     d, exits = strategy.draft_length, list(strategy.exits)
     # `LayerCache` splits the cache into several arrays along its length. `write_cache` writes the d+1 positions of a
-    # round through a window of that size in each of them, so d+1 must not exceed the shortest one: `BUCKET` slots.
+    # round through a window of that size in each of them. So d+1 must not exceed the shortest array, which has at least
+    # `BUCKET` slots because the capacity is a multiple of `BUCKET`.
     require(0 <= d < BUCKET, f"draft length {d} must be in 0..{BUCKET - 1}")
     for exit_layer in exits:
         require(

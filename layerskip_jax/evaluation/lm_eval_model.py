@@ -29,9 +29,10 @@ class BosPolicy(NamedTuple):
 class LayerSkipLM(TemplateLM):
     """The first ``exit_layer`` blocks (0: all) of an unstacked model, for lm-evaluation-harness.
 
-    ``bos.add`` (True, False, or None: as the tokenizer does) is ``add_bos_token`` of lm-eval's ``hf`` class. A text
-    that already begins with BOS gets no second one. Rolling likelihoods always start from one BOS. With ``bos.score``,
-    they also score the BOS that a text begins with, as the ``hf`` class does; without it, only the rest of the text.
+    ``bos.add`` is ``add_bos_token`` of lm-eval's ``hf`` class (None: as the tokenizer does). Encoding adds no BOS to a
+    text that begins with BOS. Rolling likelihoods put one more BOS in front as context. With ``bos.score``, as in the
+    ``hf`` class, they then also score the BOS of the encoded text, whether encoding added it or the text has it;
+    without, they score only the tokens after it.
 
     An inner exit generates in mode early_exit, the last exit with ``settings``. ``max_length`` is the context
     [tokens].

@@ -143,10 +143,10 @@ class ExitContext(NamedTuple):
 def exit_with_saved_gradients(
     context: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
 ) -> tuple[jax.Array, nnx.Param, ExitLosses]:
-    """Compute an exit's loss and all its gradients now, and attach those of ``x`` and the norm to its objective.
+    """Compute an exit's loss and all its gradients in the forward pass; attach those for ``x`` and the norm to it.
 
-    Returns ``x`` unchanged, ``d_matrix`` plus this exit's weighted gradient of the head's matrix, and the losses.
-    `fused_exit_losses` attaches the sum of these gradients once, for all exits.
+    Returns ``x`` unchanged, ``d_matrix`` plus this exit's weighted gradient of the head's matrix, and the losses (0 if
+    the exit is off). `fused_exit_losses` attaches the final ``d_matrix`` once, for all exits.
     """
 
     def on(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
@@ -165,9 +165,9 @@ def exit_with_saved_gradients(
 def exit_with_recomputed_logits(
     context: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
 ) -> tuple[jax.Array, nnx.Param, ExitLosses]:
-    """Compute an exit's loss and the gradient of the head's matrix now, and the other gradients in the backward pass.
+    """Compute an exit's loss and the gradient of the head's matrix in the forward pass, the rest in the backward pass.
 
-    Returns what `exit_with_saved_gradients` returns, but here ``x`` carries the exit's gradient.
+    Returns what `exit_with_saved_gradients` returns. The backward pass adds the exit's gradient to this ``x``.
     """
 
     def on(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
@@ -209,12 +209,12 @@ attach_gradient.defvjp(
 def attach_recomputed_gradient(
     loss: ChunkedLoss, x_BTD: jax.Array, norm_D: nnx.Param, value: jax.Array, frozen: tuple[jax.Array, Any, Labels]
 ) -> tuple[jax.Array, jax.Array]:
-    """Return ``x`` and ``value`` unchanged; the backward pass recomputes the logits, and adds the exit's gradients.
+    """Return ``x`` and ``value``; the backward pass recomputes the logits for the gradients of ``x`` and the norm.
 
-    It adds the gradient with respect to ``x`` to the cotangent of ``x``. That is why ``x`` passes through here: the
-    addition happens inside the conditional, so an exit that is off needs no array of zeros. ``frozen`` is the exit's
-    weight (here only the switch: the caller multiplies by it), the head's matrix and the labels. They receive no
-    gradient here.
+    It adds the first one to the cotangent of ``x``. ``x`` passes through here so that the addition happens inside the
+    conditional: an exit that is off then needs no array of zeros. ``frozen`` is the exit's weight, the head's matrix
+    and the labels, which receive no gradient here. The weight only switches the exit on or off: the caller multiplies
+    ``value`` by it, so the cotangent of ``value`` contains it.
     """
     return x_BTD, value
 

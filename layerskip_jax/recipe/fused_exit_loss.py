@@ -98,10 +98,10 @@ def fused_exit_losses(
     teacher: Any = None,
     shares: Shares = Shares(),  # noqa: B008  (immutable)
 ) -> ExitLosses:
-    """Return what `exit_losses` returns, with the gradient of the objective (LayerSkip eq. 5) already computed.
+    """Return what `exit_losses` returns, with gradients of the objective (LayerSkip eq. 5) already computed.
 
     Each exit is inside a conditional on its weight: one compiled program serves every step of a curriculum, and an
-    exit of weight 0 costs no FLOPs. The carry of the scan over blocks accumulates the gradient of the head. With
+    exit of weight 0 costs no FLOPs. The carry of the scan accumulates the gradient of the head's matrix. With
     ``remat`` none or dots, the forward pass also computes and saves each exit's gradient with respect to ``x``. With
     full or offload, the backward pass recomputes the logits of inner exits to compute that gradient. An inner exit then
     costs 8 D V FLOPs per token instead of 6.

@@ -102,11 +102,11 @@ class RunLock:
     def _wait(self, found: Sign) -> str:
         """Return why the lock ``found`` is stale, or "" if it is removed while this waits.
 
-        Raises `UserError` if its process is alive. A process of this kernel is decided at once: stale if it has ended,
-        alive if it runs and wrote the lock of this very folder within ``train.hang_seconds``. In all other cases, this
-        waits for the file to change, which shows that the process is alive. It waits 2.5 beats if the lock names this
-        host (a restarted container, a copied folder, a process that hangs). For another host it waits until the file
-        is ``train.hang_seconds`` old, and at least 2.5 beats.
+        Raises `UserError` if its process is alive. Two cases are decided at once: a process of this kernel that has
+        ended (stale), and one that runs and wrote the lock of this very folder within ``train.hang_seconds`` (alive).
+        Otherwise this waits for the file to change, which shows that the process is alive. If the lock names this host,
+        it waits 2.5 beats: the container may have restarted, the folder may be a copy, or the process may hang. For
+        another host it waits until the file is ``train.hang_seconds`` old, and at least 2.5 beats.
         """
         holder, silent = _parse(found), time.time() - found[0]
         one_kernel = (holder.host, holder.system) == (self._me.host, self._me.system)
