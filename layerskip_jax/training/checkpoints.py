@@ -117,10 +117,12 @@ class Checkpoints:
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise `UserError` if the run was started with another tokenizer; restore its stored files if they changed."""
-        steps, own = checkpoint_steps(self.folder), {name: sha256(content) for name, content in tokenizer.files.items()}
-        if steps and read_checksums(self.folder / str(steps[0]))["tokenizer"] == own:
-            self._restore_tokenizer(tokenizer)
-            return
+        own = {name: sha256(content) for name, content in tokenizer.files.items()}
+        for step in checkpoint_steps(self.folder)[:1]:
+            with contextlib.suppress(DamagedCheckpoint):  # `restore` reports it
+                if read_checksums(self.folder / str(step))["tokenizer"] == own:
+                    self._restore_tokenizer(tokenizer)
+                    return
         path = find_tokenizer(self.folder)
         if path and load_tokenizer(str(path)).files != tokenizer.files:
             raise UserError(
