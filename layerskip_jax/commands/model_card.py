@@ -67,7 +67,7 @@ def model_card(name: str, config: Config, steps: int | None, exits: ExitTable, d
 def _changed_settings(config: Config) -> str:
     return "\n".join(
         f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
-        for name, value in changed_settings(config).items()
+        for name, (_, value) in changed_settings(config).items()
         if name.split(".")[1] not in PRIVATE and not name.startswith("mesh.")
     )
 

@@ -76,8 +76,7 @@ def make_batches(
     the same sequences of a component as in a run on that component alone. In evaluation, every component yields its
     first ``train.evaluate_batches`` batches, which have its number as ``"component"``.
 
-    Pairs whose prompt fills a row are left out; a line on stderr counts them in a sample. Raises `UserError` if no pair
-    of the sample has room.
+    Pairs whose prompt fills a row are left out. Raises `UserError` if no pair of a sample has room.
     """
     rows = range(batch_size) if rows is None else rows
     tokenizer, documents = load_tokenizer(config.data.tokenizer), documents or open_documents(config.data, split)

@@ -125,13 +125,13 @@ def _by_exit(loss_L: np.ndarray) -> str:
 
 
 def opening_line(config: Config, mesh: Mesh, recipe: Recipe, start: str) -> str:
-    """Describe the model, the devices, the length and the recipe of a run; ``start`` describes its initial state."""
+    """Describe the model, the recipe, the devices and the length of a run; ``start`` describes its initial state."""
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     size = parameter_count(config.model) / 1e6
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return (
-        f"{size:.1f}M parameters, {config.model.num_layers} layers, on {mesh.size} {jax.devices()[0].device_kind} "
-        f"device(s){processes} ({shape}); {config.train.steps} steps, {start}; {_summarized(config, recipe)}"
+        f"{size:.1f}M parameters, {config.model.num_layers} layers ({_summarized(config, recipe)}), on {mesh.size} "
+        f"{jax.devices()[0].device_kind} device(s){processes} ({shape}); {config.train.steps} steps, {start}"
     )
 
 
