@@ -88,10 +88,8 @@ def make_batches(
         if isinstance(component.tokenize, _TokenizePair):
             _report_pairs_without_room(component.documents, component.tokenize, split)
     if in_order:
-        parts = [
-            component.batches(batch_size).map(partial(_select_rows, list(rows), batch_size))
-            for component in components.values()
-        ]
+        select = partial(_select_rows, list(rows), batch_size)
+        parts = [component.batches(batch_size).map(select) for component in components.values()]
         batches = parts[0] if "" in components else _chain(parts, config.train.evaluate_batches)
         return _in_worker(batches) if config.data.workers else batches
     streams = [component.rows(rows, batch_size, seed) for component in components.values()]
