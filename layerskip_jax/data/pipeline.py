@@ -74,9 +74,8 @@ def make_batches(
 
     With ``data.mixture``, every row takes its next sequence from the component that `choose_components` names. It reads
     the same sequences of a component as in a run on that component alone. In evaluation, every component yields its
-    first ``train.evaluate_batches`` batches, which have its number as ``"component"``.
-
-    Pairs whose prompt fills a row are left out. Raises `UserError` if no pair of a sample has room.
+    first ``train.evaluate_batches`` batches, which have its number as ``"component"``. Pairs whose prompt fills a row
+    are left out; raises `UserError` if no pair of a sample has room.
     """
     rows = range(batch_size) if rows is None else rows
     tokenizer, documents = load_tokenizer(config.data.tokenizer), documents or open_documents(config.data, split)
