@@ -137,7 +137,7 @@ def test_custom_exit_weights():
         ({"agreement": SelfDistillation(kl_divergence)}, r"agreement_exit 0 must be one of its exits \(\)"),
         (
             {"agreement": SelfDistillation(kl_divergence), "exits": (2,), "agreement_exit": 2},
-            r"agreement_share must be positive at some step, not \[0.0, 0.0, 0.0\]",
+            "agreement_share must be positive at some step",
         ),
         ({"exits": (3, 1)}, r"exits must increase within 1..\d, not be \(3, 1\)"),
         ({"exits": (0, 1)}, r"exits must increase within 1..\d, not be \(0, 1\)"),

@@ -25,7 +25,7 @@ from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.training.monitoring.metrics import METRICS, read_records
 
 
-def read_metrics(run_dir: str, last_step: int = 2**63 - 1) -> dict[str, dict[int, float]]:
+def read_metrics(run_dir: str, last_step: float = math.inf) -> dict[str, dict[int, float]]:
     """Read ``metrics.jsonl`` as ``{name: {step: value}}`` up to ``last_step``.
 
     The last value counts if a step was repeated.
@@ -57,10 +57,10 @@ class Run:
         ``path`` is a run folder, or one checkpoint in it: then the metrics end at its step.
         """
         checkpoint = find_checkpoint(path)
-        until = {"last_step": int(checkpoint.name)} if checkpoint == locate(path) else {}
+        last_step = int(checkpoint.name) if checkpoint == locate(path) else math.inf
         config = read_config(checkpoint)
         decode = apply_overrides(config.decode_settings, swept_settings(str(checkpoint), set()))
-        return cls(checkpoint, config, read_metrics(str(checkpoint.parent.parent), **until), decode)
+        return cls(checkpoint, config, read_metrics(str(checkpoint.parent.parent), last_step), decode)
 
     @property
     def folder(self) -> epath.Path:

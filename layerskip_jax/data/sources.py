@@ -25,9 +25,8 @@ from layerskip_jax.locations import check_encoding, decode_text, locate, names_i
 from layerskip_jax.mixture import mixture_shares
 
 CUT_BELOW_FILES = 10
-"""A text file with more than this share (1/10) of the bytes of the files that were found is cut into documents.
-
-Documents are held out whole, so one large file could otherwise be all of the held-out text."""
+"""A text file with more than a tenth (1 / `CUT_BELOW_FILES`) of the bytes of the files that were found is cut into
+documents. Documents are held out whole, so one large file could otherwise be all of the held-out text."""
 
 
 def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Documents:

@@ -131,8 +131,7 @@ class Recipe:
         return isinstance(self.apply_dropout, Skipping)
 
     def check(self) -> None:
-        """Raise `UserError` if a function returns a bad shape, or a bad value at one of up to 200 steps: the first 100,
-        and 100 over the whole run."""
+        """Raise `UserError` for a bad shape, or a bad value at the first 100 steps or at 100 steps of the whole run."""
         L, T = self.num_layers, self.total_steps
 
         def parts(step: jax.Array) -> dict[str, jax.Array]:
@@ -145,9 +144,9 @@ class Recipe:
             require(part.shape == shape, f"the recipe's {name} must return {wanted}, not the shape {part.shape}")
         rising = list(self.exits) == sorted(set(self.exits)) and all(1 <= e < L for e in self.exits)
         require(rising, f"the recipe's exits must increase within 1..{L - 1}, not be {self.exits}")
-        steps = sorted({*range(min(T, 100)), *np.linspace(0, T - 1, 100).astype(int).tolist()})
-        for step in steps:
-            rates_L, weights_L = map(np.asarray, _rates_and_weights(self, step))
+        steps = np.unique([*range(min(T, 100)), *np.linspace(0, T - 1, 100)]).astype(int)
+        rates_SL, weights_SL, *shares = map(np.asarray, _schedules(self, steps))
+        for step, rates_L, weights_L in zip(steps, rates_SL, weights_SL, strict=True):
             allowed = np.all((rates_L >= 0) & (rates_L < 1))
             require(bool(allowed), f"the recipe's drop rates must be in [0, 1), not {rates_L.tolist()} at step {step}")
             allowed = np.all((weights_L >= 0) & np.isfinite(weights_L))
@@ -156,15 +155,13 @@ class Recipe:
             listed = f"the recipe's exits {self.exits} must list every exit that its curriculum turns on"
             require(not self.exits or not others, f"{listed}: {others} at step {step}")
         require(self.distillation is None or bool(self.exits), "the recipe's distillation needs its exits")
-        for name in ("distillation_share", "agreement_share"):
-            shares = [float(getattr(self, name)(step, T)) for step in steps]
-            wrong = [share for share in shares if not 0 <= share <= 1]
+        for name, share_S in zip(("distillation_share", "agreement_share"), shares, strict=True):
+            wrong = share_S[~((share_S >= 0) & (share_S <= 1))].tolist()
             require(not wrong, f"the recipe's {name} must be in [0, 1], not {wrong[:3]}")
         if self.agreement is not None:
             listed = f"the recipe's agreement_exit {self.agreement_exit} must be one of its exits {self.exits}"
             require(self.agreement_exit in self.exits, listed)
-            positive = f"the recipe's agreement_share must be positive at some step, not {shares[:3]}"
-            require(max(shares) > 0, positive)
+            require(share_S.max() > 0, "the recipe's agreement_share must be positive at some step")
 
     def check_rows(self, rows: int) -> None:
         """Raise `UserError` if dropout cannot split ``rows``, the sequences of a microbatch on one device."""
@@ -205,6 +202,10 @@ def _exit_scale(early: EarlyExitConfig) -> early_exit.ExitScale:
     return early_exit.ChosenScale(early.exits, weights if len(weights) > 1 else weights * len(early.exits))
 
 
-@partial(jax.jit, static_argnums=0)  # compiles once; op by op, the first calls take a second
-def _rates_and_weights(recipe: Recipe, step: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    return recipe.drop_rates(step), recipe.exit_weights(step)
+@partial(jax.jit, static_argnums=0)  # one program for all steps; op by op, the first calls take a second
+def _schedules(recipe: Recipe, steps: jax.Array) -> tuple[jax.Array, ...]:
+    def at(step: jax.Array) -> tuple[jax.Array, ...]:
+        shares = (share(step, recipe.total_steps) for share in (recipe.distillation_share, recipe.agreement_share))
+        return recipe.drop_rates(step), recipe.exit_weights(step), *map(jnp.asarray, shares)
+
+    return jax.lax.map(at, steps)

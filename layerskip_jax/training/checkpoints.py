@@ -117,18 +117,22 @@ class Checkpoints:
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise `UserError` if the run was started with another tokenizer; restore its stored files if they changed."""
-        own = {name: sha256(content) for name, content in tokenizer.files.items()}
-        for step in checkpoint_steps(self.folder)[:1]:
-            with contextlib.suppress(DamagedCheckpoint):  # `restore` reports it
-                if read_checksums(self.folder / str(step))["tokenizer"] == own:
-                    self._restore_tokenizer(tokenizer)
-                    return
+        if self._saved_digests() == {name: sha256(content) for name, content in tokenizer.files.items()}:
+            self._restore_tokenizer(tokenizer)
+            return
         path = find_tokenizer(self.folder)
         if path and load_tokenizer(str(path)).files != tokenizer.files:
             raise UserError(
                 f"the run {self._config.train.run_dir} was trained with another tokenizer than "
                 f"{self._config.data.tokenizer}: continue with --data.tokenizer {path}, or start a new --train.run_dir"
             )
+
+    def _saved_digests(self) -> dict[str, str]:
+        """Return the digests of the tokenizer in the newest checkpoint; none without one, or if it is damaged."""
+        steps = checkpoint_steps(self.folder)
+        with contextlib.suppress(DamagedCheckpoint):  # `restore` reports it
+            return read_checksums(self.folder / str(steps[0]))["tokenizer"] if steps else {}
+        return {}
 
     def _restore_tokenizer(self, tokenizer: Tokenizer) -> None:
         for name, content in tokenizer.files.items() if jax.process_index() == 0 else ():

@@ -113,9 +113,8 @@ class JsonLinesSink:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / METRICS).exists() and (earlier / METRICS).exists():
             (folder / METRICS).write_bytes((earlier / METRICS).read_bytes())
-        text = (folder / METRICS).read_bytes() if (folder / METRICS).exists() else b""
         self._file = (folder / METRICS).open("a", buffering=1)
-        if text and not text.endswith(b"\n"):  # a killed process left half a line, or the disk was full
+        if (folder / METRICS).read_bytes()[-1:] not in (b"", b"\n"):  # a killed process left half a line
             self._file.write("\n")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -193,7 +192,7 @@ class WandbSink:
         self._run.finish()
 
 
-def read_records(run_dir: str, last_step: int = 2**63 - 1) -> list[dict[str, Any]]:
+def read_records(run_dir: str, last_step: float = math.inf) -> list[dict[str, Any]]:
     """Return the records of ``RUN_DIR/metrics.jsonl`` up to ``last_step``, in order; none without the file.
 
     Skips lines that are no records, such as one that a killed process left half written.
@@ -203,7 +202,8 @@ def read_records(run_dir: str, last_step: int = 2**63 - 1) -> list[dict[str, Any
     for line in path.read_bytes().splitlines() if is_regular(path) else []:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] <= last_step:
+            step = record.get("step") if isinstance(record, dict) else None
+            if type(step) is int and 0 <= step < 2**63 and step <= last_step:
                 records.append(record)
     return records
 
