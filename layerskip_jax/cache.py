@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.attention import attend
-from layerskip_jax.sharding import row_major, target_platform
+from layerskip_jax.sharding import constrain, on_each_device, row_major, target_platform
 
 
 class LayerCache(NamedTuple):
@@ -28,7 +28,8 @@ class LayerCache(NamedTuple):
         # cache of up to 4,096 positions is one piece: it needs no switch, and reads 2,000 unused positions on average.
         ends = read_sizes(capacity, first=4096 if on_gpu() else 128)
         shapes = [(batch, heads, end - start, head_dim) for start, end in zip([0, *ends], ends, strict=False)]
-        return cls(tuple(jnp.zeros(s, dtype) for s in shapes), tuple(jnp.zeros(s, dtype) for s in shapes))
+        zeros = lambda: tuple(constrain(jnp.zeros(s, dtype), "batch", "kv_heads", None, None) for s in shapes)  # noqa: E731
+        return cls(zeros(), zeros())
 
     def attend(
         self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, index_BT: jax.Array, filled: int | None = None
@@ -91,7 +92,8 @@ def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array)
     # TPU only: XLA:CPU would fuse a row's write into the next row's read, and copy the piece twice.
     rows = start_B.shape[0]
     unroll = 1 if target_platform() == "cpu" else min(8, rows)
-    return row_major(jax.lax.fori_loop(0, rows, write_row, piece_BKSH, unroll=unroll))
+    written_BKSH = jax.lax.fori_loop(0, rows, write_row, piece_BKSH, unroll=unroll)
+    return on_each_device(row_major, [(None, "kv_heads")], (None, "kv_heads"), along=["kv_heads"])(written_BKSH)
 
 
 def read_sizes(capacity: int, first: int = 128) -> list[int]:

@@ -69,6 +69,17 @@ def add_prompt_options(parser: OneLineParser) -> None:
     )
 
 
+def add_tensor_parallel(parser: OneLineParser) -> None:
+    """Add the option whose value `layerskip_jax.sharding.tensor_parallel` takes."""
+    parser.add_argument(
+        "--tensor_parallel",
+        metavar="N",
+        type=positive,
+        default=1,
+        help="split the model over N devices, for a model too large for one (default: 1)",
+    )
+
+
 def add_json(parser: OneLineParser, lines: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print JSON lines: {lines}")
 

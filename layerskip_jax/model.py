@@ -31,7 +31,7 @@ from layerskip_jax.config import ModelConfig
 from layerskip_jax.document_attention import attend_documents
 from layerskip_jax.errors import UserError
 from layerskip_jax.rope import RotaryTables, rotary_frequencies, rotate
-from layerskip_jax.sharding import constrain, row_major, target_platform
+from layerskip_jax.sharding import constrain, mesh_size, row_major, target_platform
 
 BlockFn = Callable[["Block", Any, Any], tuple[Any, Any]]
 """``(block, x, inputs_l) -> (x, outputs_l)``: one block; x is ``x_BTD``, or a tuple that starts with it."""
@@ -147,13 +147,13 @@ class DecodingBlock(Block):
     """A block with query, key and value in one matrix, and gate and up in another.
 
     With a few tokens, a matmul costs a fixed overhead and the time to read its weights, so fewer matmuls are faster.
-    Training keeps them separate, because tensor parallelism splits the columns of each one over the devices.
+    Training and tensor parallelism keep them separate: each device needs the columns of its heads from every one.
     """
 
     def __init__(self, block: Block):
         D, self.query_heads, self.head_dim = block.query_DNH.shape
         concatenated = lambda *matrices: nnx.Param(  # noqa: E731
-            jnp.concatenate([matrix[...].reshape(D, -1) for matrix in matrices], axis=1)
+            jnp.concatenate([matrix[...].reshape(D, -1) for matrix in matrices], axis=1), axes=("embed", None)
         )
         self.attention_norm_D, self.ffn_norm_D = block.attention_norm_D, block.ffn_norm_D
         self.query_key_value_DM = concatenated(block.query_DNH, block.key_DKH, block.value_DKH)
@@ -174,13 +174,13 @@ class DecodingBlock(Block):
         return gate_BTF, up_BTF
 
 
+def decoding_block(block: Block) -> Block:
+    """Return ``block`` for decoding: a `DecodingBlock`, or ``block`` itself if the current mesh splits its heads."""
+    return DecodingBlock(block) if mesh_size("heads") == 1 else block
+
+
 def run_layers(
-    blocks: "Block | Sequence[Block]",
-    x: Any,
-    block_fn: BlockFn,
-    inputs: Any,
-    first: int = 0,
-    last: int | None = None,
+    blocks: "Block | Sequence[Block]", x: Any, block_fn: BlockFn, inputs: Any, first: int = 0, last: int | None = None
 ) -> tuple[Any, Any]:
     """Run blocks [first, last): ``x, outputs_l = block_fn(block_l, x, inputs_l)`` for each.
 
@@ -230,16 +230,16 @@ class Transformer(nnx.Module):
         return unembed(self.config, self.head(), x_BTD)
 
     def unstacked(self) -> "Transformer":
-        """Return the same model for decoding: `blocks` is a list of `DecodingBlock`, matrices are in the compute dtype.
+        """Return the same model for decoding: `blocks` is a list of `decoding_block`s, matrices in the compute dtype.
 
         This copies the weights once; decoding a token then copies none. An unstacked model is returned as it is.
         """
         if isinstance(self.blocks, nnx.List):
             return self
-        dtype, layers = compute_dtype(self.config), range(self.config.num_layers)
+        dtype, L = compute_dtype(self.config), self.config.num_layers
         cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, tree)  # noqa: E731
         model = nnx.merge(*nnx.split(self))
-        model.blocks = nnx.List([DecodingBlock(cast(jax.tree.map(itemgetter(layer), self.blocks))) for layer in layers])
+        model.blocks = nnx.List([decoding_block(cast(jax.tree.map(itemgetter(i), self.blocks))) for i in range(L)])
         return cast(model)
 
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:

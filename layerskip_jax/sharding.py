@@ -6,8 +6,9 @@ sequence is then free for another dimension: ``"ffn": ("tensor", "sequence")`` s
 and sequence.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from layerskip_jax.config import Config
+from layerskip_jax.config import Config, ModelConfig
 from layerskip_jax.errors import UserError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -65,6 +66,39 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     return Mesh(arrange_devices(shape, slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+@contextlib.contextmanager
+def tensor_parallel(count: int) -> Iterator[None]:
+    """Split models over the first ``count`` devices while the context is active, for models too large for one.
+
+    `load_model` then reads one shard for each device, and generation runs on all of them. Heads, feed-forward width and
+    vocabulary are split. Raises `UserError` if there are fewer devices.
+    """
+    if count == 1:
+        yield
+        return
+    devices = jax.local_devices()
+    if count > len(devices):
+        raise UserError(f"--tensor_parallel {count} needs as many devices, but JAX finds {len(devices)} here")
+    shape = (1, 1, 1, count)
+    used = arrange_devices(shape, 1, devices) if count == len(devices) else np.reshape(devices[:count], shape)
+    with jax.set_mesh(Mesh(used, AXES, axis_types=(AxisType.Auto,) * len(AXES))):
+        yield
+
+
+def check_tensor_divides(
+    model: ModelConfig, tensor: Mapping[str, int], heads: Mapping[str, int] = MappingProxyType({})
+) -> None:
+    """Raise `UserError` unless a model can be split over as many devices as ``tensor`` says, by the setting's name.
+
+    ``heads`` names settings that split the heads further.
+    """
+    for name in ("num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
+        over = dict(tensor) | (dict(heads) if "heads" in name else {})
+        size, devices = getattr(model, name), math.prod(over.values())
+        if size % devices:
+            raise UserError(f"model.{name} {size} is not divisible by {' * '.join(over)} = {devices} devices")
+
+
 def arrange_devices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
     """Arrange ``devices`` in the ``shape`` of the mesh, with neighbors on the mesh next to each other on the torus."""
     arrange = partial(mesh_utils.create_device_mesh, shape)
@@ -85,14 +119,9 @@ def _check_divides(config: Config, data: int) -> None:
             f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulate) is not divisible by "
             f"mesh.data * mesh.fsdp = {data * wanted.fsdp} devices; make it a multiple"
         )
-    for name in ("num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
-        size, over = getattr(config.model, name), {"mesh.tensor": wanted.tensor}
-        if "heads" in name:  # attention splits heads where the rest splits sequences
-            over |= {"mesh.sequence": wanted.sequence} if wanted.sequence > 1 else {}
-        if size % math.prod(over.values()):
-            raise UserError(
-                f"model.{name} {size} is not divisible by {' * '.join(over)} = {math.prod(over.values())} devices"
-            )
+    # Attention splits heads where the rest splits sequences.
+    heads = {"mesh.sequence": wanted.sequence} if wanted.sequence > 1 else {}
+    check_tensor_divides(config.model, {"mesh.tensor": wanted.tensor}, heads)
     if config.model.dim % embed_shards:
         raise UserError(
             f"model.dim {config.model.dim} is not divisible by mesh.fsdp * mesh.sequence = {embed_shards} devices"

@@ -40,7 +40,7 @@ from layerskip_jax.sharding import AXES, make_mesh
 from layerskip_jax.training.monitoring.flops import PEAK_FLOPS
 from layerskip_jax.training.step import Trainer
 from tpu.compile_ahead import topology_devices
-from tpu.decode_ahead import ChipCompiler
+from tpu.decode_ahead import ChipCompiler, Pass
 
 pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
 ROOT = Path(__file__).parent.parent
@@ -103,6 +103,21 @@ def test_a_decode_loop_runs_its_matmuls_on_the_matrix_unit_of_every_chip(topolog
     # tiles of one matrix.
     copies = re.findall(r"= (bf16\S+) copy\(", text.split("\nENTRY")[1])
     assert len([shape for shape in copies if "S(1)" not in shape]) <= (1 if "tpu7x" in topology else 0)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_two_chips_exchange_two_sums_per_block(chip):
+    """After attention and after the feed-forward part. The embedding and the choice of a token need at most four more.
+
+    Nothing gathers the cache: each chip writes and reads the keys and values of its own heads.
+    """
+    compiler = ChipCompiler(DECODER, chip, rows=1, capacity=256, chips=2)
+    estimate = compiler.estimate(Pass(0, DECODER.num_layers, 1, head=True))
+    assert 2 * DECODER.num_layers <= estimate.collectives <= 2 * DECODER.num_layers + 4
+    assert estimate.transfers < 0.1 * estimate.reading
+    prefill = compiler.estimate(Pass(0, DECODER.num_layers, 64, head=False, prefill=True))
+    assert prefill.collectives == 2 * DECODER.num_layers
+    assert "all-gather" not in compiler.rounds(SelfSpeculative(Greedy(), Fixed(1, 3))).as_text()
 
 
 def tiny_program():

@@ -1,14 +1,17 @@
-"""Compile decoding for one TPU chip, on any machine, and predict tokens/s and the speedup of self-speculation.
+"""Compile decoding for one TPU chip or several, on any machine; predict tokens/s and the speedup of self-speculation.
 
     python tpu/decode_ahead.py --config configs/scratch_1b5.py --chip v5e --exit_layer 6 --draft_length 4 8
+    python tpu/decode_ahead.py --config configs/scratch_7b.py --chip v5e --tensor_parallel 8
 
-Prints the time of each pass: a plain pass, a draft (blocks [0, E) and the head), the last early pass of a round (no
-head), and the verification (blocks [E, L) and the head). A time is the larger of the compiler's estimate for the
-operations and the time to read the weights and the cache at the chip's HBM bandwidth, because the compiler's estimate
-omits the wait for prefetched weights. From these times follow the tokens/s if each draft is accepted with probability
-a, given that those before it were. With C choices at each position, the estimate of a draft is too high by the head of
-C - 1 nodes, which a round does not run, and too low by the selection of the best tokens. The memory is the compiler's.
-The model never runs: only the time to compile is measured. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU.
+Prints the time of each pass: the prefill, a plain pass, a draft (blocks [0, E) and the head), the last early pass of a
+round (no head), and the verification (blocks [E, L) and the head). A time is the larger of the compiler's estimate for
+the operations and the time to read the weights and the cache at the chip's HBM bandwidth, because the compiler's
+estimate omits the wait for prefetched weights. From these times follow the tokens/s if each draft is accepted with
+probability a, given that those before it were. With C choices at each position, the estimate of a draft is too high by
+the head of C - 1 nodes, which a round does not run, and too low by the selection of the best tokens. With several
+chips, a time includes the transfers at the bandwidth of the links, but not the latency of the collectives, whose number
+is printed: it can be as long as the rest. The memory is that of a chip, by the compiler. The model never runs: only the
+time to compile is measured. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU.
 """
 
 import dataclasses
@@ -25,12 +28,12 @@ from compile_ahead import CHIPS, Chip, topology_devices  # sets the environment 
 from etils import epath
 from flax import nnx
 from hlo import Program, shares_by_scope
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from layerskip_jax.cache import LayerCache
 from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
 from layerskip_jax.checks import require
-from layerskip_jax.command_line import make_parser, parse_config, positive
+from layerskip_jax.command_line import add_tensor_parallel, make_parser, parse_config, positive
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.branching import Branching, GreedyBranches
 from layerskip_jax.decoding.cost import predicted_speedup, weight_bytes
@@ -41,7 +44,7 @@ from layerskip_jax.decoding.rounds import SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import run_command
 from layerskip_jax.model import Transformer, empty_cache, weight_count
-from layerskip_jax.sharding import AXES
+from layerskip_jax.sharding import AXES, check_tensor_divides, named_shardings, spec
 
 PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Probabilities of accepting a draft, given that the earlier drafts of the round were accepted."""
@@ -59,6 +62,7 @@ class Pass(NamedTuple):
     last: int
     width: int
     head: bool
+    prefill: bool = False  # the positions are the first of a text
 
     def weights(self, config: ModelConfig) -> int:
         """Return how many weights the pass reads."""
@@ -69,31 +73,38 @@ class Pass(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The time of a pass. The larger of its two parts counts."""
+    """The time of a pass: the larger of its first two parts, and the transfers."""
 
     operations: float  # the compiler's estimate [s]
     reading: float  # weights and cache at the HBM bandwidth [s]
+    transfers: float  # exposed collectives at the bandwidth of the links [s]
+    collectives: float  # their number
 
     @property
     def seconds(self) -> float:
-        return max(self.operations, self.reading)
+        return max(self.operations, self.reading) + self.transfers
 
 
 class ChipCompiler:
-    """Compiles programs of one model for one chip. Arrays are only shapes, so no model is made."""
+    """Compiles programs of one model, split over ``chips`` chips. Arrays are only shapes, so no model is made."""
 
-    def __init__(self, config: ModelConfig, chip: str, rows: int, capacity: int):
-        device = topology_devices(f"{chip}:2x2" if chip in ("v5e", "v6e") else f"{chip}:2x2x1", 1)[0]
-        self.mesh = Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-        self.chip, self.config, self.rows, self.capacity = CHIPS[chip], config, rows, capacity
+    def __init__(self, config: ModelConfig, chip: str, rows: int, capacity: int, chips: int = 1):
+        shapes = ("2x2", "2x4") if chip in ("v5e", "v6e") else ("2x2x1", "2x2x2")
+        devices = topology_devices(f"{chip}:{shapes[chips > 4]}", 1)[:chips]
+        self.mesh = Mesh(np.reshape(devices, (1, 1, 1, chips)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        self.chip, self.config, self.rows, self.capacity, self.chips = CHIPS[chip], config, rows, capacity, chips
         with jax.set_mesh(self.mesh):
-            self.model = self.shapes(lambda: Transformer(config, rngs=nnx.Rngs(0)).unstacked())
+            model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)).unstacked())
+            self.model = jax.tree.map(placed, model, named_shardings(model, model, self.mesh))
 
     def shapes(self, f: Callable[..., Any], *arguments: Any) -> Any:
-        """Return the shapes of ``f(*arguments)``, on the chip."""
-        sharding = NamedSharding(self.mesh, PartitionSpec())
-        on_chip = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-        return jax.tree.map(on_chip, jax.eval_shape(f, *arguments))
+        """Return the shapes of ``f(*arguments)``, on the chips: caches split by heads, and the rest replicated."""
+
+        def place(leaf: Any) -> Any:
+            axes = ("batch", "kv_heads") if isinstance(leaf, LayerCache) else ()
+            return jax.tree.map(lambda array: placed(array, NamedSharding(self.mesh, spec(axes))), leaf)
+
+        return jax.tree.map(place, jax.eval_shape(f, *arguments), is_leaf=lambda leaf: isinstance(leaf, LayerCache))
 
     def estimate(self, one: Pass) -> Estimate:
         """Compile a loop of passes, each of which starts at the next position, and estimate one."""
@@ -102,7 +113,14 @@ class ChipCompiler:
             def run(index: jax.Array, carry: Carry) -> Carry:
                 x_BWD, layers = carry
                 index_BW = jnp.zeros((self.rows, 1), jnp.int32) + index + jnp.arange(one.width)[None]
-                x_BWD, layers = model.run_cached(x_BWD, model.rotary_tables(index_BW), layers, one.first, one.last)
+                x_BWD, layers = model.run_cached(
+                    x_BWD,
+                    model.rotary_tables(index_BW),
+                    layers,
+                    one.first,
+                    one.last,
+                    filled=one.width if one.prefill else None,
+                )
                 return (model.embed(jnp.argmax(model.unembed(x_BWD), -1)) if one.head else x_BWD), layers
 
             return jax.lax.fori_loop(0, PASSES, run, (x_BWD, layers))
@@ -112,12 +130,18 @@ class ChipCompiler:
             x_BWD = self.shapes(lambda model, tokens: model.embed(tokens), self.model, tokens_BW)
             layers = self.shapes(partial(empty_cache, self.config, self.rows, self.capacity))
             compiled = jax.jit(passes, donate_argnums=2).lower(self.model, x_BWD, layers).compile()
-        cycles = Program(compiled.as_text()).work(shares_by_scope({})).cycles / PASSES
-        # The cache is half full in the mean.
-        c = self.config
-        cached = (one.last - one.first) * self.rows * self.capacity // 2 * 2 * c.num_kv_heads * c.head_dim
-        size = (one.weights(c) + cached) * weight_bytes(c)
-        return Estimate(cycles / self.chip.clock, size / self.chip.hbm_bandwidth)
+        work, c = Program(compiled.as_text()).work(shares_by_scope({})), self.config
+        # The cache is half full in the mean, and empty before the prefill.
+        positions = 0 if one.prefill else self.rows * self.capacity // 2
+        cached = (one.last - one.first) * positions * 2 * c.num_kv_heads * c.head_dim
+        size = (one.weights(c) + cached) * weight_bytes(c) / self.chips
+        exposed = sum(size for transfer, size in work.received.items() if not transfer.overlapped)
+        return Estimate(
+            work.cycles / PASSES / self.chip.clock,
+            size / self.chip.hbm_bandwidth,
+            exposed / PASSES / self.chip.ici,
+            work.collectives / PASSES,
+        )
 
     def rounds(self, strategy: Strategy) -> jax.stages.Compiled:
         """Compile the decode loop."""
@@ -132,15 +156,21 @@ class ChipCompiler:
             return rounds_program("tpu", "bfloat16").lower(strategy, self.model, state, until).compile()
 
 
+def placed(array: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
 def report(
-    compiler: ChipCompiler, exit_layer: int, draft_lengths: Sequence[int], choices: Sequence[int]
+    compiler: ChipCompiler, exit_layer: int, draft_lengths: Sequence[int], choices: Sequence[int], prompt_length: int
 ) -> dict[str, Any]:
     """Return the estimates of every pass, and of a round for every draft length and number of choices.
 
     With one choice at each position, a round also has the predictions for every probability.
     """
     E, L = exit_layer, compiler.config.num_layers
-    passes, rounds = {"plain": compiler.estimate(Pass(0, L, 1, True))}, []
+    prefill = compiler.estimate(Pass(0, L, prompt_length, False, prefill=True))
+    passes = {f"prefill of {prompt_length} tokens": prefill, "plain": compiler.estimate(Pass(0, L, 1, True))}
+    rounds: list[dict[str, Any]] = []
     for C in choices:
         of_C = f", {C} choices" * (C > 1)
         draft, early = (compiler.estimate(Pass(0, E, C, head)) for head in (True, False))
@@ -183,11 +213,10 @@ def predictions(
 
 
 def show(found: dict[str, Any], chip: Chip) -> None:
-    print(f"  {'pass':24}{'ms':>8}{'operations':>12}{'reading':>9}{'of bandwidth':>14}")
+    print(f"  {'pass':24}{'ms':>8}{'operations':>12}{'reading':>9}{'transfers':>11}{'collectives':>13}")
     for name, one in found["passes"].items():
-        milliseconds = (1e3 * one[key] for key in ("seconds", "operations", "reading"))
-        share = one["reading"] / one["seconds"]
-        print(f"  {name:24}{'{:8.3f}{:12.3f}{:9.3f}'.format(*milliseconds)}{share:14.0%}")
+        milliseconds = (1e3 * one[key] for key in ("seconds", "operations", "reading", "transfers"))
+        print(f"  {name:24}{'{:8.3f}{:12.3f}{:9.3f}{:11.3f}'.format(*milliseconds)}{one['collectives']:13.0f}")
     print(f"  plain decoding: {found['plain_tokens_per_second']:.0f} tokens/s")
     for one in found["rounds"]:
         memory, temporaries = (one["arguments"] + one["temporaries"]) / 1e9, one["temporaries"] / 1e6
@@ -217,22 +246,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--length", type=positive, default=1000, metavar="N", help="positions of a text with its prompt (default: 1000)"
     )
+    parser.add_argument(
+        "--prompt_length", type=positive, default=512, metavar="N", help="positions of the prefill (default: 512)"
+    )
+    add_tensor_parallel(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     config, options = parse_config(parser, argv)
     model = read_model_config(epath.Path(options.folder)) if options.folder else config.model
     exit_layer = options.exit_layer or max(1, model.num_layers // 4)
     require(1 <= exit_layer < model.num_layers, f"--exit_layer must be in 1..{model.num_layers - 1}, not {exit_layer}")
+    require(options.prompt_length <= options.length, f"--prompt_length must be at most --length {options.length}")
+    chips = options.tensor_parallel
+    require(chips <= 8, f"--tensor_parallel must be at most 8, not {chips}")
+    check_tensor_divides(model, {"--tensor_parallel": chips})
     longest = options.length + max(options.draft_length) + 1
     model = dataclasses.replace(model, compute_dtype="bfloat16")
-    compiler = ChipCompiler(model, options.chip, options.rows, round_up(longest))
-    found = report(compiler, exit_layer, options.draft_length, options.choices)
+    compiler = ChipCompiler(model, options.chip, options.rows, round_up(longest), chips)
+    found = report(compiler, exit_layer, options.draft_length, options.choices, options.prompt_length)
     if options.json:
-        print(json.dumps({"config": options.config, "chip": options.chip, "rows": options.rows, **found}))
+        about = {"config": options.config, "chip": options.chip, "chips": chips, "rows": options.rows}
+        print(json.dumps(about | found))
     else:
-        print(
-            f"{options.folder or options.config} on one {options.chip}: {options.rows} row{'s' * (options.rows > 1)}, "
-            f"exit {exit_layer} of {model.num_layers}. Estimates from the compiler and the data sheet:"
-        )
+        print(f"{options.folder or options.config} on {chips} x {options.chip}, rows: {options.rows}, ", end="")
+        print(f"exit {exit_layer} of {model.num_layers}. Estimates from the compiler and the data sheet:")
         show(found, CHIPS[options.chip])
 
 

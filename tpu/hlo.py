@@ -66,6 +66,8 @@ class Work:
     flops: float = 0.0
     cycles: float = 0.0
     """The TPU compiler's estimate for its fusions, memory traffic included; kernels and waiting are not in it."""
+    collectives: float = 0.0
+    """How many collectives the device takes part in."""
     received: dict[Transfer, float] = dataclasses.field(default_factory=dict)
     """Bytes that the device receives, by kind of collective."""
     operations: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
@@ -74,6 +76,7 @@ class Work:
     def add(self, other: "Work", times: float = 1.0) -> None:
         self.flops += times * other.flops
         self.cycles += times * other.cycles
+        self.collectives += times * other.collectives
         for name, (cycles, flops) in other.operations.items():
             before = self.operations.get(name, (0.0, 0.0))
             self.operations[name] = (before[0] + times * cycles, before[1] + times * flops)
@@ -190,6 +193,7 @@ class Program:
             "collective-permute": size,
         }[kind]
         transfer = Transfer(kind, overlapped, between_slices=False)
+        work.collectives += 1
         work.received[transfer] = work.received.get(transfer, 0.0) + received
 
     def _receive_from_slices(self, work: Work, one: Instruction) -> None:

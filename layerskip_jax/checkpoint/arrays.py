@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
@@ -17,6 +16,7 @@ from layerskip_jax.config import ModelConfig
 from layerskip_jax.errors import UserError, bucket_error
 from layerskip_jax.locations import is_remote
 from layerskip_jax.model import Transformer
+from layerskip_jax.sharding import named_shardings
 
 
 class DamagedCheckpoint(UserError):  # noqa: N818  (as the user reads it)
@@ -47,15 +47,18 @@ def with_arrays(tree: Any, arrays: dict[str, Any]) -> Any:
 def stacked_model(
     config: ModelConfig, read: Callable[[dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
 ) -> Transformer:
-    """Build a stacked model on the first device from the arrays that ``read`` returns for their shapes and types."""
+    """Build a stacked model from the arrays that ``read`` returns for the result of `placed_arrays`."""
     abstract = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    return with_arrays(abstract, read({name: on_first_device(leaf) for name, leaf in named_arrays(abstract).items()}))
+    return with_arrays(abstract, read(placed_arrays(abstract)))
 
 
-def on_first_device(leaf: Any, dtype: jnp.dtype | None = None) -> jax.ShapeDtypeStruct:
-    """Return the shape and type of ``leaf`` (or ``dtype``), placed on the first device."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=device)
+def placed_arrays(module: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape, type and place of each array of ``module``: sharded over the current mesh, or the first device."""
+    arrays, mesh = named_arrays(module), jax.sharding.get_mesh()
+    places = dict.fromkeys(arrays, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    if not mesh.empty:
+        places = named_arrays(named_shardings(module, module, mesh))
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name]) for name, x in arrays.items()}
 
 
 def prefix_names(item: str, arrays: dict[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class RunFolder:
         return arrays
 
     def model(self, unstacked: bool = False) -> Transformer:
-        """Read the model onto the first device, for training or (``unstacked``) for decoding."""
+        """Read the model as `load_model` does, for training or (``unstacked``) for decoding."""
         model = stacked_model(self.config.model, self.weights)
         return model.unstacked() if unstacked else model
 

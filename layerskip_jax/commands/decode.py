@@ -12,6 +12,7 @@ from layerskip_jax.command_line import (
     add_json,
     add_prompt_options,
     add_settings,
+    add_tensor_parallel,
     given_settings,
     make_parser,
     positive,
@@ -40,6 +41,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--checkpoint", metavar="RUN", help="the same as the argument RUN")
     add_prompt_options(parser)
     parser.add_argument("--batch_size", metavar="N", type=positive, default=1, help="prompts per batch (default: 1)")
+    add_tensor_parallel(parser)
     parser.add_argument("--compare", action="store_true", help="also time plain decoding, and compare the texts")
     parser.add_argument("--quiet", action="store_true", help="print the numbers only, not the texts")
     add_json(parser, "one per prompt, then one of numbers")
@@ -60,7 +62,13 @@ def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_known_options(argv)
     run, given = _given_run(options), given_settings(options, DecodeConfig)
 
-    # Imported after parsing, so that --help and errors are immediate.
+    from layerskip_jax.sharding import tensor_parallel  # after parsing, so that --help and errors are immediate
+
+    with tensor_parallel(options.tensor_parallel):
+        _decode(options, run, given)
+
+
+def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> None:
     from layerskip_jax.checkpoint.reading import load_model, warn_beyond_context
     from layerskip_jax.checkpoint.swept import swept_settings
     from layerskip_jax.commands import terminal
@@ -94,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
                     else terminal.shown(completion, settings.chat)
                 )
                 sys.stdout.flush()
-    report = terminal.Report.from_answers(answers, model.config, settings, measured_bandwidth())
+    bandwidth = measured_bandwidth() * options.tensor_parallel
+    report = terminal.Report.from_answers(answers, model.config, settings, bandwidth)
     if options.compare:
         plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
         report = dataclasses.replace(report, **compare(generator, plain, batches))

@@ -1,5 +1,6 @@
 """``layerskip lm-eval RUN --tasks TASK [TASK ...]`` runs tasks of lm-evaluation-harness."""
 
+import argparse
 import json
 
 from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder, warn_beyond_context
@@ -8,6 +9,7 @@ from layerskip_jax.command_line import (
     OneLineParser,
     add_json,
     add_run,
+    add_tensor_parallel,
     make_parser,
     not_negative,
     positive,
@@ -17,6 +19,7 @@ from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.errors import UserError
+from layerskip_jax.sharding import tensor_parallel
 
 
 def _parser() -> OneLineParser:
@@ -56,6 +59,7 @@ def _parser() -> OneLineParser:
         default=True,
         help="false: leave BOS after BOS out of rolling likelihoods, unlike lm-eval's hf class (default: true)",
     )
+    add_tensor_parallel(parser)
     add_json(parser, "one per task")
     return parser
 
@@ -63,6 +67,11 @@ def _parser() -> OneLineParser:
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_known_options(argv)
     open_model_folder(options.run)  # fails early: importing lm-eval takes a while
+    with tensor_parallel(options.tensor_parallel):
+        _run_tasks(options)
+
+
+def _run_tasks(options: argparse.Namespace) -> None:
     try:
         from lm_eval import evaluator
         from lm_eval.tasks import TaskManager

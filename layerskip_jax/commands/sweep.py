@@ -24,6 +24,7 @@ from layerskip_jax.command_line import (
     add_prompt_options,
     add_run,
     add_settings,
+    add_tensor_parallel,
     given_settings,
     make_parser,
     positive,
@@ -43,6 +44,7 @@ from layerskip_jax.decoding.text import TextGenerator
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.pictures import Picture, ink_on
 from layerskip_jax.model import Transformer
+from layerskip_jax.sharding import tensor_parallel
 
 SETTINGS = ("weights", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
 """The settings that the user may fix."""
@@ -244,6 +246,7 @@ def _parser() -> OneLineParser:
         "--try_lengths", metavar="D", type=whole(1, 63), nargs="+", default=[2, 4, 6, 8], help="draft lengths"
     )
     parser.add_argument("--repeats", metavar="N", type=positive, default=3, help="timed runs of each (default: 3)")
+    add_tensor_parallel(parser)
     parser.add_argument("--no_store", action="store_true", help="do not store the recommendation and the plot")
     add_json(parser, "one per setting, then the recommendation")
     add_settings(parser, DecodeConfig(), names=SETTINGS)
@@ -252,6 +255,11 @@ def _parser() -> OneLineParser:
 
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_known_options(argv)
+    with tensor_parallel(options.tensor_parallel):
+        _sweep(options)
+
+
+def _sweep(options: argparse.Namespace) -> None:
     given = given_settings(options, DecodeConfig)
     model, config, tokenizer_path = load_model(options.run, unstacked=True)
     settings = apply_overrides(config.decode_settings, given)

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from layerskip_jax.command_line import (
     add_json,
     add_run,
     add_settings,
+    add_tensor_parallel,
     given_settings,
     make_parser,
     not_negative,
@@ -35,6 +36,7 @@ from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.evaluation.examples import TaskExamples, read_file, read_tfds
 from layerskip_jax.evaluation.tasks import TASKS, Task
 from layerskip_jax.model import Transformer
+from layerskip_jax.sharding import tensor_parallel
 
 SETTINGS = {field.name for field in dataclasses.fields(DecodeConfig)} - {"stop", "stream_every"}
 """The `DecodeConfig` settings that have an option here: all but ``stop``, which the task sets, and streaming."""
@@ -184,6 +186,7 @@ def _parser() -> OneLineParser:
         type=positive,
         help="cut prompts to N tokens (default: the model's context length minus the new tokens)",
     )
+    add_tensor_parallel(parser)
     parser.add_argument("--run_code", action="store_true", help="run generated code in a sandbox, for pass@1")
     parser.add_argument("--answers", action="store_true", help="with --json: also print one line per answer")
     add_json(parser, "one per task")
@@ -215,6 +218,13 @@ def main(argv: list[str] | None = None) -> None:
     given = given_settings(options, DecodeConfig)
     open_model_folder(options.run)  # fails early: reading examples may take a while
     tasks = _read_tasks(options)
+    with tensor_parallel(options.tensor_parallel):
+        _run_tasks(options, given, tasks)
+
+
+def _run_tasks(
+    options: argparse.Namespace, given: dict[str, Any], tasks: Sequence[tuple[str, Task, TaskExamples]]
+) -> None:
     model, config, tokenizer_path = load_model(options.run, unstacked=True)
     settings = apply_overrides(config.decode_settings, swept_settings(options.run, given) | given)
     tokenizer = load_tokenizer(str(tokenizer_path))

@@ -10,14 +10,14 @@ import jax
 from etils import epath
 from flax import nnx
 
-from layerskip_jax.checkpoint.arrays import named_arrays, on_first_device, stacked_model, with_arrays
+from layerskip_jax.checkpoint.arrays import named_arrays, placed_arrays, stacked_model, with_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, read_model_config
 from layerskip_jax.checkpoint.huggingface.weights import WeightFiles
 from layerskip_jax.config import Config, ModelConfig
 from layerskip_jax.data.load_tokenizer import find_tokenizer
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.errors import warn
-from layerskip_jax.model import Block, DecodingBlock, Transformer, compute_dtype
+from layerskip_jax.model import Block, Transformer, compute_dtype, decoding_block
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class LlamaFolder:
         return {name: self._files.array(name, leaf) for name, leaf in target.items()}
 
     def model(self, unstacked: bool = False) -> Transformer:
-        """Read the model onto the first device, for training or (``unstacked``) for decoding.
+        """Read the model as `load_model` does, for training or (``unstacked``) for decoding.
 
         For decoding, blocks are read one by one in the compute type, so the host holds no second copy.
         """
@@ -81,14 +81,14 @@ class LlamaFolder:
 
 def _read_unstacked(files: WeightFiles, config: ModelConfig) -> Transformer:
     def read(module: Any, prefix: str, names: Collection[str]) -> dict[str, jax.Array]:
-        leaves = {name: leaf for name, leaf in named_arrays(module).items() if name in names}
-        types = {name: compute_dtype(config) if leaf.ndim > 1 else leaf.dtype for name, leaf in leaves.items()}
-        return {name: files.array(prefix + name, on_first_device(leaf, types[name])) for name, leaf in leaves.items()}
+        leaves = {name: leaf for name, leaf in placed_arrays(module).items() if name in names}
+        types = {name: compute_dtype(config) if len(leaf.shape) > 1 else leaf.dtype for name, leaf in leaves.items()}
+        return {name: files.array(prefix + name, leaf.update(dtype=types[name])) for name, leaf in leaves.items()}
 
     model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     block = jax.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))
     block_names = named_arrays(block)
     blocks = [with_arrays(block, read(block, f"blocks.{layer}.", block_names)) for layer in range(config.num_layers)]
-    model.blocks = nnx.List([DecodingBlock(block) for block in blocks])
+    model.blocks = nnx.List([decoding_block(block) for block in blocks])
     arrays = named_arrays(model)
     return with_arrays(model, arrays | read(model, "", [name for name in arrays if not name.startswith("blocks.")]))
