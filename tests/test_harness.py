@@ -1,6 +1,6 @@
 """lm-evaluation-harness: six local tasks score the same with our model class and with its own ``hf`` class.
 
-The oracle needs torch, transformers and lm_eval: ``pip install -e '.[lm_eval,benchmarks]'``. Without them, only the
+The oracle needs torch, transformers and lm_eval: ``pip install -e '.[lm-eval,benchmarks]'``. Without them, only the
 likelihoods are tested, against all logits.
 """
 
@@ -27,6 +27,7 @@ from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.likelihood import log_likelihoods
+from layerskip_jax.sharding import mesh_size
 
 TASKS = {
     "choices": {
@@ -130,7 +131,7 @@ def test_likelihoods_are_sums_over_all_logits(lengths, exit_layer, max_length):
 
 def test_a_missing_extra_is_a_one_line_error(trained_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"lm_eval.*pip install 'layerskip-jax\[lm_eval\]'"):
+    with pytest.raises(UserError, match=r"lm_eval.*pip install 'layerskip-jax\[lm-eval\]'"):
         harness.main([trained_run, "--tasks", "choices"])
 
 
@@ -150,7 +151,7 @@ def test_likelihoods_refuse_pairs_without_tokens_and_name_what_is_too_long(capsy
 
 @pytest.fixture(scope="module")
 def lm_eval_model():
-    pytest.importorskip("lm_eval", reason="pip install -e '.[lm_eval,benchmarks]'")
+    pytest.importorskip("lm_eval", reason="pip install -e '.[lm-eval,benchmarks]'")
     from layerskip_jax.evaluation import lm_eval_model
 
     return lm_eval_model
@@ -357,6 +358,15 @@ def test_six_tasks_give_the_same_numbers_as_the_hf_class(
 
 
 @pytest.mark.filterwarnings("default")  # warnings of third-party code
+def test_the_command_splits_the_model_over_as_many_devices_as_given(trained_run, monkeypatch, lm_eval_model):
+    def load(*_, **__):
+        raise UserError(f"{mesh_size('heads')} devices")
+
+    monkeypatch.setattr(harness, "load_model", load)
+    with pytest.raises(UserError, match=r"^2 devices$"):
+        harness.main([trained_run, "--tasks", "choices", "--tensor_parallel", "2"])
+
+
 def test_the_command_offers_rolling_perplexities_without_bos(exported, task_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -18,6 +18,7 @@ from layerskip_jax.decoding.configure import configure
 from layerskip_jax.decoding.engine import begin, generate
 from layerskip_jax.decoding.quantization import quantized
 from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation.likelihood import log_likelihoods
 from layerskip_jax.sharding import check_tensor_divides, mesh_size, named_shardings, tensor_parallel
 from layerskip_jax.training.loop import train
 
@@ -71,6 +72,14 @@ def test_int8_weights_are_split_too():
     expected = outcome(quantized(model.unstacked()), settings)[0]
     with tensor_parallel(4):
         assert outcome(quantized(split(model)), settings)[0] == expected
+
+
+def test_the_likelihoods_are_those_of_one_device():
+    model, pairs = tiny_model(**SHAPE), [([1, 2], [3, 4]), ([5], [6])]
+    expected = log_likelihoods(model.unstacked(), pairs, 2, 20, batch_size=2)
+    with tensor_parallel(4):
+        found = log_likelihoods(split(model), pairs, 2, 20, batch_size=2)
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-5)
 
 
 @pytest.fixture(scope="module")

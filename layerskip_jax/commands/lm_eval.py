@@ -24,7 +24,7 @@ from layerskip_jax.sharding import tensor_parallel
 
 def _parser() -> OneLineParser:
     parser = make_parser(
-        "Run tasks of lm-evaluation-harness on a checkpoint, at any exit. Needs the extra lm_eval.", "lm-eval"
+        "Run tasks of lm-evaluation-harness on a checkpoint, at any exit. Needs the extra lm-eval.", "lm-eval"
     )
     add_run(parser)
     parser.add_argument(
@@ -79,7 +79,7 @@ def _run_tasks(options: argparse.Namespace) -> None:
 
         from layerskip_jax.evaluation.lm_eval_model import BosPolicy, LayerSkipLM
     except ImportError as error:
-        raise UserError(f"{error}: pip install 'layerskip-jax[lm_eval]'") from None
+        raise UserError(f"{error}: pip install 'layerskip-jax[lm-eval]'") from None
 
     model, config, tokenizer_path = load_model(options.run, unstacked=True)
     max_length = options.max_length or context_length(config)
