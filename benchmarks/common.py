@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 CODE = ("layerskip_jax", "benchmarks", "configs", "tpu")
 LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 MODELS = {
+    "narrow": ModelConfig(16, 128, 4, 4, 344, 2048, compute_dtype="float32"),
     "small": ModelConfig(12, 256, 4, 4, 688, 4096, compute_dtype="float32"),
     "large": ModelConfig(16, 768, 12, 12, 2048, 32000, compute_dtype="float32"),
 }

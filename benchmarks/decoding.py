@@ -4,6 +4,7 @@ Random Llama-shaped models in float32, prompts of 64 tokens, greedy. ``tail`` sc
 to the residual stream, and so sets the acceptance. Alternatives run in turn; figures are medians over ``--repeats``:
 
     cost        speedup of self-speculation against the cost model, with and without reuse of the exit queries
+    verify      time of a pass over 2 to 8 positions against one position
     max_length  tokens/s with a cache of 4,096 positions against a cache of 512
     memory      temporary memory of the compiled loop against the KVQ cache
     batch       tokens/s by batch size, plain and self-speculative (and a plot, with --plot FILE)
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import MODELS, add_json_option, called_in_turn, header, model_with_tail, write_json
+from layerskip_jax.cache import LayerCache
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.cost import (
@@ -43,7 +45,7 @@ from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strat
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.state import KVQCache
 from layerskip_jax.errors import run_command
-from layerskip_jax.model import compute_dtype, weight_count
+from layerskip_jax.model import Transformer, compute_dtype, empty_cache, weight_count
 
 PLAIN = Autoregressive(Greedy())
 Row = dict[str, Any]
@@ -104,12 +106,47 @@ def cost(name: str, repeats: int) -> list[Row]:
                     "plain_tokens_per_second": speed(runs["plain"]),
                     "plain_of_memory_limit": speed(runs["plain"]) / plain_limit,
                     "speedup": ratio(ours, runs["plain"]), "predicted": predicted,
-                    "measured/predicted": ratio(ours, runs["plain"]) / predicted, "bar": 0.85,
+                    "measured/predicted": ratio(ours, runs["plain"]) / predicted, "bar": 0.9,
                     "with/without_queries": ratio(ours, without) / one_pass_more(config, exit_layer, drafted),
                     "identical": all(r.tokens == runs["plain"][0].tokens for r in [*ours, *without]),
                 }
             )  # fmt: skip
     return rows
+
+
+VERIFY_BARS = {"narrow": 1.4, "small": 1.2, "large": 1.2}
+"""The most that a pass over four positions may cost [plain passes]."""
+
+
+def verify(name: str, repeats: int) -> list[Row]:
+    """Time a compiled loop of passes through all blocks and the head, after 64 positions."""
+    config, passes, prompt = MODELS[name], 32, 64
+    model = model_with_tail(config, 4, 0.02).unstacked()
+    widths = (1, 2, 3, 4, 5, 8)
+    layers = empty_cache(config, 1, prompt + passes + max(widths))
+
+    @partial(jax.jit, static_argnames="width")
+    def run(model: Transformer, layers: list[LayerCache], width: int) -> jax.Array:
+        def one(index: jax.Array, carry: tuple[jax.Array, list[LayerCache]]) -> tuple[jax.Array, list[LayerCache]]:
+            tokens_BW, layers = carry
+            position = model.rotary_tables(prompt + index + jnp.arange(width)[None])
+            x_BWD, layers = model.run_cached(model.embed(tokens_BW), position, layers, 0, config.num_layers)
+            return jnp.argmax(model.unembed(x_BWD), -1).astype(jnp.int32), layers
+
+        return jax.lax.fori_loop(0, passes, one, (jnp.ones((1, width), jnp.int32), layers))[0]
+
+    def seconds(width: int) -> float:
+        began = time.perf_counter()
+        run(model, layers, width).block_until_ready()
+        return (time.perf_counter() - began) / passes
+
+    runs = called_in_turn({f"{width}": partial(seconds, width) for width in widths}, repeats)
+    return [
+        {"part": "verify", "model": name, "positions": width, "ms": 1e3 * statistics.median(runs[f"{width}"]),
+         "of_plain": statistics.median(a / b for a, b in zip(runs[f"{width}"], runs["1"], strict=True)),
+         "bar": VERIFY_BARS[name] if width == 4 else None}
+        for width in widths
+    ]  # fmt: skip
 
 
 def one_pass_more(config: ModelConfig, exit_layer: int, drafted: float) -> float:
@@ -236,7 +273,8 @@ def int8(name: str, repeats: int) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[str, int], list[Row]]] = {
-    "cost": cost, "max_length": max_length, "memory": memory, "batch": batch, "length": length, "int8": int8,
+    "cost": cost, "verify": verify, "max_length": max_length, "memory": memory, "batch": batch, "length": length,
+    "int8": int8,
 }  # fmt: skip
 
 
@@ -272,7 +310,7 @@ def plot_batch(rows: list[Row], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all but int8)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["small", "large"])
     parser.add_argument("--repeats", type=int, default=3)
     add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="PNG file for the plot of the batch part")
