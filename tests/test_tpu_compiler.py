@@ -89,7 +89,7 @@ def test_a_decode_loop_runs_its_matmuls_on_the_matrix_unit_of_every_chip(topolog
 
     A matmul on the vector unit is a fusion that multiplies a weight matrix and sums the products.
     """
-    compiler = ChipCompiler(DECODER, topology.split(":")[0], rows=1, capacity=256)
+    compiler = ChipCompiler(DECODER, topology.split(":")[0], rows=1, capacity=1024)
     text, model = compiler.rounds(SelfSpeculative(Greedy(), Fixed(1, 3))).as_text(), compiler.model
     assert "while(" in text
     matrices = [leaf for leaf in jax.tree.leaves((model.blocks, model.head_DV)) if leaf.ndim > 1]
@@ -111,7 +111,7 @@ def test_two_chips_exchange_two_sums_per_block(chip):
 
     Nothing gathers the cache: each chip writes and reads the keys and values of its own heads.
     """
-    compiler = ChipCompiler(DECODER, chip, rows=1, capacity=256, chips=2)
+    compiler = ChipCompiler(DECODER, chip, rows=1, capacity=1024, chips=2)
     estimate = compiler.estimate(Pass(0, DECODER.num_layers, 1, head=True))
     assert 2 * DECODER.num_layers <= estimate.collectives <= 2 * DECODER.num_layers + 4
     assert estimate.transfers < 0.1 * estimate.reading
@@ -229,6 +229,10 @@ def test_decode_ahead_predicts_from_the_passes():
     numbers = 4 * (3 * 1024 * 4096 + 4 * 1024 * 1024) + 1024 * 2048 + 4 * 64 * 2 * 1024
     assert passes["plain"]["reading"] == pytest.approx(2 * numbers / 0.81e12, rel=1e-3)
     assert all(part["seconds"] == max(part["operations"], part["reading"]) for part in passes.values())
+    # The prefill reads the blocks once for half of the text.
+    prefill = passes["prefill of 50 tokens"]
+    assert prefill["reading"] == pytest.approx(2 * 4 * (3 * 1024 * 4096 + 4 * 1024 * 1024) / 0.81e12, rel=1e-3)
+    assert prefill["seconds"] < 3 * passes["plain"]["seconds"]
     tokens = 1 + 0.5 + 0.5**2
     assert one["predictions"][0]["speedup"] == pytest.approx(tokens * passes["plain"]["seconds"] / sum(parts))
     # Blocks on the vector unit would take four times the time to read them.

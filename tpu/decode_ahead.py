@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         "--length", type=positive, default=1000, metavar="N", help="positions of a text with its prompt (default: 1000)"
     )
     parser.add_argument(
-        "--prompt_length", type=positive, default=512, metavar="N", help="positions of the prefill (default: 512)"
+        "--prompt_length", type=positive, metavar="N", help="positions of the prefill (default: half of --length)"
     )
     add_tensor_parallel(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line")
@@ -255,14 +255,15 @@ def main(argv: list[str] | None = None) -> None:
     model = read_model_config(epath.Path(options.folder)) if options.folder else config.model
     exit_layer = options.exit_layer or max(1, model.num_layers // 4)
     require(1 <= exit_layer < model.num_layers, f"--exit_layer must be in 1..{model.num_layers - 1}, not {exit_layer}")
-    require(options.prompt_length <= options.length, f"--prompt_length must be at most --length {options.length}")
+    prompt_length = options.prompt_length or -(-options.length // 2)
+    require(prompt_length <= options.length, f"--prompt_length must be at most --length {options.length}")
     chips = options.tensor_parallel
     require(chips <= 8, f"--tensor_parallel must be at most 8, not {chips}")
     check_tensor_divides(model, {"--tensor_parallel": chips})
     longest = options.length + max(options.draft_length) + 1
     model = dataclasses.replace(model, compute_dtype="bfloat16")
     compiler = ChipCompiler(model, options.chip, options.rows, round_up(longest), chips)
-    found = report(compiler, exit_layer, options.draft_length, options.choices, options.prompt_length)
+    found = report(compiler, exit_layer, options.draft_length, options.choices, prompt_length)
     if options.json:
         about = {"config": options.config, "chip": options.chip, "chips": chips, "rows": options.rows}
         print(json.dumps(about | found))
