@@ -12,6 +12,7 @@ with epy.lazy_api_imports(globals()):  # a module is imported when its name is f
     from layerskip_jax.decoding.sampling import Greedy, Stochastic
     from layerskip_jax.decoding.text import TextGenerator
     from layerskip_jax.recipe.recipe import Recipe
+    from layerskip_jax.sharding import tensor_parallel
     from layerskip_jax.training.loop import train
 
 __version__ = "0.1.0"
@@ -28,5 +29,6 @@ __all__ = [
     "TextGenerator",
     "generate",
     "load_model",
+    "tensor_parallel",
     "train",
 ]

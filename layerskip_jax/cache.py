@@ -29,7 +29,10 @@ class LayerCache(NamedTuple):
         # a GPU, the switch waits for the host, which costs as much as reading 2,000 positions.
         ends = read_sizes(capacity, first={"cpu": 128, "tpu": 512}.get(target_platform(), 4096))
         shapes = [(batch, heads, end - start, head_dim) for start, end in zip([0, *ends], ends, strict=False)]
-        zeros = lambda: tuple(constrain(jnp.zeros(s, dtype), "batch", "kv_heads", None, None) for s in shapes)  # noqa: E731
+
+        def zeros() -> tuple[jax.Array, ...]:
+            return tuple(constrain(jnp.zeros(shape, dtype), None, "kv_heads", None, None) for shape in shapes)
+
         return cls(zeros(), zeros())
 
     def attend(
@@ -94,6 +97,7 @@ def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array)
     rows = start_B.shape[0]
     unroll = 1 if target_platform() == "cpu" else min(8, rows)
     written_BKSH = jax.lax.fori_loop(0, rows, write_row, piece_BKSH, unroll=unroll)
+    # Each device constrains its own shard: XLA:TPU would gather the whole array to constrain its layout.
     return on_each_device(row_major, [(None, "kv_heads")], (None, "kv_heads"), along=["kv_heads"])(written_BKSH)
 
 

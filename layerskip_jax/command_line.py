@@ -70,13 +70,13 @@ def add_prompt_options(parser: OneLineParser) -> None:
 
 
 def add_tensor_parallel(parser: OneLineParser) -> None:
-    """Add the option whose value `layerskip_jax.sharding.tensor_parallel` takes."""
+    """Add ``--tensor_parallel N``, for `layerskip_jax.sharding.tensor_parallel`."""
     parser.add_argument(
         "--tensor_parallel",
         metavar="N",
         type=positive,
         default=1,
-        help="split the model over N devices, for a model too large for one (default: 1)",
+        help="split the model over N devices of this host, if it is too large for one (default: 1)",
     )
 
 

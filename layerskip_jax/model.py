@@ -147,7 +147,7 @@ class DecodingBlock(Block):
     """A block with query, key and value in one matrix, and gate and up in another.
 
     With a few tokens, a matmul costs a fixed overhead and the time to read its weights, so fewer matmuls are faster.
-    Training and tensor parallelism keep them separate: each device needs the columns of its heads from every one.
+    Training and tensor parallelism keep them separate, and split the columns of each matrix over the devices.
     """
 
     def __init__(self, block: Block):

@@ -1,9 +1,9 @@
 """The device mesh, and `RULES`, the one table that maps logical axes to mesh axes.
 
-To try another layout, edit `RULES`. Edit `_check_divides` too, which repeats the table to raise a `UserError` if the
-mesh does not divide a dimension. For example, ``"embed": None`` replicates parameters over fsdp and sequence. The axis
-sequence is then free for another dimension: ``"ffn": ("tensor", "sequence")`` shards the feed-forward width over tensor
-and sequence.
+To try another layout, edit `RULES`. Edit `_check_divides` and `check_tensor_divides` too, which repeat the table to
+raise a `UserError` if the mesh does not divide a dimension. For example, ``"embed": None`` replicates parameters over
+fsdp and sequence. The axis sequence is then free for another dimension: ``"ffn": ("tensor", "sequence")`` shards the
+feed-forward width over tensor and sequence.
 """
 
 import contextlib
@@ -63,7 +63,12 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     if data % slices:
         raise UserError(f"mesh.data = {data} must be a multiple of the {slices} slices: no other axis crosses them")
     _check_divides(config, data)
-    return Mesh(arrange_devices(shape, slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return auto_mesh(arrange_devices(shape, slices, devices))
+
+
+def auto_mesh(devices: np.ndarray) -> Mesh:
+    """Return the mesh over an array of devices with four axes, along which the compiler partitions."""
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager
@@ -71,32 +76,31 @@ def tensor_parallel(count: int) -> Iterator[None]:
     """Split models over the first ``count`` devices while the context is active, for models too large for one.
 
     `load_model` then reads one shard for each device, and generation runs on all of them. Heads, feed-forward width and
-    vocabulary are split. Raises `UserError` if there are fewer devices.
+    vocabulary are split. Raises `UserError` unless this process has as many devices.
     """
+    devices = jax.local_devices()
+    if not 1 <= count <= len(devices):
+        raise UserError(f"--tensor_parallel must be in 1..{len(devices)}, the devices of this process, not {count}")
     if count == 1:
         yield
         return
-    devices = jax.local_devices()
-    if count > len(devices):
-        raise UserError(f"--tensor_parallel {count} needs as many devices, but JAX finds {len(devices)} here")
     shape = (1, 1, 1, count)
+    # `arrange_devices` knows only whole slices.
     used = arrange_devices(shape, 1, devices) if count == len(devices) else np.reshape(devices[:count], shape)
-    with jax.set_mesh(Mesh(used, AXES, axis_types=(AxisType.Auto,) * len(AXES))):
+    with jax.set_mesh(auto_mesh(used)):
         yield
 
 
-def check_tensor_divides(
-    model: ModelConfig, tensor: Mapping[str, int], heads: Mapping[str, int] = MappingProxyType({})
-) -> None:
-    """Raise `UserError` unless a model can be split over as many devices as ``tensor`` says, by the setting's name.
+def check_tensor_divides(model: ModelConfig, setting: str, count: int, sequence: int = 1) -> None:
+    """Raise `UserError`, which names ``setting``, unless a model can be split over ``count`` devices.
 
-    ``heads`` names settings that split the heads further.
+    Attention splits heads also where the rest splits sequences, over ``sequence`` devices.
     """
     for name in ("num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
-        over = dict(tensor) | (dict(heads) if "heads" in name else {})
-        size, devices = getattr(model, name), math.prod(over.values())
-        if size % devices:
-            raise UserError(f"model.{name} {size} is not divisible by {' * '.join(over)} = {devices} devices")
+        further = sequence if "heads" in name else 1
+        size, over = getattr(model, name), setting + " * mesh.sequence" * (further > 1)
+        if size % (count * further):
+            raise UserError(f"model.{name} {size} is not divisible by {over} = {count * further} devices")
 
 
 def arrange_devices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
@@ -119,9 +123,7 @@ def _check_divides(config: Config, data: int) -> None:
             f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulate) is not divisible by "
             f"mesh.data * mesh.fsdp = {data * wanted.fsdp} devices; make it a multiple"
         )
-    # Attention splits heads where the rest splits sequences.
-    heads = {"mesh.sequence": wanted.sequence} if wanted.sequence > 1 else {}
-    check_tensor_divides(config.model, {"mesh.tensor": wanted.tensor}, heads)
+    check_tensor_divides(config.model, "mesh.tensor", wanted.tensor, wanted.sequence)
     if config.model.dim % embed_shards:
         raise UserError(
             f"model.dim {config.model.dim} is not divisible by mesh.fsdp * mesh.sequence = {embed_shards} devices"

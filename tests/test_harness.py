@@ -357,7 +357,6 @@ def test_six_tasks_give_the_same_numbers_as_the_hf_class(
                 np.testing.assert_allclose(mine, other, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("default")  # warnings of third-party code
 def test_the_command_splits_the_model_over_as_many_devices_as_given(trained_run, monkeypatch, lm_eval_model):
     def load(*_, **__):
         raise UserError(f"{mesh_size('heads')} devices")
@@ -367,6 +366,7 @@ def test_the_command_splits_the_model_over_as_many_devices_as_given(trained_run,
         harness.main([trained_run, "--tasks", "choices", "--tensor_parallel", "2"])
 
 
+@pytest.mark.filterwarnings("default")  # warnings of third-party code
 def test_the_command_offers_rolling_perplexities_without_bos(exported, task_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.commands import decode, sweep, tasks
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.config_dict import apply_overrides
+from layerskip_jax.decoding import request as requests
 from layerskip_jax.decoding.configure import configure
 from layerskip_jax.decoding.engine import begin, generate
 from layerskip_jax.decoding.quantization import quantized
@@ -132,7 +134,7 @@ def test_the_other_commands_load_the_model_on_as_many_devices(command, options, 
 @pytest.mark.parametrize(
     ("devices", "message"),
     [
-        ("9", "--tensor_parallel 9 needs as many devices, but JAX finds 8 here"),
+        ("9", "--tensor_parallel must be in 1..8, the devices of this process, not 9"),
         ("8", "model.num_heads 4 is not divisible by --tensor_parallel = 8 devices"),
         ("0", "--tensor_parallel"),
     ],
@@ -145,7 +147,19 @@ def test_a_wrong_number_of_devices_is_one_line(llama, devices, message):
 @pytest.mark.parametrize("name", ["num_heads", "num_kv_heads", "ffn_dim", "vocab_size"])
 def test_every_split_dimension_is_checked(name):
     sizes = {"num_heads": 8, "num_kv_heads": 4, "ffn_dim": 48, "vocab_size": 64}
-    check_tensor_divides(tiny_config(**sizes), {"mesh.tensor": 4})
+    check_tensor_divides(tiny_config(**sizes), "mesh.tensor", 4)
     wrong = sizes | {name: 50} if name in ("ffn_dim", "vocab_size") else sizes | {"num_heads": 2, "num_kv_heads": 2}
     with pytest.raises(UserError, match=r"is not divisible by mesh.tensor = 4 devices"):
-        check_tensor_divides(tiny_config(**wrong), {"mesh.tensor": 4})
+        check_tensor_divides(tiny_config(**wrong), "mesh.tensor", 4)
+
+
+def test_a_cache_must_fit_into_the_memory_of_each_device(monkeypatch):
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**20}, device_kind="chip")
+    monkeypatch.setattr(requests.jax, "local_devices", lambda: [device])
+    config = tiny_config(num_kv_heads=4, num_layers=4)  # a position takes 4 layers x 2 x 32 x 4 bytes
+    with pytest.raises(UserError, match=r"takes 0.0 GiB, and the device \(chip\)"):
+        requests._check_memory(config, 4, 1024)
+    monkeypatch.setattr(requests, "mesh_size", lambda axis: 4)
+    requests._check_memory(config, 4, 1024)
+    with pytest.raises(UserError, match="lower max_new_tokens"):
+        requests._check_memory(config, 4, 1025)

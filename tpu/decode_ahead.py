@@ -9,9 +9,9 @@ the operations and the time to read the weights and the cache at the chip's HBM 
 estimate omits the wait for prefetched weights. From these times follow the tokens/s if each draft is accepted with
 probability a, given that those before it were. With C choices at each position, the estimate of a draft is too high by
 the head of C - 1 nodes, which a round does not run, and too low by the selection of the best tokens. With several
-chips, a time includes the transfers at the bandwidth of the links, but not the latency of the collectives, whose number
-is printed: it can be as long as the rest. The memory is that of a chip, by the compiler. The model never runs: only the
-time to compile is measured. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU.
+chips, a time includes the transfers at the bandwidth of the links. It does not include the latency of the collectives,
+which can take as long as the rest; their number is printed. The memory is that of a chip, by the compiler. The model
+never runs: only the time to compile is measured. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from compile_ahead import CHIPS, Chip, topology_devices  # sets the environment 
 from etils import epath
 from flax import nnx
 from hlo import Program, shares_by_scope
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from layerskip_jax.cache import LayerCache
 from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
@@ -44,7 +44,7 @@ from layerskip_jax.decoding.rounds import SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import run_command
 from layerskip_jax.model import Transformer, empty_cache, weight_count
-from layerskip_jax.sharding import AXES, check_tensor_divides, named_shardings, spec
+from layerskip_jax.sharding import auto_mesh, check_tensor_divides, named_shardings, spec
 
 PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Probabilities of accepting a draft, given that the earlier drafts of the round were accepted."""
@@ -91,7 +91,7 @@ class ChipCompiler:
     def __init__(self, config: ModelConfig, chip: str, rows: int, capacity: int, chips: int = 1):
         shapes = ("2x2", "2x4") if chip in ("v5e", "v6e") else ("2x2x1", "2x2x2")
         devices = topology_devices(f"{chip}:{shapes[chips > 4]}", 1)[:chips]
-        self.mesh = Mesh(np.reshape(devices, (1, 1, 1, chips)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        self.mesh = auto_mesh(np.reshape(devices, (1, 1, 1, chips)))
         self.chip, self.config, self.rows, self.capacity, self.chips = CHIPS[chip], config, rows, capacity, chips
         with jax.set_mesh(self.mesh):
             model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)).unstacked())
@@ -232,7 +232,7 @@ def show(found: dict[str, Any], chip: Chip) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser("Compile decoding for one TPU chip, without a TPU, and predict its speed.")
+    parser = make_parser("Compile decoding for one TPU chip or several, without a TPU, and predict its speed.")
     parser.add_argument("--folder", help="take the model of this Hugging Face folder, not of the config")
     parser.add_argument("--chip", required=True, choices=CHIPS)
     parser.add_argument("--exit_layer", type=positive, help="E; by default a quarter of the layers")
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     require(prompt_length <= options.length, f"--prompt_length must be at most --length {options.length}")
     chips = options.tensor_parallel
     require(chips <= 8, f"--tensor_parallel must be at most 8, not {chips}")
-    check_tensor_divides(model, {"--tensor_parallel": chips})
+    check_tensor_divides(model, "--tensor_parallel", chips)
     longest = options.length + max(options.draft_length) + 1
     model = dataclasses.replace(model, compute_dtype="bfloat16")
     compiler = ChipCompiler(model, options.chip, options.rows, round_up(longest), chips)

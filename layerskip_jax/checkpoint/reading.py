@@ -32,14 +32,15 @@ def open_model_folder(path: str) -> RunFolder | LlamaFolder:
 def load_model(path: str, *, unstacked: bool = False) -> tuple[Transformer, Config, epath.Path]:
     """Load a model onto the first device; return it with its config and the path of its tokenizer.
 
-    Inside `sharding.tensor_parallel`, the model is split over its devices.
+    Inside `sharding.tensor_parallel`, load one shard of it onto each device of the context.
+
     ``path`` is as for `open_model_folder`. Config and tokenizer are stored with the weights, so no other argument is
     needed. With ``unstacked`` the model is as `Transformer.unstacked` returns it, ready for decoding. Raises
     `UserError` for a model that cannot be read, and `DamagedCheckpoint` for files that were changed after the save.
     """
     folder = open_model_folder(path)
     config, tokenizer = folder.config, folder.tokenizer
-    check_tensor_divides(config.model, {"--tensor_parallel": mesh_size("heads")})
+    check_tensor_divides(config.model, "--tensor_parallel", mesh_size("heads"))
     return folder.model(unstacked), config, tokenizer
 
 

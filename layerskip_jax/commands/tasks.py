@@ -217,9 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_known_options(argv)
     given = given_settings(options, DecodeConfig)
     open_model_folder(options.run)  # fails early: reading examples may take a while
-    tasks = _read_tasks(options)
     with tensor_parallel(options.tensor_parallel):
-        _run_tasks(options, given, tasks)
+        _run_tasks(options, given, _read_tasks(options))
 
 
 def _run_tasks(

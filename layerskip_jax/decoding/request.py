@@ -17,6 +17,7 @@ from layerskip_jax.decoding.sampling import NO_TOKEN
 from layerskip_jax.decoding.state import DecodeState
 from layerskip_jax.errors import UserError
 from layerskip_jax.model import Transformer, compute_dtype
+from layerskip_jax.sharding import mesh_size
 
 BUCKET = 64
 """Prompt lengths and capacities are rounded up to a multiple of this, so that similar requests share a compilation."""
@@ -149,10 +150,13 @@ def _check_prompt(config: ModelConfig, row: int, prompt: Sequence[int]) -> None:
 
 
 def _check_memory(config: ModelConfig, rows: int, max_length: int) -> None:
-    """Refuse a cache that is larger than the device's whole memory. A slightly smaller one may still not fit."""
+    """Refuse a cache that is larger than a device's whole memory. A slightly smaller one may still not fit."""
     slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * compute_dtype(config).itemsize
     needed, device = rows * max_length * slot, jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):
+        needed //= mesh_size("kv_heads")  # each device holds the cache of its own heads
+    else:  # devices of a CPU share the memory of the host
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     require(
         needed <= limit and max_length < 2**31 - 2 * BUCKET,
         f"a cache of {rows} x {max_length} tokens, new ones included, takes {needed / 2**30:.1f} GiB, and the device "

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.checkpoint.reading import load_model, warn_beyond_context
 from layerskip_jax.checks import require
@@ -25,7 +25,7 @@ from layerskip_jax.errors import UserError
 from layerskip_jax.mixture import mixture_shares
 from layerskip_jax.model import Transformer
 from layerskip_jax.recipe.fused_exit_loss import chunked_exit_losses
-from layerskip_jax.sharding import AXES, named_shardings
+from layerskip_jax.sharding import auto_mesh, named_shardings
 
 POSITIONS_AT_ONCE = 64
 """Positions of each sequence unembedded at once, so that logits [batch, length, vocab] are never materialized."""
@@ -161,7 +161,7 @@ def exit_quality(
     result of `evaluate` on it, ``loss_L``, if they are known. Prepares no corpus. Call it in a run of one process.
     """
     devices = jax.devices()[: math.gcd(config.train.batch_size, jax.device_count())]
-    mesh = Mesh(np.reshape(devices, (-1, 1, 1, 1)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = auto_mesh(np.reshape(devices, (-1, 1, 1, 1)))
     model = jax.device_put(model, named_shardings(model, model, mesh))
     if held_out is None:
         split = config.data.validation_split
