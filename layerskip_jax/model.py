@@ -31,7 +31,7 @@ from layerskip_jax.config import ModelConfig
 from layerskip_jax.document_attention import attend_documents
 from layerskip_jax.errors import UserError
 from layerskip_jax.rope import RotaryTables, rotary_frequencies, rotate
-from layerskip_jax.sharding import constrain, mesh_size, row_major, target_platform
+from layerskip_jax.sharding import constrain, mesh_size, on_each_device, row_major, target_platform
 
 BlockFn = Callable[["Block", Any, Any], tuple[Any, Any]]
 """``(block, x, inputs_l) -> (x, outputs_l)``: one block; x is ``x_BTD``, or a tuple that starts with it."""
@@ -143,40 +143,45 @@ class Block(nnx.Module):
         return project("BTD,DF->BTF", h_BTD, self.gate_DF[...]), project("BTD,DF->BTF", h_BTD, self.up_DF[...])
 
 
+SPLIT = (None, None, "heads")
+"""How tensor parallelism shards the outputs of the merged matrices of `DecodingBlock`."""
+
+
 class DecodingBlock(Block):
     """A block with query, key and value in one matrix, and gate and up in another.
 
     With a few tokens, a matmul costs a fixed overhead and the time to read its weights, so fewer matmuls are faster.
-    Training and tensor parallelism keep them separate, and split the columns of each matrix over the devices.
+    Tensor parallelism splits the columns of the merged matrices. Each device must hold the heads that it attends with,
+    so the columns come device by device, first its queries, then its keys and its values.
     """
 
     def __init__(self, block: Block):
-        D, self.query_heads, self.head_dim = block.query_DNH.shape
-        concatenated = lambda *matrices: nnx.Param(  # noqa: E731
-            jnp.concatenate([matrix[...].reshape(D, -1) for matrix in matrices], axis=1), axes=("embed", None)
-        )
+        D, N, self.head_dim = block.query_DNH.shape
+        self.group, devices = N // block.key_DKH.shape[1], mesh_size("heads")
+
+        def merged(*matrices: nnx.Param) -> nnx.Param:
+            parts = [matrix[...].reshape(D, devices, -1) for matrix in matrices]
+            return nnx.Param(jnp.concatenate(parts, axis=2).reshape(D, -1), axes=("embed", "heads"))
+
         self.attention_norm_D, self.ffn_norm_D = block.attention_norm_D, block.ffn_norm_D
-        self.query_key_value_DM = concatenated(block.query_DNH, block.key_DKH, block.value_DKH)
+        self.query_key_value_DM = merged(block.query_DNH, block.key_DKH, block.value_DKH)
         self.output_NHD = block.output_NHD
-        self.gate_up_DM = concatenated(block.gate_DF, block.up_DF)
+        self.gate_up_DM = merged(block.gate_DF, block.up_DF)
         self.down_FD = block.down_FD
         self.epsilon, self.attention = block.epsilon, block.attention
 
     def queries_keys_values(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        qkv_BTM = row_major(project("BTD,DM->BTM", h_BTD, self.query_key_value_DM[...]))
-        qkv_BTNH = qkv_BTM.reshape(*h_BTD.shape[:2], -1, self.head_dim)
-        q_BTNH, keys_values_BTKH = jnp.split(qkv_BTNH, [self.query_heads], axis=2)
-        k_BTKH, v_BTKH = jnp.split(keys_values_BTKH, 2, axis=2)
-        return q_BTNH, k_BTKH, v_BTKH
+        def split(qkv_BTM: jax.Array) -> tuple[jax.Array, ...]:
+            qkv_BTNH = row_major(qkv_BTM).reshape(*qkv_BTM.shape[:2], -1, self.head_dim)
+            K = qkv_BTNH.shape[2] // (self.group + 2)
+            return tuple(jnp.split(qkv_BTNH, [self.group * K, (self.group + 1) * K], axis=2))
+
+        qkv_BTM = project("BTD,DM->BTM", h_BTD, self.query_key_value_DM[...])
+        return on_each_device(split, [SPLIT], [SPLIT] * 3, along=["heads"])(qkv_BTM)
 
     def gate_up(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gate_BTF, up_BTF = jnp.split(project("BTD,DM->BTM", h_BTD, self.gate_up_DM[...]), 2, axis=-1)
-        return gate_BTF, up_BTF
-
-
-def decoding_block(block: Block) -> Block:
-    """Return ``block`` for decoding: a `DecodingBlock`, or ``block`` itself if the current mesh splits its heads."""
-    return DecodingBlock(block) if mesh_size("heads") == 1 else block
+        halve = on_each_device(lambda x_BTM: tuple(jnp.split(x_BTM, 2, axis=-1)), [SPLIT], [SPLIT] * 2, along=["heads"])
+        return halve(project("BTD,DM->BTM", h_BTD, self.gate_up_DM[...]))
 
 
 def run_layers(
@@ -230,7 +235,7 @@ class Transformer(nnx.Module):
         return unembed(self.config, self.head(), x_BTD)
 
     def unstacked(self) -> "Transformer":
-        """Return the same model for decoding: `blocks` is a list of `decoding_block`s, matrices in the compute dtype.
+        """Return the same model for decoding: `blocks` is a list of `DecodingBlock`, matrices are in the compute dtype.
 
         This copies the weights once; decoding a token then copies none. An unstacked model is returned as it is.
         """
@@ -239,7 +244,7 @@ class Transformer(nnx.Module):
         dtype, L = compute_dtype(self.config), self.config.num_layers
         cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, tree)  # noqa: E731
         model = nnx.merge(*nnx.split(self))
-        model.blocks = nnx.List([decoding_block(cast(jax.tree.map(itemgetter(i), self.blocks))) for i in range(L)])
+        model.blocks = nnx.List([DecodingBlock(cast(jax.tree.map(itemgetter(i), self.blocks))) for i in range(L)])
         return cast(model)
 
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:

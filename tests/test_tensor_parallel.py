@@ -64,7 +64,7 @@ def test_every_device_holds_its_share_of_the_matrices_and_of_the_cache():
         model = split(tiny_model(**SHAPE))
         state = begin(model, PROMPTS, 40, strategy)
         arrays = [leaf for leaf in jax.tree.leaves((model, state.cache.layers)) if leaf.ndim > 1]
-    assert len(arrays) == 3 * (7 + 2) + 2
+    assert len(arrays) == 3 * (4 + 2) + 2
     for array in arrays:
         assert array.addressable_shards[0].data.size == array.size // 4
 

@@ -12,11 +12,6 @@ from layerskip_jax.model import Transformer
 
 OUTPUT_AXES = {
     "query_key_value_DM": (1,),
-    "query_DNH": (1, 2),  # with tensor parallelism, these five are separate
-    "key_DKH": (1, 2),
-    "value_DKH": (1, 2),
-    "gate_DF": (1,),
-    "up_DF": (1,),
     "output_NHD": (2,),
     "gate_up_DM": (1,),
     "down_FD": (1,),

@@ -17,7 +17,7 @@ from layerskip_jax.config import Config, ModelConfig
 from layerskip_jax.data.load_tokenizer import find_tokenizer
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER
 from layerskip_jax.errors import warn
-from layerskip_jax.model import Block, Transformer, compute_dtype, decoding_block
+from layerskip_jax.model import Block, DecodingBlock, Transformer, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,6 @@ def _read_unstacked(files: WeightFiles, config: ModelConfig) -> Transformer:
     block = jax.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))
     block_names = named_arrays(block)
     blocks = [with_arrays(block, read(block, f"blocks.{layer}.", block_names)) for layer in range(config.num_layers)]
-    model.blocks = nnx.List([decoding_block(block) for block in blocks])
+    model.blocks = nnx.List([DecodingBlock(block) for block in blocks])
     arrays = named_arrays(model)
     return with_arrays(model, arrays | read(model, "", [name for name in arrays if not name.startswith("blocks.")]))
