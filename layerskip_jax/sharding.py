@@ -98,9 +98,9 @@ def check_tensor_divides(model: ModelConfig, setting: str, count: int, sequence:
     """
     for name in ("num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
         further = sequence if "heads" in name else 1
-        size, over = getattr(model, name), setting + " * mesh.sequence" * (further > 1)
-        if size % (count * further):
-            raise UserError(f"model.{name} {size} is not divisible by {over} = {count * further} devices")
+        size, over, devices = getattr(model, name), setting + " * mesh.sequence" * (further > 1), count * further
+        if size % devices:
+            raise UserError(f"model.{name} {size} is not divisible by {over} = {devices} devices: use a divisor")
 
 
 def arrange_devices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
@@ -126,16 +126,19 @@ def _check_divides(config: Config, data: int) -> None:
     check_tensor_divides(config.model, "mesh.tensor", wanted.tensor, wanted.sequence)
     if config.model.dim % embed_shards:
         raise UserError(
-            f"model.dim {config.model.dim} is not divisible by mesh.fsdp * mesh.sequence = {embed_shards} devices"
+            f"model.dim {config.model.dim} is not divisible by mesh.fsdp * mesh.sequence = {embed_shards} devices: "
+            "use a divisor"
         )
     if config.data.sequence_length % wanted.sequence:
         raise UserError(
             f"data.sequence_length {config.data.sequence_length} is not divisible by mesh.sequence = "
-            f"{wanted.sequence} devices"
+            f"{wanted.sequence} devices: use a divisor"
         )
     chunk = min(config.train.loss_chunk, config.data.sequence_length)
     if chunk % wanted.sequence:
-        raise UserError(f"train.loss_chunk {chunk} is not divisible by mesh.sequence = {wanted.sequence} devices")
+        raise UserError(
+            f"train.loss_chunk {chunk} is not divisible by mesh.sequence = {wanted.sequence} devices: use a divisor"
+        )
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -135,7 +135,7 @@ def test_the_other_commands_load_the_model_on_as_many_devices(command, options, 
     ("devices", "message"),
     [
         ("9", "--tensor_parallel must be in 1..8, the devices of this process, not 9"),
-        ("8", "model.num_heads 4 is not divisible by --tensor_parallel = 8 devices"),
+        ("8", "model.num_heads 4 is not divisible by --tensor_parallel = 8 devices: use a divisor"),
         ("0", "--tensor_parallel"),
     ],
 )
@@ -149,7 +149,7 @@ def test_every_split_dimension_is_checked(name):
     sizes = {"num_heads": 8, "num_kv_heads": 4, "ffn_dim": 48, "vocab_size": 64}
     check_tensor_divides(tiny_config(**sizes), "mesh.tensor", 4)
     wrong = sizes | {name: 50} if name in ("ffn_dim", "vocab_size") else sizes | {"num_heads": 2, "num_kv_heads": 2}
-    with pytest.raises(UserError, match=r"is not divisible by mesh.tensor = 4 devices"):
+    with pytest.raises(UserError, match=r"is not divisible by mesh.tensor = 4 devices: use a divisor"):
         check_tensor_divides(tiny_config(**wrong), "mesh.tensor", 4)
 
 

@@ -95,14 +95,15 @@ class ChipCompiler:
         self.chip, self.config, self.rows, self.capacity, self.chips = CHIPS[chip], config, rows, capacity, chips
         with jax.set_mesh(self.mesh):
             model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)).unstacked())
-            self.model = jax.tree.map(placed, model, named_shardings(model, model, self.mesh))
+            shardings = named_shardings(model, model, self.mesh)
+            self.model = jax.tree.map(lambda array, sharding: array.update(sharding=sharding), model, shardings)
 
     def shapes(self, f: Callable[..., Any], *arguments: Any) -> Any:
         """Return the shapes of ``f(*arguments)``, on the chips: caches split by heads, and the rest replicated."""
 
         def place(leaf: Any) -> Any:
-            axes = ("batch", "kv_heads") if isinstance(leaf, LayerCache) else ()
-            return jax.tree.map(lambda array: placed(array, NamedSharding(self.mesh, spec(axes))), leaf)
+            sharding = NamedSharding(self.mesh, spec(("batch", "kv_heads") if isinstance(leaf, LayerCache) else ()))
+            return jax.tree.map(lambda array: array.update(sharding=sharding), leaf)
 
         return jax.tree.map(place, jax.eval_shape(f, *arguments), is_leaf=lambda leaf: isinstance(leaf, LayerCache))
 
@@ -156,10 +157,6 @@ class ChipCompiler:
             return rounds_program("tpu", "bfloat16").lower(strategy, self.model, state, until).compile()
 
 
-def placed(array: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
 def report(
     compiler: ChipCompiler, exit_layer: int, draft_lengths: Sequence[int], choices: Sequence[int], prompt_length: int
 ) -> dict[str, Any]:
@@ -172,9 +169,9 @@ def report(
     passes = {f"prefill of {prompt_length} tokens": prefill, "plain": compiler.estimate(Pass(0, L, 1, True))}
     rounds: list[dict[str, Any]] = []
     for C in choices:
-        of_C = f", {C} choices" * (C > 1)
+        suffix = f", {C} choices" * (C > 1)
         draft, early = (compiler.estimate(Pass(0, E, C, head)) for head in (True, False))
-        passes |= {f"draft{of_C}": draft, f"last early pass{of_C}": early}
+        passes |= {f"draft{suffix}": draft, f"last early pass{suffix}": early}
         for d in draft_lengths:
             verification = passes[f"verify {(d + 1) * C} positions"] = compiler.estimate(Pass(E, L, (d + 1) * C, True))
             seconds = d * draft.seconds + early.seconds + verification.seconds
@@ -183,7 +180,7 @@ def report(
             began = time.perf_counter()
             memory = compiler.rounds(strategy).memory_analysis()
             rounds.append(
-                {"draft_length": d, "choices": C, "seconds": seconds, "of_bytes": seconds / by_bytes,
+                {"draft_length": d, "choices": C, "seconds": seconds, "over_bytes": seconds / by_bytes,
                  "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
                  "compile_seconds": time.perf_counter() - began,
                  "predictions": predictions(compiler, E, d, seconds, passes["plain"].seconds) if C == 1 else []}
@@ -222,7 +219,7 @@ def show(found: dict[str, Any], chip: Chip) -> None:
         memory, temporaries = (one["arguments"] + one["temporaries"]) / 1e9, one["temporaries"] / 1e6
         print(f"  d = {one['draft_length']}, {one['choices']} choice{'s' * (one['choices'] > 1)}: ", end="")
         print(f"{1e3 * one['seconds']:.3f} ms a round, ", end="")
-        print(f"{one['of_bytes']:.2f}x the time to read its bytes;")
+        print(f"{one['over_bytes']:.2f}x the time to read its bytes;")
         print(f"    {memory:.2f} GB of {chip.hbm / 1e9:.0f}, including {temporaries:.0f} MB of temporaries; ", end="")
         print(f"compiles in {one['compile_seconds']:.0f} s")
         for row in one["predictions"]:

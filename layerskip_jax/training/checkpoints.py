@@ -206,6 +206,8 @@ class Checkpoints:
         if alone:
             with contextlib.suppress(Exception):
                 self._manager.close()
+            with contextlib.suppress(Exception):  # the next start tries again
+                self._remove_unfinished()
             self._manager = self._open()  # the old one would raise the same error at every later save
         earlier = f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
         line = f"a checkpoint could not be written to {self.folder}: {summarize(error)}; {earlier}"
@@ -214,6 +216,11 @@ class Checkpoints:
         if self._config.train.failed_save == "stop" or not alone:
             raise UserError(f"{line} (train.failed_save go_on lets a run of one process continue)") from error
         warn(f"{line}; the run continues and retries at the next checkpoint (train.failed_save)")
+
+    def _remove_unfinished(self) -> None:
+        """Remove what failed saves wrote. A new manager does too, but in a thread that may outlive the run's lock."""
+        for unfinished in ocp.path.step.all_temporary_paths(self.folder):
+            unfinished.get().rmtree()
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, or None; waits for a save in progress."""
