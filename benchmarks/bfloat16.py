@@ -41,7 +41,6 @@ class Texts:
 def compile_with(options: dict[str, Any]) -> None:
     """Let `engine.generate` compile its rounds with ``options`` only."""
     compiler_options.ROUNDS_OPTIONS["cpu", "bfloat16"] = options
-    engine.rounds_program.cache_clear()
 
 
 def decode(model: Transformer, prompts: list[list[int]], strategy: Strategy, copies: int = 1) -> Texts:

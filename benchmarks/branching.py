@@ -3,7 +3,8 @@
 RUN is the run folder of a trained model. The prompts are beginnings of held-out documents. For greedy and for sampled
 texts and for every draft length, prints what a round emits with 1, 2, 4 and 8 choices, and the speedup over plain
 decoding on this machine. On a TPU or GPU a round takes almost the same time with any of them; `tpu/decode_ahead.py
---choices 1 4` estimates it. A CPU computes the added positions at nearly full cost.
+--config configs/scratch_1b5.py --chip v5e --choices 1 4` estimates it. A CPU computes the added positions at nearly
+full cost.
 """
 
 import argparse

@@ -32,6 +32,7 @@ LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 MODELS = {
     "narrow": ModelConfig(16, 128, 4, 4, 344, 2048, compute_dtype="float32"),
     "small": ModelConfig(12, 256, 4, 4, 688, 4096, compute_dtype="float32"),
+    "medium": ModelConfig(12, 384, 6, 6, 1024, 8192, compute_dtype="float32"),
     "large": ModelConfig(16, 768, 12, 12, 2048, 32000, compute_dtype="float32"),
 }
 """The models of the decoding benchmarks on CPU."""

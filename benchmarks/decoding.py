@@ -9,6 +9,7 @@ to the residual stream, and so sets the acceptance. Alternatives run in turn; fi
     memory      temporary memory of the compiled loop against the KVQ cache
     batch       tokens/s by batch size, plain and self-speculative (and a plot, with --plot FILE)
     length      10,000 tokens: time per token at the end, against a new loop that starts at the same position
+    ynnpack     tokens/s without YNNPACK against tokens/s with it
     int8        int8 weights against float32 weights (needs qwix)
 """
 
@@ -20,13 +21,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import MODELS, add_json_option, called_in_turn, header, model_with_tail, write_json
+from layerskip_jax import compiler_options
 from layerskip_jax.cache import LayerCache
+from layerskip_jax.compiler_options import rounds_options
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.cost import (
@@ -45,7 +49,7 @@ from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strat
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.decoding.state import KVQCache
 from layerskip_jax.errors import run_command
-from layerskip_jax.model import Transformer, compute_dtype, empty_cache, weight_count
+from layerskip_jax.model import Transformer, empty_cache, weight_count
 
 PLAIN = Autoregressive(Greedy())
 Row = dict[str, Any]
@@ -114,7 +118,7 @@ def cost(name: str, repeats: int) -> list[Row]:
     return rows
 
 
-VERIFY_BARS = {"narrow": 1.4, "small": 1.2, "large": 1.2}
+VERIFY_BARS: dict[str, float | None] = {"narrow": 1.4, "small": 1.2, "medium": None, "large": 1.2}
 """The most that a pass over four positions may cost [plain passes]."""
 
 
@@ -125,7 +129,9 @@ def verify(name: str, repeats: int) -> list[Row]:
     widths = (1, 2, 3, 4, 5, 8)
     layers = empty_cache(config, 1, prompt + passes + max(widths))
 
-    @partial(jax.jit, static_argnames="width")
+    options = rounds_options(jax.default_backend(), "float32", weight_count(config) * weight_bytes(config))
+
+    @partial(jax.jit, static_argnames="width", compiler_options=options)
     def run(model: Transformer, layers: list[LayerCache], width: int) -> jax.Array:
         def one(index: jax.Array, carry: tuple[jax.Array, list[LayerCache]]) -> tuple[jax.Array, list[LayerCache]]:
             tokens_BW, layers = carry
@@ -150,9 +156,9 @@ def verify(name: str, repeats: int) -> list[Row]:
 
 
 def one_pass_more(config: ModelConfig, exit_layer: int, drafted: float) -> float:
-    """Return the factor by which `WithoutQueries` needlessly raises a round's cost in bytes.
+    """Return a round's cost with one more pass of the early blocks, without the head, over its cost without that pass.
 
-    This is one pass of the early blocks, without the head. The measured gain of reuse is divided by it.
+    `WithoutQueries` runs this pass needlessly, so the measured gain of reuse is divided by this ratio.
     """
     cost = round_cost(config, exit_layer, drafted)
     return (round_cost(config, exit_layer, drafted + 1) - head_share(config)) / cost
@@ -188,8 +194,7 @@ def memory(name: str, repeats: int) -> list[Row]:
     }
     for way, strategy in strategies.items():
         state = begin(model, random_prompts(config), 256, strategy, max_length=1024)
-        program = rounds_program(jax.default_backend(), compute_dtype(config).name)
-        analysis = program.lower(strategy, model, state, jnp.int32(0)).compile().memory_analysis()
+        analysis = rounds_program(config).lower(strategy, model, state, jnp.int32(0)).compile().memory_analysis()
         cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
         rows.append(
             {"part": "memory", "model": name, "way": way, "cache_MiB": cache / 2**20,
@@ -254,6 +259,31 @@ def length(name: str, repeats: int, new_tokens: int = 10_000) -> list[Row]:
     ]  # fmt: skip
 
 
+def ynnpack(name: str, repeats: int) -> list[Row]:
+    """Decode with and without YNNPACK, whatever `compiler_options.YNNPACK_LIMIT` says about a model of this size."""
+    config, rows = MODELS[name], []
+    exit_layer = config.num_layers // 4
+    model = model_with_tail(config, exit_layer, 0.02).unstacked()
+
+    def run(limit: float, prompts: list[list[int]], strategy: Strategy) -> Generation:
+        with mock.patch.object(compiler_options, "YNNPACK_LIMIT", limit):
+            return generate(model, prompts, 64, strategy)
+
+    for size in (1, 8):
+        prompts = random_prompts(config, size)
+        for way, strategy in {"plain": PLAIN, **{f"d = {d}": speculative(exit_layer, d) for d in (4, 8)}}.items():
+            limits = {"with": float("inf"), "without": 0.0}
+            runs = called_in_turn({k: partial(run, limit, prompts, strategy) for k, limit in limits.items()}, repeats)
+            rows.append(
+                {"part": "ynnpack", "model": name, "weights_MB": weight_count(config) * weight_bytes(config) / 1e6,
+                 "rows": size, "way": way, "tokens_per_second_with": speed(runs["with"]),
+                 "tokens_per_second_without": speed(runs["without"]),
+                 "without/with": ratio(runs["without"], runs["with"]),
+                 "identical": runs["with"][0].tokens == runs["without"][0].tokens}
+            )  # fmt: skip
+    return rows
+
+
 def int8(name: str, repeats: int) -> list[Row]:
     config, rows = MODELS[name], []
     full = model_with_tail(config, 4, 0.02).unstacked()
@@ -274,7 +304,7 @@ def int8(name: str, repeats: int) -> list[Row]:
 
 PARTS: dict[str, Callable[[str, int], list[Row]]] = {
     "cost": cost, "verify": verify, "max_length": max_length, "memory": memory, "batch": batch, "length": length,
-    "int8": int8,
+    "ynnpack": ynnpack, "int8": int8,
 }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ class LayerCache(NamedTuple):
     """Keys and values of one block for S positions, the capacity of the cache.
 
     The S axis is split into several arrays, the pieces. Attention reads as many of the first pieces as it needs, in
-    place, while XLA would copy a slice of a single array. Heads come before positions, as attention's matmuls want.
+    place, while XLA would copy a slice of a single array. Heads come before positions, because attention's matmuls read
+    them in this order.
     """
 
     k_BKSH: tuple[jax.Array, ...]
@@ -102,7 +103,9 @@ def _write_piece(piece_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array)
 
 
 def read_sizes(capacity: int, first: int = 128) -> list[int]:
-    """Return the lengths of the prefixes that attention can read, where the pieces end: doublings of ``first``, and S.
+    """Return where the pieces end: at ``first``, at its doublings below the capacity, and at the capacity.
+
+    Attention can read a prefix of any of these lengths.
 
     >>> read_sizes(1000)
     [128, 256, 512, 1000]

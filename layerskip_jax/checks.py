@@ -24,6 +24,12 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_exits(name: str, exits: Sequence[int], num_layers: int) -> None:
+    """Raise `UserError` unless ``exits`` are layers of the model, counted from 1."""
+    inside = all(1 <= exit_layer <= num_layers for exit_layer in exits)
+    require(inside, f"{name} {' '.join(map(str, exits))} must be in 1..{num_layers}, the model's layers")
+
+
 def require_rising(name: str, exits: Sequence[int]) -> None:
     """Raise `UserError` unless ``exits`` are strictly increasing and at least 1."""
     rising = list(exits) == sorted(set(exits)) and min(exits, default=1) >= 1

@@ -5,6 +5,7 @@ matmuls and enlarge tiles. Async collective fusion (``xla_tpu_enable_async_colle
 0.0.44 and newer reject it on every chip but v5e, because it may give wrong results.
 """
 
+import functools
 import re
 import warnings
 from typing import TYPE_CHECKING
@@ -50,20 +51,35 @@ STEP_OPTIONS: dict[str, Options] = {
     "TPU7x": WHOLE_MATMULS | SPARSE_CORE,
 }
 
+WITHOUT_YNNPACK: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
 # With these options, most texts of speculative decoding in bfloat16 on a CPU equal those of plain decoding
 # (benchmarks/bfloat16.py counts the others). Without excess precision, each operation rounds its result, fused or not.
 # YNNPACK is off, because it rounds differently.
 ROUNDS_OPTIONS: dict[tuple[str, str], dict[str, str | bool]] = {
-    ("cpu", "bfloat16"): {"xla_allow_excess_precision": False, "xla_cpu_experimental_ynn_fusion_type": ""},
+    ("cpu", "bfloat16"): {"xla_allow_excess_precision": False, **WITHOUT_YNNPACK},
 }
 
+YNNPACK_LIMIT = 64e6
+"""A CPU decodes models with more bytes of weights without YNNPACK.
 
-def rounds_options(platform: str, dtype: str) -> dict[str, str | bool]:
-    """Return the options of decoding's rounds on ``platform``, in ``dtype``, that the installed compiler knows."""
+YNNPACK copies the weights into a layout of its own in every pass. That costs little while they stay in the processor's
+cache. ``python -m benchmarks.decoding ynnpack`` compares: docs/results/decoding.md.
+"""
+
+
+def rounds_options(platform: str, dtype: str, weight_bytes: float) -> dict[str, str | bool]:
+    """Return the options of decoding's rounds, for a model whose weights take ``weight_bytes``.
+
+    Leaves out options that the installed compiler does not know.
+    """
     options = ROUNDS_OPTIONS.get((platform, dtype), {})
+    if platform == "cpu" and weight_bytes > YNNPACK_LIMIT:
+        options = options | WITHOUT_YNNPACK
     return {name: value for name, value in options.items() if _is_known(name, value)}
 
 
+@functools.cache
 def _is_known(name: str, value: str | bool) -> bool:
     import jax  # imported late: `layerskip_jax.config` imports this module, and --help must not wait for JAX
 

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layerskip_jax.cache import LayerCache, write_cache
+from layerskip_jax.checks import require, require_exits
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.document_attention import attend_documents
-from layerskip_jax.errors import UserError
 from layerskip_jax.rope import RotaryTables, rotary_frequencies, rotate
 from layerskip_jax.sharding import constrain, mesh_size, on_each_device, row_major, target_platform
 
@@ -165,9 +165,8 @@ class DecodingBlock(Block):
 
         self.attention_norm_D, self.ffn_norm_D = block.attention_norm_D, block.ffn_norm_D
         self.query_key_value_DM = merged(block.query_DNH, block.key_DKH, block.value_DKH)
-        self.output_NHD = block.output_NHD
         self.gate_up_DM = merged(block.gate_DF, block.up_DF)
-        self.down_FD = block.down_FD
+        self.output_NHD, self.down_FD = block.output_NHD, block.down_FD
         self.epsilon, self.attention = block.epsilon, block.attention
 
     def queries_keys_values(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -208,10 +207,9 @@ class Transformer(nnx.Module):
     """Embedding, L blocks, and the head g that every exit shares (final norm and unembedding)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, V = config.dim, config.vocab_size
+        D, V, L = config.dim, config.vocab_size, config.num_layers
         self.embedding_VD = parameter(rngs.params(), (V, D), ("vocab", "embed"), D)
-        keys_L = jax.random.split(rngs.params(), config.num_layers)
-        self.blocks: Any = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys_L)
+        self.blocks: Any = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), L))
         self.final_norm_D = nnx.Param(jnp.ones(D), axes=("embed",))
         if not config.tied_embedding:
             self.head_DV = parameter(rngs.params(), (D, V), ("embed", "vocab"), D)
@@ -247,6 +245,10 @@ class Transformer(nnx.Module):
         model.blocks = nnx.List([DecodingBlock(cast(jax.tree.map(itemgetter(i), self.blocks))) for i in range(L)])
         return cast(model)
 
+    def require_unstacked(self) -> None:
+        """Raise `UserError` if the blocks are stacked, as in training."""
+        require(isinstance(self.blocks, nnx.List), "the blocks are stacked, as in training: pass model.unstacked()")
+
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
         """Return ``logits_BTV`` of the full model, computed without a cache."""
         segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
@@ -254,10 +256,8 @@ class Transformer(nnx.Module):
 
     def first_layers(self, exit_layer: int) -> "Transformer":
         """Return the model that exits at ``exit_layer``: blocks [0, E) of an `unstacked` model, with shared weights."""
-        if not 1 <= exit_layer <= self.config.num_layers:
-            raise UserError(f"exit layer {exit_layer} must be in 1..{self.config.num_layers}, the model's layers")
-        if not isinstance(self.blocks, nnx.List):
-            raise UserError("the model's blocks are stacked, as in training: pass model.unstacked()")
+        require_exits("exit layer", [exit_layer], self.config.num_layers)
+        self.require_unstacked()
         early = nnx.merge(*nnx.split(self))
         early.blocks = nnx.List(list(self.blocks)[:exit_layer])
         early.config = dataclasses.replace(self.config, num_layers=exit_layer)

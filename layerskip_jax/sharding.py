@@ -85,7 +85,7 @@ def tensor_parallel(count: int) -> Iterator[None]:
         yield
         return
     shape = (1, 1, 1, count)
-    # `arrange_devices` knows only whole slices.
+    # `arrange_devices` needs all devices of a slice.
     used = arrange_devices(shape, 1, devices) if count == len(devices) else np.reshape(devices[:count], shape)
     with jax.set_mesh(auto_mesh(used)):
         yield
@@ -94,7 +94,7 @@ def tensor_parallel(count: int) -> Iterator[None]:
 def check_tensor_divides(model: ModelConfig, setting: str, count: int, sequence: int = 1) -> None:
     """Raise `UserError`, which names ``setting``, unless a model can be split over ``count`` devices.
 
-    Attention splits heads also where the rest splits sequences, over ``sequence`` devices.
+    Attention also splits its heads over the ``sequence`` devices, which split positions elsewhere.
     """
     for name in ("num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
         further = sequence if "heads" in name else 1

@@ -59,7 +59,11 @@ def test_an_error_of_the_program_does_not_blame_an_option(message):
 
 def test_the_compiler_knows_the_options_for_decoding_and_others_are_left_out(monkeypatch):
     ours, known = ("cpu", "bfloat16"), compiler_options.ROUNDS_OPTIONS["cpu", "bfloat16"]
-    assert compiler_options.rounds_options(*ours) == known
+    assert compiler_options.rounds_options(*ours, 1e6) == known
     monkeypatch.setattr(compiler_options, "ROUNDS_OPTIONS", {ours: {"xla_no_such_option": "1"} | known})
-    assert compiler_options.rounds_options(*ours) == known
-    assert compiler_options.rounds_options("cpu", "float32") == {}
+    assert compiler_options.rounds_options(*ours, 1e6) == known
+
+
+@pytest.mark.parametrize(("platform", "size", "options"), [("cpu", 1e6, 0), ("cpu", 1e9, 1), ("tpu", 1e9, 0)])
+def test_a_cpu_decodes_large_models_without_ynnpack(platform, size, options):
+    assert len(compiler_options.rounds_options(platform, "float32", size)) == options

@@ -333,7 +333,7 @@ def test_rounds_copy_neither_cache_nor_weights(strategy, batch):
     """The compiled loop's temporary memory is a small part of the cache for one row, at most its size for several."""
     model = tiny_model(num_heads=4, num_kv_heads=4).unstacked()
     state = begin(model, [[1, 2]] * batch, 8, strategy, max_length=2000)
-    memory = rounds_program("cpu", "float32").lower(strategy, model, state, jnp.int32(1)).compile().memory_analysis()
+    memory = rounds_program(model.config).lower(strategy, model, state, jnp.int32(1)).compile().memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
     print(f"temporary memory: {memory.temp_size_in_bytes / cache_bytes:.3f} of the cache's {cache_bytes} bytes")
     assert memory.temp_size_in_bytes < (0.2 if batch == 1 else 1.1) * cache_bytes
@@ -343,9 +343,9 @@ def test_rounds_copy_neither_cache_nor_weights(strategy, batch):
 def test_a_generation_compiles_its_rounds_once(name):
     model, strategy = tiny_model().unstacked(), STRATEGIES[name]
     generate(model, PROMPTS, 30, strategy)
-    compiled = rounds_program("cpu", "float32")._cache_size()
+    compiled = rounds_program(model.config)._cache_size()
     generate(model, [[5, 6], [7, 8, 9]], 30, strategy, seed=3)
-    assert rounds_program("cpu", "float32")._cache_size() == compiled
+    assert rounds_program(model.config)._cache_size() == compiled
 
 
 def plain_look_up(tokens, max_ngram, draft_length):

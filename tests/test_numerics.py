@@ -150,9 +150,7 @@ def test_no_array_has_seven_axes():
     )
     assert (
         4
-        <= largest_rank(
-            rounds_program("cpu", "float32").lower(strategy, model, state, jnp.int32(1)).compile().as_text()
-        )
+        <= largest_rank(rounds_program(model.config).lower(strategy, model, state, jnp.int32(1)).compile().as_text())
         <= 6
     )
 

@@ -46,7 +46,7 @@ def test_the_loop_reads_a_quarter_of_the_bytes():
     embedding = model.embedding_VD[...].nbytes  # not quantized: a token reads only one row of it
     assert tree_bytes(rounded) - embedding < 0.27 * (tree_bytes(model) - embedding)
     state = begin(rounded, [[1, 2]], 8, strategy)
-    memory = rounds_program("cpu", "float32").lower(strategy, rounded, state, jnp.int32(1)).compile().memory_analysis()
+    memory = rounds_program(model.config).lower(strategy, rounded, state, jnp.int32(1)).compile().memory_analysis()
     assert memory.argument_size_in_bytes < 0.5 * tree_bytes(model)
 
 

@@ -9,12 +9,14 @@ the operations and the time to read the weights and the cache at the chip's HBM 
 estimate omits the wait for prefetched weights. From these times follow the tokens/s if each draft is accepted with
 probability a, given that those before it were. With C choices at each position, the estimate of a draft is too high by
 the head of C - 1 nodes, which a round does not run, and too low by the selection of the best tokens. With several
-chips, a time includes the transfers at the bandwidth of the links. It does not include the latency of the collectives,
+chips, a time includes the transfers at the bandwidth of the links. (JAX shows a tpu7x chip as two devices, and a
+"chip" here is one of them.) It does not include the latency of the collectives,
 which can take as long as the rest; their number is printed. The memory is that of a chip, by the compiler. The model
 never runs: only the time to compile is measured. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU.
 """
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -30,16 +32,17 @@ from flax import nnx
 from hlo import Program, shares_by_scope
 from jax.sharding import NamedSharding
 
-from layerskip_jax.cache import LayerCache
+from layerskip_jax.cache import LayerCache, read_sizes
 from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
 from layerskip_jax.checks import require
 from layerskip_jax.command_line import add_tensor_parallel, make_parser, parse_config, positive
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.branching import Branching, GreedyBranches
+from layerskip_jax.decoding.configure import default_exit
 from layerskip_jax.decoding.cost import predicted_speedup, weight_bytes
 from layerskip_jax.decoding.engine import prefill, rounds_program
 from layerskip_jax.decoding.policies import Fixed
-from layerskip_jax.decoding.request import Request, round_up
+from layerskip_jax.decoding.request import BUCKET, Request, check_strategy, round_up
 from layerskip_jax.decoding.rounds import SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import run_command
@@ -73,7 +76,7 @@ class Pass(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The time of a pass: the larger of its first two parts, and the transfers."""
+    """The time of a pass: max(operations, reading) + transfers."""
 
     operations: float  # the compiler's estimate [s]
     reading: float  # weights and cache at the HBM bandwidth [s]
@@ -154,7 +157,7 @@ class ChipCompiler:
 
         with jax.set_mesh(self.mesh):
             state, until = self.shapes(prefilled, self.model), self.shapes(lambda: jnp.int32(1))
-            return rounds_program("tpu", "bfloat16").lower(strategy, self.model, state, until).compile()
+            return rounds_program(self.config).lower(strategy, self.model, state, until).compile()
 
 
 def report(
@@ -209,6 +212,19 @@ def predictions(
     return rows
 
 
+def capacity(length: int, widest: int) -> int:
+    """Return the capacity of a cache for ``length`` positions and a pass over ``widest``.
+
+    No piece of the cache is shorter than that pass, which `write_cache` needs.
+    """
+    fitting = (size for size in itertools.count(round_up(length + widest), BUCKET) if shortest_piece(size) >= widest)
+    return next(fitting)
+
+
+def shortest_piece(capacity: int) -> int:
+    return min(end - start for start, end in itertools.pairwise([0, *read_sizes(capacity, first=512)]))
+
+
 def show(found: dict[str, Any], chip: Chip) -> None:
     print(f"  {'pass':24}{'ms':>8}{'operations':>12}{'reading':>9}{'transfers':>11}{'collectives':>13}")
     for name, one in found["passes"].items():
@@ -250,16 +266,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     config, options = parse_config(parser, argv)
     model = read_model_config(epath.Path(options.folder)) if options.folder else config.model
-    exit_layer = options.exit_layer or max(1, model.num_layers // 4)
+    exit_layer = options.exit_layer or default_exit(model.num_layers)
     require(1 <= exit_layer < model.num_layers, f"--exit_layer must be in 1..{model.num_layers - 1}, not {exit_layer}")
     prompt_length = options.prompt_length or -(-options.length // 2)
     require(prompt_length <= options.length, f"--prompt_length must be at most --length {options.length}")
     chips = options.tensor_parallel
     require(chips <= 8, f"--tensor_parallel must be at most 8, not {chips}")
     check_tensor_divides(model, "--tensor_parallel", chips)
-    longest = options.length + max(options.draft_length) + 1
     model = dataclasses.replace(model, compute_dtype="bfloat16")
-    compiler = ChipCompiler(model, options.chip, options.rows, round_up(longest), chips)
+    check_strategy(model, SelfSpeculative(Greedy(), Fixed(exit_layer, max(options.draft_length))))
+    widest = (max(options.draft_length) + 1) * max(options.choices)
+    compiler = ChipCompiler(model, options.chip, options.rows, capacity(options.length, widest), chips)
     found = report(compiler, exit_layer, options.draft_length, options.choices, prompt_length)
     if options.json:
         about = {"config": options.config, "chip": options.chip, "chips": chips, "rows": options.rows}

@@ -53,7 +53,10 @@ def stacked_model(
 
 
 def placed_arrays(module: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shape, type and sharding of each array of ``module``. Without a current mesh, it is the first device."""
+    """Return shape, type and sharding of each array of ``module``.
+
+    Without a current mesh, each array goes to the first device.
+    """
     arrays, mesh = named_arrays(module), jax.sharding.get_mesh()
     places = dict.fromkeys(arrays, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     if not mesh.empty:

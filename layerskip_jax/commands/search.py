@@ -24,6 +24,7 @@ from layerskip_jax.command_line import make_parser, number, parse_config, positi
 from layerskip_jax.config import Config, MeshConfig
 from layerskip_jax.config_dict import apply_overrides, saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.decoding.configure import default_exit
 from layerskip_jax.decoding.cost import best_speedup
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.exits import ExitQuality, exit_quality
@@ -90,7 +91,7 @@ class Search:
             raise UserError(f"FOLDER must be a local folder, for the database of the study, not {options.folder}")
         self.proxy = proxy_config(config, options.width, options.steps)
         layers = config.model.num_layers
-        self.exits = sorted(set(options.draft_exits or [max(1, layers // 4)]))
+        self.exits = sorted(set(options.draft_exits or [default_exit(layers)]))
         if not 1 <= self.exits[0] <= self.exits[-1] < layers:
             raise UserError(f"--draft_exits must be in 1..{layers - 1}, not {' '.join(map(str, self.exits))}")
         load_tokenizer(config.data.tokenizer)  # before a folder is made

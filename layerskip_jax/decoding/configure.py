@@ -1,5 +1,6 @@
 """Build the decoding strategy that a `DecodeConfig` asks for."""
 
+from layerskip_jax.checks import require_exits
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.branching import Branching, GreedyBranches, StochasticBranches
@@ -10,7 +11,6 @@ from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, DraftPolic
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy, Stochastic
-from layerskip_jax.errors import UserError
 from layerskip_jax.model import Transformer
 
 
@@ -21,19 +21,22 @@ def make_sampler(config: DecodeConfig) -> Greedy | Stochastic:
     return Stochastic(config.temperature, config.top_k, config.top_p)
 
 
+def default_exit(num_layers: int) -> int:
+    """Return a quarter of the layers, the exit to draft from if none is configured."""
+    return max(1, num_layers // 4)
+
+
 def resolve_exit_layer(config: DecodeConfig, num_layers: int) -> int:
-    """Return E in 1..L: the configured one, or a quarter of the layers."""
-    exit_layer = config.exit_layer or max(1, num_layers // 4)
-    if exit_layer > num_layers:
-        raise UserError(f"exit_layer {exit_layer} must be in 1..{num_layers}, the model's layers")
+    """Return E in 1..L: the configured one, or `default_exit`."""
+    exit_layer = config.exit_layer or default_exit(num_layers)
+    require_exits("exit_layer", [exit_layer], num_layers)
     return exit_layer
 
 
 def resolve_exits(config: DecodeConfig, num_layers: int) -> tuple[int, ...]:
     """Return the candidate exits: the configured ones, or `default_candidates` and the exit layer."""
     exits = config.exits or tuple(sorted({*default_candidates(num_layers), resolve_exit_layer(config, num_layers)}))
-    if exits[-1] > num_layers:
-        raise UserError(f"exits {' '.join(map(str, exits))} must be in 1..{num_layers}, the model's layers")
+    require_exits("exits", exits, num_layers)
     return exits
 
 

@@ -13,10 +13,11 @@ import numpy as np
 
 from layerskip_jax.checks import require
 from layerskip_jax.compiler_options import rounds_options
+from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.request import Generation, HostText, Request, check_request, fetch_text, round_up
 from layerskip_jax.decoding.rounds import Strategy
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics
-from layerskip_jax.model import Transformer, compute_dtype, empty_cache
+from layerskip_jax.model import Transformer, compute_dtype, empty_cache, weight_count
 from layerskip_jax.sharding import constrain, target_platform
 
 OnRounds = Callable[[HostText], Sequence[bool]]
@@ -54,13 +55,19 @@ def prefill(strategy: Strategy, model: Transformer, request: Request, width: int
 
 def run_rounds(strategy: Strategy, model: Transformer, state: DecodeState, until: jax.Array) -> DecodeState:
     """Run rounds until every row is done or `Statistics.rounds` reaches ``until``. ``state`` is donated."""
-    return rounds_program(target_platform(), compute_dtype(model.config).name)(strategy, model, state, until)
+    return rounds_program(model.config)(strategy, model, state, until)
+
+
+def rounds_program(config: ModelConfig) -> Any:
+    """Return the jitted form of `run_rounds`, with the compiler's options for a model on the current platform."""
+    dtype = compute_dtype(config)
+    options = rounds_options(target_platform(), dtype.name, weight_count(config) * dtype.itemsize)
+    return _jit_rounds(tuple(options.items()))
 
 
 @functools.cache
-def rounds_program(platform: str, dtype: str) -> Any:
-    """Return the jitted form of `run_rounds`, with the compiler's options for a platform and a compute dtype."""
-    return jax.jit(_run_rounds, static_argnums=0, donate_argnums=2, compiler_options=rounds_options(platform, dtype))
+def _jit_rounds(options: tuple[tuple[str, str | bool], ...]) -> Any:
+    return jax.jit(_run_rounds, static_argnums=0, donate_argnums=2, compiler_options=dict(options))
 
 
 def _run_rounds(strategy: Strategy, model: Transformer, state: DecodeState, until: jax.Array) -> DecodeState:

@@ -45,9 +45,7 @@ def quantized(model: Transformer) -> Transformer:
     matrix.
     """
     qwix = _qwix()
-    if not isinstance(model.blocks, nnx.List):
-        model = model.unstacked()
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(model.unstacked())
     model = nnx.merge(graph, state)  # new modules that share the arrays, so the caller's model does not change
     if model.config.tied_embedding:
         model.head_DV = nnx.Param(model.embedding_VD[...].T, axes=("embed", "vocab"))

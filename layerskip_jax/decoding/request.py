@@ -8,9 +8,8 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
-from flax import nnx
 
-from layerskip_jax.checks import require, require_rising
+from layerskip_jax.checks import require, require_exits, require_rising
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.rounds import Strategy
 from layerskip_jax.decoding.sampling import NO_TOKEN
@@ -54,9 +53,7 @@ def check_request(
     than the device's memory.
     """
     config = model.config
-    require(
-        isinstance(model.blocks, nnx.List), "the model's blocks are stacked, as in training: pass model.unstacked()"
-    )
+    model.require_unstacked()
     require(_is_listed(prompts), f"prompts must be a list of lists of token ids, not {prompts!r:.40}")
     require(len(prompts) > 0, "there is no prompt: give at least one")
     ends: Any = eos if _is_listed(eos) and not isinstance(eos, str | bytes) else [eos]
@@ -67,7 +64,7 @@ def check_request(
     for token in ends:
         require(
             token < config.vocab_size,
-            f"eos {token} is outside the model's vocabulary 0..{config.vocab_size - 1}: give its tokens, or -1",
+            f"eos {token} is outside the model's vocabulary 0..{config.vocab_size - 1}: give one of its tokens, or -1",
         )
     check_strategy(config, strategy)
     for row, prompt in enumerate(prompts):
@@ -100,11 +97,7 @@ def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
     # round through a window of that size in each of them. So d+1 must not exceed the shortest array, which has at least
     # `BUCKET` slots because the capacity is a multiple of `BUCKET`.
     require(0 <= d < BUCKET, f"draft length {d} must be in 0..{BUCKET - 1}")
-    for exit_layer in exits:
-        require(
-            1 <= exit_layer <= config.num_layers,
-            f"exit layer {exit_layer} must be in 1..{config.num_layers}, the model's layers",
-        )
+    require_exits("exit layers", exits, config.num_layers)
     require_rising("exit layers", exits)
     _check_fields(strategy)
 
@@ -142,7 +135,9 @@ def _check_prompt(config: ModelConfig, row: int, prompt: Sequence[int]) -> None:
     )
     require(len(prompt) > 0, f"prompt {row} has no token: give at least one (the tokenizer's BOS will do)")
     wrong = [token for token in prompt if not _is_whole(token)]
-    require(not wrong, f"prompt {row} must be whole numbers, token ids, and has {str(wrong[:1])[1:-1]:.40}")
+    require(
+        not wrong, f"prompt {row} must be a list of whole numbers (token ids), but contains {str(wrong[:1])[1:-1]:.40}"
+    )
     require(
         min(prompt) >= 0 and max(prompt) < config.vocab_size,
         f"prompt {row} has a token outside the model's vocabulary 0..{config.vocab_size - 1}",
@@ -165,7 +160,7 @@ def _check_memory(config: ModelConfig, rows: int, max_length: int) -> None:
 
 
 class HostText(NamedTuple):
-    """The text of a `DecodeState` in host memory. The fields mean what they mean there."""
+    """The text of a `DecodeState` in host memory. The fields are those of `DecodeState`."""
 
     tokens_BS: np.ndarray
     drafted_BS: np.ndarray

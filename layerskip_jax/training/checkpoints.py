@@ -49,7 +49,7 @@ from layerskip_jax.training.step import TrainState
 
 
 class _Once(logging.Filter):
-    """Passes only the first message that a save waits for the previous one: a slow bucket repeats it at every save."""
+    """Drops orbax's message "Waiting for previous save" after the first: with a slow bucket, every save repeats it."""
 
     passed = False
 
@@ -108,7 +108,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             if kind is None:
-                self._handle_failed_save(error)
+                self._handle_failed_save(error, last=True)
             else:
                 warn(f"the last checkpoint could not be written: {summarize(error)}")
         finally:
@@ -161,9 +161,9 @@ class Checkpoints:
         sums, finite = digests({**prefix_names("model", model), **prefix_names("optimizer", optimizer)})
         if not finite:
             newest = self.latest()
-            there = (
-                f"the newest checkpoint in {self.folder} is of step {newest}" if newest else "there is no checkpoint"
-            )
+            there = "there is no checkpoint"
+            if newest is not None:
+                there = f"the newest checkpoint in {self.folder} is of step {newest}"
             raise UserError(
                 f"parameters are not finite after step {int(state.step)}, so they are not saved; {there}: lower "
                 "optimizer.learning_rate and restart"
@@ -314,7 +314,7 @@ class Checkpoints:
 def make_run_folder(config: Config) -> None:
     """Create the folder of a run's checkpoints; raises `UserError` if that fails."""
     folder = checkpoint_folder(config)
-    # With such a character, orbax takes the path for a glob pattern: it finds no file and commits an empty folder.
+    # orbax takes a path with *, ? or [ for a glob pattern: it finds no file and commits an empty folder.
     if signs := set("*?[") & set(str(folder)):
         raise UserError(
             f"checkpoints cannot be saved below a folder with {' or '.join(sorted(signs))} in its name: rename it or "
