@@ -71,12 +71,27 @@ class Compiled(NamedTuple):
     seconds: float
 
 
+def wraparound(topology: str) -> tuple[bool, ...]:
+    """Return which of the three axes of a slice have links from the last chip to the first, so that they are rings.
+
+    These are all axes of whole 4x4x4 cubes (v4, v5p, tpu7x), and axes of 16 chips (v5e, v6e). libtpu assumes no such
+    link unless it is told. On a v5p it then replaces every all-gather by an all-reduce of twice the bytes.
+
+    >>> wraparound("v5p:4x4x8"), wraparound("v5p:2x4x4"), wraparound("v5e:8x16")
+    ((True, True, True), (False, False, False), (False, True, False))
+    """
+    sizes = [int(size) for size in topology.split(":")[1].split("x") if size.isdecimal()]
+    if len(sizes) == 3:
+        return (all(size % 4 == 0 for size in sizes),) * 3
+    return (*(size == 16 for size in sizes), *[False] * (3 - len(sizes)))
+
+
 def topology_devices(topology: str, slices: int) -> Sequence[Any]:
     """Return the devices of ``slices`` slices of a topology such as v5e:4x8."""
     chip = topology.split(":")[0]
     if chip not in CHIPS or ":" not in topology:
         raise UserError(f"--topology must look like v5e:4x8, with one of {', '.join(CHIPS)}, got {topology!r}")
-    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    more: dict[str, Any] = {"wrap": wraparound(topology)} | ({"num_slices": slices} if slices > 1 else {})
     if chip == "v4":
         more["chip_config_name"] = "megacore"  # as on Cloud TPU: the two cores of a chip form one device
     try:

@@ -97,7 +97,8 @@ def check_strategy(config: ModelConfig, strategy: Strategy) -> None:
     # round through a window of that size in each of them. So d+1 must not exceed the shortest array, which has at least
     # `BUCKET` slots because the capacity is a multiple of `BUCKET`.
     require(0 <= d < BUCKET, f"draft length {d} must be in 0..{BUCKET - 1}")
-    require_exits("exit layers", exits, config.num_layers)
+    for exit_layer in exits:
+        require_exits("exit layer", [exit_layer], config.num_layers)
     require_rising("exit layers", exits)
     _check_fields(strategy)
 
