@@ -36,7 +36,7 @@ from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import keep_compiled_programs
 from layerskip_jax.recipe.recipe import Recipe
-from layerskip_jax.sharding import AXES, make_mesh
+from layerskip_jax.sharding import AXES, arrange_devices, auto_mesh, make_mesh, spec
 from layerskip_jax.training.monitoring.flops import PEAK_FLOPS
 from layerskip_jax.training.step import Trainer
 from tpu.compile_ahead import topology_devices
@@ -81,6 +81,16 @@ def test_a_sharded_step_compiles_for_every_chip_without_a_warning(topology, slic
     assert devices[0].device_kind in PEAK_FLOPS
     compiled = Trainer(config, Recipe.from_config(config), make_mesh(config, devices)).compile_step()
     assert compiled.memory_analysis().temp_size_in_bytes > 0
+
+
+def test_a_whole_cube_gathers_around_its_rings():
+    """Without the links that close the rings, libtpu would make an all-reduce of twice the bytes of this gather."""
+    mesh = auto_mesh(arrange_devices((1, 64, 1, 1), 1, topology_devices("v5p:4x4x4", 1)))
+    split, whole = NamedSharding(mesh, spec(("embed",))), NamedSharding(mesh, PartitionSpec())
+    weight_DF = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16, sharding=split)
+    text = jax.jit(lambda weight_DF: 2 * weight_DF, out_shardings=whole).lower(weight_DF).compile().as_text()
+    assert "all-gather(" in text
+    assert "all-reduce" not in text
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
