@@ -21,6 +21,6 @@ def get_config() -> Config:
         data=replace(base.data, sequence_length=2048),
         optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=1000),
         mesh=MeshConfig(fsdp=1),  # a copy of the model on each chip
-        train=replace(base.train, steps=20_000, remat="none"),
+        train=replace(base.train, steps=20_000),
         decode=DecodeConfig(exit_layer=3, draft_length=4),
     )

@@ -60,11 +60,11 @@ ROUNDS_OPTIONS: dict[tuple[str, str], dict[str, str | bool]] = {
     ("cpu", "bfloat16"): {"xla_allow_excess_precision": False, **WITHOUT_YNNPACK},
 }
 
-YNNPACK_LIMIT = 64e6
+YNNPACK_LIMIT = 128e6
 """A CPU decodes models with more bytes of weights without YNNPACK.
 
 YNNPACK copies the weights into a layout of its own in every pass. That costs little while they stay in the processor's
-cache. ``python -m benchmarks.decoding ynnpack`` compares: docs/results/decoding.md.
+cache. ``python -m benchmarks.decoding ynnpack`` compares (results: docs/results/decoding.md).
 """
 
 
