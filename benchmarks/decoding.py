@@ -269,10 +269,11 @@ def ynnpack(name: str, repeats: int) -> list[Row]:
         with mock.patch.object(compiler_options, "YNNPACK_LIMIT", limit):
             return generate(model, prompts, 64, strategy)
 
+    limits = {"with": float("inf"), "without": 0.0}
+    strategies = {"plain": PLAIN, "d = 4": speculative(exit_layer, 4), "d = 8": speculative(exit_layer, 8)}
     for size in (1, 8):
         prompts = random_prompts(config, size)
-        for way, strategy in {"plain": PLAIN, **{f"d = {d}": speculative(exit_layer, d) for d in (4, 8)}}.items():
-            limits = {"with": float("inf"), "without": 0.0}
+        for way, strategy in strategies.items():
             runs = called_in_turn({k: partial(run, limit, prompts, strategy) for k, limit in limits.items()}, repeats)
             rows.append(
                 {"part": "ynnpack", "model": name, "weights_MB": weight_count(config) * weight_bytes(config) / 1e6,

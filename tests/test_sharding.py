@@ -56,6 +56,16 @@ def test_a_mesh_axis_may_split_a_torus_axis():
     assert arrange_devices(shape, 1, devices).shape == shape
 
 
+def test_a_v6e_mesh_of_one_axis_keeps_the_chips_of_a_host_together():
+    devices = chips((8, 8, 1))
+    for device in devices:  # a host has 2 x 2 chips
+        device.device_kind, device.process_index = "TPU v6 lite", 4 * (device.coords[0] // 2) + device.coords[1] // 2
+    hosts = [device.process_index for device in arrange_devices((1, 64, 1, 1), 1, devices).flat]
+    assert hosts == sorted(hosts)
+    hosts = [device.process_index for device in arrange_devices((1, 8, 1, 8), 1, devices).flat]
+    assert hosts != sorted(hosts)  # with two axes, neighbors on the torus
+
+
 def test_the_rules_are_constant():
     with pytest.raises(TypeError):
         RULES["embed"] = None

@@ -16,7 +16,6 @@ never runs: only the time to compile is measured. Needs libtpu (``pip install -e
 """
 
 import dataclasses
-import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from flax import nnx
 from hlo import Program, shares_by_scope
 from jax.sharding import NamedSharding
 
-from layerskip_jax.cache import LayerCache, read_sizes
+from layerskip_jax.cache import LayerCache
 from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
 from layerskip_jax.checks import require
 from layerskip_jax.command_line import add_tensor_parallel, make_parser, parse_config, positive
@@ -42,7 +41,7 @@ from layerskip_jax.decoding.configure import default_exit
 from layerskip_jax.decoding.cost import predicted_speedup, weight_bytes
 from layerskip_jax.decoding.engine import prefill, rounds_program
 from layerskip_jax.decoding.policies import Fixed
-from layerskip_jax.decoding.request import BUCKET, Request, check_strategy, round_up
+from layerskip_jax.decoding.request import BUCKET, Request, check_strategy
 from layerskip_jax.decoding.rounds import SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import run_command
@@ -212,19 +211,6 @@ def predictions(
     return rows
 
 
-def capacity(length: int, widest: int) -> int:
-    """Return the capacity of a cache for ``length`` positions and a pass over ``widest``.
-
-    No piece of the cache is shorter than that pass, which `write_cache` needs.
-    """
-    fitting = (size for size in itertools.count(round_up(length + widest), BUCKET) if shortest_piece(size) >= widest)
-    return next(fitting)
-
-
-def shortest_piece(capacity: int) -> int:
-    return min(end - start for start, end in itertools.pairwise([0, *read_sizes(capacity, first=512)]))
-
-
 def show(found: dict[str, Any], chip: Chip) -> None:
     print(f"  {'pass':24}{'ms':>8}{'operations':>12}{'reading':>9}{'transfers':>11}{'collectives':>13}")
     for name, one in found["passes"].items():
@@ -276,7 +262,11 @@ def main(argv: list[str] | None = None) -> None:
     model = dataclasses.replace(model, compute_dtype="bfloat16")
     check_strategy(model, SelfSpeculative(Greedy(), Fixed(exit_layer, max(options.draft_length))))
     widest = (max(options.draft_length) + 1) * max(options.choices)
-    compiler = ChipCompiler(model, options.chip, options.rows, capacity(options.length, widest), chips)
+    require(widest <= 512, f"a round must verify at most 512 positions, (draft_length + 1) * choices, not {widest}")
+    # `write_cache` needs pieces that are no shorter than a pass. They end at multiples of this power of two.
+    step = max(BUCKET, 1 << (widest - 1).bit_length())
+    capacity = -(-(options.length + widest) // step) * step
+    compiler = ChipCompiler(model, options.chip, options.rows, capacity, chips)
     found = report(compiler, exit_layer, options.draft_length, options.choices, prompt_length)
     if options.json:
         about = {"config": options.config, "chip": options.chip, "chips": chips, "rows": options.rows}
