@@ -12,7 +12,6 @@ from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig, Mo
 from layerskip_jax.errors import UserError
 from layerskip_jax.recipe.distillation import ConstantShare, SelfDistillation, kl_divergence
 from layerskip_jax.recipe.early_exit import (
-    FixedExits,
     PaperScale,
     Rotational,
     all_exits,
@@ -125,23 +124,16 @@ def test_custom_exit_weights():
         ({"time_scale": lambda step, total: jnp.ones(2)}, "recipe's time_scale must return one number"),
         ({"layer_scale": lambda L: 7.0 * jnp.arange(L)}, r"drop rates must be in \[0, 1\), not .* at step"),
         ({"exit_scale": lambda L: 1 - jnp.arange(L)}, "exit weights must not be negative"),
-        ({"curriculum": FixedExits((1, 3)), "exit_scale": jnp.ones, "exits": (3,)}, r"must list every exit .*: \[1\]"),
         (
-            {
-                "curriculum": lambda t, total, L: (jnp.arange(L) == L - 1) | ((jnp.arange(L) == 2) & (t == 5)),
-                "exits": (2,),
-            },
-            r"must list every exit .*: \[3\] at step 5",
+            {"curriculum": lambda t, total, L: jnp.where(t == 5, -1.0, 1.0) * (jnp.arange(L) % 2)},
+            r"exit weights must not be negative: .* step 5",
         ),
-        ({"distillation": SelfDistillation(kl_divergence)}, "distillation needs its exits"),
-        ({"agreement": SelfDistillation(kl_divergence)}, r"agreement_exit 0 must be one of its exits \(\)"),
+        ({"agreement": SelfDistillation(kl_divergence)}, r"agreement_exit must be in 1..3, not 0"),
+        ({"agreement": SelfDistillation(kl_divergence), "agreement_exit": 4}, r"agreement_exit must be in 1..3, not 4"),
         (
-            {"agreement": SelfDistillation(kl_divergence), "exits": (2,), "agreement_exit": 2},
+            {"agreement": SelfDistillation(kl_divergence), "agreement_exit": 2},
             "agreement_share must be positive at some step",
         ),
-        ({"exits": (3, 1)}, r"exits must increase within 1..\d, not be \(3, 1\)"),
-        ({"exits": (0, 1)}, r"exits must increase within 1..\d, not be \(0, 1\)"),
-        ({"exits": (1, 8)}, r"exits must increase within 1..\d, not be \(1, 8\)"),
         ({"distillation_share": ConstantShare(2.0)}, r"distillation_share must be in \[0, 1\], not \[2.0, 2.0, 2.0\]"),
         ({"agreement_share": ConstantShare(-0.1)}, r"agreement_share must be in \[0, 1\]"),
     ],
@@ -195,10 +187,9 @@ def test_chosen_exits_take_turns():
 
 
 @pytest.mark.parametrize("curriculum", ["rotational", "gradual", "all"])
-def test_distillation_names_all_exits_unless_some_are_chosen(curriculum):
-    assert recipe_with(curriculum=curriculum, distillation="kl").exits == (1, 2, 3, 4, 5)
+def test_distillation_needs_a_curriculum_with_inner_exits(curriculum):
+    assert recipe_with(curriculum=curriculum, distillation="kl").distillation == SelfDistillation(kl_divergence)
     assert recipe_with(curriculum="none", distillation="kl").distillation is None
-    assert recipe_with(curriculum="fixed", exits=(2,), distillation="kl").exits == (2,)
 
 
 def test_weights_of_the_papers_scratch_settings_by_hand():

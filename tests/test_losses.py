@@ -21,7 +21,7 @@ from layerskip_jax.recipe.distillation import (
     negative_log_acceptance,
 )
 from layerskip_jax.recipe.exit_loss import Teaching, exit_losses
-from layerskip_jax.recipe.fused_exit_loss import FusedSettings, Shares, chunked_exit_losses, fused_exit_losses
+from layerskip_jax.recipe.fused_exit_loss import FusedSettings, Shares, chunked_exit_losses, losses_and_gradients
 from layerskip_jax.recipe.layer_dropout import DropoutMask, apply_masked, sample_dropout_mask
 from layerskip_jax.recipe.skipping import apply_skipping
 
@@ -47,20 +47,18 @@ def losses_of_cut_models(model, batch):
     return jnp.stack(losses)
 
 
+losses_and_gradients_jit = jax.jit(losses_and_gradients, static_argnames="settings")
+
+
 @given(seed=st.integers(0, 50), chunk=st.sampled_from([1, 4, 12, 100]))
 @settings(max_examples=12)
 def test_every_exit_equals_the_model_cut_there(seed, chunk):
     model, batch, every = tiny_model(seed), make_batch(seed), jnp.ones(L)
     expected = jax.jit(losses_of_cut_models)(model, batch)
-    fused = jax.jit(fused_exit_losses, static_argnums=3)(model, batch, every, FusedSettings(chunk)).loss_L
+    fused = losses_and_gradients_jit(model, batch, every, FusedSettings(chunk))[0].loss_L
     chunked = jax.jit(chunked_exit_losses, static_argnames="chunk")(model, batch, chunk=chunk)
     for loss_L in fused, chunked, jax.jit(exit_losses)(model, batch, every).loss_L:
         np.testing.assert_allclose(loss_L, expected, rtol=1e-5)
-
-
-@partial(jax.jit, static_argnums=3)
-def gradient_of_fused(model, batch, weight_L, fused):
-    return jax.grad(lambda m: fused_exit_losses(m, batch, weight_L / 3, fused).objective * 3)(model)
 
 
 @jax.jit
@@ -71,9 +69,9 @@ def gradient_of_cut_models(model, batch, weight_L):
 @pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
 @pytest.mark.parametrize("weight", [(0.1, 0.0, 0.3, 0.6), (0.0, 0.7, 0.3, 0.0), (0.0, 0.0, 0.0, 1.0)])
 def test_gradients_equal_those_of_cut_models(remat, weight):
-    """With the last exit on and off. The objective is scaled, because a step divides it by the number of tokens."""
+    """With the last exit on and off."""
     model, batch, weight = tiny_model(1), make_batch(1), jnp.array(weight)
-    ours = gradient_of_fused(model, batch, weight, FusedSettings(4, remat))
+    _, ours = losses_and_gradients_jit(model, batch, weight, FusedSettings(4, remat))
     oracle = gradient_of_cut_models(model, batch, weight)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), ours, oracle)
 
@@ -88,8 +86,8 @@ def plain_and_fused(model, batch, weight_L, dropout_mask, settings, share):
     agreement = settings.agreement and (settings.agreement, share / 2, settings.agreement_exit)
     reference, shares = partial(exit_losses, teaching=Teaching(distillation, agreement)), Shares(share, share / 2)
     plain = value_and_gradient(reference, model, batch, weight_L, dropout_mask)
-    fused = value_and_gradient(fused_exit_losses, model, batch, weight_L, settings, dropout_mask, None, shares)
-    return plain, fused
+    losses, gradients = losses_and_gradients(model, batch, weight_L, settings, dropout_mask, shares=shares)
+    return plain, (tuple(losses), gradients)
 
 
 FUSED = {
@@ -98,18 +96,15 @@ FUSED = {
     "dots_remat": (FusedSettings(6, "dots"), True, False),
     "whole": (FusedSettings(12), True, True),
     "whole_full_remat": (FusedSettings(100, "full"), False, False),
-    "chosen_exits": (FusedSettings(4, exits=(1, 3)), True, True),
-    "one_exit_full_remat": (FusedSettings(12, "full", exits=(2,)), False, True),
-    "kl": (FusedSettings(4, exits=(1, 2, 3), distillation=SelfDistillation(kl_divergence)), True, False),
+    "kl": (FusedSettings(4, distillation=SelfDistillation(kl_divergence)), True, False),
     "acceptance": (
-        FusedSettings(6, "dots", exits=(2,), distillation=SelfDistillation(negative_log_acceptance)),
+        FusedSettings(6, "dots", distillation=SelfDistillation(negative_log_acceptance)),
         True,
         True,
     ),
     "agreement": (
         FusedSettings(
             4,
-            exits=(2, 3),
             distillation=SelfDistillation(kl_divergence),
             agreement=SelfDistillation(argmax_cross_entropy),
             agreement_exit=3,
@@ -118,12 +113,12 @@ FUSED = {
         True,
     ),
     "agreement_alone": (
-        FusedSettings(4, "full", exits=(1,), agreement=SelfDistillation(kl_divergence), agreement_exit=1),
+        FusedSettings(4, "full", agreement=SelfDistillation(kl_divergence), agreement_exit=1),
         False,
         False,
     ),
     "argmax": (
-        FusedSettings(3, "full", exits=(1, 3), distillation=SelfDistillation(argmax_cross_entropy)),
+        FusedSettings(3, "full", distillation=SelfDistillation(argmax_cross_entropy)),
         False,
         True,
     ),
@@ -145,8 +140,6 @@ def test_the_fused_form_equals_the_plain_one(settings, tied, masked, seed, weigh
     keys, model, batch = jax.random.split(jax.random.key(seed)), tiny_model(seed, tied_embedding=tied), make_batch(seed)
     keep_LB = sample_dropout_mask(keys[0], jnp.full(L, drop_rate), B)
     mask = DropoutMask(keep_LB, jax.random.uniform(keys[1], (L,), minval=1, maxval=2)) if masked else None
-    if settings.exits:
-        weights = [w if e in (*settings.exits, L) else 0 for e, w in enumerate(weights, 1)]
     plain, fused = plain_and_fused(model, batch, jnp.array(weights, float), mask, settings, seed % 5 / 4)
 
     def assert_equal(ours, reference):
@@ -158,8 +151,7 @@ def test_the_fused_form_equals_the_plain_one(settings, tied, masked, seed, weigh
 def test_integer_weights_are_allowed():
     model, batch, weight_L = tiny_model(2), make_batch(2), jnp.array([0, 1, 0, 2])
     whole, real = (
-        value_and_gradient(fused_exit_losses, model, batch, weight_L.astype(dtype), FusedSettings(chunk=4))
-        for dtype in (int, float)
+        losses_and_gradients_jit(model, batch, weight_L.astype(dtype), FusedSettings(chunk=4)) for dtype in (int, float)
     )
     jax.tree.map(np.testing.assert_array_equal, whole, real)
 
@@ -168,22 +160,20 @@ def test_the_fused_form_needs_less_temporary_memory():
     """The plain form saves the logits of every exit, 4 x 3 x 12 x 2000 floats; the fused one a chunk at a time."""
     model, batch = tiny_model(vocab_size=2000), make_batch()
 
-    def temporary_bytes(losses, *arguments):
-        def gradient(model):
-            return jax.grad(lambda model: losses(model, batch, jnp.ones(L), *arguments).objective)(model)
-
-        return jax.jit(gradient).lower(model).compile().memory_analysis().temp_size_in_bytes
+    def temporary_bytes(function, *arguments):
+        lowered = function.lower(model, batch, jnp.ones(L), *arguments)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
 
     saved_logits = 4 * L * B * T * 2000
-    plain = temporary_bytes(exit_losses)
+    plain = temporary_bytes(jax.jit(partial(value_and_gradient, exit_losses)))
     for remat in ("none", "dots", "full"):
-        assert plain - temporary_bytes(fused_exit_losses, FusedSettings(1, remat)) > saved_logits, remat
+        assert plain - temporary_bytes(losses_and_gradients_jit, FusedSettings(1, remat)) > saved_logits, remat
 
 
 def test_exits_that_are_off_are_zero_and_change_nothing():
     model, batch, chunks = tiny_model(2), make_batch(2), FusedSettings(chunk=4)
-    every = fused_exit_losses(model, batch, jnp.ones(L), chunks).loss_L
-    some = fused_exit_losses(model, batch, jnp.array([0, 0.5, 0, 0.5]), chunks).loss_L
+    every = losses_and_gradients_jit(model, batch, jnp.ones(L), chunks)[0].loss_L
+    some = losses_and_gradients_jit(model, batch, jnp.array([0, 0.5, 0, 0.5]), chunks)[0].loss_L
     np.testing.assert_allclose(some, every * jnp.array([0, 1, 0, 1]), rtol=1e-6)
 
 
@@ -192,7 +182,7 @@ def test_index_l_supervises_the_output_of_block_l(layer):
     """A known mistake is to supervise the input of block l, which leaves the last block without a gradient."""
     model, batch = tiny_model(3), make_batch(3)
     weight = jnp.zeros(L).at[layer].set(1)
-    grads = gradient_of_fused(model, batch, weight, FusedSettings(4, "none"))
+    _, grads = losses_and_gradients_jit(model, batch, weight, FusedSettings(4, "none"))
     norm_L = jnp.abs(grads.blocks.down_FD[...]).max((1, 2))
     assert (norm_L > 0).tolist() == [l <= layer for l in range(L)]  # noqa: E741
 
@@ -210,20 +200,21 @@ def all_shapes(jaxpr):
 @pytest.mark.parametrize(("chunk", "holds"), [(4, False), (12, True)])
 def test_no_array_of_batch_length_vocabulary_forward_or_backward(chunk, holds):
     model, batch = tiny_model(), make_batch()
-    gradient = jax.grad(lambda m: fused_exit_losses(m, batch, jnp.ones(L), FusedSettings(chunk)).objective)
-    largest = max(np.prod(shape) for shape in all_shapes(jax.make_jaxpr(gradient)(model).jaxpr) if V in shape)
+    traced = losses_and_gradients_jit.trace(model, batch, jnp.ones(L), FusedSettings(chunk))
+    largest = max(np.prod(shape) for shape in all_shapes(traced.jaxpr.jaxpr) if V in shape)
     assert (largest >= B * T * V) == holds
 
 
-@pytest.mark.parametrize(("remat", "cost"), [("none", 6), ("dots", 6), ("full", 8)])
-def test_flops_of_an_exit(remat, cost):
-    """6 D V a token, forward and backward; 8 with full remat. An exit that is off has none."""
-    model, batch = tiny_model(), make_batch()
+def compiled(model, weight_L, settings, mask=None):
+    return Program(losses_and_gradients_jit.lower(model, make_batch(), weight_L, settings, mask).compile().as_text())
 
-    def objective(model, weight):
-        return fused_exit_losses(model, batch, weight, FusedSettings(4, remat)).objective
 
-    program = Program(jax.jit(jax.grad(objective)).lower(model, jnp.ones(L)).compile().as_text())
+@pytest.mark.parametrize(("distillation", "cost"), [(None, 6), (SelfDistillation(kl_divergence), 8)])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_flops_of_an_exit(remat, distillation, cost):
+    """6 D V a token, forward and backward, and 2 D V for a teacher. An exit that is off has none."""
+    model = tiny_model()
+    program = compiled(model, jnp.ones(L), FusedSettings(4, remat, distillation=distillation))
     on, off = (program.work(shares_by_scope({INNER_EXIT: share})).flops for share in (1.0, 0.0))
     assert on - off == cost * model.config.dim * V * B * T * L
 
@@ -231,16 +222,12 @@ def test_flops_of_an_exit(remat, cost):
 @pytest.mark.parametrize("form", ["plain", "masked", "skipping"])
 def test_full_remat_repeats_every_matmul_of_a_block_but_the_down_projection(form):
     """An exit reads the input of the next block, so the backward pass never needs the output of a block."""
-    model, batch = tiny_model(), make_batch()
+    model = tiny_model()
     mask = None if form == "plain" else DropoutMask(jnp.ones((L, B), bool), jnp.ones(L))
     apply = partial(apply_skipping, groups=B) if form == "skipping" else apply_masked
 
     def flops(remat):
-        def objective(model):
-            last = jnp.zeros(L).at[-1].set(1)
-            return fused_exit_losses(model, batch, last, FusedSettings(12, remat, apply_dropout=apply), mask).objective
-
-        program = Program(jax.jit(jax.grad(objective)).lower(model).compile().as_text())
+        program = compiled(model, jnp.zeros(L).at[-1].set(1), FusedSettings(12, remat, apply_dropout=apply), mask)
         return program.work(shares_by_scope({INNER_EXIT: 0.0, LAST_EXIT: 1.0}), unknown_trip_count=B).flops
 
     D, F, N, K = model.config.dim, model.config.ffn_dim, model.config.num_heads, model.config.num_kv_heads
@@ -254,7 +241,7 @@ def test_dropout_in_the_scan_is_eq_1():
     model, batch = tiny_model(4), make_batch(4)
     keep_LB = sample_dropout_mask(jax.random.key(0), jnp.full(L, 0.5), B)
     mask = DropoutMask(keep_LB, jnp.array([1.0, 1.5, 1.0, 2.0]))
-    losses = fused_exit_losses(model, batch, jnp.ones(L), FusedSettings(chunk=4), mask).loss_L
+    losses = losses_and_gradients_jit(model, batch, jnp.ones(L), FusedSettings(chunk=4), mask)[0].loss_L
     blocks, expected = model.unstacked().blocks, np.zeros(L)
     for row in range(B):
         one = jax.tree.map(lambda a, row=row: a[row : row + 1], batch)

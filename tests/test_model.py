@@ -14,7 +14,7 @@ from layerskip_jax.config import ModelConfig
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.errors import UserError
 from layerskip_jax.model import empty_cache, parameter_count, run_layers
-from layerskip_jax.recipe.fused_exit_loss import FusedSettings, fused_exit_losses
+from layerskip_jax.recipe.fused_exit_loss import FusedSettings, losses_and_gradients
 from layerskip_jax.rope import RotaryTables, rotary_frequencies, rotate
 
 
@@ -150,7 +150,8 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     assert logits.dtype == jnp.float32
     assert model.embed(jnp.zeros((1, 1), int)).dtype == jnp.bfloat16
     batch = Batch(jnp.arange(8)[None], jnp.arange(8)[None], jnp.ones((1, 8), int), jnp.ones((1, 8)))
-    assert fused_exit_losses(model, batch, jnp.ones(4), FusedSettings(chunk=4)).objective.dtype == jnp.float32
+    losses, gradients = losses_and_gradients(model, batch, jnp.ones(4), FusedSettings(chunk=4))
+    assert {leaf.dtype for leaf in jax.tree.leaves((losses, gradients))} == {jnp.dtype("float32")}
 
 
 def test_invalid_shapes_are_named():

@@ -119,10 +119,8 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
     # On average, the loop of the skipping form runs once for each kept row group.
     kept_groups = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
     # The share of the conditionals of inner exits that take the true branch. The scan over L blocks has one conditional
-    # before each block; the first is never taken. With `Recipe.exits`, the scan is over those exits, with one
-    # conditional each. The last exit has a conditional of its own after the scan.
-    iterations = len(recipe.exits) or len(weights_L)
-    shares = {INNER_EXIT: np.count_nonzero(weights_L[:-1]) / iterations, LAST_EXIT: float(weights_L[-1] > 0)}
+    # before each block; the first is never taken. The last exit has a conditional of its own after the scan.
+    shares = {INNER_EXIT: np.count_nonzero(weights_L[:-1]) / len(weights_L), LAST_EXIT: float(weights_L[-1] > 0)}
     work = Program(text).work(shares_by_scope(shares), kept_groups)
     return Compiled(
         peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes, work, "splash" in text,

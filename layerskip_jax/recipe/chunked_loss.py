@@ -17,7 +17,6 @@ from layerskip_jax.config import ModelConfig
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.model import Head, Transformer, compute_dtype, unembed
 from layerskip_jax.recipe.early_exit import ExitLoss
-from layerskip_jax.recipe.exit_loss import ExitLosses
 from layerskip_jax.sharding import constrain, mesh_size, on_each_device, sum_over
 
 INNER_EXIT, LAST_EXIT = "inner_exit_loss", "last_exit_loss"
@@ -57,10 +56,7 @@ class ChunkedLoss:
     def value_and_gradients(
         self, head: Head, x_BTD: jax.Array, labels: Labels, cotangent: jax.Array
     ) -> tuple[jax.Array, jax.Array, Head]:
-        """Return the loss, and its gradients ``d_x_BTD`` and ``d_head`` times ``cotangent``.
-
-        XLA removes the computation of a gradient that the caller does not use.
-        """
+        """Return the loss, and its gradients ``d_x_BTD`` and ``d_head`` times ``cotangent``."""
 
         def local_gradients(x_BTD: jax.Array, labels: Labels, cotangent: jax.Array, *head: nnx.Param) -> Any:
             def add_chunk(sums: Any, chunk: tuple[jax.Array, Labels]) -> tuple[Any, jax.Array]:
@@ -114,74 +110,51 @@ def gather(matrix: nnx.Param) -> nnx.Param:
 
 
 class ExitContext(NamedTuple):
-    """Values that all exits of a forward pass share."""
+    """What an exit needs besides its hidden state."""
 
     loss: ChunkedLoss
     labels: Labels
-    head: Head
-    """The parameters, which receive gradients."""
-    gathered_head: Head
-    """Their values in the compute dtype, gathered once for all exits; no gradient passes through them."""
+    norm_D: nnx.Param
+    """The head's norm, which receives gradients."""
+    gathered_matrix: nnx.Param
+    """The head's matrix in the compute dtype, gathered once for all exits; no gradient passes through it."""
 
     @classmethod
     def create(cls, model: Transformer, batch: Batch, loss: ChunkedLoss, teacher: Any) -> "ExitContext":
         """Gather the head of ``model`` and collect the labels of ``batch``."""
-        norm_D, matrix = head = model.head()
+        norm_D, matrix = model.head()
         dtype = compute_dtype(model.config)
-        gathered_head = norm_D, gather(jax.tree.map(lambda leaf: leaf.astype(dtype), matrix))
+        gathered_matrix = gather(jax.tree.map(lambda leaf: leaf.astype(dtype), matrix))
         labels = batch.targets_BT, batch.mask_BT, teacher
-        return cls(loss, jax.lax.stop_gradient(labels), head, jax.lax.stop_gradient(gathered_head))
+        return cls(loss, jax.lax.stop_gradient(labels), norm_D, jax.lax.stop_gradient(gathered_matrix))
 
-    def taught_by(self, loss: ExitLoss, x_BTD: jax.Array, share: ArrayLike) -> "ExitContext":
-        """Return a copy that uses ``loss`` with the detached teacher ``(x, share)``."""
+    @property
+    def head(self) -> Head:
+        return self.norm_D, self.gathered_matrix
+
+    def taught_by(self, loss: ExitLoss, x_BTD: jax.Array | None, share: ArrayLike) -> "ExitContext":
+        """Return a copy that uses ``loss`` with the detached teacher ``(x, share)``; without ``x``, with x_L."""
         targets_BT, mask_BT, _ = self.labels
-        teacher = x_BTD, jnp.broadcast_to(jnp.asarray(share, jnp.float32), mask_BT.shape)
-        labels = jax.lax.stop_gradient((targets_BT, mask_BT, teacher))
-        return self._replace(loss=dataclasses.replace(self.loss, loss=loss), labels=labels)
+        share_BT = jnp.broadcast_to(jnp.asarray(share, jnp.float32), mask_BT.shape)
+        teacher = jax.lax.stop_gradient(LastExit(share_BT) if x_BTD is None else (x_BTD, share_BT))
+        return self._replace(loss=dataclasses.replace(self.loss, loss=loss), labels=(targets_BT, mask_BT, teacher))
 
 
-def exit_with_saved_gradients(
-    context: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
-) -> tuple[jax.Array, nnx.Param, ExitLosses]:
-    """Compute an exit's loss and all its gradients in the forward pass; attach those for ``x`` and the norm to it.
+class LastExit(NamedTuple):
+    """The teacher ``(x_L, share)`` of an inner exit, without x_L, which only the backward pass knows."""
 
-    Returns ``x`` unchanged, ``d_matrix`` plus this exit's weighted gradient of the head's matrix, and the losses (0 if
-    the exit is off). `fused_exit_losses` attaches the final ``d_matrix`` once, for all exits.
-    """
-
-    def on(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
-        head, labels = context.gathered_head, context.labels
-        value, d_x_BTD, (d_norm_D, exit_d_matrix) = context.loss.value_and_gradients(head, x_BTD, labels, weight)
-        return value, (d_x_BTD, d_norm_D), add_resharded(d_matrix, exit_d_matrix)
-
-    def off(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
-        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, (x_BTD, context.head[0])), d_matrix
-
-    value, gradient, d_matrix = jax.lax.cond(weight > 0, on, off, jax.lax.stop_gradient(x_BTD), d_matrix)
-    objective = attach_gradient(weight * value, (x_BTD, context.head[0]), gradient)
-    return x_BTD, d_matrix, ExitLosses(objective, value)
+    share_BT: jax.Array
 
 
-def exit_with_recomputed_logits(
-    context: ExitContext, weight: jax.Array, x_BTD: jax.Array, d_matrix: nnx.Param
-) -> tuple[jax.Array, nnx.Param, ExitLosses]:
-    """Compute an exit's loss and the gradient of the head's matrix in the forward pass, the rest in the backward pass.
+class Passed(NamedTuple):
+    """What passes through the exits: values in the forward pass, cotangents in the backward pass."""
 
-    Returns what `exit_with_saved_gradients` returns. The backward pass adds the exit's gradient to this ``x``.
-    """
-
-    def on(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
-        head, labels = context.gathered_head, context.labels
-        value, _, (_, exit_d_matrix) = context.loss.value_and_gradients(head, x_BTD, labels, weight)
-        return value, add_resharded(d_matrix, exit_d_matrix)
-
-    def off(x_BTD: jax.Array, d_matrix: nnx.Param) -> Any:
-        return jnp.zeros(()), d_matrix
-
-    value, d_matrix = jax.lax.cond(weight > 0, on, off, jax.lax.stop_gradient(x_BTD), d_matrix)
-    frozen = weight, context.gathered_head[1], context.labels
-    x_BTD, value = attach_recomputed_gradient(context.loss, x_BTD, context.head[0], value, frozen)
-    return x_BTD, d_matrix, ExitLosses(weight * value, jax.lax.stop_gradient(value))
+    x_BTD: jax.Array
+    """The hidden state. Its cotangent is the gradient of the later exits, to which each exit adds its own."""
+    matrix: nnx.Param
+    """The head's matrix. Its cotangent accumulates the gradients of all exits."""
+    last_x_BTD: jax.Array | None
+    """Zeros. The cotangent is x_L: so the backward pass brings x_L to the exits that the last exit teaches."""
 
 
 def add_resharded(total: nnx.Param, d_matrix: nnx.Param) -> nnx.Param:
@@ -190,53 +163,47 @@ def add_resharded(total: nnx.Param, d_matrix: nnx.Param) -> nnx.Param:
     return jax.tree.map(lambda a, b: a + constrain(b, *axes), total, d_matrix)
 
 
-@jax.custom_vjp
-def attach_gradient(value: jax.Array, at: Any, gradient: Any) -> jax.Array:
-    """Return ``value``, and add ``gradient`` to its derivative with respect to ``at``.
+def exit_in_backward_pass(
+    context: ExitContext, scope: str, weight: jax.Array, passed: Passed, loss: jax.Array
+) -> Passed:
+    """Return ``passed`` unchanged; in the backward pass, compute the exit's loss and add its gradients.
 
-    So a gradient that the forward pass computed counts as if JAX had differentiated the loss.
+    The gradients are those of ``weight`` times the loss. The loss is returned as the cotangent of ``loss``, a number
+    that nothing reads. The only residual is ``x``, which the next block saves anyway. An exit of weight 0 computes
+    nothing. ``scope`` names the conditional.
     """
-    return value
+    frozen = weight, context.gathered_matrix, context.labels
+    return _exit(context.loss, scope, passed, context.norm_D, loss, frozen)
 
 
-attach_gradient.defvjp(
-    lambda value, at, gradient: (value, gradient),
-    lambda gradient, d: (d, jax.tree.map(lambda leaf: (d * leaf).astype(leaf.dtype), gradient), None),
-)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _exit(chunked: ChunkedLoss, scope: str, passed: Passed, norm_D: nnx.Param, loss: jax.Array, frozen: Any) -> Passed:
+    return passed
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attach_recomputed_gradient(
-    loss: ChunkedLoss, x_BTD: jax.Array, norm_D: nnx.Param, value: jax.Array, frozen: tuple[jax.Array, Any, Labels]
-) -> tuple[jax.Array, jax.Array]:
-    """Return ``x`` and ``value``; the backward pass recomputes the logits for the gradients of ``x`` and the norm.
-
-    It adds the first one to the cotangent of ``x``. ``x`` passes through here so that the addition happens inside the
-    conditional: an exit that is off then needs no array of zeros. ``frozen`` is the exit's weight, the head's matrix
-    and the labels, which receive no gradient here. The weight only switches the exit on or off: the caller multiplies
-    ``value`` by it, so the cotangent of ``value`` contains it.
-    """
-    return x_BTD, value
+def _exit_forward(
+    chunked: ChunkedLoss, scope: str, passed: Passed, norm_D: nnx.Param, loss: jax.Array, frozen: Any
+) -> tuple[Passed, Any]:
+    return passed, (passed.x_BTD, norm_D, frozen)
 
 
-def _attach_forward(loss: ChunkedLoss, x_BTD: jax.Array, norm_D: nnx.Param, value: jax.Array, frozen: Any) -> Any:
-    return (x_BTD, value), (x_BTD, norm_D, frozen)
+def _exit_backward(chunked: ChunkedLoss, scope: str, residuals: Any, cotangent: Passed) -> tuple[Any, ...]:
+    x_BTD, norm_D, (weight, gathered_matrix, labels) = residuals
+
+    # The additions are inside the conditional: an exit that is off then needs no arrays of zeros.
+    def on(d: Passed) -> tuple[Passed, nnx.Param, jax.Array]:
+        targets_BT, mask_BT, teacher = labels
+        if isinstance(teacher, LastExit):
+            teacher = d.last_x_BTD, teacher.share_BT
+        head, labels_BT = (norm_D, gathered_matrix), (targets_BT, mask_BT, teacher)
+        value, d_x_BTD, (d_norm_D, d_matrix) = chunked.value_and_gradients(head, x_BTD, labels_BT, weight)
+        return Passed(d.x_BTD + d_x_BTD, add_resharded(d.matrix, d_matrix), d.last_x_BTD), d_norm_D, value
+
+    def off(d: Passed) -> tuple[Passed, nnx.Param, jax.Array]:
+        return d, jax.tree.map(jnp.zeros_like, norm_D), jnp.zeros(())
+
+    with jax.named_scope(scope):
+        return *jax.lax.cond(weight > 0, on, off, cotangent), None
 
 
-def _attach_backward(loss: ChunkedLoss, residuals: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
-    x_BTD, norm_D, (weight, matrix, labels) = residuals
-    d_x_BTD, d_value = cotangents
-
-    def on(d_x_BTD: jax.Array) -> Any:
-        _, exit_d_x_BTD, (d_norm_D, _) = loss.value_and_gradients((norm_D, matrix), x_BTD, labels, d_value)
-        return d_x_BTD + exit_d_x_BTD, d_norm_D
-
-    def off(d_x_BTD: jax.Array) -> Any:
-        return d_x_BTD, jax.tree.map(jnp.zeros_like, norm_D)
-
-    with jax.named_scope(INNER_EXIT):
-        d_x_BTD, d_norm_D = jax.lax.cond(weight > 0, on, off, d_x_BTD)
-    return d_x_BTD, d_norm_D, d_value, None
-
-
-attach_recomputed_gradient.defvjp(_attach_forward, _attach_backward)
+_exit.defvjp(_exit_forward, _exit_backward)

@@ -1,17 +1,11 @@
-"""The exit loss of `exit_loss`, with the head's gradient computed in the forward pass, chunk by chunk.
-
-`exits_within_scan` serves curricula that may turn on any exit. `exits_after_scan` serves a few named exits: it takes
-less memory, and they and the last exit can teach each other.
-"""
+"""The exit loss of `exit_loss` with its gradients, computed chunk by chunk in the backward pass."""
 
 import dataclasses
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
@@ -23,9 +17,8 @@ from layerskip_jax.recipe.chunked_loss import (
     LAST_EXIT,
     ChunkedLoss,
     ExitContext,
-    attach_gradient,
-    exit_with_recomputed_logits,
-    exit_with_saved_gradients,
+    Passed,
+    exit_in_backward_pass,
 )
 from layerskip_jax.recipe.early_exit import ExitLoss, cross_entropy
 from layerskip_jax.recipe.exit_loss import ExitLosses
@@ -54,7 +47,7 @@ def save_matmuls(primitive: Any, *operands: Any, **parameters: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class FusedSettings:
-    """Settings of `fused_exit_losses`; static under jit."""
+    """Settings of `losses_and_gradients`; static under jit."""
 
     chunk: int
     """Positions of each sequence whose logits exist at once; must divide T, or exceed it."""
@@ -62,14 +55,11 @@ class FusedSettings:
     """``train.remat``, which decides what the backward pass recomputes."""
     loss: ExitLoss = cross_entropy
     apply_dropout: ApplyDropout = apply_masked
-    exits: tuple[int, ...] = ()
-    """If not empty, only these and the last exit may have a weight above 0."""
     distillation: ExitLoss | None = None
-    """Takes the place of ``loss`` at ``exits``, which must then be given; its teacher is ``(x_L, share)``."""
+    """Takes the place of ``loss`` at every exit but the last; its teacher is ``(x_L, share)``."""
     agreement: ExitLoss | None = None
     """Takes the place of ``loss`` at the last exit; its teacher is ``(x, share)`` of ``agreement_exit``."""
     agreement_exit: int = 0
-    """One of ``exits``, if there is an ``agreement``."""
 
     @property
     def recompute(self) -> bool:
@@ -89,7 +79,21 @@ class Shares(NamedTuple):
     agreement: ArrayLike = 0.0
 
 
-def fused_exit_losses(
+class Slots(NamedTuple):
+    """Arguments of the forward pass that are zeros and change nothing; only their cotangents carry values."""
+
+    loss_L: jax.Array
+    """Its cotangent is the loss of each exit."""
+    last_x_BTD: jax.Array | None
+    """`Passed.last_x_BTD`, or None if the last exit teaches no other."""
+
+    @classmethod
+    def create(cls, model: Transformer, batch: Batch, teaches: bool) -> "Slots":
+        x_BTD = jax.eval_shape(model.embed, batch.inputs_BT)
+        return cls(jnp.zeros(model.config.num_layers), jnp.zeros(x_BTD.shape, x_BTD.dtype) if teaches else None)
+
+
+def losses_and_gradients(
     model: Transformer,
     batch: Batch,
     weight_L: jax.Array,
@@ -97,129 +101,74 @@ def fused_exit_losses(
     dropout_mask: DropoutMask | None = None,
     teacher: Any = None,
     shares: Shares = Shares(),  # noqa: B008  (immutable)
-) -> ExitLosses:
-    """Return what `exit_losses` returns, with gradients of the objective (LayerSkip eq. 5) already computed.
+) -> tuple[ExitLosses, Transformer]:
+    """Return what `exit_losses` returns, and the gradient of the objective (LayerSkip eq. 5).
 
-    Each exit is inside a conditional on its weight: one compiled program serves every step of a curriculum, and an
-    exit of weight 0 costs no FLOPs. The carry of the scan accumulates the gradient of the head's matrix. With
-    ``remat`` none or dots, the forward pass also computes and saves each exit's gradient with respect to ``x``. With
-    full or offload, the backward pass recomputes the logits of inner exits to compute that gradient. An inner exit then
-    costs 8 D V FLOPs per token instead of 6.
+    The forward pass only runs the blocks. The backward pass starts from a cotangent of zeros. At each exit, it computes
+    the logits, the loss and the gradients (`exit_in_backward_pass`). So every logit is computed once, and an exit costs
+    6 D V FLOPs per token. `jax.value_and_grad` would compute the logits in the forward pass, and then either compute
+    them again (8 D V) or save a gradient of shape [B, T, D] for each exit.
 
-    If ``settings.exits`` names the exits, the scan over blocks keeps only their hidden states, and their losses are
-    computed after it. Their gradients with respect to ``x`` are then saved for every ``remat``, one array for each
-    named exit, and no logits are recomputed. These exits and the last one can teach each other.
-
-    Only the objective has a gradient; ``loss_L`` has none.
+    Each exit is inside a conditional on its weight: one compiled program serves every step of a curriculum, and an exit
+    of weight 0 costs no FLOPs.
     """
     weight_L = jnp.asarray(weight_L, jnp.float32)  # custom_vjp needs a float
-    context = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
-    if settings.exits:
-        x_BTD, kept_KBTD = run_blocks_and_keep(model, batch, settings, dropout_mask)
-        taught = context
+
+    def run(model: Transformer, slots: Slots) -> Passed:
+        context = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
+        inner = last = context
         if settings.distillation is not None:
-            taught = context.taught_by(settings.distillation, x_BTD, shares.distillation)
-        d_matrix, inner = exits_after_scan(taught, weight_L, settings.exits, kept_KBTD)
+            inner = context.taught_by(settings.distillation, None, shares.distillation)
+        passed, agreement_x_BTD = run_blocks(model, batch, settings, dropout_mask, inner, weight_L, slots)
         if settings.agreement is not None:
-            teacher_x_BTD = kept_KBTD[settings.exits.index(settings.agreement_exit)]
-            context = context.taught_by(settings.agreement, teacher_x_BTD, shares.agreement)
-    else:
-        x_BTD, d_matrix, inner = exits_within_scan(model, batch, weight_L, settings, dropout_mask, context)
-    with jax.named_scope(LAST_EXIT):
-        x_BTD, d_matrix, last = exit_with_saved_gradients(context, weight_L[-1], x_BTD, d_matrix)
-    objective = attach_gradient(jnp.sum(inner.objective) + last.objective, context.head[1], d_matrix)
-    return ExitLosses(objective, jnp.append(inner.loss_L, last.loss_L))
+            last = context.taught_by(settings.agreement, agreement_x_BTD, shares.agreement)
+        return exit_in_backward_pass(last, LAST_EXIT, weight_L[-1], passed, slots.loss_L[-1])
+
+    outputs, pullback = jax.vjp(run, model, Slots.create(model, batch, teaches=settings.distillation is not None))
+    cotangents = jax.tree.map(jnp.zeros_like, outputs)
+    if outputs.last_x_BTD is not None:
+        cotangents = cotangents._replace(last_x_BTD=outputs.x_BTD)
+    gradients, slots = pullback(cotangents)
+    return ExitLosses(jnp.sum(weight_L * slots.loss_L), slots.loss_L), gradients
 
 
-def exits_within_scan(
+def run_blocks(
     model: Transformer,
     batch: Batch,
-    weight_L: jax.Array,
     settings: FusedSettings,
     dropout_mask: DropoutMask | None,
     context: ExitContext,
-) -> tuple[jax.Array, nnx.Param, ExitLosses]:
-    """Run all blocks, with the loss of every inner exit between them.
+    weight_L: jax.Array,
+    slots: Slots,
+) -> tuple[Passed, jax.Array | None]:
+    """Run all blocks, with the inner exits between them.
 
-    Returns ``x_L``, the gradient of the head's matrix, and the objectives and losses of the exits 1..L-1.
+    Also returns the hidden state at ``settings.agreement_exit``, or None without an agreement.
     """
-    recompute = settings.recompute
-    inner_exit = exit_with_recomputed_logits if recompute else exit_with_saved_gradients
     run_block = block_with_dropout(model, batch, settings, dropout_mask)
 
     def block_fn(
-        block: Block, carry: tuple[jax.Array, nnx.Param], inputs: tuple[jax.Array, DropoutMask | None]
-    ) -> tuple[Any, ExitLosses]:
-        (x_BTD, d_matrix), (weight, mask) = carry, inputs
-        x_BTD = checkpoint_name(row_major(x_BTD), BLOCK_INPUT)
-        with jax.named_scope(INNER_EXIT):
-            x_BTD, d_matrix, losses = inner_exit(context, weight, x_BTD, d_matrix)
-        return (run_block(block, x_BTD, mask), d_matrix), losses
-
-    if recompute:
-        block_fn = jax.checkpoint(block_fn, policy=settings.policy, prevent_cse=False)
-    # Iteration l computes the exit before block l, whose input x is the iteration's saved input. The exit after block l
-    # would need the block's output, so full remat would also recompute the block's down projection.
-    weight_before_L = jnp.roll(weight_L, 1).at[0].set(0)  # no exit comes before block 0
-    start = model.embed(batch.inputs_BT), jax.tree.map(jnp.zeros_like, context.head[1])
-    (x_BTD, d_matrix), inner = run_layers(model.blocks, start, block_fn, (weight_before_L, dropout_mask))
-    return x_BTD, d_matrix, jax.tree.map(itemgetter(slice(1, None)), inner)
-
-
-def run_blocks_and_keep(
-    model: Transformer, batch: Batch, settings: FusedSettings, dropout_mask: DropoutMask | None
-) -> tuple[jax.Array, jax.Array]:
-    """Run all blocks; return ``x_L``, and ``kept_KBTD``, the hidden states at each of ``settings.exits``."""
-    run_block = block_with_dropout(model, batch, settings, dropout_mask)
-    K, L = len(settings.exits), model.config.num_layers
-
-    def run_named_block(block: Block, x_BTD: jax.Array, mask: DropoutMask | None) -> jax.Array:
-        return run_block(block, checkpoint_name(x_BTD, BLOCK_INPUT), mask)
+        block: Block,
+        carry: tuple[Passed, jax.Array | None],
+        inputs: tuple[jax.Array, jax.Array, jax.Array, DropoutMask | None],
+    ) -> tuple[Any, None]:
+        (passed, kept_BTD), (weight, loss, is_kept, mask) = carry, inputs
+        passed = passed._replace(x_BTD=checkpoint_name(row_major(passed.x_BTD), BLOCK_INPUT))
+        if kept_BTD is not None:
+            kept_BTD = jnp.where(is_kept, jax.lax.stop_gradient(passed.x_BTD), kept_BTD)
+        passed = exit_in_backward_pass(context, INNER_EXIT, weight, passed, loss)
+        return (passed._replace(x_BTD=run_block(block, passed.x_BTD, mask)), kept_BTD), None
 
     if settings.recompute:
-        run_named_block = jax.checkpoint(run_named_block, policy=settings.policy, prevent_cse=False)
-
-    def block_fn(
-        block: Block, carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array, DropoutMask | None]
-    ) -> tuple[Any, None]:
-        (x_BTD, kept_KBTD), (slot, up_to_last_exit, mask) = carry, inputs
-        x_BTD = row_major(x_BTD)
-        value_BTD = jnp.where(up_to_last_exit, x_BTD, kept_KBTD[slot])
-        kept_KBTD = jax.lax.dynamic_update_index_in_dim(kept_KBTD, value_BTD, slot, 0)
-        return (run_named_block(block, x_BTD, mask), kept_KBTD), None
-
-    # The hidden state of exit e is the input of block e, counted from 0. Every block overwrites the slot of the next
-    # exit with its input, so the slot of exit e ends with the input of block e. Blocks after the last of
-    # `settings.exits` write the last slot back unchanged: XLA updates one slot in place, but would copy all slots for a
-    # conditional.
-    exit_K, layer_L = jnp.array(settings.exits), jnp.arange(L)
-    slot_L = jnp.minimum(jnp.searchsorted(exit_K, layer_L), K - 1)
-    up_to_last_exit_L = layer_L <= exit_K[-1]
-    x_BTD = model.embed(batch.inputs_BT)
-    kept_KBTD = constrain(jnp.zeros((K, *x_BTD.shape), x_BTD.dtype), None, "batch", "length", None)
-    (x_BTD, kept_KBTD), _ = run_layers(
-        model.blocks, (x_BTD, kept_KBTD), block_fn, (slot_L, up_to_last_exit_L, dropout_mask)
-    )
-    return x_BTD, kept_KBTD
-
-
-def exits_after_scan(
-    context: ExitContext, weight_L: jax.Array, exit_layers: tuple[int, ...], kept_KBTD: jax.Array
-) -> tuple[nnx.Param, ExitLosses]:
-    """Compute the losses of ``exit_layers``, whose hidden states are ``kept_KBTD``.
-
-    Returns the gradient of the head's matrix, and the objectives and losses of the exits 1..L-1.
-    """
-
-    def exit_fn(d_matrix: nnx.Param, inputs: tuple[jax.Array, jax.Array]) -> tuple[nnx.Param, ExitLosses]:
-        with jax.named_scope(INNER_EXIT):
-            _, d_matrix, losses = exit_with_saved_gradients(context, *inputs, d_matrix)
-        return d_matrix, losses
-
-    place_K = jnp.array(exit_layers) - 1
-    no_gradient = jax.tree.map(jnp.zeros_like, context.head[1])
-    d_matrix, losses = jax.lax.scan(exit_fn, no_gradient, (weight_L[place_K], kept_KBTD))
-    return d_matrix, jax.tree.map(lambda values: jnp.zeros(len(weight_L) - 1).at[place_K].set(values), losses)
+        block_fn = jax.checkpoint(block_fn, policy=settings.policy, prevent_cse=False)
+    # Iteration l holds the exit before block l, whose input x is the iteration's saved input. The exit after block l
+    # would need the block's output, so full remat would also recompute the block's down projection.
+    weight_before_L = jnp.roll(weight_L, 1).at[0].set(0)  # no exit comes before block 0
+    is_kept_L = jnp.arange(len(weight_L)) == settings.agreement_exit
+    start = Passed(model.embed(batch.inputs_BT), model.head()[1], slots.last_x_BTD)
+    kept_BTD = None if settings.agreement is None else jnp.zeros_like(start.x_BTD)
+    inputs = weight_before_L, jnp.roll(slots.loss_L, 1), is_kept_L, dropout_mask
+    return run_layers(model.blocks, (start, kept_BTD), block_fn, inputs)[0]
 
 
 def block_with_dropout(
@@ -250,7 +199,7 @@ def chunked_exit_losses(
 
     def block_fn(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         x_BTD = x_BTD + f(block, x_BTD, batch.segments_BT)
-        return x_BTD, context.loss.value(context.gathered_head, x_BTD, context.labels)
+        return x_BTD, context.loss.value(context.head, x_BTD, context.labels)
 
     return run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, None)[1]
 

@@ -76,15 +76,13 @@ class Recipe:
     curriculum: early_exit.Curriculum
     exit_scale: early_exit.ExitScale
     is_spike: IsSpike
-    exits: tuple[int, ...] = ()
-    """The inner exits that the curriculum may turn on; empty: any. Naming a few of them saves memory."""
     exit_loss: early_exit.ExitLoss = early_exit.cross_entropy
     teacher: Teacher | None = None
     distillation: early_exit.ExitLoss | None = None
-    """The loss of ``exits`` in place of ``exit_loss``, such as `SelfDistillation`; its teacher is the last exit."""
+    """The loss of inner exits in place of ``exit_loss``, such as `SelfDistillation`; its teacher is the last exit."""
     distillation_share: Share = ConstantShare(1.0)  # noqa: RUF009 (frozen)
     agreement: early_exit.ExitLoss | None = None
-    """The loss of the last exit in place of ``exit_loss``; its teacher is ``agreement_exit``, one of ``exits``."""
+    """The loss of the last exit in place of ``exit_loss``; its teacher is ``agreement_exit``."""
     agreement_exit: int = 0
     agreement_share: Share = ConstantShare(0.0)  # noqa: RUF009 (frozen)
     rescale: bool = False
@@ -102,10 +100,7 @@ class Recipe:
             "fixed": early_exit.FixedExits(early.exits),
             "none": early_exit.last_only,
         }
-        exits, distillation = early.exits, None
-        if early.distillation != "none" and early.curriculum != "none":
-            exits = exits or tuple(range(1, layers))
-            distillation = SelfDistillation(LOSSES[early.distillation]) if exits else None
+        distills = early.distillation != "none" and early.curriculum != "none"
         return cls(
             num_layers=layers,
             total_steps=config.train.steps,
@@ -115,8 +110,7 @@ class Recipe:
             curriculum=curricula[early.curriculum],
             exit_scale=_exit_scale(early),
             is_spike=LossSpike(config.train.skip_spikes),
-            exits=exits,
-            distillation=distillation,
+            distillation=SelfDistillation(LOSSES[early.distillation]) if distills else None,
             distillation_share=ConstantShare(early.distillation_weight),
             agreement=SelfDistillation(argmax_cross_entropy) if early.agreement_weight else None,
             agreement_exit=config.trained_draft_exit,
@@ -142,8 +136,6 @@ class Recipe:
         for name, part in jax.eval_shape(parts, jax.ShapeDtypeStruct((), jnp.int32)).items():
             shape, wanted = ((), "one number") if name == "time_scale" else ((L,), f"{L} numbers, one per layer")
             require(part.shape == shape, f"the recipe's {name} must return {wanted}, not the shape {part.shape}")
-        rising = list(self.exits) == sorted(set(self.exits)) and all(1 <= e < L for e in self.exits)
-        require(rising, f"the recipe's exits must increase within 1..{L - 1}, not be {self.exits}")
         steps = np.unique([*range(min(T, 100)), *np.linspace(0, T - 1, 100)]).astype(int)
         rates_SL, weights_SL, *shares = map(np.asarray, _schedules(self, steps))
         for step, rates_L, weights_L in zip(steps, rates_SL, weights_SL, strict=True):
@@ -151,16 +143,12 @@ class Recipe:
             require(bool(allowed), f"the recipe's drop rates must be in [0, 1), not {rates_L.tolist()} at step {step}")
             allowed = np.all((weights_L >= 0) & np.isfinite(weights_L))
             require(bool(allowed), f"the recipe's exit weights must not be negative: {weights_L.tolist()}, step {step}")
-            others = [e for e in range(1, L) if weights_L[e - 1] > 0 and e not in self.exits]
-            listed = f"the recipe's exits {self.exits} must list every exit that its curriculum turns on"
-            require(not self.exits or not others, f"{listed}: {others} at step {step}")
-        require(self.distillation is None or bool(self.exits), "the recipe's distillation needs its exits")
         for name, share_S in zip(("distillation_share", "agreement_share"), shares, strict=True):
             wrong = share_S[~((share_S >= 0) & (share_S <= 1))].tolist()
             require(not wrong, f"the recipe's {name} must be in [0, 1], not {wrong[:3]}")
         if self.agreement is not None:
-            listed = f"the recipe's agreement_exit {self.agreement_exit} must be one of its exits {self.exits}"
-            require(self.agreement_exit in self.exits, listed)
+            inner = 1 <= self.agreement_exit < L
+            require(inner, f"the recipe's agreement_exit must be in 1..{L - 1}, not {self.agreement_exit}")
             require(share_S.max() > 0, "the recipe's agreement_share must be positive at some step")
 
     def check_rows(self, rows: int) -> None:

@@ -16,7 +16,7 @@ from layerskip_jax.compiler_options import compile_step
 from layerskip_jax.config import Config
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.model import Transformer
-from layerskip_jax.recipe.fused_exit_loss import FusedSettings, Shares, fused_exit_losses
+from layerskip_jax.recipe.fused_exit_loss import FusedSettings, Shares, losses_and_gradients
 from layerskip_jax.recipe.layer_dropout import DropoutMask
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import batch_sharding, batch_shards, named_shardings
@@ -150,7 +150,6 @@ class Trainer:
             remat=self.config.train.remat,
             loss=self.recipe.exit_loss,
             apply_dropout=self.recipe.apply_dropout,
-            exits=self.recipe.exits,
             distillation=self.recipe.distillation,
             agreement=self.recipe.agreement,
             agreement_exit=self.recipe.agreement_exit,
@@ -160,16 +159,16 @@ class Trainer:
             self.recipe.agreement_share(state.step, self.recipe.total_steps),
         )
 
-        def objective(
-            model: Transformer, micro: Batch, dropout_mask: DropoutMask | None
-        ) -> tuple[jax.Array, jax.Array]:
+        def gradient(model: Transformer, micro: Batch, dropout_mask: DropoutMask | None) -> Any:
             teacher, frozen = self.recipe.teacher, jax.lax.stop_gradient(model)
             teacher_arrays = teacher(frozen, micro.inputs_BT, micro.segments_BT) if teacher else None
-            total, loss_L = fused_exit_losses(model, micro, weight_L, settings, dropout_mask, teacher_arrays, shares)
             # Divide by the tokens of the whole batch, so that microbatches add up to exactly the large batch.
-            return total / count, loss_L / count
+            weights = weight_L / count
+            losses, gradients = losses_and_gradients(
+                model, micro, weights, settings, dropout_mask, teacher_arrays, shares
+            )
+            return (losses.objective, losses.loss_L / count), gradients
 
-        gradient = jax.value_and_grad(objective, has_aux=True)
         dropout_mask = self.dropout_mask(state.step)
         if self.config.train.accumulate == 1:
             return gradient(state.model, batch, dropout_mask)

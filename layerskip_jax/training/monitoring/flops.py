@@ -44,9 +44,8 @@ class StepFlops(NamedTuple):
     The skipping form saves less, since it rounds up to row groups."""
     recomputed: float
     """Forward FLOPs that the backward pass repeats with ``train.remat`` full or offload. It repeats each block that is
-    not skipped, without its down projection (``2 D F`` per position), whose output no gradient needs. It repeats the
-    logits of each inner exit with a loss (``2 D V``), unless `Recipe.exits` names the exits: their gradients are saved
-    in the forward pass. With none it repeats nothing, and with dots no matmul."""
+    not skipped, without its down projection (``2 D F`` per position), whose output no gradient needs. With none it
+    repeats nothing, and with dots no matmul."""
 
     @property
     def hardware(self) -> float:
@@ -63,7 +62,7 @@ def step_flops(config: Config, recipe: Recipe, weight_L: np.ndarray, drop_rate_L
     dropped = float(np.sum(drop_rate_L)) if recipe.skips else 0.0
     recomputes = config.train.remat in ("full", "offload")
     needed = block_flops(config) / 3 - 2 * config.model.dim * config.model.ffn_dim
-    again = needed * (config.model.num_layers - dropped) + (0 if recipe.exits else head * inner)
+    again = needed * (config.model.num_layers - dropped)
     return StepFlops(
         plain=positions * flops_per_token(config),
         exits=positions * head * (3 * (losses - 1) + teachers),
