@@ -1,6 +1,7 @@
 """Cost of an exit loss on a TPU chip by chunk size, against tokamax's kernel: ``python -m benchmarks.fused_loss``.
 
-Compiles the loss of one exit with its gradients (`ChunkedLoss.value_and_gradients`) for one chip with the TPU compiler.
+Compiles the loss of one exit with its gradients (`ChunkedLoss.value_and_gradients`) for one chip with the TPU compiler
+and the options of a training step.
 Prints the time of the compiler's cost model and the time of the matmuls at peak FLOP/s (6 D V FLOPs a token). If
 tokamax is installed, compiles its ``linear_softmax_cross_entropy_loss`` too. The compiler estimates no time for a
 kernel; its source recomputes the logits in the backward pass (8 D V). Needs libtpu.
@@ -18,10 +19,11 @@ from hlo import Program, shares_by_scope
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.common import add_json_option, header, write_json
+from layerskip_jax.compiler_options import compile_step
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.model import Transformer
+from layerskip_jax.recipe.chunked_loss import ChunkedLoss
 from layerskip_jax.recipe.early_exit import cross_entropy
-from layerskip_jax.recipe.fused_exit_loss import ChunkedLoss
 from layerskip_jax.sharding import AXES
 from layerskip_jax.training.monitoring.flops import PEAK_FLOPS
 from tpu.compile_ahead import CHIPS, topology_devices
@@ -67,7 +69,8 @@ def compiled(loss: Loss, model: ModelConfig, rows: int, length: int, mesh: Mesh)
     x_BTD = jax.ShapeDtypeStruct((rows, length, model.dim), jnp.bfloat16)
     targets_BT = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     with jax.set_mesh(mesh):
-        return jax.jit(loss).lower(on_chip(weights), on_chip(x_BTD), on_chip(targets_BT)).compile()
+        lowered = jax.jit(loss).lower(on_chip(weights), on_chip(x_BTD), on_chip(targets_BT))
+        return compile_step(lowered, mesh.devices.flat[0].device_kind)
 
 
 def main() -> None:
