@@ -240,12 +240,15 @@ def on_each_device(
     ``inputs`` has an entry for each argument: the logical axes of the leading dimensions of every array in it; ()
     replicates them. ``output`` is one such entry, or a list with one for each output. ``along`` names the logical axes
     to map over, by default all. Their mesh axes become manual, and the compiler still partitions the others. Returns
-    ``f`` itself if no axis is left to map: on one device, outside `jax.set_mesh`, or inside a `shard_map` over these
-    axes.
+    ``f`` itself if no axis is left to map: on one device, outside `jax.set_mesh`, inside a `shard_map` over these
+    axes, or if each of them has one device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = _free_axes(mesh)
-    mapped = free if along is None else free & {axis for name in along for axis in _mesh_axes(name)}
+    mapped = _free_axes(mesh)
+    if along is not None:
+        # Leave out axes of one device: XLA fails to partition a sum over them inside a partly manual program.
+        chosen = {axis for name in along for axis in _mesh_axes(name) if axis in mesh.shape}
+        mapped &= {axis for axis in chosen if mesh.shape[axis] > 1}
     if mesh.size == 1 or not mapped:
         return f
     in_specs = tuple(_split(axes, mapped) for axes in inputs)
@@ -253,10 +256,11 @@ def on_each_device(
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=mapped, check_vma=False)
 
 
-def sum_over(logical: str, values: Any) -> Any:
-    """Sum arrays over the devices that `on_each_device` maps along a logical axis."""
+def sum_over(logical: Sequence[str], values: Any) -> Any:
+    """Sum arrays over the devices that `on_each_device` maps along these logical axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in _mesh_axes(logical) if axis in set(mesh.axis_names) - _free_axes(mesh))
+    manual = set(mesh.axis_names) - _free_axes(mesh)
+    axes = tuple(axis for name in logical for axis in _mesh_axes(name) if axis in manual)
     return jax.lax.psum(values, axes) if axes else values
 
 

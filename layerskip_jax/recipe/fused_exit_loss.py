@@ -68,7 +68,7 @@ class FusedSettings:
 
     @property
     def policy(self) -> Any:
-        """Return where to save the inputs of blocks if `recompute`."""
+        """Return the checkpoint policy if `recompute`: None keeps the inputs of blocks on the device."""
         return OFFLOAD_BLOCK_INPUTS if self.remat == "offload" else None
 
 
@@ -77,20 +77,6 @@ class Shares(NamedTuple):
 
     distillation: ArrayLike = 1.0
     agreement: ArrayLike = 0.0
-
-
-class Slots(NamedTuple):
-    """Arguments of the forward pass that are zeros and change nothing; only their cotangents carry values."""
-
-    loss_L: jax.Array
-    """Its cotangent is the loss of each exit."""
-    last_x_BTD: jax.Array | None
-    """`Passed.last_x_BTD`, or None if the last exit teaches no other."""
-
-    @classmethod
-    def create(cls, model: Transformer, batch: Batch, teaches: bool) -> "Slots":
-        x_BTD = jax.eval_shape(model.embed, batch.inputs_BT)
-        return cls(jnp.zeros(model.config.num_layers), jnp.zeros(x_BTD.shape, x_BTD.dtype) if teaches else None)
 
 
 def losses_and_gradients(
@@ -104,32 +90,33 @@ def losses_and_gradients(
 ) -> tuple[ExitLosses, Transformer]:
     """Return what `exit_losses` returns, and the gradient of the objective (LayerSkip eq. 5).
 
-    The forward pass only runs the blocks. The backward pass starts from a cotangent of zeros. At each exit, it computes
-    the logits, the loss and the gradients (`exit_in_backward_pass`). So every logit is computed once, and an exit costs
-    6 D V FLOPs per token. `jax.value_and_grad` would compute the logits in the forward pass, and then either compute
-    them again (8 D V) or save a gradient of shape [B, T, D] for each exit.
+    The forward pass runs the embedding and the blocks only. The backward pass computes logits, loss and gradients of
+    each exit together (`exit_in_backward_pass`), so an exit costs 6 D V FLOPs per token, and 2 D V more with a teacher.
+    `jax.value_and_grad` would compute the logits in the forward pass, and then compute them again (8 D V) or save an
+    array of the shape of x or of the logits for each exit. Do not differentiate the result.
 
     Each exit is inside a conditional on its weight: one compiled program serves every step of a curriculum, and an exit
     of weight 0 costs no FLOPs.
     """
-    weight_L = jnp.asarray(weight_L, jnp.float32)  # custom_vjp needs a float
+    weight_L = jnp.asarray(weight_L, jnp.float32)  # as the loss, whose cotangent it is
 
-    def run(model: Transformer, slots: Slots) -> Passed:
+    def run(model: Transformer, loss_slot_L: jax.Array) -> Passed:
         context = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
         inner = last = context
         if settings.distillation is not None:
             inner = context.taught_by(settings.distillation, None, shares.distillation)
-        passed, agreement_x_BTD = run_blocks(model, batch, settings, dropout_mask, inner, weight_L, slots)
+        passed, agreement_x_BTD = run_blocks(model, batch, settings, dropout_mask, inner, weight_L, loss_slot_L)
         if settings.agreement is not None:
             last = context.taught_by(settings.agreement, agreement_x_BTD, shares.agreement)
-        return exit_in_backward_pass(last, LAST_EXIT, weight_L[-1], passed, slots.loss_L[-1])
+        return exit_in_backward_pass(last, LAST_EXIT, weight_L[-1], passed, loss_slot_L[-1])
 
-    outputs, pullback = jax.vjp(run, model, Slots.create(model, batch, teaches=settings.distillation is not None))
-    cotangents = jax.tree.map(jnp.zeros_like, outputs)
-    if outputs.last_x_BTD is not None:
-        cotangents = cotangents._replace(last_x_BTD=outputs.x_BTD)
-    gradients, slots = pullback(cotangents)
-    return ExitLosses(jnp.sum(weight_L * slots.loss_L), slots.loss_L), gradients
+    passed, pullback = jax.vjp(run, model, jnp.zeros_like(weight_L))
+    # The gradients start at zero, and each exit adds its own. The cotangent of last_x brings x_L to the inner exits.
+    cotangents = jax.tree.map(jnp.zeros_like, passed)
+    if passed.last_x_BTD is not None:
+        cotangents = cotangents._replace(last_x_BTD=passed.x_BTD)
+    gradients, loss_L = pullback(cotangents)
+    return ExitLosses(jnp.sum(weight_L * loss_L), loss_L), gradients
 
 
 def run_blocks(
@@ -139,11 +126,11 @@ def run_blocks(
     dropout_mask: DropoutMask | None,
     context: ExitContext,
     weight_L: jax.Array,
-    slots: Slots,
+    loss_slot_L: jax.Array,
 ) -> tuple[Passed, jax.Array | None]:
-    """Run all blocks, with the inner exits between them.
+    """Run all blocks, with the inner exits between them; ``context`` is that of inner exits.
 
-    Also returns the hidden state at ``settings.agreement_exit``, or None without an agreement.
+    Also returns the detached hidden state at ``settings.agreement_exit``, or None without an agreement.
     """
     run_block = block_with_dropout(model, batch, settings, dropout_mask)
 
@@ -152,22 +139,23 @@ def run_blocks(
         carry: tuple[Passed, jax.Array | None],
         inputs: tuple[jax.Array, jax.Array, jax.Array, DropoutMask | None],
     ) -> tuple[Any, None]:
-        (passed, kept_BTD), (weight, loss, is_kept, mask) = carry, inputs
+        (passed, kept_BTD), (weight, loss_slot, is_kept, mask) = carry, inputs
         passed = passed._replace(x_BTD=checkpoint_name(row_major(passed.x_BTD), BLOCK_INPUT))
         if kept_BTD is not None:
             kept_BTD = jnp.where(is_kept, jax.lax.stop_gradient(passed.x_BTD), kept_BTD)
-        passed = exit_in_backward_pass(context, INNER_EXIT, weight, passed, loss)
+        passed = exit_in_backward_pass(context, INNER_EXIT, weight, passed, loss_slot)
         return (passed._replace(x_BTD=run_block(block, passed.x_BTD, mask)), kept_BTD), None
 
     if settings.recompute:
         block_fn = jax.checkpoint(block_fn, policy=settings.policy, prevent_cse=False)
-    # Iteration l holds the exit before block l, whose input x is the iteration's saved input. The exit after block l
-    # would need the block's output, so full remat would also recompute the block's down projection.
+    # Iteration l holds exit l, which reads the input of block l: with full remat, this is the array that is saved.
+    # Exit l+1 would read the output of block l, so full remat would also recompute the block's down projection.
     weight_before_L = jnp.roll(weight_L, 1).at[0].set(0)  # no exit comes before block 0
     is_kept_L = jnp.arange(len(weight_L)) == settings.agreement_exit
-    start = Passed(model.embed(batch.inputs_BT), model.head()[1], slots.last_x_BTD)
-    kept_BTD = None if settings.agreement is None else jnp.zeros_like(start.x_BTD)
-    inputs = weight_before_L, jnp.roll(slots.loss_L, 1), is_kept_L, dropout_mask
+    x_BTD = model.embed(batch.inputs_BT)
+    start = Passed(x_BTD, model.head(), None if settings.distillation is None else jnp.zeros_like(x_BTD))
+    kept_BTD = None if settings.agreement is None else jnp.zeros_like(x_BTD)
+    inputs = weight_before_L, jnp.roll(loss_slot_L, 1), is_kept_L, dropout_mask
     return run_layers(model.blocks, (start, kept_BTD), block_fn, inputs)[0]
 
 
@@ -195,11 +183,11 @@ def chunked_exit_losses(
 ) -> jax.Array:
     """Return ``loss_L`` of every exit, as `exit_losses` without dropout does, for evaluation."""
     context = ExitContext.create(model, batch, ChunkedLoss(model.config, loss, chunk), teacher)
-    f = block_function(model)
+    f, (norm_D, _) = block_function(model), model.head()
 
     def block_fn(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         x_BTD = x_BTD + f(block, x_BTD, batch.segments_BT)
-        return x_BTD, context.loss.value(context.head, x_BTD, context.labels)
+        return x_BTD, context.chunked.value((norm_D, context.gathered_matrix), x_BTD, context.labels)
 
     return run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, None)[1]
 

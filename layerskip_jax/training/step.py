@@ -159,25 +159,23 @@ class Trainer:
             self.recipe.agreement_share(state.step, self.recipe.total_steps),
         )
 
-        def gradient(model: Transformer, micro: Batch, dropout_mask: DropoutMask | None) -> Any:
-            teacher, frozen = self.recipe.teacher, jax.lax.stop_gradient(model)
-            teacher_arrays = teacher(frozen, micro.inputs_BT, micro.segments_BT) if teacher else None
-            # Divide by the tokens of the whole batch, so that microbatches add up to exactly the large batch.
-            weights = weight_L / count
-            losses, gradients = losses_and_gradients(
-                model, micro, weights, settings, dropout_mask, teacher_arrays, shares
-            )
-            return (losses.objective, losses.loss_L / count), gradients
+        # Divide by the tokens of the whole batch, so that microbatches add up to exactly the large batch.
+        weights = weight_L / count
+
+        def gradient(micro: Batch, dropout_mask: DropoutMask | None) -> tuple[tuple[jax.Array, jax.Array], Transformer]:
+            model, teacher = state.model, self.recipe.teacher
+            teacher_arrays = teacher(model, micro.inputs_BT, micro.segments_BT) if teacher else None
+            losses, grads = losses_and_gradients(model, micro, weights, settings, dropout_mask, teacher_arrays, shares)
+            return (losses.objective, losses.loss_L / count), grads
 
         dropout_mask = self.dropout_mask(state.step)
         if self.config.train.accumulate == 1:
-            return gradient(state.model, batch, dropout_mask)
+            return gradient(batch, dropout_mask)
         parts = self._split(batch), self._split_mask(dropout_mask)
-        shapes = jax.eval_shape(gradient, state.model, *jax.tree.map(lambda part: part[0], parts))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        zeros = (jnp.zeros(()), jnp.zeros_like(weight_L)), jax.tree.map(jnp.zeros_like, state.model)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(state.model, *part)), None
+            return jax.tree.map(jnp.add, total, gradient(*part)), None
 
         return jax.lax.scan(add, zeros, parts)[0]
 
