@@ -163,6 +163,15 @@ def test_a_loop_over_kept_rows_communicates_along_tensor_only():
         assert device_groups(line, 8) == [[0, 1], [2, 3], [4, 5], [6, 7]], line
 
 
+def test_the_loop_over_chunks_of_the_loss_has_no_collective():
+    """Each device computes the logits of its own positions, and the head's gradient is summed after the loop."""
+    config = changed(LAYERSKIP, mesh={"data": 2, "fsdp": 2, "sequence": 2})
+    text = make_trainer(config, make_mesh(config)).compile_step().as_text()
+    lines = [line for line in text.splitlines() if "inner_exit_loss" in line and COLLECTIVE.search(line)]
+    assert lines  # the sums that follow the loop
+    assert not [line for line in lines if "shard_map/while" in line]
+
+
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 
 

@@ -1,4 +1,4 @@
-"""The exit loss in its plain form, which defines what `fused_exit_loss` computes.
+"""The exit loss in its plain form, which defines what `fused_exit_loss.losses_and_gradients` computes.
 
 `jax.value_and_grad` differentiates it. It holds logits of shape [B, T, V] for every exit at once.
 """
@@ -28,7 +28,7 @@ class Teaching(NamedTuple):
     distillation: tuple[ExitLoss, ArrayLike] | None = None
     """Loss and share m for every exit but the last. The loss receives the detached teacher ``(x_L, m)``."""
     agreement: tuple[ExitLoss, ArrayLike, int] | None = None
-    """Loss, share a and an exit e, for the last exit. The loss receives the detached teacher ``(x_e, a)``."""
+    """Loss, share a and exit E, for the last exit. The loss receives the detached teacher ``(x_E, a)``."""
 
 
 NO_TEACHING = Teaching()

@@ -198,7 +198,7 @@ def block_function(model: Transformer) -> BlockFunction:
     def f(block: Block, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         x_BTD = constrain(x_BTD, "batch", "length", None)
         # The tables are computed here, where they get the sharding of x along the length: each device then computes
-        # them for its own positions only. They do not depend on x, so JAX moves them out of the scan over blocks.
+        # them for its own positions only. They do not depend on x, so JAX moves them out of the forward scan.
         rotary = model.rotary_tables(jnp.arange(x_BTD.shape[1])[None])
         return block(x_BTD, rotary, segments_BT)[0]
 
