@@ -1,10 +1,9 @@
 """Cost of an exit loss on a TPU chip by chunk size, against tokamax's kernel: ``python -m benchmarks.fused_loss``.
 
-Compiles the loss of one exit with its gradients (`ChunkedLoss.value_and_gradients`) for one chip with the TPU compiler
-and the options of a training step.
-Prints the time of the compiler's cost model and the time of the matmuls at peak FLOP/s (6 D V FLOPs a token). If
-tokamax is installed, compiles its ``linear_softmax_cross_entropy_loss`` too. The compiler estimates no time for a
-kernel; its source recomputes the logits in the backward pass (8 D V). Needs libtpu.
+Compiles the loss of one exit with its gradients (`ChunkedLoss.value_and_gradients`) for one chip, with the options of a
+training step. Prints the time of the compiler's cost model and the time of the matmuls at peak FLOP/s (6 D V FLOPs a
+token). If tokamax is installed, compiles its ``linear_softmax_cross_entropy_loss`` too. The compiler estimates no time
+for a kernel; its source recomputes the logits in the backward pass (8 D V). Needs libtpu.
 """
 
 import argparse
