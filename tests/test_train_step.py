@@ -8,7 +8,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from hlo import device_groups
@@ -16,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from models import tiny_config, tiny_model
+from models import tiny_config
 
 from layerskip_jax.config import (
     Config,
@@ -28,11 +27,9 @@ from layerskip_jax.config import (
 )
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation.exits import summed_losses
 from layerskip_jax.recipe.recipe import LossSpike, Recipe, Skipping
 from layerskip_jax.sharding import AXES, batch_sharding, make_mesh
 from layerskip_jax.training import step as train_step
-from layerskip_jax.training.optimizer import decay_mask, make_optimizer, schedule_count
 from layerskip_jax.training.step import Trainer
 
 ONE_DEVICE = Mesh(
@@ -300,75 +297,6 @@ def test_the_step_needs_no_more_memory_than_the_plain_one():
         ratios = {name: temporary(changed(recipe, train={"remat": remat})) / base for name, recipe in recipes.items()}
         print(f"temporary memory, remat {remat}: {ratios}")
         assert max(ratios.values()) <= 1.05
-
-
-def with_optimizer(name):
-    rate = {"adamw": 1e-2, "lion": 1e-3, "muon": 1e-2, "adafactor": 1e-2, "sgd": 0.3}[name]
-    return changed(LAYERSKIP, optimizer={"name": name, "learning_rate": rate, "clip_norm": 1.0})
-
-
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor", "sgd"])
-def test_every_optimizer_lowers_the_loss(name):
-    trainer = make_trainer(with_optimizer(name))
-    config, batch = trainer.config, make_batch(trainer.config)
-    state = trainer.init()
-    first = np.asarray(summed_losses(state.model, batch, trainer.mesh, config.train.loss_chunk)[0])
-    for _ in range(12):
-        state, _ = trainer.step(state, batch)
-    assert (np.asarray(summed_losses(state.model, batch, trainer.mesh, config.train.loss_chunk)[0]) < first).all()
-
-
-def test_weight_decay_applies_to_all_parameters_but_norm_scales():
-    """The mask follows the names; the axes in the sharding metadata are the oracle."""
-    for model in (tiny_model(), tiny_model(tied_embedding=True)):
-        params, marks = (jax.tree.leaves(tree, is_leaf=is_param) for tree in (model, decay_mask(model)))
-        assert [jax.tree.leaves(mark) for mark in marks] == [[len(p.get_metadata()["axes"]) > 1] for p in params]
-    marks = decay_mask(make_trainer(PLAIN).init().model)
-    norms = marks.final_norm_D, marks.blocks.attention_norm_D, marks.blocks.ffn_norm_D
-    assert jax.tree.leaves(norms) == [False] * 3
-    assert jax.tree.leaves(marks).count(True) == len(jax.tree.leaves(marks)) - 3
-
-
-@pytest.mark.parametrize(("name", "shape"), [("scale", (4,)), ("gate_DF", (4,)), ("norm_D", (2, 3, 4))])
-def test_weight_decay_refuses_a_parameter_whose_name_does_not_give_its_axes(name, shape):
-    model = tiny_model()
-    setattr(model, name, nnx.Param(jnp.ones(shape)))
-    with pytest.raises(ValueError, match=f"name a parameter after its axes.*{name}"):
-        decay_mask(model)
-
-
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor", "sgd"])
-def test_the_schedule_count_is_found_in_every_optimizer_or_refused(name):
-    config, params = changed(PLAIN, optimizer={"name": name}), tiny_model()
-    optimizer = make_optimizer(config)
-    state = optimizer.init(params)
-    for updates in range(3):
-        assert schedule_count(state) == updates
-        _, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
-    with pytest.raises(ValueError, match="one learning-rate schedule, not 2"):
-        schedule_count((state, state))
-    with pytest.raises(ValueError, match="one learning-rate schedule, not 0"):
-        schedule_count(optax.sgd(0.1).init(params))
-
-
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor", "sgd"])
-def test_a_step_that_is_not_finite_or_has_no_counted_token_changes_only_the_step_count(name):
-    trainer, batch = make_trainer(with_optimizer(name)), make_batch(LAYERSKIP)
-    state, first = trainer.step(trainer.init(), batch)
-    before = jax.device_get(state)
-    for done, factor in enumerate(("nan", 0), start=2):
-        with compilations() as during:
-            state, metrics = trainer.step(state, batch._replace(mask_BT=batch.mask_BT * np.float32(factor)))
-        assert during == []
-        assert first.applied
-        assert not metrics.applied
-        assert int(state.step) == done
-        after = jax.device_get(state)
-        jax.tree.map(np.testing.assert_array_equal, before.replace(step=after.step), after)
-    assert metrics.tokens == 0
-    state, metrics = trainer.step(state, batch)
-    assert metrics.applied
-    assert not np.array_equal(jax.device_get(state.model.embedding_VD[...]), after.model.embedding_VD[...])
 
 
 def test_a_custom_spike_rule_skips_updates():
