@@ -118,7 +118,8 @@ class EarlyExitConfig:
     distillation: Literal["none", "kl", "argmax", "acceptance"] = setting(
         "none",
         "what early exits learn from the last exit, detached, in the same forward pass. none: nothing; kl: its "
-        "distribution; argmax: its most likely token; acceptance: to maximize the accepted share of drafts",
+        "distribution; argmax: its most likely token; acceptance: to maximize the accepted share of drafts. Without "
+        "effect if curriculum is none",
     )
     distillation_weight: float = setting(
         1.0, "share of distillation in the loss of an early exit; the rest is cross-entropy with the data", "[0, 1]"

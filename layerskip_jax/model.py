@@ -157,10 +157,10 @@ class DecodingBlock(Block):
 
     def __init__(self, block: Block):
         D, N, self.head_dim = block.query_DNH.shape
-        self.group, devices = N // block.key_DKH.shape[1], mesh_size("heads")
+        self.group, self.devices = N // block.key_DKH.shape[1], mesh_size("heads")
 
         def merged(*matrices: nnx.Param) -> nnx.Param:
-            parts = [matrix[...].reshape(D, devices, -1) for matrix in matrices]
+            parts = [matrix[...].reshape(D, self.devices, -1) for matrix in matrices]
             return nnx.Param(jnp.concatenate(parts, axis=2).reshape(D, -1), axes=("embed", "heads"))
 
         self.attention_norm_D, self.ffn_norm_D = block.attention_norm_D, block.ffn_norm_D
@@ -175,6 +175,12 @@ class DecodingBlock(Block):
             K = qkv_BTNH.shape[2] // (self.group + 2)
             return tuple(jnp.split(qkv_BTNH, [self.group * K, (self.group + 1) * K], axis=2))
 
+        # On another number of devices, each would take the columns of other heads, and the text would be wrong.
+        require(
+            mesh_size("heads") == self.devices,
+            f"the model was prepared by unstacked() for {self.devices} device(s) along the tensor axis, and runs on "
+            f"{mesh_size('heads')}: call unstacked() and generate in the same tensor_parallel()",
+        )
         qkv_BTM = project("BTD,DM->BTM", h_BTD, self.query_key_value_DM[...])
         return on_each_device(split, [SPLIT], [SPLIT] * 3, along=["heads"])(qkv_BTM)
 

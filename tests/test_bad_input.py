@@ -127,6 +127,13 @@ BAD_EOS = [(value, "eos") for value in (-2, V, 1 << 40, 1.5, None, "</s>", NAN, 
 BAD_SEEDS = [(value, "seed") for value in (1 << 32, -(1 << 40), 1 << 70, 0.5, None, "x")]
 
 
+def test_rounds_per_call_may_exceed_32_bits():
+    one = generate(
+        model_with("")[1], [[1]], 2, Autoregressive(Greedy()), on_rounds=lambda text: [False], rounds_per_call=1 << 40
+    )
+    assert len(one.tokens[0]) == 2
+
+
 def test_rounds_per_call_must_be_positive():
     with pytest.raises(UserError, match="rounds_per_call must be at least 1, not 0"):
         generate(

@@ -124,6 +124,7 @@ def test_custom_exit_weights():
         ({"time_scale": lambda step, total: jnp.ones(2)}, "recipe's time_scale must return one number"),
         ({"layer_scale": lambda L: 7.0 * jnp.arange(L)}, r"drop rates must be in \[0, 1\), not .* at step"),
         ({"exit_scale": lambda L: 1 - jnp.arange(L)}, "exit weights must not be negative"),
+        ({"curriculum": lambda t, T, L: (t != 3) * jnp.ones(L)}, "curriculum leaves no exit with a loss at step 3"),
         (
             {"curriculum": lambda t, total, L: jnp.where(t == 5, -1.0, 1.0) * (jnp.arange(L) % 2)},
             r"exit weights must not be negative: .* step 5",

@@ -23,11 +23,12 @@ from layerskip_jax.checkpoint.run_folder import find_checkpoint
 from layerskip_jax.commands import decode, sweep
 from layerskip_jax.commands import evaluate as command
 from layerskip_jax.commands import tasks as generation
-from layerskip_jax.config import DecodeConfig
+from layerskip_jax.config import Config, DecodeConfig, TrainConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation import exits
 from layerskip_jax.evaluation.examples import TaskExamples, read_file
-from layerskip_jax.evaluation.exits import checkpoint_quality, exit_predictions, token_scores
+from layerskip_jax.evaluation.exits import checkpoint_quality, exit_predictions, token_scores, with_small_batches
 from layerskip_jax.evaluation.sandbox import runs_to_its_end
 from layerskip_jax.evaluation.scores import exact_match, passes_tests, rouge_2, rouge_l
 from layerskip_jax.evaluation.tasks import TASKS, Task
@@ -86,6 +87,40 @@ def test_a_checkpoint_is_evaluated_on_any_number_of_devices(trained_run, tmp_pat
     sign(step)
     own = checkpoint_quality(str(run), 2)  # on 4 of the 8 devices
     assert np.isfinite(own.loss_L).all()
+
+
+@given(rows=st.integers(1, 200), batches=st.integers(1, 9), devices=st.sampled_from([1, 2, 8]))
+def test_small_batches_have_the_same_sequences(rows, batches, devices):
+    config = Config(train=TrainConfig(batch_size=rows * devices, evaluate_batches=batches))
+    small = with_small_batches(config, devices).train
+    assert small.batch_size * small.evaluate_batches == rows * devices * batches
+    assert small.batch_size % devices == 0
+    assert small.batch_size <= 8 * devices or (small.batch_size // devices) % 2
+
+
+def test_quality_does_not_depend_on_the_rows_at_once(trained_run, monkeypatch):
+    """On one device, the 8 sequences of a batch fit at once, or become four batches."""
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    whole = checkpoint_quality(trained_run, 2)
+    monkeypatch.setattr(exits, "ROWS_AT_ONCE", 2)
+    parts = checkpoint_quality(trained_run, 2)
+    np.testing.assert_allclose(parts.loss_L, whole.loss_L, rtol=1e-6)
+    np.testing.assert_allclose(parts.agreement_L, whole.agreement_L, rtol=1e-6)
+
+
+def test_a_kernel_of_other_chips_does_not_prevent_an_evaluation(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    step = Path(str(find_checkpoint(str(run))))
+    config = json.loads((step / "config" / "metadata").read_text())
+    config["model"]["attention"] = "splash"
+    (step / "config" / "metadata").write_text(json.dumps(config))
+    sign(step)
+    np.testing.assert_array_equal(checkpoint_quality(str(run), 1).loss_L, checkpoint_quality(trained_run, 1).loss_L)
+
+
+def test_another_sequence_length_needs_no_other_chunk(trained_run):
+    assert np.isfinite(checkpoint_quality(trained_run, 1, {"sequence_length": 12}).loss_L).all()
 
 
 def test_agreement_counts_unmasked_tokens(trained_run):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import optuna
 import pytest
 from corpora import VOCABULARY
@@ -15,6 +16,7 @@ from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.decoding.cost import best_speedup, predicted_speedup
 from layerskip_jax.errors import UserError
 from layerskip_jax.presets import pretraining, trained_to_draft
+from layerskip_jax.training.bad_steps import Diverged
 from layerskip_jax.training.search_space import RECOMMENDED, Found, default_space, frontier
 
 SPACE = """
@@ -100,6 +102,35 @@ def test_a_space_without_a_valid_recipe_is_refused(options, tmp_path, monkeypatc
     (tmp_path / "space.py").write_text(SPACE.replace("(weight,)", "(-weight,)"))
     with pytest.raises(UserError, match=r"the search space has no valid point: 20 .*exit_weights must be at least 0"):
         search.main(options)
+
+
+def test_an_error_that_is_not_the_recipes_ends_the_search(options, monkeypatch):
+    """A resumed search then takes the same trial up."""
+
+    def full_disk(config, **more):
+        raise UserError("no space left")
+
+    monkeypatch.setattr(search.Search, "train_plain", lambda self: None)
+    monkeypatch.setattr(search, "train", full_disk)
+    with pytest.raises(UserError, match="no space left"):
+        search.main(options)
+
+
+def test_a_recipe_that_diverges_counts_as_a_trial(options, monkeypatch, capsys):
+    def diverges(config, **more):
+        raise Diverged("4 steps in a row were not applied")
+
+    monkeypatch.setattr(search.Search, "train_plain", lambda self: None)
+    monkeypatch.setattr(search, "train", diverges)
+    with pytest.raises(UserError, match="no trial was trained to the end"):
+        search.main(options)
+    assert capsys.readouterr().out.count("diverged") == 3
+
+
+@pytest.mark.parametrize("batch_size", [3, 8, 64])
+def test_a_proxy_has_rows_for_every_device(batch_size):
+    config = Config(train=TrainConfig(batch_size=batch_size))
+    assert proxy_config(config, 64, 9).train.batch_size == 8 == jax.device_count()
 
 
 @pytest.mark.parametrize(

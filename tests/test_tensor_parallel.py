@@ -58,6 +58,18 @@ def test_the_text_and_the_drafts_are_those_of_one_device(name):
         assert outcome(split(model), settings) == expected
 
 
+def test_a_model_that_was_unstacked_for_another_number_of_devices_is_refused():
+    """Each device would attend with the columns of other heads."""
+    model, plain = tiny_model(**SHAPE), dataclasses.replace(DecodeConfig(), mode="autoregressive")
+    alone, message = model.unstacked(), r"by unstacked\(\) for {} device\(s\) along the tensor axis, and runs on {}"
+    with tensor_parallel(2):
+        both = split(model)
+        with pytest.raises(UserError, match=message.format(1, 2)):
+            outcome(alone, plain)
+    with pytest.raises(UserError, match=message.format(2, 1)):
+        outcome(both, plain)
+
+
 def test_every_device_holds_its_share_of_the_matrices_and_of_the_cache():
     _, strategy = configure(DecodeConfig(), tiny_model(**SHAPE).unstacked())
     with tensor_parallel(4):

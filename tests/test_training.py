@@ -67,6 +67,23 @@ def changed(config, group, **values):
     return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
 
 
+def test_held_out_batches_are_read_once(config, monkeypatch):
+    read, seen, original = [], [], training.held_out_batches
+    monkeypatch.setattr(training, "held_out_batches", lambda *given: read.append(original(*given)) or read[-1])
+    config = changed(config, "train", steps=3, evaluate_every=1, sample_every=0)
+    train(config, on_evaluation=lambda step, model, batches, loss_L: seen.append((step, batches)))
+    assert [step for step, _ in seen] == [1, 2, 3]
+    assert all(batches is read[0] for _, batches in seen)
+    assert len(read) == 1
+
+
+def test_a_sample_prompt_without_a_token_is_refused_before_training(config, monkeypatch):
+    monkeypatch.setattr(training, "encode", lambda tokenizer, decode, prompt: [])
+    with pytest.raises(UserError, match=r"train.sample_prompt has no token: set it to a text, or train.sample_every"):
+        train(changed(config, "train", sample_every=1))
+    assert not Path(config.train.run_dir).exists()
+
+
 def test_a_run_on_a_mesh_with_a_sequence_axis_trains_like_one_without(config, tmp_path):
     config = changed(changed(config, "model", num_kv_heads=2), "train", sample_every=0)
     states = []

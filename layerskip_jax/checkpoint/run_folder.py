@@ -7,6 +7,7 @@ or executed.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
@@ -112,7 +113,9 @@ class RunFolder:
 
     def model(self, unstacked: bool = False) -> Transformer:
         """Read the model as `load_model` does, for training or (``unstacked``) for decoding."""
-        model = stacked_model(self.config.model, self.weights)
+        # The config may name the kernel of the chips that trained it, and another platform or length has another one.
+        config = dataclasses.replace(self.config.model, attention="auto")
+        model = stacked_model(config, self.weights)
         return model.unstacked() if unstacked else model
 
 

@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import time
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-import grain
+import jax
 import numpy as np
 from etils import epath
 
@@ -32,8 +33,12 @@ from layerskip_jax.evaluation.pictures import Picture
 from layerskip_jax.locations import write_file
 from layerskip_jax.model import Transformer
 from layerskip_jax.presets import without_layerskip
+from layerskip_jax.recipe.recipe import Recipe
+from layerskip_jax.sharding import make_mesh
+from layerskip_jax.training.bad_steps import Diverged
 from layerskip_jax.training.loop import OnEvaluation, train
 from layerskip_jax.training.search_space import RECOMMENDED, Found, Overrides, SearchSpace, default_space, frontier
+from layerskip_jax.training.step import Trainer
 
 if TYPE_CHECKING:
     import optuna
@@ -61,7 +66,7 @@ def proxy_config(config: Config, width: int, steps: int) -> Config:
         "optimizer.warmup_steps": min(config.optimizer.warmup_steps, steps // 10),
     }
     if width:
-        heads, length = max(1, width // 64), min(config.data.sequence_length, 256)
+        heads, length, devices = max(1, width // 64), min(config.data.sequence_length, 256), jax.device_count()
         settings |= {
             "model.dim": width,
             "model.num_heads": heads,
@@ -69,7 +74,7 @@ def proxy_config(config: Config, width: int, steps: int) -> Config:
             "model.head_width": 0,
             "model.ffn_dim": 8 * -(-width * config.model.ffn_dim // (8 * config.model.dim)),
             "data.sequence_length": length,
-            "train.batch_size": min(config.train.batch_size, 8),
+            "train.batch_size": devices * -(-min(config.train.batch_size, 8) // devices),
             "train.accumulate": 1,
             "train.loss_chunk": max(chunk for chunk in range(1, 65) if length % chunk == 0),
             "train.remat": "none",
@@ -79,6 +84,13 @@ def proxy_config(config: Config, width: int, steps: int) -> Config:
             settings |= {"train.init_from": "", "model.vocab_size": vocabulary}
         config = dataclasses.replace(config, mesh=MeshConfig())
     return apply_overrides(config, settings)
+
+
+def check(config: Config) -> None:
+    """Raise `UserError` for a recipe that no run can train. Later errors, such as a full disk, end the search."""
+    recipe = Recipe.from_config(config)
+    recipe.check()
+    Trainer(config, recipe, make_mesh(config)).abstract_state()
 
 
 class Search:
@@ -142,7 +154,7 @@ class Search:
         if self.proxy.train.steps in self.plain_loss:
             return
 
-        def record(step: int, model: Transformer, held_out: grain.IterDataset, loss_L: np.ndarray) -> None:
+        def record(step: int, model: Transformer, batches: list[dict[str, np.ndarray]], loss_L: np.ndarray) -> None:
             self.plain_loss[step] = float(loss_L[-1])
             self.study.set_user_attr("plain_loss", self.plain_loss)
 
@@ -169,40 +181,34 @@ class Search:
         try:
             overrides = self.space(trial, self.proxy, self.exits)
             config = self.run_config(overrides, folder)
+            check(config)
         except UserError as error:
-            return self._refuse(trial, error)
+            trial.set_user_attr("error", str(error))
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return False
         trial.set_user_attr("overrides", overrides)
 
-        def judge(step: int, model: Transformer, held_out: grain.IterDataset, loss_L: np.ndarray) -> None:
-            found = self.found(config, step, exit_quality(model, config, held_out, loss_L))
+        def judge(step: int, model: Transformer, batches: list[dict[str, np.ndarray]], loss_L: np.ndarray) -> None:
+            found = self.found(config, step, exit_quality(model, config, batches))
             trial.report(found.score(self.options.loss_tolerance), step)
             trial.set_user_attr("found", found)
             if step < config.train.steps and trial.should_prune():
                 raise optuna.TrialPruned
 
-        pruned = False
+        ends = ""
         try:
             self.train(config, judge)
-        except UserError as error:  # the recipe's functions are checked where the run begins
-            return self._refuse(trial, error)
-        except optuna.TrialPruned:
-            pruned = True
+        except (optuna.TrialPruned, Diverged) as error:
+            ends = "diverged, " if isinstance(error, Diverged) else "pruned, "
             shutil.rmtree(config.train.run_dir)
         # Not from `judge`, since a trial that was stopped after its last evaluation trains no more.
-        found = Found(*trial.user_attrs["found"])
-        if pruned:
+        found = Found(*trial.user_attrs.get("found", Found(math.inf, 0, 0)))
+        if ends:
             self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
             self.study.tell(trial, found.score(self.options.loss_tolerance))
-        print(f"trial {trial.number}: {'pruned, ' * pruned}{shown(found, overrides)}", flush=True)
+        print(f"trial {trial.number}: {ends}{shown(found, overrides)}", flush=True)
         return True
-
-    def _refuse(self, trial: "optuna.Trial", error: UserError) -> bool:
-        import optuna
-
-        trial.set_user_attr("error", str(error))
-        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return False
 
     def found(self, config: Config, step: int, quality: ExitQuality) -> Found:
         """Return the quality of the last exit and of the drafting exit."""

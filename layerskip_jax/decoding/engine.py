@@ -145,12 +145,12 @@ def generate(
     # Compile by a call that runs no round, so that `Generation.seconds` excludes it. Unlike `lower().compile()`,
     # this costs nothing if jit's cache has the program.
     state = jax.block_until_ready(run_rounds(strategy, model, state, jnp.int32(0)))
-    prefilled = time.perf_counter()
+    prefilled, most = time.perf_counter(), np.iinfo(np.int32).max
     if on_rounds is None:
-        state = run_rounds(strategy, model, state, jnp.int32(jnp.iinfo(jnp.int32).max))
+        state = run_rounds(strategy, model, state, jnp.int32(most))
     else:
         for calls in itertools.count(1):
-            state = run_rounds(strategy, model, state, jnp.int32(calls * rounds_per_call))
+            state = run_rounds(strategy, model, state, jnp.int32(min(calls * rounds_per_call, most)))
             text = fetch_text(state)
             # In numpy, since a jnp operation would compile here, in the timed part.
             done_B = text.done_B | np.asarray(on_rounds(text))

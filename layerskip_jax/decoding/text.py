@@ -47,6 +47,13 @@ class Piece:
     drafted: bool  # True: it comes from accepted drafts; False: from the full model's own tokens
 
 
+def encode(tokenizer: Tokenizer, config: DecodeConfig, prompt: str) -> list[int]:
+    """Return the token ids of a prompt, as `TextGenerator.encode` does."""
+    if config.chat:
+        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    return tokenizer.encode_prompt(prompt)
+
+
 class TextGenerator:
     """Generate text with an `unstacked` model and the strategy that a `DecodeConfig` asks for.
 
@@ -64,9 +71,7 @@ class TextGenerator:
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt, BOS included; with ``chat``, of a conversation with this first message."""
-        if self.config.chat:
-            return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-        return self.tokenizer.encode_prompt(prompt)
+        return encode(self.tokenizer, self.config, prompt)
 
     def generate(self, prompts: Sequence[str], show: Callable[[Piece], None] | None = None, first: int = 0) -> Answer:
         """Continue a batch of prompts; each ends at its EOS, at a stop string or after ``max_new_tokens``.

@@ -24,8 +24,12 @@ from layerskip_jax.distributed import agree
 from layerskip_jax.errors import UserError
 from layerskip_jax.mixture import mixture_shares
 from layerskip_jax.model import Transformer
+from layerskip_jax.recipe.early_exit import negative_log_likelihood
 from layerskip_jax.recipe.fused_exit_loss import chunked_exit_losses
 from layerskip_jax.sharding import auto_mesh, named_shardings
+
+ROWS_AT_ONCE = 8
+"""Sequences that `exit_quality` evaluates at once on a device, if the batch size allows it."""
 
 POSITIONS_AT_ONCE = 64
 """Positions of each sequence unembedded at once, so that logits [batch, length, vocab] are never materialized."""
@@ -70,27 +74,21 @@ def held_out_batches(held_out: Iterable[dict[str, np.ndarray]], config: Config) 
     return agree("number of held-out batches", read, len)
 
 
-def evaluate(model: Transformer, held_out: Iterable[dict[str, np.ndarray]], config: Config, mesh: Mesh) -> np.ndarray:
-    """Return ``loss_L``: the mean cross-entropy of every exit on `held_out_batches` [nats/token].
-
-    ``held_out`` is the opened validation split or its batches. With ``data.mixture`` this is the mean over the
-    components, weighted by their shares. All processes of a run call it together. Raises `UserError` if no token of
-    these batches counts.
-    """
-    return component_losses(model, held_out, config, mesh)[""]
-
-
 def component_losses(
-    model: Transformer, held_out: Iterable[dict[str, np.ndarray]], config: Config, mesh: Mesh
+    model: Transformer, batches: Iterable[dict[str, np.ndarray]], config: Config, mesh: Mesh
 ) -> dict[str, np.ndarray]:
-    """Return ``loss_L`` by component of ``data.mixture``, and their weighted mean (`evaluate`) under ``""``."""
+    """Return ``loss_L``, the mean cross-entropy of every exit on `held_out_batches` [nats/token].
+
+    The result has an entry for each component of ``data.mixture``, and under ``""`` their mean by their shares. All
+    processes of a run call it together. Raises `UserError` if no token of these batches counts.
+    """
 
     def summed(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
         loss_L, count = jax.device_get(summed_losses(model, to_devices(batch, mesh), mesh, config.train.loss_chunk))
         return loss_L, float(count)
 
     with jax.set_mesh(mesh):
-        return _means(summed, held_out_batches(held_out, config), config)
+        return _means(summed, batches, config)
 
 
 def _means(
@@ -101,7 +99,7 @@ def _means(
     """Return ``mean_L`` per token for each component of ``data.mixture``; the mean by their shares is under ``""``.
 
     ``summed(batch)`` returns a sum over the unmasked tokens of a batch for each exit, and the number of these tokens.
-    Raises `UserError` if a component has no unmasked token.
+    The sum may have leading axes. Raises `UserError` if a component has no unmasked token.
     """
     shares = mixture_shares(config.data.mixture)
     totals = dict.fromkeys(shares, (np.zeros(config.model.num_layers), 0.0))
@@ -139,43 +137,58 @@ def exit_predictions(model: Transformer, tokens_BT: jax.Array, segments_BT: jax.
 
 
 @jax.jit
-def agreements(model: Transformer, batch: Batch) -> jax.Array:
-    """Return ``count_L``: the unmasked positions at which each exit predicts the same token as the last exit.
+def exit_scores(model: Transformer, batch: Batch) -> jax.Array:
+    """Return ``sums_2L`` of every exit over the unmasked positions of ``batch``: cross-entropy [nats], and agreement.
 
-    As a fraction, this estimates the acceptance of the first draft of a round from that exit, for greedy decoding of
-    similar text.
+    The agreement counts the positions at which the exit predicts the same token as the last exit. As a fraction, this
+    estimates the acceptance of the first draft of a round from that exit, for greedy decoding of similar text.
     """
-    next_LBT = exit_predictions(model, batch.inputs_BT, batch.segments_BT)
-    return jnp.sum((next_LBT == next_LBT[-1:]) * batch.mask_BT[None], axis=(1, 2))
+
+    def read(x_BD: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_B1V = model.unembed(x_BD[:, None])
+        return negative_log_likelihood(logits_B1V, target_B[:, None])[:, 0], jnp.argmax(logits_B1V[:, 0], axis=-1)
+
+    def at_exit(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return over_positions(read, x_BTD, batch.targets_BT)
+
+    _, (loss_LBT, next_LBT) = model.run_uncached(batch.inputs_BT, batch.segments_BT, at_exit)
+    return jnp.sum(jnp.stack([loss_LBT, next_LBT == next_LBT[-1:]]) * batch.mask_BT[None, None], axis=(2, 3))
 
 
 def exit_quality(
-    model: Transformer,
-    config: Config,
-    held_out: Iterable[dict[str, np.ndarray]] | None = None,
-    loss_L: np.ndarray | None = None,
+    model: Transformer, config: Config, batches: Iterable[dict[str, np.ndarray]] | None = None
 ) -> ExitQuality:
     """Measure every exit on the first ``train.evaluate_batches`` batches of the validation split.
 
-    Uses data parallelism over as many devices as divide the batch size. Pass the opened split, ``held_out``, and the
-    result of `evaluate` on it, ``loss_L``, if they are known. Prepares no corpus. Call it in a run of one process.
+    Uses data parallelism over as many devices as divide the batch size. Pass the ``batches`` if they are known.
+    Prepares no corpus. Call it in a run of one process.
     """
     devices = jax.devices()[: math.gcd(config.train.batch_size, jax.device_count())]
     mesh = auto_mesh(np.reshape(devices, (-1, 1, 1, 1)))
     model = jax.device_put(model, named_shardings(model, model, mesh))
-    if held_out is None:
-        split = config.data.validation_split
+    if batches is None:
+        config, split = with_small_batches(config, len(devices)), config.data.validation_split
         documents = open_documents(config.data, split, prepare=False)  # a checkpoint's config must not write files
-        held_out = local_batches(config, split, mesh, in_order=True, documents=documents)
-    batches = held_out_batches(held_out, config)
-    if loss_L is None:
-        loss_L = evaluate(model, batches, config, mesh)
+        batches = held_out_batches(local_batches(config, split, mesh, in_order=True, documents=documents), config)
 
-    def agreed(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
-        return np.asarray(agreements(model, to_devices(batch, mesh)), np.float64), float(batch["mask_BT"].sum())
+    def summed(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
+        return np.asarray(exit_scores(model, to_devices(batch, mesh)), np.float64), float(batch["mask_BT"].sum())
 
     with jax.set_mesh(mesh):
-        return ExitQuality(loss_L, _means(agreed, batches, config)[""])
+        return ExitQuality(*_means(summed, batches, config)[""])
+
+
+def with_small_batches(config: Config, devices: int) -> Config:
+    """Return ``config`` with the same held-out sequences in more and smaller batches.
+
+    A batch of training is made for all chips of a slice, and evaluation may have one chip.
+    """
+    rows = config.train.batch_size
+    while rows > ROWS_AT_ONCE * devices and rows % (2 * devices) == 0:
+        rows //= 2
+    batches = config.train.evaluate_batches * (config.train.batch_size // rows)
+    train = dataclasses.replace(config.train, batch_size=rows, evaluate_batches=batches, accumulate=1)
+    return dataclasses.replace(config, train=train)
 
 
 def checkpoint_quality(
@@ -197,6 +210,8 @@ def checkpoint_quality(
         data = {"name": "", "path": ""} | data
     elif data.keys() & {"source", "name", "path"}:
         data = {"mixture": ()} | data
+    if "sequence_length" in data:  # unused here, but a config whose chunks do not divide the sequences is refused
+        overrides["train.loss_chunk"] = data["sequence_length"]
     config = apply_overrides(own, overrides | {f"data.{name}": value for name, value in data.items()})
     warn_beyond_context(own, config.data.sequence_length, f"{checkpoint}: data.sequence_length is")
     return exit_quality(model, config)

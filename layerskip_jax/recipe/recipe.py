@@ -143,6 +143,7 @@ class Recipe:
             require(bool(allowed), f"the recipe's drop rates must be in [0, 1), not {rates_L.tolist()} at step {step}")
             allowed = np.all((weights_L >= 0) & np.isfinite(weights_L))
             require(bool(allowed), f"the recipe's exit weights must not be negative: {weights_L.tolist()}, step {step}")
+            require(bool(np.any(weights_L > 0)), f"the recipe's curriculum leaves no exit with a loss at step {step}")
         for name, share_S in zip(("distillation_share", "agreement_share"), shares, strict=True):
             wrong = share_S[~((share_S >= 0) & (share_S <= 1))].tolist()
             require(not wrong, f"the recipe's {name} must be in [0, 1], not {wrong[:3]}")

@@ -20,6 +20,10 @@ from layerskip_jax.locations import locate, write_file
 from layerskip_jax.training.step import StepMetrics
 
 
+class Diverged(UserError):  # noqa: N818  (as the user reads it)
+    """Too many steps in a row were not applied."""
+
+
 class BadSteps:
     """Counts the bad steps in a row. Every process stores its rows of such a batch in ``RUN_DIR/bad_batches``.
 
@@ -33,7 +37,7 @@ class BadSteps:
         self.in_a_row = 0
 
     def after_step(self, done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:
-        """Check step number ``done``, whose metrics are on the host; `UserError` after ``train.bad_steps`` in a row."""
+        """Check step number ``done``, whose metrics are on the host; `Diverged` after ``train.bad_steps`` in a row."""
         if metrics.applied:
             self.in_a_row = 0
             return
@@ -51,7 +55,7 @@ class BadSteps:
             return
         step = self._latest_checkpoint()
         where = f"the checkpoint of step {step} in {self._checkpoint_folder} is good" if step else "nothing is saved"
-        raise UserError(
+        raise Diverged(
             f"{self.in_a_row} steps in a row were not applied (train.bad_steps): the loss is {loss} and the gradient "
             f"norm {norm} at step {done}; {where}: lower optimizer.learning_rate or check the data, and restart"
         )

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from layerskip_jax.checkpoint.reading import initial_model
+from layerskip_jax.checks import require
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.data.corpus import Corpus, identify_corpus
@@ -19,10 +20,10 @@ from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.sources import open_splits
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.decoding.text import TextGenerator
+from layerskip_jax.decoding.text import TextGenerator, encode
 from layerskip_jax.distributed import StopRequest, agree, local_rows
 from layerskip_jax.errors import Interrupted
-from layerskip_jax.evaluation.exits import component_losses
+from layerskip_jax.evaluation.exits import component_losses, held_out_batches
 from layerskip_jax.model import Transformer
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import batch_sharding, make_mesh
@@ -35,8 +36,8 @@ from layerskip_jax.training.monitoring.progress import Progress, opening_line
 from layerskip_jax.training.monitoring.watch import Profiler
 from layerskip_jax.training.step import StepMetrics, Trainer, TrainState
 
-OnEvaluation = Callable[[int, Transformer, grain.IterDataset, np.ndarray], None]
-"""Called as ``(step, model, held_out, loss_L)`` after each evaluation; an exception ends the run."""
+OnEvaluation = Callable[[int, Transformer, list[dict[str, np.ndarray]], np.ndarray], None]
+"""Called as ``(step, model, held_out_batches, loss_L)`` after each evaluation; an exception ends the run."""
 
 
 def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluation = lambda *_: None) -> TrainState:
@@ -70,6 +71,7 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
             checkpoints.check(done)
 
         pending: tuple[StepMetrics, dict[str, np.ndarray]] | None = None
+        batches: list[dict[str, np.ndarray]] = []  # of every evaluation, read at the first one
         for done in range(first + 1, config.train.steps + 1):
             profiler.before_step(done, state)
             with progress.during("data"):
@@ -85,8 +87,9 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
                 pending = None
             if evaluates:
                 with progress.during("evaluating"):
-                    progress.after_evaluation(done, losses := component_losses(state.model, held_out, config, mesh))
-                    on_evaluation(done, state.model, held_out, losses[""])
+                    batches = batches or held_out_batches(held_out, config)
+                    progress.after_evaluation(done, losses := component_losses(state.model, batches, config, mesh))
+                    on_evaluation(done, state.model, batches, losses[""])
             last = bool(stopped) or done == config.train.steps
             # After bad steps the parameters may be bad too: do not push out the good checkpoint.
             if saves and (last or not bad_steps.in_a_row):
@@ -112,6 +115,9 @@ def _open_data(
     def open_files() -> tuple[Tokenizer, tuple[Documents, Documents]]:
         tokenizer = load_tokenizer(config.data.tokenizer)
         tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
+        if config.train.sample_every:  # now, not at the first sample
+            prompt = encode(tokenizer, config.decode_settings, config.train.sample_prompt)
+            require(bool(prompt), "train.sample_prompt has no token: set it to a text, or train.sample_every to 0")
         return tokenizer, open_splits(config.data)
 
     def read() -> tuple[grain.DatasetIterator, grain.IterDataset, Corpus, list[str]]:
