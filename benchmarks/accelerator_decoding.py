@@ -259,24 +259,11 @@ def speculation_speeds(model: Transformer, prompts: list[list[int]], bench: Benc
         strategy = SelfSpeculative(Greedy(), Fixed(exit_layer, draft_length))
         plain, ours = [], []
         for _ in range(1 + bench.sizes.repeats):  # the first repeat is the warm-up
-            plain.append(merge([generate(model, [prompt], new_tokens, PLAIN) for prompt in prompts]))
-            ours.append(merge([generate(model, [prompt], new_tokens, strategy) for prompt in prompts]))
+            plain.append(Generation.total([generate(model, [prompt], new_tokens, PLAIN) for prompt in prompts]))
+            ours.append(Generation.total([generate(model, [prompt], new_tokens, strategy) for prompt in prompts]))
         took = time.monotonic() - began
         yield {
             "exit_layer": exit_layer, "draft_length": draft_length,
             "plain_tokens_per_second": median_speed(plain[1:]),
             **comparison(model.config, exit_layer, ours[1:], plain[1:]),
         }  # fmt: skip
-
-
-def merge(parts: list[Generation]) -> Generation:
-    """Merge generations into one: all texts, and the sums of counts and times."""
-    return dataclasses.replace(
-        parts[0],
-        tokens=[row for part in parts for row in part.tokens],
-        seconds=sum(part.seconds for part in parts),
-        rounds=sum(part.rounds for part in parts),
-        drafted=sum(part.drafted for part in parts),
-        accepted=sum(part.accepted for part in parts),
-        accepted_histogram=np.sum([part.accepted_histogram for part in parts], axis=0).tolist(),
-    )

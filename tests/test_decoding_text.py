@@ -23,11 +23,12 @@ from layerskip_jax.config import (
 )
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.cost import head_share, predicted_speedup, round_cost
-from layerskip_jax.decoding.engine import begin, generate
+from layerskip_jax.decoding.engine import begin, generate, rounds_program
 from layerskip_jax.decoding.policies import Fixed, Plan
+from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
-from layerskip_jax.decoding.text import Answer, TextGenerator
+from layerskip_jax.decoding.text import Answer, TextGenerator, encode
 from layerskip_jax.errors import UserError
 
 PROMPTS = ["def x", "", "漢字 for y"]
@@ -127,6 +128,31 @@ def test_streaming_compiles_nothing(model, tokenizer):
     jax.monitoring.register_event_duration_secs_listener(count)
     own.generate(["x"], lambda piece: None)
     assert not compiled
+
+
+def test_batches_of_different_lengths_share_one_loop(model, tokenizer):
+    prompts = ["x", "x = y " * 30]
+    settings = DecodeConfig(exit_layer=2, draft_length=5, max_new_tokens=9, ignore_eos=True)
+    lengths = [len(encode(tokenizer, settings, prompt)) for prompt in prompts]
+    assert lengths[1] - lengths[0] > 64  # alone, their caches differ in length
+    apart, together = (TextGenerator(model, tokenizer, settings, longest) for longest in (0, max(lengths)))
+    expected = [apart.generate([prompt]).completions for prompt in prompts]
+    program = rounds_program(model.config)
+    before = program._cache_size()
+    assert [together.generate([prompt]).completions for prompt in prompts] == expected
+    assert program._cache_size() == before  # the second prompt alone has compiled this loop
+
+
+def test_a_total_adds_up_rows_times_and_counts(model):
+    strategy = SelfSpeculative(Greedy(), Fixed(2, 3))
+    parts = [generate(model, prompts, 12, strategy) for prompts in ([[1, 2]], [[3], [4, 5]])]
+    one = Generation.total(parts)
+    assert one.tokens == parts[0].tokens + parts[1].tokens
+    for name in ("seconds", "prefill_seconds", "rounds", "drafted", "accepted", "new_tokens", "row_rounds"):
+        assert getattr(one, name) == sum(getattr(part, name) for part in parts)
+    assert one.exit_drafts == {2: one.drafted}
+    assert one.accepted_histogram == np.sum([part.accepted_histogram for part in parts], axis=0).tolist()
+    assert Generation.total(parts[:1]) == parts[0]
 
 
 def test_equal_prompts_in_several_batches_get_different_samples(run_folder, capsys):

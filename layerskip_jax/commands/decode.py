@@ -23,7 +23,7 @@ from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from layerskip_jax.decoding.text import Answer, TextGenerator
+    from layerskip_jax.decoding.text import TextGenerator
 
 REPEATS = 3
 """``--compare`` reports medians over this many timed runs."""
@@ -75,7 +75,7 @@ def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> Non
     from layerskip_jax.data.load_tokenizer import load_tokenizer
     from layerskip_jax.decoding.cost import measured_bandwidth
     from layerskip_jax.decoding.quantization import with_weights
-    from layerskip_jax.decoding.text import TextGenerator
+    from layerskip_jax.decoding.text import TextGenerator, encode
 
     model, config, tokenizer_path = load_model(run, unstacked=True)
     settings = apply_overrides(config.decode_settings, swept_settings(run, given) | given)
@@ -83,8 +83,8 @@ def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> Non
     tokenizer = load_tokenizer(str(tokenizer_path))
     prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
     model = with_weights(model, settings.weights)
-    generator = TextGenerator(model, tokenizer, settings)
-    longest = max(len(generator.encode(prompt)) for prompt in prompts)
+    longest = max(len(encode(tokenizer, settings, prompt)) for prompt in prompts)
+    generator = TextGenerator(model, tokenizer, settings, longest)
     warn_beyond_context(config, longest + settings.max_new_tokens, "the longest prompt and max_new_tokens are")
     batches = [prompts[i : i + options.batch_size] for i in range(0, len(prompts), options.batch_size)]
 
@@ -105,7 +105,7 @@ def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> Non
     bandwidth = measured_bandwidth() * options.tensor_parallel
     report = terminal.Report.from_answers(answers, model.config, settings, bandwidth)
     if options.compare:
-        plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
+        plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"), longest)
         report = dataclasses.replace(report, **compare(generator, plain, batches))
     print(json.dumps(report.as_dict()) if options.json else report.text())
 
@@ -113,25 +113,24 @@ def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> Non
 def compare(generator: "TextGenerator", plain: "TextGenerator", batches: list[list[str]]) -> dict[str, Any]:
     """Time both generators alternately over all prompts; return medians and whether all texts are identical.
 
-    Sampled texts are not compared: the two modes consume random numbers differently.
+    ``generator`` has generated these batches before, so it is compiled. Sampled texts are not compared: the two modes
+    consume random numbers differently.
     """
+    from layerskip_jax.decoding.request import Generation
+
     ours: list[float] = []
     theirs: list[float] = []
     identical = True
-    for repeat in range(REPEATS + 1):  # the first one compiles and is not counted
+    for batch in batches:
+        plain.generate(batch)  # compiles
+    for _ in range(REPEATS):
         own, other = ([g.generate(batch) for batch in batches] for g in (generator, plain))
-        if repeat:
-            ours.append(_rate(own))
-            theirs.append(_rate(other))
-            pairs = zip(own, other, strict=True)
-            identical &= all(a.completions == b.completions for a, b in pairs)
+        for speeds, answers in ((ours, own), (theirs, other)):
+            speeds.append(Generation.total([answer.generation for answer in answers]).tokens_per_second)
+        identical &= all(a.completions == b.completions for a, b in zip(own, other, strict=True))
     return {
         "tokens_per_second": statistics.median(ours),
         "plain_tokens_per_second": statistics.median(theirs),
         "speedup": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
         "identical": None if generator.config.temperature > 0 else identical,
     }
-
-
-def _rate(answers: "list[Answer]") -> float:
-    return sum(a.generation.new_tokens for a in answers) / sum(a.generation.seconds for a in answers)

@@ -88,13 +88,14 @@ def measure(
     """
     configs = [dataclasses.replace(configs[0], mode="autoregressive"), *configs]
     strategies = [configure(config, model) for config in configs]
-    runs: list[list[list[Generation]]] = []  # by repeat, config and prompt
+    runs: list[list[Generation]] = []  # by repeat and config, of all prompts together
     with tqdm(total=(repeats + 1) * len(configs), desc="sweep", leave=False) as bar:
         for _ in range(repeats + 1):
             run = []
             for config, (run_model, strategy) in zip(configs, strategies, strict=True):
                 new = config.max_new_tokens
-                run.append([generate(run_model, [p], new, strategy, eos=eos, seed=config.seed) for p in prompts])
+                each = [generate(run_model, [p], new, strategy, eos=eos, seed=config.seed) for p in prompts]
+                run.append(Generation.total(each))
                 bar.update()
             runs.append(run)
     return [
@@ -104,30 +105,24 @@ def measure(
 
 
 def _measurement(
-    config: DecodeConfig, model: ModelConfig, runs: list[list[Generation]], plain: list[list[Generation]]
+    config: DecodeConfig, model: ModelConfig, runs: list[Generation], plain: list[Generation]
 ) -> Measurement:
-    """Summarize the ``runs`` of a config, by repeat and prompt, of which the first compiled."""
-    rates = [_tokens_per_second(run) for run in runs[1:]]
-    speedup = statistics.median(a / _tokens_per_second(b) for a, b in zip(rates, plain[1:], strict=True))
+    """Summarize the ``runs`` of a config, of which the first compiled."""
+    speedup = statistics.median(
+        one.tokens_per_second / other.tokens_per_second for one, other in zip(runs[1:], plain[1:], strict=True)
+    )
     last = runs[-1]
-    rounds, drafted = sum(g.rounds for g in last), sum(g.drafted for g in last)
-    tokens_per_round = sum(g.new_tokens for g in last) / rounds
-    same = all([g.tokens for g in run] == [g.tokens for g in plain[0]] for run in runs)
     return Measurement(
         settings={name: getattr(config, name) for name in CHOSEN},
-        tokens_per_second=statistics.median(rates),
+        tokens_per_second=statistics.median(run.tokens_per_second for run in runs[1:]),
         speedup=speedup,
-        acceptance=sum(g.accepted for g in last) / drafted if drafted else math.nan,
-        tokens_per_round=tokens_per_round,
-        drafted_per_round=drafted / rounds,
-        round_cost=tokens_per_round / speedup,
-        identical=None if config.temperature else same,
-        predicted_speedup=tokens_per_round / mean_round_cost(last, model, config),
+        acceptance=last.acceptance,
+        tokens_per_round=last.tokens_per_round,
+        drafted_per_round=last.drafted / last.rounds,
+        round_cost=last.tokens_per_round / speedup,
+        identical=None if config.temperature else all(run.tokens == plain[0].tokens for run in runs),
+        predicted_speedup=last.tokens_per_round / mean_round_cost(last, model, config),
     )
-
-
-def _tokens_per_second(run: list[Generation]) -> float:
-    return sum(g.new_tokens for g in run) / sum(g.seconds for g in run)
 
 
 def fit_overhead(model: ModelConfig, measurements: Iterable[Measurement]) -> Overhead:

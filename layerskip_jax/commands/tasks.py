@@ -31,7 +31,8 @@ from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.decoding.quantization import with_weights
-from layerskip_jax.decoding.text import Completion, TextGenerator
+from layerskip_jax.decoding.request import Generation
+from layerskip_jax.decoding.text import Completion, TextGenerator, encode
 from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.evaluation.examples import TaskExamples, read_file, read_tfds
 from layerskip_jax.evaluation.tasks import TASKS, Task
@@ -84,12 +85,13 @@ def run_task(
     for score in task.scores.values():
         score(examples.asked[0], task.wanted(examples.asked[0]), "")  # raises now if its library is missing
     settings = dataclasses.replace(settings, stop=task.stop, max_new_tokens=task.max_new_tokens)
-    generator = TextGenerator(model, tokenizer, settings)
 
-    def fits(text: str) -> bool:
-        return len(generator.encode(text)) <= prompt_tokens
+    def length(text: str) -> int:
+        return len(encode(tokenizer, settings, text))
 
+    fits = lambda text: length(text) <= prompt_tokens  # noqa: E731
     prompts = [task.prompt_for(example, examples.shots, fits) for example in examples.asked]
+    generator = TextGenerator(model, tokenizer, settings, max(length(text) for text, _ in prompts))
     starts = range(0, len(prompts), batch_size)
     answers = [
         generator.generate([text for text, _ in prompts[start : start + batch_size]], first=start)
@@ -100,16 +102,15 @@ def run_task(
         wanted = task.wanted(example)
         scores = {name: score(example, wanted, completion.text) for name, score in task.scores.items()}
         answered.append(Answered(completion, wanted, scores))
-    parts = [answer.generation for answer in answers]
-    drafted, new_tokens = sum(part.drafted for part in parts), sum(part.new_tokens for part in parts)
+    one = Generation.total([answer.generation for answer in answers])
     result = TaskResult(
         examples=len(examples.asked),
         scores={name: statistics.fmean(a.scores[name] for a in answered) for name in task.scores},
         shortened=sum(cut for _, cut in prompts),
-        longest=max(len(generator.encode(a.completion.prompt)) + len(a.completion.tokens) for a in answered),
+        longest=max(length(a.completion.prompt) + len(a.completion.tokens) for a in answered),
         new_tokens=sum(len(a.completion.tokens) for a in answered),
-        tokens_per_second=new_tokens / sum(part.seconds for part in parts),
-        acceptance=sum(part.accepted for part in parts) / drafted if drafted else math.nan,
+        tokens_per_second=one.tokens_per_second,
+        acceptance=one.acceptance,
     )
     return result, answered
 

@@ -91,37 +91,29 @@ class Report:
 
         Rates cover the rounds alone, without prefill and compilation, and count tokens after a stop string too.
         """
-        parts = [answer.generation for answer in answers]
-        histogram = [sum(counts) for counts in zip(*(part.accepted_histogram for part in parts), strict=True)]
-        exit_rounds = {exit: sum(part.exit_rounds[exit] for part in parts) for exit in parts[0].exit_rounds}
-        new_tokens, rounds = sum(part.new_tokens for part in parts), sum(part.rounds for part in parts)
-        row_rounds = sum(histogram)  # every row of a batch counts each round
-        drafted, accepted = sum(part.drafted for part in parts), sum(part.accepted for part in parts)
-        by_exit = {
-            exit: (sum(part.exit_accepted[exit] for part in parts), sum(part.exit_drafts[exit] for part in parts))
-            for exit in exit_rounds
-        }
+        one = Generation.total([answer.generation for answer in answers])
+        exit_rounds = one.exit_rounds
         if config.mode == "early_exit" and not config.exit_threshold:  # all rows of a round use the same exit
-            exit_rounds = dict.fromkeys(exit_rounds, row_rounds)
-        cost = mean_round_cost(parts, model, config)
+            exit_rounds = dict.fromkeys(exit_rounds, one.row_rounds)
+        cost = mean_round_cost(one, model, config)
         seconds = weight_count(model) * weight_bytes(model, config.weights) / bandwidth * cost
         return cls(
             mode=config.mode,
             prompts=sum(len(answer.completions) for answer in answers),
             new_tokens=sum(len(completion.tokens) for answer in answers for completion in answer.completions),
-            tokens_per_second=new_tokens / sum(part.seconds for part in parts),
-            rounds=rounds,
-            tokens_per_round=new_tokens / row_rounds,
+            tokens_per_second=one.tokens_per_second,
+            rounds=one.rounds,
+            tokens_per_round=one.tokens_per_round,
             num_layers=model.num_layers,
             exit_rounds=exit_rounds,
-            exit_acceptance={exit: right / total for exit, (right, total) in by_exit.items() if total},
+            exit_acceptance={exit: one.exit_accepted[exit] / n for exit, n in one.exit_drafts.items() if n},
             lookups=config.mode == "self_speculative" and config.lookup_length > 0,
             choices=config.choices,
-            drafted_per_round=drafted / row_rounds,
-            acceptance=accepted / drafted if drafted else math.nan,
-            accepted_histogram=histogram,
-            predicted_speedup=new_tokens / row_rounds / cost,
-            predicted_tokens_per_second=new_tokens / rounds / seconds,
+            drafted_per_round=one.drafted / one.row_rounds,
+            acceptance=one.acceptance,
+            accepted_histogram=one.accepted_histogram,
+            predicted_speedup=one.tokens_per_round / cost,
+            predicted_tokens_per_second=one.new_tokens / one.rounds / seconds,
             bandwidth=bandwidth,
         )
 
@@ -175,20 +167,18 @@ class Report:
         return "\n".join(lines)
 
 
-def mean_round_cost(parts: list[Generation], model: ModelConfig, config: DecodeConfig) -> float:
+def mean_round_cost(generation: Generation, model: ModelConfig, config: DecodeConfig) -> float:
     """Return the mean cost of a round [passes of the full model], see `layerskip_jax.decoding.cost`."""
-    drafted, row_rounds = sum(part.drafted for part in parts), sum(sum(part.accepted_histogram) for part in parts)
     if config.mode == "early_exit":
-        exits = parts[0].exit_rounds
-        return _mean_exit_cost(model, {exit: sum(part.exit_rounds[exit] for part in parts) for exit in exits})
-    if config.mode == "prompt_lookup" or not drafted:
+        return _mean_exit_cost(model, generation.exit_rounds)
+    if config.mode == "prompt_lookup" or not generation.drafted:
         return round_cost(model, 0, 0)
     # Without overhead, the cost is linear in d and in d E. So the mean cost is the cost of the mean d at the mean exit
     # of the drafts. Leave out lookups, which are counted under layer L: they need no draft pass.
     free = {model.num_layers} if config.lookup_length else set()
-    drafts = [(exit, n) for part in parts for exit, n in part.exit_drafts.items() if exit not in free]
-    drafted, layers = sum(n for _, n in drafts), sum(exit * n for exit, n in drafts)
-    return round_cost(model, layers / max(drafted, 1), drafted / row_rounds)
+    drafts = {exit: n for exit, n in generation.exit_drafts.items() if exit not in free}
+    drafted, layers = sum(drafts.values()), sum(exit * n for exit, n in drafts.items())
+    return round_cost(model, layers / max(drafted, 1), drafted / generation.row_rounds)
 
 
 def _mean_exit_cost(model: ModelConfig, exit_tokens: dict[int, int]) -> float:

@@ -228,6 +228,24 @@ class Generation:
             **seconds,
         )
 
+    @classmethod
+    def total(cls, parts: Sequence[Self]) -> Self:
+        """Add up generations with the same strategy: the rows of all, and the sums of their times and counts."""
+
+        def add(values: list[Any]) -> Any:
+            if isinstance(values[0], dict):
+                return {key: sum(value[key] for value in values) for key in values[0]}
+            return [sum(counts) for counts in zip(*values, strict=True)] if _is_listed(values[0]) else sum(values)
+
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "tokens"]
+        sums = {name: add([getattr(part, name) for part in parts]) for name in names}
+        return cls(tokens=[row for part in parts for row in part.tokens], **sums)
+
+    @property
+    def row_rounds(self) -> int:
+        """The number of rounds, each counted once for every row that was not done."""
+        return sum(self.accepted_histogram)
+
     @property
     def new_tokens(self) -> int:
         """The number of new tokens of all prompts."""
@@ -246,5 +264,4 @@ class Generation:
     @property
     def tokens_per_round(self) -> float:
         """New tokens per round and row: 1 for plain decoding, at most d+1 with drafts; NaN without a round."""
-        row_rounds = sum(self.accepted_histogram)
-        return self.new_tokens / row_rounds if row_rounds else float("nan")
+        return self.new_tokens / self.row_rounds if self.row_rounds else float("nan")

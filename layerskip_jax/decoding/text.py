@@ -57,14 +57,15 @@ def encode(tokenizer: Tokenizer, config: DecodeConfig, prompt: str) -> list[int]
 class TextGenerator:
     """Generate text with an `unstacked` model and the strategy that a `DecodeConfig` asks for.
 
-    For ``weights`` int8, pass a model that `quantization.with_weights` returned.
+    For ``weights`` int8, pass a model that `quantization.with_weights` returned. With ``longest_prompt``, the tokens of
+    the longest prompt, all batches have a cache of the same length, so they share one compiled loop.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: DecodeConfig):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: DecodeConfig, longest_prompt: int = 0):
         vocabulary = model.config.vocab_size
         if tokenizer.vocab_size > 2 * vocabulary:  # too large to be the model's tokenizer with a few tokens added
             tokenizer.check_vocabulary(vocabulary, padded=True)
-        self.tokenizer, self.config = tokenizer, config
+        self.tokenizer, self.config, self._longest = tokenizer, config, longest_prompt
         self._ends = () if config.ignore_eos else tokenizer.end_tokens(vocabulary)
         self._marks, self._stops = _mark_special_tokens(tokenizer, config.stop)
         self.model, self.strategy = configure(config, model)
@@ -99,6 +100,7 @@ class TextGenerator:
             self.config.max_new_tokens,
             self.strategy,
             eos=self._ends,
+            max_length=max([self._longest, *map(len, ids)]) + self.config.max_new_tokens,
             seed=int(np.random.SeedSequence((self.config.seed % 2**32, first)).generate_state(1)[0]),
             on_rounds=on_rounds if show or self.config.stop else None,
             rounds_per_call=self.config.stream_every if show else ROUNDS_BETWEEN_STOP_CHECKS,
