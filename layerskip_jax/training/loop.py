@@ -1,6 +1,7 @@
 """The training loop: from a config to a trained, evaluated and saved model. Read it from top to bottom."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -36,7 +37,10 @@ from layerskip_jax.training.monitoring.progress import Progress, opening_line
 from layerskip_jax.training.monitoring.watch import Profiler
 from layerskip_jax.training.step import StepMetrics, Trainer, TrainState
 
-OnEvaluation = Callable[[int, Transformer, list[dict[str, np.ndarray]], np.ndarray], None]
+HostBatches = list[dict[str, np.ndarray]]
+"""Batches on the host, with the local rows of this process."""
+
+OnEvaluation = Callable[[int, Transformer, HostBatches, np.ndarray], None]
 """Called as ``(step, model, held_out_batches, loss_L)`` after each evaluation; an exception ends the run."""
 
 
@@ -71,7 +75,6 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
             checkpoints.check(done)
 
         pending: tuple[StepMetrics, dict[str, np.ndarray]] | None = None
-        batches: list[dict[str, np.ndarray]] = []  # of every evaluation, read at the first one
         for done in range(first + 1, config.train.steps + 1):
             profiler.before_step(done, state)
             with progress.during("data"):
@@ -87,9 +90,8 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
                 pending = None
             if evaluates:
                 with progress.during("evaluating"):
-                    batches = batches or held_out_batches(held_out, config)
-                    progress.after_evaluation(done, losses := component_losses(state.model, batches, config, mesh))
-                    on_evaluation(done, state.model, batches, losses[""])
+                    progress.after_evaluation(done, losses := component_losses(state.model, held_out(), config, mesh))
+                    on_evaluation(done, state.model, held_out(), losses[""])
             last = bool(stopped) or done == config.train.steps
             # After bad steps the parameters may be bad too: do not push out the good checkpoint.
             if saves and (last or not bad_steps.in_a_row):
@@ -106,10 +108,11 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
 
 def _open_data(
     config: Config, mesh: Mesh
-) -> tuple[Tokenizer, grain.DatasetIterator, grain.IterDataset, Corpus, list[str]]:
+) -> tuple[Tokenizer, grain.DatasetIterator, Callable[[], HostBatches], Corpus, list[str]]:
     """Open the tokenizer, an iterator of the training data, and the validation data; identify and describe the corpus.
 
-    Raises `UserError` unless all processes have the same settings and files.
+    The third result reads the held-out batches at its first call, which all processes make together. Raises `UserError`
+    unless all processes have the same settings and files.
     """
 
     def open_files() -> tuple[Tokenizer, tuple[Documents, Documents]]:
@@ -120,10 +123,11 @@ def _open_data(
             require(bool(prompt), "train.sample_prompt has no token: set it to a text, or train.sample_every to 0")
         return tokenizer, open_splits(config.data)
 
-    def read() -> tuple[grain.DatasetIterator, grain.IterDataset, Corpus, list[str]]:
+    def read() -> tuple[grain.DatasetIterator, Callable[[], HostBatches], Corpus, list[str]]:
         data = iter(local_batches(config, config.data.train_split, mesh, documents=splits[0]))
         held_out = local_batches(config, config.data.validation_split, mesh, in_order=True, documents=splits[1])
-        return data, held_out, *identify_corpus(config, tokenizer, *splits)
+        read_once = functools.cache(partial(held_out_batches, held_out, config))
+        return data, read_once, *identify_corpus(config, tokenizer, *splits)
 
     tokenizer, splits = agree("settings", open_files, lambda _: saved_settings(config))
     return tokenizer, *agree("tokenizer and corpus", read, lambda found: (tokenizer.fingerprint(), *found[2:]))
