@@ -71,7 +71,7 @@ def one_program(corpus):
     shared = Trainer(config, Recipe.from_config(config), make_mesh(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Trainer", lambda config, recipe, mesh: shared)
-        patch.setattr(loop, "component_losses", lambda model, held_out, config, mesh: {"": np.zeros(2)})
+        patch.setattr(loop, "component_losses", lambda model, batches, config, mesh: {"": np.zeros(2)})
         patch.setattr(run_lock, "SETTLE_SECONDS", 0.01)
         yield
 

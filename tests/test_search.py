@@ -106,14 +106,18 @@ def test_a_space_without_a_valid_recipe_is_refused(options, tmp_path, monkeypatc
 
 def test_an_error_that_is_not_the_recipes_ends_the_search(options, monkeypatch):
     """A resumed search then takes the same trial up."""
+    tried = []
 
     def full_disk(config, **more):
+        tried.append(config)
         raise UserError("no space left")
 
     monkeypatch.setattr(search.Search, "train_plain", lambda self: None)
     monkeypatch.setattr(search, "train", full_disk)
-    with pytest.raises(UserError, match="no space left"):
-        search.main(options)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no space left"):
+            search.main(options)
+    assert tried[0] == tried[1]
 
 
 def test_a_recipe_that_diverges_counts_as_a_trial(options, monkeypatch, capsys):
@@ -127,10 +131,11 @@ def test_a_recipe_that_diverges_counts_as_a_trial(options, monkeypatch, capsys):
     assert capsys.readouterr().out.count("diverged") == 3
 
 
-@pytest.mark.parametrize("batch_size", [3, 8, 64])
-def test_a_proxy_has_rows_for_every_device(batch_size):
-    config = Config(train=TrainConfig(batch_size=batch_size))
-    assert proxy_config(config, 64, 9).train.batch_size == 8 == jax.device_count()
+@pytest.mark.parametrize(("devices", "rows"), [(1, 8), (3, 9), (8, 8), (16, 16)])
+def test_a_proxy_has_rows_for_every_device(devices, rows, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert proxy_config(Config(train=TrainConfig(batch_size=64)), 64, 9).train.batch_size == rows
+    assert proxy_config(Config(train=TrainConfig(batch_size=2)), 64, 9).train.batch_size == max(2, devices)
 
 
 @pytest.mark.parametrize(

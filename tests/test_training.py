@@ -33,6 +33,7 @@ from layerskip_jax.config import (
 )
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import Interrupted, UserError
 from layerskip_jax.evaluation.exits import checkpoint_quality
 from layerskip_jax.training import loop as training
@@ -78,10 +79,13 @@ def test_held_out_batches_are_read_once(config, monkeypatch):
 
 
 def test_a_sample_prompt_without_a_token_is_refused_before_training(config, monkeypatch):
-    monkeypatch.setattr(training, "encode", lambda tokenizer, decode, prompt: [])
+    """The default prompt is empty, and not every tokenizer adds a BOS."""
+    monkeypatch.setattr(Tokenizer, "encode_prompt", lambda self, text: [7] * len(text))
     with pytest.raises(UserError, match=r"train.sample_prompt has no token: set it to a text, or train.sample_every"):
         train(changed(config, "train", sample_every=1))
     assert not Path(config.train.run_dir).exists()
+    train(changed(config, "train", steps=2, sample_every=0))
+    train(changed(config, "train", steps=3, sample_every=1, sample_prompt="x"))
 
 
 def test_a_run_on_a_mesh_with_a_sequence_axis_trains_like_one_without(config, tmp_path):

@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         default=1,
         help="number of slices of that shape, connected by the data-center network",
     )
-    parser.add_argument("--suggest", action="store_true", help="try remat policies and microbatches until one fits")
+    parser.add_argument("--suggest", action="store_true", help="try remat policies and microbatches until a step fits")
     parser.add_argument(
         "--store", action="store_true", help="store the compiled step in train.run_dir, where a run looks for it"
     )

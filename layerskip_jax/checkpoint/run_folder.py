@@ -113,8 +113,9 @@ class RunFolder:
 
     def model(self, unstacked: bool = False) -> Transformer:
         """Read the model as `load_model` does, for training or (``unstacked``) for decoding."""
-        # The config may name the kernel of the chips that trained it, and another platform or length has another one.
-        config = dataclasses.replace(self.config.model, attention="auto")
+        config = self.config.model
+        if config.attention != "xla":  # a kernel of the chips that trained it may not fit this platform or length
+            config = dataclasses.replace(config, attention="auto")
         model = stacked_model(config, self.weights)
         return model.unstacked() if unstacked else model
 

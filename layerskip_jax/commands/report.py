@@ -30,7 +30,7 @@ from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.configure import resolve_exits
 from layerskip_jax.decoding.quantization import with_weights
-from layerskip_jax.decoding.text import Piece, TextGenerator
+from layerskip_jax.decoding.text import Piece, TextGenerator, encode
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation import token_exits
 from layerskip_jax.evaluation.exits import ExitQuality
@@ -63,8 +63,9 @@ class Decoded:
 
 def decode_prompts(run: Run, model: Transformer, tokenizer: Tokenizer, prompts: list[str]) -> Decoded:
     settings = dataclasses.replace(run.decode, mode="self_speculative", temperature=0.0)
-    plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"))
-    drafting, batches = TextGenerator(model, tokenizer, settings), [[prompt] for prompt in prompts]
+    longest = max(len(encode(tokenizer, settings, prompt)) for prompt in prompts)
+    plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"), longest)
+    drafting, batches = TextGenerator(model, tokenizer, settings, longest), [[prompt] for prompt in prompts]
     answers = [drafting.generate(batch) for batch in batches]
     report = terminal.Report.from_answers(answers, model.config, settings)
     report = dataclasses.replace(report, **compare(drafting, plain, batches))

@@ -28,7 +28,7 @@ from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import default_exit
 from layerskip_jax.decoding.cost import best_speedup
 from layerskip_jax.errors import UserError
-from layerskip_jax.evaluation.exits import ExitQuality, exit_quality
+from layerskip_jax.evaluation.exits import ExitQuality, HostBatches, exit_quality
 from layerskip_jax.evaluation.pictures import Picture
 from layerskip_jax.locations import write_file
 from layerskip_jax.model import Transformer
@@ -76,6 +76,7 @@ def proxy_config(config: Config, width: int, steps: int) -> Config:
             "data.sequence_length": length,
             "train.batch_size": devices * -(-min(config.train.batch_size, 8) // devices),
             "train.accumulate": 1,
+            "layer_dropout.row_groups": 1,  # a device may have a single row
             "train.loss_chunk": max(chunk for chunk in range(1, 65) if length % chunk == 0),
             "train.remat": "none",
         }
@@ -154,7 +155,7 @@ class Search:
         if self.proxy.train.steps in self.plain_loss:
             return
 
-        def record(step: int, model: Transformer, batches: list[dict[str, np.ndarray]], loss_L: np.ndarray) -> None:
+        def record(step: int, model: Transformer, batches: HostBatches, loss_L: np.ndarray) -> None:
             self.plain_loss[step] = float(loss_L[-1])
             self.study.set_user_attr("plain_loss", self.plain_loss)
 
@@ -188,8 +189,9 @@ class Search:
             return False
         trial.set_user_attr("overrides", overrides)
 
-        def judge(step: int, model: Transformer, batches: list[dict[str, np.ndarray]], loss_L: np.ndarray) -> None:
-            found = self.found(config, step, exit_quality(model, config, batches))
+        def judge(step: int, model: Transformer, batches: HostBatches, loss_L: np.ndarray) -> None:
+            quality = ExitQuality(loss_L, exit_quality(model, config, batches).agreement_L)
+            found = self.found(config, step, quality)
             trial.report(found.score(self.options.loss_tolerance), step)
             trial.set_user_attr("found", found)
             if step < config.train.steps and trial.should_prune():
@@ -339,7 +341,10 @@ def report(search: Search) -> None:
     """Print the results, and write ``search.json``, ``frontier.png`` and ``best.py``."""
     results = search.results()
     if not results:
-        raise UserError("no trial was trained to the end: allow more --minutes or more --trials")
+        raise UserError(
+            "no trial was trained to the end: allow more --minutes or more --trials, or lower optimizer.learning_rate "
+            "if they diverged"
+        )
     on_frontier = frontier([found for found, _, _ in results])
     rows = [
         {"trial": trial, **found._asdict(), "frontier": best, "settings": overrides}

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -86,6 +87,7 @@ def run_task(
         score(examples.asked[0], task.wanted(examples.asked[0]), "")  # raises now if its library is missing
     settings = dataclasses.replace(settings, stop=task.stop, max_new_tokens=task.max_new_tokens)
 
+    @functools.cache
     def length(text: str) -> int:
         return len(encode(tokenizer, settings, text))
 

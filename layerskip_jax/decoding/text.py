@@ -48,7 +48,7 @@ class Piece:
 
 
 def encode(tokenizer: Tokenizer, config: DecodeConfig, prompt: str) -> list[int]:
-    """Return the token ids of a prompt, as `TextGenerator.encode` does."""
+    """Return the token ids of a prompt, BOS included; with ``chat``, of a conversation with this first message."""
     if config.chat:
         return tokenizer.encode_chat([{"role": "user", "content": prompt}])
     return tokenizer.encode_prompt(prompt)
@@ -71,7 +71,7 @@ class TextGenerator:
         self.model, self.strategy = configure(config, model)
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, BOS included; with ``chat``, of a conversation with this first message."""
+        """Return the token ids of a prompt, as `encode` does."""
         return encode(self.tokenizer, self.config, prompt)
 
     def generate(self, prompts: Sequence[str], show: Callable[[Piece], None] | None = None, first: int = 0) -> Answer:

@@ -28,8 +28,11 @@ from layerskip_jax.recipe.early_exit import negative_log_likelihood
 from layerskip_jax.recipe.fused_exit_loss import chunked_exit_losses
 from layerskip_jax.sharding import auto_mesh, named_shardings
 
+HostBatches = list[dict[str, np.ndarray]]
+"""Batches on the host, with the rows of this process."""
+
 ROWS_AT_ONCE = 8
-"""Sequences that `exit_quality` evaluates at once on a device, if the batch size allows it."""
+"""The most sequences that `exit_quality` evaluates at once on a device."""
 
 POSITIONS_AT_ONCE = 64
 """Positions of each sequence unembedded at once, so that logits [batch, length, vocab] are never materialized."""
@@ -60,24 +63,22 @@ def summed_losses(model: Transformer, batch: Batch, mesh: Mesh, chunk: int) -> t
     return jax.lax.with_sharding_constraint((loss_L, jnp.sum(batch.mask_BT)), replicated)
 
 
-def held_out_batches(held_out: Iterable[dict[str, np.ndarray]], config: Config) -> list[dict[str, np.ndarray]]:
+def held_out_batches(held_out: Iterable[dict[str, np.ndarray]], config: Config) -> HostBatches:
     """Return the first ``train.evaluate_batches`` batches of ``held_out``, the validation split.
 
     Each process gets its own rows. With ``data.mixture``, return that many batches of every component. All processes
     of a run call it together.
     """
 
-    def read() -> list[dict[str, np.ndarray]]:
+    def read() -> HostBatches:
         return list(itertools.islice(held_out, config.train.evaluate_batches * len(config.data.components)))
 
     # Read all before the first collective: a process with fewer batches would leave the others waiting for its next.
     return agree("number of held-out batches", read, len)
 
 
-def component_losses(
-    model: Transformer, batches: Iterable[dict[str, np.ndarray]], config: Config, mesh: Mesh
-) -> dict[str, np.ndarray]:
-    """Return ``loss_L``, the mean cross-entropy of every exit on `held_out_batches` [nats/token].
+def component_losses(model: Transformer, batches: HostBatches, config: Config, mesh: Mesh) -> dict[str, np.ndarray]:
+    """Return ``loss_L``, the mean cross-entropy of every exit on ``batches``, which `held_out_batches` returned [nats].
 
     The result has an entry for each component of ``data.mixture``, and under ``""`` their mean by their shares. All
     processes of a run call it together. Raises `UserError` if no token of these batches counts.
@@ -93,7 +94,7 @@ def component_losses(
 
 def _means(
     summed: Callable[[dict[str, np.ndarray]], tuple[np.ndarray, float]],
-    batches: Iterable[dict[str, np.ndarray]],
+    batches: HostBatches,
     config: Config,
 ) -> dict[str, np.ndarray]:
     """Return ``mean_L`` per token for each component of ``data.mixture``; the mean by their shares is under ``""``.
@@ -155,21 +156,19 @@ def exit_scores(model: Transformer, batch: Batch) -> jax.Array:
     return jnp.sum(jnp.stack([loss_LBT, next_LBT == next_LBT[-1:]]) * batch.mask_BT[None, None], axis=(2, 3))
 
 
-def exit_quality(
-    model: Transformer, config: Config, batches: Iterable[dict[str, np.ndarray]] | None = None
-) -> ExitQuality:
+def exit_quality(model: Transformer, config: Config, batches: HostBatches | None = None) -> ExitQuality:
     """Measure every exit on the first ``train.evaluate_batches`` batches of the validation split.
 
-    Uses data parallelism over as many devices as divide the batch size. Pass the ``batches`` if they are known.
-    Prepares no corpus. Call it in a run of one process.
+    Uses data parallelism over as many devices as divide the batch size. ``batches``, if given, replace
+    them, and are not split into smaller ones. Prepares no corpus. Call it in a run of one process.
     """
     devices = jax.devices()[: math.gcd(config.train.batch_size, jax.device_count())]
     mesh = auto_mesh(np.reshape(devices, (-1, 1, 1, 1)))
     model = jax.device_put(model, named_shardings(model, model, mesh))
     if batches is None:
-        config, split = with_small_batches(config, len(devices)), config.data.validation_split
+        small, split = with_small_batches(config, len(devices)), config.data.validation_split
         documents = open_documents(config.data, split, prepare=False)  # a checkpoint's config must not write files
-        batches = held_out_batches(local_batches(config, split, mesh, in_order=True, documents=documents), config)
+        batches = held_out_batches(local_batches(small, split, mesh, in_order=True, documents=documents), small)
 
     def summed(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
         return np.asarray(exit_scores(model, to_devices(batch, mesh)), np.float64), float(batch["mask_BT"].sum())
@@ -183,9 +182,8 @@ def with_small_batches(config: Config, devices: int) -> Config:
 
     A batch of training is made for all chips of a slice, and evaluation may have one chip.
     """
-    rows = config.train.batch_size
-    while rows > ROWS_AT_ONCE * devices and rows % (2 * devices) == 0:
-        rows //= 2
+    per_device = config.train.batch_size // devices
+    rows = devices * max(n for n in range(1, ROWS_AT_ONCE + 1) if per_device % n == 0)
     batches = config.train.evaluate_batches * (config.train.batch_size // rows)
     train = dataclasses.replace(config.train, batch_size=rows, evaluate_batches=batches, accumulate=1)
     return dataclasses.replace(config, train=train)

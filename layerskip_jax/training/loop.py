@@ -24,7 +24,7 @@ from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.text import TextGenerator, encode
 from layerskip_jax.distributed import StopRequest, agree, local_rows
 from layerskip_jax.errors import Interrupted
-from layerskip_jax.evaluation.exits import component_losses, held_out_batches
+from layerskip_jax.evaluation.exits import HostBatches, component_losses, held_out_batches
 from layerskip_jax.model import Transformer
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import batch_sharding, make_mesh
@@ -36,9 +36,6 @@ from layerskip_jax.training.monitoring.metrics import read_records
 from layerskip_jax.training.monitoring.progress import Progress, opening_line
 from layerskip_jax.training.monitoring.watch import Profiler
 from layerskip_jax.training.step import StepMetrics, Trainer, TrainState
-
-HostBatches = list[dict[str, np.ndarray]]
-"""Batches on the host, with the local rows of this process."""
 
 OnEvaluation = Callable[[int, Transformer, HostBatches, np.ndarray], None]
 """Called as ``(step, model, held_out_batches, loss_L)`` after each evaluation; an exception ends the run."""
