@@ -107,7 +107,7 @@ def arrange_devices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.D
     """Arrange ``devices`` in the ``shape`` of the mesh, with neighbors on the mesh next to each other on the torus.
 
     Exception: if one axis takes all chips of a v6e slice, keep the chips of a host together. libtpu 0.0.50 then runs
-    all-gathers on the SparseCores. It estimates 0.72 s in place of 0.80 s for a step of the 7B on 8x8 chips.
+    all-gathers on the SparseCores. It estimated 0.72 s in place of 0.80 s for a step of the 7B on 8x8 chips.
     """
     if devices[0].device_kind == "TPU v6 lite" and slices == 1 and max(shape) == len(devices):
         return np.reshape(sorted(devices, key=lambda device: (device.process_index, device.id)), shape)
