@@ -33,9 +33,9 @@ class AdaptiveSpeculative(SelfSpeculative):
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         key, draft_key, verify_key = jax.random.split(state.key, 3)
         plan = checked_plan(self.policy, state.policy_state, least=0)
-        cache, drafts = self.draft(model, state, plan, draft_key)
+        cache, drafts, notes = self.draft(model, state, plan, draft_key)
         cache, verdict, probe = self.verify_narrowest(model, state, plan, cache, drafts, verify_key)
-        outcome = Outcome(plan, ~state.done_B, drafts.count_B, verdict.accepted_B, probe)
+        outcome = Outcome(plan, ~state.done_B, drafts.count_B, verdict.accepted_B, probe, notes)
         policy_state = self.policy.update(state.policy_state, outcome)
         state = dataclasses.replace(state, key=key, cache=cache, policy_state=policy_state)
         return finish_round(state, drafts, verdict, plan.exit_index, jnp.any(drafts.count_B > 0))
@@ -69,7 +69,7 @@ class AdaptiveSpeculative(SelfSpeculative):
             return dataclasses.replace(cache, layers=layers), verdict, probe
 
         none_B, needed = jnp.zeros_like(state.length_B), jnp.max(drafts.count_B) + 1
-        result = cache, Verdict(none_B, none_B), Probe.none(len(self.exits), self.draft_length + 1)
+        result = cache, Verdict(none_B, none_B), Probe.none(len(self.exits))
         widths = checked_widths(self.policy, plan)
         for narrower, width in itertools.pairwise((0, *widths)):
             runs = (narrower < needed) & (needed <= width) if len(widths) > 1 else True
@@ -116,10 +116,9 @@ class AdaptiveSpeculative(SelfSpeculative):
                 agrees_BW = self.sampler.agreement(model.unembed(x_BWD), logits_BWV) * valid_BW
                 all_agree_BW = jnp.cumprod(agrees_BW, axis=1)
                 before_BW = jnp.pad(all_agree_BW[:, :-1], ((0, 0), (1, 0)), constant_values=1)
-                agreed.append(jnp.sum(all_agree_BW, axis=0))
-                reached.append(jnp.sum(before_BW * valid_BW, axis=0))
-            fill = lambda sums: jnp.pad(jnp.stack(sums), ((0, 0), (0, self.draft_length + 1 - width)))  # noqa: E731
-            return Probe(jnp.bool(True), fill(agreed), fill(reached))
+                agreed.append(jnp.sum(all_agree_BW))
+                reached.append(jnp.sum(before_BW * valid_BW))
+            return Probe(jnp.bool(True), jnp.stack(agreed), jnp.stack(reached))
 
         probes = self.policy.probes(state.policy_state)
         # Not `run_if`, which is a loop of at most one iteration: the logits of the exits do not depend on its carry, so

@@ -28,20 +28,20 @@ class Plan(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """How far each of X candidate exits agrees with the full model, as counts of active rows by position.
+    """How far each of X candidate exits agrees with the full model, counted over the positions of the active rows.
 
-    Position q, from 0, predicts draft q. So ``agreed / reached`` estimates the acceptance of the exit's draft q if the
-    drafts before it were accepted. With a stochastic sampler, the counts add up probabilities instead of 0 and 1.
+    ``agreed / reached`` estimates the probability that a draft of the exit is accepted if the drafts before it were.
+    With a stochastic sampler, the counts add up probabilities instead of 0 and 1.
     """
 
     done: jax.Array  # whether this round compared the exits; the counts are 0 otherwise
-    agreed_XQ: jax.Array  # of the rows in reached_XQ, those in which the exit also agrees at position q
-    reached_XQ: jax.Array  # rows in which the round accepted its first q drafts, and the exit agrees at 0..q-1
+    agreed_X: jax.Array  # of the positions in reached_X, those at which the exit agrees
+    reached_X: jax.Array  # positions before which the round accepted all drafts, and the exit agreed
 
     @classmethod
-    def none(cls, exits: int, width: int) -> "Probe":
+    def none(cls, exits: int) -> "Probe":
         """Return the counts of a round that did not probe."""
-        return cls(jnp.bool(False), jnp.zeros((exits, width)), jnp.zeros((exits, width)))
+        return cls(jnp.bool(False), jnp.zeros(exits), jnp.zeros(exits))
 
 
 class Outcome(NamedTuple):
@@ -52,6 +52,7 @@ class Outcome(NamedTuple):
     drafted_B: jax.Array
     accepted_B: jax.Array
     probe: Probe
+    notes: Any  # what `DraftPolicy.keep_drafting` noted about the drafts
 
 
 class DraftPolicy(Protocol):
@@ -85,8 +86,17 @@ class DraftPolicy(Protocol):
         Only `adaptive.AdaptiveSpeculative` calls this.
         """
 
-    def keep_drafting(self, policy_state: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-        """Return which rows draft another token after ``token_B``, which was drawn from the exit's ``logits_BV``."""
+    def init_notes(self, rows: int) -> Any:
+        """Return the notes before the first draft of a round: a pytree, empty if the policy needs none."""
+
+    def keep_drafting(
+        self, policy_state: Any, notes: Any, token_B: jax.Array, logits_BV: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Return which rows draft another token after ``token_B``, and the notes with this draft added.
+
+        ``token_B`` was drawn from the exit's ``logits_BV``. It stays a draft, whatever the answer: dropping a token
+        because of its value would change the distribution of the text.
+        """
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
         """Return the policy state after a round."""
@@ -120,8 +130,13 @@ class Fixed:
     def probes(self, policy_state: Any) -> bool | jax.Array:
         return False
 
-    def keep_drafting(self, policy_state: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-        return jnp.ones_like(token_B, bool)
+    def init_notes(self, rows: int) -> Any:
+        return ()
+
+    def keep_drafting(
+        self, policy_state: Any, notes: Any, token_B: jax.Array, logits_BV: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        return jnp.ones_like(token_B, bool), notes
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
         return policy_state
@@ -154,6 +169,11 @@ def doubling_widths(draft_length: int) -> Sequence[int]:
     return (1, *(1 + draft for draft in drafts), 1 + draft_length)
 
 
+def log_confidence(token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+    """Return the logarithm of the probability that the exit gives to its draft, without temperature or cuts."""
+    return jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits_BV, axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class ConfidenceStop(Fixed):
     """Stop drafting after a token to which the exit gave a probability below ``threshold``."""
@@ -168,38 +188,74 @@ class ConfidenceStop(Fixed):
     def verify_widths(self) -> Sequence[int]:
         return doubling_widths(self.draft_length)
 
-    def keep_drafting(self, policy_state: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-        probability_BV = jax.nn.softmax(logits_BV)
-        return jnp.take_along_axis(probability_BV, token_B[:, None], axis=1)[:, 0] >= self.threshold
+    def keep_drafting(
+        self, policy_state: Any, notes: Any, token_B: jax.Array, logits_BV: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        return jnp.exp(log_confidence(token_B, logits_BV)) >= self.threshold, notes
 
 
 PRIOR_RATE = 0.8
-"""The acceptance that `Adaptive` assumes of an exit before the first round."""
+"""The acceptance that `Adaptive` assumes of an exit before the first round. It is optimistic: the first rounds draft
+long, and so learn more."""
+
+PRIOR_WEIGHT = 2.0
+"""How many observations a prior counts for."""
+
+BINS = 4
+"""`Adaptive` tells drafts apart by their probability at the exit: at most 1/8, up to 1/4, up to 1/2, and above."""
+
+
+class Choice(NamedTuple):
+    """What `Adaptive` decides before a round."""
+
+    plan: Plan
+    rate_K: jax.Array  # acceptance of a draft in each bin of the exit's confidence
+    least_chance: jax.Array  # stop drafting if all drafts so far are accepted with a lower probability
 
 
 class Acceptance(NamedTuple):
-    """The policy state of `Adaptive`. Costs are in passes of the full model for one token."""
+    """The policy state of `Adaptive`: discounted counts for X exits and K bins, and what follows from them."""
 
-    agreed_Xd: jax.Array  # discounted counts, as in `Probe`
-    reached_Xd: jax.Array
-    best: Plan  # the plan that follows from the counts
+    agreed_X: jax.Array  # as in `Probe`
+    reached_X: jax.Array
+    agreed_XK: jax.Array  # drafts alone, without probes
+    reached_XK: jax.Array
+    choice: Choice
     spent: jax.Array  # cost of the rounds since the last probe
     probe_after: jax.Array  # the next probe is due when ``spent`` reaches this
-    cost_XQ: jax.Array  # cost of a round from each exit with 0..d drafts
+    round_cost_XQ: jax.Array  # of a round from each exit with 0..d drafts [passes of the full model for one token]
+    draft_cost_X: jax.Array  # of one more draft
+
+
+class Drafted(NamedTuple):
+    """The notes of `Adaptive` about the drafts of a round."""
+
+    slot: jax.Array
+    chance_B: jax.Array  # estimated probability that all drafts so far are accepted
+    bin_Bd: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive:
-    """Before each round, choose the exit E and the draft length n with the most expected tokens for their cost.
+    """Choose the exit before each round, and after each draft whether another one pays.
 
-    Similar to DEL (arXiv 2504.05598), but inside the compiled loop:
+    Let a_E be the probability that a draft of exit E is accepted if the drafts before it were. The best rate, in tokens
+    per pass of the full model, and its exit are
 
-        E, n = argmax (1 + s_E(1) + ... + s_E(n)) / cost(E, n),    s_E(n) = a_E(1) ... a_E(n)
+        r = max (1 + a_E + ... + a_E^n) / cost(E, n)    over E and n = 0..d,
 
-    a_E(i) estimates the probability that draft i is accepted if drafts 1..i-1 were, from about the last ``horizon``
-    positions. n = 0 is plain decoding. `cost.round_cost` gives the costs. Every round measures the exit that it uses.
-    To measure the others, a probe runs the head at all of ``exits``; ``probe_share`` is the share of the decoding time
-    to spend on probes. Needs `adaptive.AdaptiveSpeculative`.
+    with the costs of `cost.round_cost`; n = 0 is plain decoding. A round then drafts until all its drafts are accepted
+    with a probability s that is too low for another draft (optimal stopping):
+
+        s a_E < r (cost(E, n + 1) - cost(E, n))
+
+    s is a product of acceptances that depend on the exit's confidence, its probability of the draft, in `BINS` bins:
+    confidence alone would not do, because small models are right more often than their probabilities say. DEL
+    (arXiv 2504.05598) chooses E and n by acceptance before a round, and stops by a threshold of confidence.
+
+    All acceptances are estimated from about the last ``horizon`` drafts. Every round measures the exit that it uses. To
+    measure the others, a probe runs the head at all of ``exits``; ``probe_share`` is the share of the decoding time to
+    spend on probes. Needs `adaptive.AdaptiveSpeculative`.
     """
 
     exits: Sequence[int]
@@ -222,75 +278,101 @@ class Adaptive:
         return doubling_widths(self.draft_length)
 
     def init_state(self, model: ModelConfig) -> Any:
-        d_Q = range(self.draft_length + 1)
-        # A round pays for the compiled width that it runs, which can be wider than its drafts need.
-        width_Q = [next(width for width in self.verify_widths if width > d) for d in d_Q]
-        extra_Q = [self.overhead.per_draft * (width_Q[d] - 1 - d) for d in d_Q]
-        cost_XQ = np.array([
-            [round_cost(model, exit, d, self.overhead) + extra_Q[d] for d in d_Q] for exit in self.exits
-        ], np.float32)  # fmt: skip
-        none_Xd = jnp.zeros((len(self.exits), self.draft_length))
-        probe_after = jnp.float32(len(self.exits) * head_share(model) / self.probe_share)
-        best = self.best_plan(none_Xd, none_Xd, jnp.asarray(cost_XQ))
-        return Acceptance(none_Xd, none_Xd, best, probe_after, probe_after, jnp.asarray(cost_XQ))
+        cost = partial(round_cost, model, overhead=self.overhead)
+        costs = [[cost(exit, drafted=drafts) for drafts in range(self.draft_length + 1)] for exit in self.exits]
+        round_cost_XQ, draft_cost_X = (
+            jnp.array(costs),
+            jnp.array([cost(e, drafted=2) - cost(e, drafted=1) for e in self.exits]),
+        )
+        none_X, none_XK = jnp.zeros(len(self.exits)), jnp.zeros((len(self.exits), BINS))
+        choice = self.choose(none_X, none_X, none_XK, none_XK, round_cost_XQ, draft_cost_X)
+        due = jnp.float32(len(self.exits) * head_share(model) / self.probe_share)
+        return Acceptance(none_X, none_X, none_XK, none_XK, choice, due, due, round_cost_XQ, draft_cost_X)
 
-    def best_plan(self, agreed_Xd: jax.Array, reached_Xd: jax.Array, cost_XQ: jax.Array) -> Plan:
-        """Return the plan with the most expected tokens for its cost."""
-        # Shrink the rate of each exit towards `PRIOR_RATE`, then the rate of each draft towards its exit's, each with
-        # the weight of two observations. The prior is optimistic: the first rounds draft long, and so learn more.
-        weight = 2.0
-        agreed_X1, reached_X1 = (jnp.sum(counts_Xd, axis=1, keepdims=True) for counts_Xd in (agreed_Xd, reached_Xd))
-        rate_X1 = (agreed_X1 + weight * PRIOR_RATE) / (reached_X1 + weight)
-        rate_Xd = (agreed_Xd + weight * rate_X1) / (reached_Xd + weight)
-        # Multiply by a triangle of ones for cumulative sums: XLA:CPU runs far fewer operations than for cumsum.
-        upper_dd = np.triu(np.ones((self.draft_length,) * 2, np.float32))
-        cumulate = partial(jnp.matmul, b=upper_dd, precision=jax.lax.Precision.HIGHEST)
-        survival_Xd = jnp.exp(cumulate(jnp.log(rate_Xd)))
-        tokens_XQ = 1 + jnp.pad(cumulate(survival_Xd), ((0, 0), (1, 0)))
-        best = jnp.argmax(tokens_XQ / cost_XQ).astype(jnp.int32)
-        return Plan(best // tokens_XQ.shape[1], best % tokens_XQ.shape[1])
+    def choose(
+        self,
+        agreed_X: jax.Array,
+        reached_X: jax.Array,
+        agreed_XK: jax.Array,
+        reached_XK: jax.Array,
+        round_cost_XQ: jax.Array,
+        draft_cost_X: jax.Array,
+    ) -> Choice:
+        """Return the exit with the best rate, and when to stop drafting from it."""
+        rate_X = (agreed_X + PRIOR_WEIGHT * PRIOR_RATE) / (reached_X + PRIOR_WEIGHT)
+        # A bin of which little is known has the acceptance of its exit.
+        rate_XK = (agreed_XK + PRIOR_WEIGHT * rate_X[:, None]) / (reached_XK + PRIOR_WEIGHT)
+        # Element by element, and not with cumsum: XLA:CPU then runs a single operation.
+        length_Q = np.arange(self.draft_length + 1)
+        power_XQ = rate_X[:, None] ** length_Q[None]
+        tokens_XQ = jnp.sum(power_XQ[:, None] * np.tri(len(length_Q))[None], axis=2)
+        gain_XQ = tokens_XQ / round_cost_XQ
+        best = jnp.argmax(gain_XQ).astype(jnp.int32)
+        exit_index, drafts = best // len(length_Q), best % len(length_Q)
+        least_chance = jnp.max(gain_XQ) * draft_cost_X[exit_index] / rate_X[exit_index]
+        # A round that pays with some number of drafts may draft more, if the exit is confident.
+        plan = Plan(exit_index, jnp.where(drafts > 0, self.draft_length, 0))
+        return Choice(plan, rate_XK[exit_index], least_chance)
 
     def plan(self, policy_state: Any) -> Plan:
-        return policy_state.best
+        return policy_state.choice.plan
 
     def probes(self, policy_state: Any) -> bool | jax.Array:
         due = policy_state.spent >= policy_state.probe_after
         # A round that drafts measures its own exit, so a single candidate needs a probe only in rounds without a draft.
-        return due if len(self.exits) > 1 else due & (policy_state.best.draft_length == 0)
+        return due if len(self.exits) > 1 else due & (self.plan(policy_state).draft_length == 0)
 
-    def keep_drafting(self, policy_state: Any, token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-        return jnp.ones_like(token_B, bool)
+    def init_notes(self, rows: int) -> Any:
+        return Drafted(jnp.int32(0), jnp.ones(rows), jnp.zeros((rows, self.draft_length), jnp.int32))
+
+    def keep_drafting(
+        self, policy_state: Any, notes: Any, token_B: jax.Array, logits_BV: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        halvings_B = jnp.floor(log_confidence(token_B, logits_BV) / math.log(2)).astype(jnp.int32)
+        bin_B = jnp.clip(BINS + halvings_B, 0, BINS - 1)
+        chance_B = notes.chance_B * policy_state.choice.rate_K[bin_B]
+        bin_Bd = jax.lax.dynamic_update_index_in_dim(notes.bin_Bd, bin_B, notes.slot, axis=1)
+        return chance_B >= policy_state.choice.least_chance, Drafted(notes.slot + 1, chance_B, bin_Bd)
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
-        plan, probe, before = outcome.plan, outcome.probe, policy_state
-        spent = jnp.where(probe.done, 0.0, before.spent) + before.cost_XQ[plan.exit_index, plan.draft_length]
+        before, used, probe = policy_state, outcome.plan.exit_index, outcome.probe
+        drafts = jnp.max(outcome.drafted_B)
+        spent = jnp.where(probe.done, 0.0, before.spent) + before.round_cost_XQ[used, drafts]
 
-        def count(agreed_Xd: jax.Array, reached_Xd: jax.Array, best: Plan) -> tuple[jax.Array, jax.Array, Plan]:
-            round_agreed_Xd, round_reached_Xd = self._round_counts(outcome)
-            new_agreed_Xd = jnp.where(probe.done, probe.agreed_XQ[:, : self.draft_length], round_agreed_Xd)
-            new_reached_Xd = jnp.where(probe.done, probe.reached_XQ[:, : self.draft_length], round_reached_Xd)
-            keep_X1 = jnp.exp(-jnp.sum(new_reached_Xd, axis=1, keepdims=True) / self.horizon)
-            agreed_Xd, reached_Xd = agreed_Xd * keep_X1 + new_agreed_Xd, reached_Xd * keep_X1 + new_reached_Xd
-            return agreed_Xd, reached_Xd, self.best_plan(agreed_Xd, reached_Xd, before.cost_XQ)
+        def count(before: Acceptance) -> Acceptance:
+            agreed_XK, reached_XK = self._round_counts(outcome)
+            agreed_X = jnp.where(probe.done, probe.agreed_X, jnp.sum(agreed_XK, axis=1))
+            reached_X = jnp.where(probe.done, probe.reached_X, jnp.sum(reached_XK, axis=1))
+            keep_X = jnp.exp(-reached_X / self.horizon)
+            counts = (
+                before.agreed_X * keep_X + agreed_X,
+                before.reached_X * keep_X + reached_X,
+                before.agreed_XK * keep_X[:, None] + agreed_XK,
+                before.reached_XK * keep_X[:, None] + reached_XK,
+            )
+            costs = before.round_cost_XQ, before.draft_cost_X
+            return Acceptance(*counts, self.choose(*counts, *costs), before.spent, before.probe_after, *costs)
 
         # A plain round gives no evidence about the exits, so skip the update.
-        has_evidence = probe.done | (plan.draft_length > 0)
-        counts = before.agreed_Xd, before.reached_Xd, before.best
-        agreed_Xd, reached_Xd, best = jax.lax.cond(has_evidence, count, lambda *same: same, *counts)
-        return before._replace(agreed_Xd=agreed_Xd, reached_Xd=reached_Xd, best=best, spent=spent)
+        after = jax.lax.cond(probe.done | (drafts > 0), count, lambda same: same, before)
+        return after._replace(spent=spent)
 
     def _round_counts(self, outcome: Outcome) -> tuple[jax.Array, jax.Array]:
-        """Return ``agreed_Xd, reached_Xd`` of a round without a probe: 0 except for the exit that it used.
+        """Return ``agreed_XK, reached_XK`` of a round: 0 except for the exit that it used.
 
         The accepted drafts agreed. The draft after them was reached and rejected.
         """
-        draft_Bd = jnp.arange(self.draft_length)[None]
+        slot_Bd = jnp.arange(self.draft_length)[None]
         accepted_B1, drafted_B1 = outcome.accepted_B[:, None], outcome.drafted_B[:, None]
-        reached_Bd = (draft_Bd <= accepted_B1) & (draft_Bd < drafted_B1) & outcome.active_B[:, None]
-        agreed_Bd = reached_Bd & (draft_Bd < accepted_B1)
+        reached_Bd = (slot_Bd <= accepted_B1) & (slot_Bd < drafted_B1) & outcome.active_B[:, None]
+        agreed_Bd = reached_Bd & (slot_Bd < accepted_B1)
         is_used_X1 = (jnp.arange(len(self.exits)) == outcome.plan.exit_index)[:, None]
-        agreed_Xd, reached_Xd = (is_used_X1 * jnp.sum(one, axis=0)[None] for one in (agreed_Bd, reached_Bd))
-        return agreed_Xd, reached_Xd
+        in_bin_BdK = outcome.notes.bin_Bd[..., None] == jnp.arange(BINS)[None, None]
+
+        def by_bin(counted_Bd: jax.Array) -> jax.Array:
+            return is_used_X1 * jnp.sum(in_bin_BdK & counted_Bd[..., None], axis=(0, 1))[None]
+
+        return by_bin(agreed_Bd), by_bin(reached_Bd)
 
 
 def default_candidates(num_layers: int) -> tuple[int, ...]:

@@ -92,45 +92,49 @@ class SelfSpeculative:
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         key, draft_key, verify_key = jax.random.split(state.key, 3)
         plan = checked_plan(self.policy, state.policy_state, least=1)
-        cache, drafts = self.draft(model, state, plan, draft_key)
+        cache, drafts, notes = self.draft(model, state, plan, draft_key)
         cache, verdict = self.verify(model, state, cache, drafts, verify_key)
-        outcome = Outcome(plan, ~state.done_B, drafts.count_B, verdict.accepted_B, Probe.none(1, self.draft_length + 1))
+        outcome = Outcome(plan, ~state.done_B, drafts.count_B, verdict.accepted_B, Probe.none(1), notes)
         policy_state = self.policy.update(state.policy_state, outcome)
         state = dataclasses.replace(state, key=key, cache=cache, policy_state=policy_state)
         # Accept the drafts up to the first that is wrong, and the full model's own token after them. The new length is
         # also the rollback: positions past it are masked, and later rounds overwrite them.
         return finish_round(state, drafts, verdict)
 
-    def draft(self, model: Transformer, state: DecodeState, plan: Plan, key: jax.Array) -> tuple[KVQCache, Drafts]:
+    def draft(self, model: Transformer, state: DecodeState, plan: Plan, key: jax.Array) -> tuple[KVQCache, Drafts, Any]:
         """Draft one token per pass, and store the exit query of every position.
 
         A row stops drafting at the planned length, at an EOS, or when the policy says so. After the last draft, one
-        more pass runs the early blocks without the head, to store that draft's exit query.
+        more pass runs the early blocks without the head, to store that draft's exit query. Returns the cache, the
+        drafts, and the policy's notes about them.
         """
         start_token_B, start_B = state.last_token()
 
         def draft_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            slot, _, cache, drafting_B, token_B, drafts = carry
+            slot, _, cache, *drafted = carry
+            drafting_B, token_B, *_ = drafted
             position = model.rotary_tables((start_B + slot)[:, None])
             queries, layers = self.early_blocks(model, plan, position, model.embed(token_B[:, None]), cache.layers)
             pairs = zip(cache.exit_query_BQD, queries, strict=True)
             cache = KVQCache(layers, [jax.lax.dynamic_update_slice(q_BQD, x, (0, slot, 0)) for q_BQD, x in pairs])
 
-            def propose(drafting_B: jax.Array, token_B: jax.Array, drafts: Drafts) -> tuple[Any, ...]:
+            def propose(drafting_B: jax.Array, token_B: jax.Array, drafts: Drafts, notes: Any) -> tuple[Any, ...]:
                 logits_BV = model.unembed(queries[-1])[:, 0]
                 token_B, probs = self.sampler.propose(logits_BV, jax.random.fold_in(key, slot))
-                keep_B = self.policy.keep_drafting(state.policy_state, token_B, logits_BV)
+                keep_B, notes = self.policy.keep_drafting(state.policy_state, notes, token_B, logits_BV)
                 drafts = drafts.put(slot, token_B, probs, drafting_B)
-                return drafting_B & keep_B & ~jnp.isin(token_B, state.eos), token_B, drafts
+                return drafting_B & keep_B & ~jnp.isin(token_B, state.eos), token_B, drafts, notes
 
             more = (slot < plan.draft_length) & jnp.any(drafting_B)
-            return slot + 1, more, cache, *jax.lax.cond(more, propose, lambda *same: same, drafting_B, token_B, drafts)
+            return slot + 1, more, cache, *jax.lax.cond(more, propose, lambda *same: same, *drafted)
 
         drafts = empty_drafts(self.sampler, state, self.draft_length, model.config.vocab_size)
-        # The carry: next slot, whether to continue, cache, rows that still draft, their last token, and the drafts.
-        carry = (jnp.int32(0), jnp.asarray(plan.draft_length > 0), state.cache, ~state.done_B, start_token_B, drafts)
-        _, _, cache, _, _, drafts = jax.lax.while_loop(lambda carry: carry[1], draft_token, carry)
-        return cache, drafts
+        notes = self.policy.init_notes(len(start_B))
+        # The carry: next slot, whether to continue, cache, rows that still draft, their last token, drafts, and notes.
+        drafted = (~state.done_B, start_token_B, drafts, notes)
+        carry = (jnp.int32(0), jnp.asarray(plan.draft_length > 0), state.cache, *drafted)
+        _, _, cache, _, _, drafts, notes = jax.lax.while_loop(lambda carry: carry[1], draft_token, carry)
+        return cache, drafts, notes
 
     def early_blocks(
         self, model: Transformer, plan: Plan, position: RotaryTables, x_B1D: jax.Array, layers: list[LayerCache]
