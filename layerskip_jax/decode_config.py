@@ -19,7 +19,8 @@ class DecodeConfig:
     policy: Literal["fixed", "confidence", "adaptive"] = setting(
         "fixed",
         "self_speculative: fixed exit_layer and draft_length; confidence: also stop drafting after a token below "
-        "draft_threshold; adaptive: choose the exit (of exits) and the draft length (up to draft_length) every round",
+        "draft_threshold; adaptive: choose the exit (of exits) before every round, and draft while it pays (up to "
+        "draft_length)",
     )
     exit_layer: int = setting(
         0,
