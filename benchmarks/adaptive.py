@@ -2,8 +2,8 @@
 
 RUN is the run folder of a model of Python code (``make quickstart``). The kinds are code (beginnings of held-out
 documents), prose (docstrings of the documents) and tables (literals in a regular pattern). For each kind, all pairs of
-exit and draft length, the adaptive policy over the trained exits, the confidence policy and prompt lookup are timed in
-turn, and their texts compared with those of plain decoding. Then follows early exit by confidence, which is lossy: how
+exit and draft length, the adaptive policy over the trained exits, alone and with lookups, the confidence policy and
+prompt lookup are timed in turn, and their texts compared with those of plain decoding. Then follows early exit by confidence, which is lossy: how
 often its next token is the full model's, and how fast it is.
 """
 
@@ -130,8 +130,10 @@ def compare(
     extremes = [config for config in fixed if config.exit_layer in (exits[0], exits[-1])]
     overhead = fit_overhead(model.config, measure(model, next(iter(prompts.values())), extremes, repeats)[1:])
     max_drafts = max(LENGTHS)
+    adaptive = adaptive_config(dataclasses.replace(base, exit_layer=0), base.exits or exits, max_drafts, overhead)
     others = {
-        "adaptive": adaptive_config(dataclasses.replace(base, exit_layer=0), base.exits or exits, max_drafts, overhead),
+        "adaptive": adaptive,
+        "adaptive_and_lookup": dataclasses.replace(adaptive, lookup_length=max_drafts),
         "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[:2][-1], draft_length=max_drafts),
         "prompt_lookup": dataclasses.replace(base, mode="prompt_lookup", draft_length=max_drafts),
     }  # fmt: skip
