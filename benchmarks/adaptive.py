@@ -3,8 +3,8 @@
 RUN is the run folder of a model of Python code (``make quickstart``). The kinds are code (beginnings of held-out
 documents), prose (docstrings of the documents) and tables (literals in a regular pattern). For each kind, all pairs of
 exit and draft length, the adaptive policy over the trained exits, alone and with lookups, the confidence policy and
-prompt lookup are timed in turn, and their texts compared with those of plain decoding. Then follows early exit by confidence, which is lossy: how
-often its next token is the full model's, and how fast it is.
+prompt lookup are timed in turn, and their texts compared with those of plain decoding. Then follows early exit by
+confidence, which is lossy: how often its next token is the full model's, and how fast it is.
 """
 
 import argparse
