@@ -33,6 +33,7 @@ from layerskip_jax.cache import LayerCache
 from layerskip_jax.compiler_options import rounds_options
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.adaptive_policy import Adaptive
 from layerskip_jax.decoding.cost import (
     head_share,
     measured_bandwidth,
@@ -41,7 +42,7 @@ from layerskip_jax.decoding.cost import (
     weight_bytes,
 )
 from layerskip_jax.decoding.engine import begin, generate, rounds_program, run_rounds
-from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
+from layerskip_jax.decoding.policies import ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.quantization import quantized
 from layerskip_jax.decoding.request import Generation

@@ -6,8 +6,9 @@ with epy.lazy_api_imports(globals()):  # a module is imported when its name is f
     from layerskip_jax.checkpoint.reading import load_model
     from layerskip_jax.config import Config
     from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+    from layerskip_jax.decoding.adaptive_policy import Adaptive
     from layerskip_jax.decoding.engine import generate
-    from layerskip_jax.decoding.policies import Adaptive, Fixed
+    from layerskip_jax.decoding.policies import Fixed
     from layerskip_jax.decoding.rounds import SelfSpeculative
     from layerskip_jax.decoding.sampling import Greedy, Stochastic
     from layerskip_jax.decoding.text import TextGenerator

@@ -11,27 +11,20 @@ from models import tiny_config, tiny_model
 from test_decoding_lossless import NeverAgrees, with_tail
 
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.adaptive_policy import Adaptive, Costs, Counts, Drafted
 from layerskip_jax.decoding.cost import head_share, round_cost
 from layerskip_jax.decoding.engine import begin, generate, run_rounds
-from layerskip_jax.decoding.policies import Adaptive, Drafted, Outcome, Plan, Probe
+from layerskip_jax.decoding.policies import Outcome, Plan, Probe
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import UserError
-
-
-def chosen(policy, state, **counts):
-    """Return what ``policy`` chooses by ``counts`` and the costs in ``state``."""
-    state = state._replace(**{name: jnp.array(values, jnp.float32) for name, values in counts.items()})
-    return policy.choose(*state[:4], state.round_cost_XQ, state.draft_cost_X)
 
 
 def test_adaptive_chooses_by_the_formulas():
     """The rate r, the acceptances and the least chance, by hand for two exits and up to three drafts."""
     policy = Adaptive((1, 2), 3)
-    state = policy.init_state(tiny_config())._replace(
-        round_cost_XQ=jnp.array([[1.0, 1.2, 1.4, 1.6], [1.0, 1.4, 1.8, 2.2]]), draft_cost_X=jnp.array([0.2, 0.4])
-    )
-    by_bin = {"agreed_XK": [[0, 0, 0, 9], [0, 2, 6, 90]], "reached_XK": [[8, 8, 8, 8], [4, 4, 8, 92]]}
-    choice = chosen(policy, state, agreed_X=[15, 98], reached_X=[31, 108], **by_bin)
+    costs = Costs(jnp.array([[1.0, 1.2, 1.4, 1.6], [1.0, 1.4, 1.8, 2.2]]), jnp.array([0.2, 0.4]))
+    agreed_XK, reached_XK = jnp.array([[0, 0, 0, 9], [0, 2, 6, 90]]), jnp.array([[8, 8, 8, 8], [4, 4, 8, 92]])
+    choice = policy.choose(Counts(jnp.array([15, 98]), jnp.array([31, 108]), agreed_XK, reached_XK), costs)
     rates = [(15 + 2 * 0.8) / 33, (98 + 2 * 0.8) / 110]  # 0.503 and 0.905
     gains = [(1 + a + a**2 + a**3) / cost for a, cost in zip(rates, (1.6, 2.2), strict=True)]
     assert gains[1] > gains[0]  # 1.57 and 1.18
@@ -39,7 +32,7 @@ def test_adaptive_chooses_by_the_formulas():
     a = rates[1]
     np.testing.assert_allclose(choice.rate_K, [2 * a / 6, (2 + 2 * a) / 6, (6 + 2 * a) / 10, (90 + 2 * a) / 94], 1e-6)
     assert choice.least_chance == pytest.approx(gains[1] * 0.4 / a, rel=1e-6)
-    nothing = chosen(policy, state, agreed_X=[0, 0], reached_X=[99, 99], **by_bin)
+    nothing = policy.choose(Counts(jnp.zeros(2), jnp.full(2, 99), agreed_XK, reached_XK), costs)
     assert int(nothing.plan.draft_length) == 0
 
 
@@ -74,16 +67,16 @@ def test_adaptive_updates_its_counts():
         notes=Drafted(jnp.int32(3), jnp.ones(3), jnp.array([[3, 1, 0], [3, 3, 2], [2, 2, 2]])),
     )
     state = policy.update(first, outcome)
-    assert state.agreed_XK.tolist() == [[0, 0, 0, 0], [0, 1, 0, 3]]
-    assert state.reached_XK.tolist() == [[0, 0, 0, 0], [1, 1, 0, 3]]
-    assert (state.agreed_X.tolist(), state.reached_X.tolist()) == ([0, 4], [0, 5])
+    assert state.counts.agreed_XK.tolist() == [[0, 0, 0, 0], [0, 1, 0, 3]]
+    assert state.counts.reached_XK.tolist() == [[0, 0, 0, 0], [1, 1, 0, 3]]
+    assert (state.counts.agreed_X.tolist(), state.counts.reached_X.tolist()) == ([0, 4], [0, 5])
     state = policy.update(state, outcome._replace(probe=Probe(jnp.bool(True), none + 1, none + 2)))
-    np.testing.assert_allclose(state.agreed_X, [1, 5], rtol=1e-5)
-    np.testing.assert_allclose(state.reached_X, [2, 7], rtol=1e-5)
-    assert state.reached_XK[1].tolist() == [2, 2, 0, 6]  # a probe replaces only the sums over all bins
+    np.testing.assert_allclose(state.counts.agreed_X, [1, 5], rtol=1e-5)
+    np.testing.assert_allclose(state.counts.reached_X, [2, 7], rtol=1e-5)
+    assert state.counts.reached_XK[1].tolist() == [2, 2, 0, 6]  # a probe replaces only the sums over all bins
     assert state.spent == pytest.approx(round_cost(config, 2, 3))  # the round of the probe itself
     assert not policy.probes(state)
-    again = policy.choose(*state[:4], state.round_cost_XQ, state.draft_cost_X)
+    again = policy.choose(state.counts, state.costs)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, state.choice, again))
     plain = outcome._replace(plan=Plan(jnp.int32(0), jnp.int32(0)), drafted_B=jnp.zeros(3, jnp.int32))
     after = policy.update(state, plain)
@@ -104,8 +97,8 @@ def test_adaptive_forgets_with_its_horizon():
     state = policy.init_state(tiny_config())
     for _ in range(100):
         state = policy.update(state, right)
-    np.testing.assert_allclose(state.reached_X, 2 / (1 - np.exp(-0.2)), rtol=1e-4)  # a geometric series
-    np.testing.assert_allclose(state.reached_XK[0], [state.reached_X[0], 0, 0, 0], rtol=1e-4)
+    np.testing.assert_allclose(state.counts.reached_X, 2 / (1 - np.exp(-0.2)), rtol=1e-4)  # a geometric series
+    np.testing.assert_allclose(state.counts.reached_XK[0], [state.counts.reached_X[0], 0, 0, 0], rtol=1e-4)
 
 
 def test_adaptive_probes_for_its_share_of_the_time():
@@ -201,8 +194,8 @@ def test_probes_count_what_each_exit_would_have_drafted(used):
                 if guesses[position - 1] != sequence[position]:
                     break
                 agreed[row] += 1
-    np.testing.assert_allclose(state.policy_state[0].agreed_X, agreed, rtol=1e-5)
-    np.testing.assert_allclose(state.policy_state[0].reached_X, reached, rtol=1e-5)
+    np.testing.assert_allclose(state.policy_state[0].counts.agreed_X, agreed, rtol=1e-5)
+    np.testing.assert_allclose(state.policy_state[0].counts.reached_X, reached, rtol=1e-5)
 
 
 def test_candidates_must_be_increasing_and_in_the_model():

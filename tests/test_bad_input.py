@@ -22,12 +22,13 @@ from layerskip_jax.config import DecodeConfig
 from layerskip_jax.config_dict import from_dict
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.adaptive_policy import Adaptive
 from layerskip_jax.decoding.branching import Branching, GreedyBranches
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.hybrid import Hybrid
-from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
+from layerskip_jax.decoding.policies import ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import NO_TOKEN, Greedy, Stochastic

@@ -14,10 +14,11 @@ from models import tiny_model
 
 from layerskip_jax import cache
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.adaptive_policy import Adaptive
 from layerskip_jax.decoding.branching import Branching, GreedyBranches
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.hybrid import Hybrid
-from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed, Plan
+from layerskip_jax.decoding.policies import ConfidenceStop, Fixed, Plan
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy

@@ -12,10 +12,11 @@ from models import tiny_model
 from test_decoding_lossless import with_tail
 
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.adaptive_policy import Adaptive
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.engine import begin, generate, rounds_program
 from layerskip_jax.decoding.hybrid import Hybrid
-from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed, Plan
+from layerskip_jax.decoding.policies import ConfidenceStop, Fixed, Plan
 from layerskip_jax.decoding.prompt_lookup import PromptLookup, look_up
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy

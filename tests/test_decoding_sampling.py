@@ -13,9 +13,10 @@ from models import tiny_model
 from scipy import stats
 
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.adaptive_policy import Adaptive
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.hybrid import Hybrid
-from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
+from layerskip_jax.decoding.policies import ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy, Stochastic, Verdict

@@ -20,10 +20,11 @@ from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import _to_row
 from layerskip_jax.data.tokenizer_settings import TokenizerSettings
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.adaptive_policy import Adaptive
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.hybrid import Hybrid
-from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, Fixed
+from layerskip_jax.decoding.policies import ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy

@@ -9,8 +9,9 @@ import pytest
 from models import tiny_model
 
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.adaptive_policy import Adaptive
 from layerskip_jax.decoding.engine import begin, generate, rounds_program
-from layerskip_jax.decoding.policies import Adaptive, Fixed
+from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.quantization import OUTPUT_AXES, quantized, with_weights
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy

@@ -3,11 +3,12 @@
 from layerskip_jax.checks import require_exits
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
+from layerskip_jax.decoding.adaptive_policy import Adaptive, default_candidates
 from layerskip_jax.decoding.branching import Branching, GreedyBranches, StochasticBranches
 from layerskip_jax.decoding.confident_exit import ConfidentExit
 from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.hybrid import Hybrid
-from layerskip_jax.decoding.policies import Adaptive, ConfidenceStop, DraftPolicy, Fixed, default_candidates
+from layerskip_jax.decoding.policies import ConfidenceStop, DraftPolicy, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy, Stochastic

@@ -1,0 +1,211 @@
+"""The adaptive policy: it learns the acceptance of every candidate exit, chooses one, and stops drafting in time."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layerskip_jax.checks import parse_value, require, require_positive, require_rising
+from layerskip_jax.config import ModelConfig
+from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, check_overhead, head_share, round_cost
+from layerskip_jax.decoding.policies import Outcome, Plan, doubling_widths, log_confidence
+
+PRIOR_RATE = 0.8
+"""The acceptance that `Adaptive` assumes of an exit before the first round. It is optimistic: the first rounds draft
+long, and so learn more."""
+
+PRIOR_WEIGHT = 2.0
+"""How many observations a prior counts for."""
+
+BINS = 4
+"""`Adaptive` tells drafts apart by their probability at the exit: at most 1/8, up to 1/4, up to 1/2, and above."""
+
+
+class Counts(NamedTuple):
+    """Discounted counts for X exits and K bins of confidence; ``agreed`` and ``reached`` are those of `Probe`."""
+
+    agreed_X: jax.Array  # drafts and probes
+    reached_X: jax.Array
+    agreed_XK: jax.Array  # drafts alone
+    reached_XK: jax.Array
+
+    @classmethod
+    def none(cls, exits: int) -> "Counts":
+        return cls(jnp.zeros(exits), jnp.zeros(exits), jnp.zeros((exits, BINS)), jnp.zeros((exits, BINS)))
+
+    def add(self, new: "Counts", horizon: float) -> "Counts":
+        """Return the counts with ``new`` ones; each observation of an exit discounts the older ones of that exit."""
+        keep_X1 = jnp.exp(-new.reached_X / horizon)[:, None]
+        keep = (keep_X1[:, 0], keep_X1[:, 0], keep_X1, keep_X1)
+        return Counts(*(old * kept + added for old, kept, added in zip(self, keep, new, strict=True)))
+
+
+class Costs(NamedTuple):
+    """The costs by which `Adaptive` chooses, in passes of the full model for one token."""
+
+    round_XQ: jax.Array  # a round from each exit with 0..d drafts
+    draft_X: jax.Array  # one more draft
+
+
+class Choice(NamedTuple):
+    """What `Adaptive` decides before a round."""
+
+    plan: Plan
+    rate_K: jax.Array  # acceptance of a draft in each bin of the exit's confidence
+    least_chance: jax.Array  # stop drafting if all drafts so far are accepted with a lower probability
+
+
+class Acceptance(NamedTuple):
+    """The policy state of `Adaptive`."""
+
+    counts: Counts
+    choice: Choice  # follows from the counts
+    spent: jax.Array  # cost of the rounds since the last probe
+    probe_after: jax.Array  # the next probe is due when ``spent`` reaches this
+    costs: Costs
+
+
+class Drafted(NamedTuple):
+    """The notes of `Adaptive` about the drafts of a round."""
+
+    slot: jax.Array
+    chance_B: jax.Array  # estimated probability that all drafts so far are accepted
+    bin_Bd: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive:
+    """Choose the exit before each round, and after each draft whether another one pays.
+
+    Let a_E be the probability that a draft of exit E is accepted if the drafts before it were. The best rate, in tokens
+    per pass of the full model, and its exit are
+
+        r = max (1 + a_E + ... + a_E^n) / cost(E, n)    over E and n = 0..d,
+
+    with the costs of `cost.round_cost`; n = 0 is plain decoding. A round then drafts until all its drafts are accepted
+    with a probability s that is too low for another draft (optimal stopping):
+
+        s a_E < r (cost(E, n + 1) - cost(E, n))
+
+    s is a product of acceptances that depend on the exit's confidence, its probability of the draft, in `BINS` bins:
+    a threshold on the confidence itself would stop too early where an exit is right more often than its probabilities
+    say. DEL (arXiv 2504.05598) also chooses exits and lengths by acceptance.
+
+    All acceptances are estimated from about the last ``horizon`` drafts. Every round measures the exit that it uses. To
+    measure the others, a probe runs the head at all of ``exits``; ``probe_share`` is the share of the decoding time to
+    spend on probes. Needs `adaptive.AdaptiveSpeculative`.
+    """
+
+    exits: Sequence[int]
+    draft_length: int
+    probe_share: float = 0.05
+    horizon: float = 100.0
+    overhead: Overhead = NO_OVERHEAD
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exits", parse_value(tuple[int, ...], self.exits, "exits"))  # a list is not hashable
+        require(len(self.exits) > 0, "exits must name at least one exit")
+        require_rising("exits", self.exits)
+        require_positive("draft_length", self.draft_length)
+        require(0 < self.probe_share <= 1, f"probe_share must be in (0, 1], not {self.probe_share}")
+        require(0 < self.horizon < math.inf, f"horizon must be positive and finite, not {self.horizon}")
+        check_overhead(self.overhead)
+
+    @property
+    def verify_widths(self) -> Sequence[int]:
+        return doubling_widths(self.draft_length)
+
+    def init_state(self, model: ModelConfig) -> Any:
+        cost = partial(round_cost, model, overhead=self.overhead)
+        length_Q = range(self.draft_length + 1)
+        costs = Costs(
+            jnp.array([[cost(exit_layer, n) for n in length_Q] for exit_layer in self.exits]),
+            jnp.array([cost(exit_layer, 2) - cost(exit_layer, 1) for exit_layer in self.exits]),
+        )
+        counts = Counts.none(len(self.exits))
+        due = jnp.float32(len(self.exits) * head_share(model) / self.probe_share)
+        return Acceptance(counts, self.choose(counts, costs), due, due, costs)
+
+    def choose(self, counts: Counts, costs: Costs) -> Choice:
+        """Return the exit with the best rate, and when to stop drafting from it."""
+        rate_X = (counts.agreed_X + PRIOR_WEIGHT * PRIOR_RATE) / (counts.reached_X + PRIOR_WEIGHT)
+        # A bin of which little is known has the acceptance of its exit.
+        rate_XK = (counts.agreed_XK + PRIOR_WEIGHT * rate_X[:, None]) / (counts.reached_XK + PRIOR_WEIGHT)
+        # Element by element, and not with cumsum: XLA:CPU then runs a single operation.
+        length_Q = np.arange(self.draft_length + 1)
+        power_XQ = rate_X[:, None] ** length_Q[None]
+        tokens_XQ = jnp.sum(power_XQ[:, None] * np.tri(len(length_Q))[None], axis=2)
+        gain_XQ = tokens_XQ / costs.round_XQ
+        best = jnp.argmax(gain_XQ).astype(jnp.int32)
+        exit_index, drafts = best // len(length_Q), best % len(length_Q)
+        least_chance = jnp.max(gain_XQ) * costs.draft_X[exit_index] / rate_X[exit_index]
+        # A round that pays with some number of drafts may draft more, if the exit is confident.
+        plan = Plan(exit_index, jnp.where(drafts > 0, self.draft_length, 0))
+        return Choice(plan, rate_XK[exit_index], least_chance)
+
+    def plan(self, policy_state: Any) -> Plan:
+        return policy_state.choice.plan
+
+    def probes(self, policy_state: Any) -> bool | jax.Array:
+        due = policy_state.spent >= policy_state.probe_after
+        # A round that drafts measures its own exit, so a single candidate needs a probe only in rounds without a draft.
+        return due if len(self.exits) > 1 else due & (self.plan(policy_state).draft_length == 0)
+
+    def init_notes(self, rows: int) -> Any:
+        return Drafted(jnp.int32(0), jnp.ones(rows), jnp.zeros((rows, self.draft_length), jnp.int32))
+
+    def keep_drafting(
+        self, policy_state: Any, notes: Any, token_B: jax.Array, logits_BV: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        halvings_B = jnp.floor(log_confidence(token_B, logits_BV) / math.log(2)).astype(jnp.int32)
+        bin_B = jnp.clip(BINS + halvings_B, 0, BINS - 1)
+        chance_B = notes.chance_B * policy_state.choice.rate_K[bin_B]
+        bin_Bd = jax.lax.dynamic_update_index_in_dim(notes.bin_Bd, bin_B, notes.slot, axis=1)
+        return chance_B >= policy_state.choice.least_chance, Drafted(notes.slot + 1, chance_B, bin_Bd)
+
+    def update(self, policy_state: Any, outcome: Outcome) -> Any:
+        before, probe, drafts = policy_state, outcome.probe, jnp.max(outcome.drafted_B)
+        spent = jnp.where(probe.done, 0.0, before.spent) + before.costs.round_XQ[outcome.plan.exit_index, drafts]
+
+        def learn(counts: Counts, choice: Choice) -> tuple[Counts, Choice]:
+            counts = counts.add(self.round_counts(outcome), self.horizon)
+            return counts, self.choose(counts, before.costs)
+
+        # A plain round gives no evidence about the exits, so skip the update.
+        has_evidence = probe.done | (drafts > 0)
+        counts, choice = jax.lax.cond(has_evidence, learn, lambda *same: same, before.counts, before.choice)
+        return before._replace(counts=counts, choice=choice, spent=spent)
+
+    def round_counts(self, outcome: Outcome) -> Counts:
+        """Return the counts of a round: those of its probe, or else of the exit that it used.
+
+        The accepted drafts agreed. The draft after them was reached and rejected.
+        """
+        slot_Bd = jnp.arange(self.draft_length)[None]
+        accepted_B1, drafted_B1 = outcome.accepted_B[:, None], outcome.drafted_B[:, None]
+        reached_Bd = (slot_Bd <= accepted_B1) & (slot_Bd < drafted_B1) & outcome.active_B[:, None]
+        agreed_Bd = reached_Bd & (slot_Bd < accepted_B1)
+        is_used_X1 = (jnp.arange(len(self.exits)) == outcome.plan.exit_index)[:, None]
+        in_bin_BdK = outcome.notes.bin_Bd[..., None] == jnp.arange(BINS)[None, None]
+
+        def by_bin(counted_Bd: jax.Array) -> jax.Array:
+            return is_used_X1 * jnp.sum(in_bin_BdK & counted_Bd[..., None], axis=(0, 1))[None]
+
+        agreed_XK, reached_XK, probe = by_bin(agreed_Bd), by_bin(reached_Bd), outcome.probe
+        agreed_X = jnp.where(probe.done, probe.agreed_X, jnp.sum(agreed_XK, axis=1))
+        reached_X = jnp.where(probe.done, probe.reached_X, jnp.sum(reached_XK, axis=1))
+        return Counts(agreed_X, reached_X, agreed_XK, reached_XK)
+
+
+def default_candidates(num_layers: int) -> tuple[int, ...]:
+    """Return the default candidate exits of `Adaptive`: L/8, L/4 and L/2.
+
+    >>> default_candidates(16), default_candidates(4)
+    ((2, 4, 8), (1, 2))
+    """
+    return tuple(sorted({max(1, num_layers // part) for part in (8, 4, 2)}))
