@@ -52,7 +52,10 @@ def with_tail(model, exit_layer, scale):
 
 @dataclasses.dataclass(frozen=True)
 class Erratic(Adaptive):
-    """A stub policy that plans another exit and another draft length, 0 included, in every round; it has few widths."""
+    """A stub policy that plans another exit and another draft length, 0 included, in every round; it has few widths.
+
+    Every seventh token ends the draft of its row.
+    """
 
     @property
     def verify_widths(self):
@@ -66,6 +69,9 @@ class Erratic(Adaptive):
 
     def probes(self, rounds):
         return rounds % 3 == 0
+
+    def keep_drafting(self, rounds, notes, token_B, logits_BV):
+        return token_B % 7 != 0, notes
 
     def update(self, rounds, outcome):
         return rounds + 1
