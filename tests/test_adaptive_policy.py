@@ -11,7 +11,7 @@ from models import tiny_config, tiny_model
 from test_decoding_lossless import NeverAgrees, with_tail
 
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
-from layerskip_jax.decoding.adaptive_policy import Adaptive, Costs, Counts, Drafted
+from layerskip_jax.decoding.adaptive_policy import Adaptive, Costs, Counts, DraftNotes
 from layerskip_jax.decoding.cost import head_share, round_cost
 from layerskip_jax.decoding.engine import begin, generate, run_rounds
 from layerskip_jax.decoding.policies import Outcome, Plan, Probe
@@ -25,32 +25,44 @@ def test_adaptive_chooses_by_the_formulas():
     costs = Costs(jnp.array([[1.0, 1.2, 1.4, 1.6], [1.0, 1.4, 1.8, 2.2]]), jnp.array([0.2, 0.4]))
     agreed_XK, reached_XK = jnp.array([[0, 0, 0, 9], [0, 2, 6, 90]]), jnp.array([[8, 8, 8, 8], [4, 4, 8, 92]])
     choice = policy.choose(Counts(jnp.array([15, 98]), jnp.array([31, 108]), agreed_XK, reached_XK), costs)
-    rates = [(15 + 2 * 0.8) / 33, (98 + 2 * 0.8) / 110]  # 0.503 and 0.905
-    gains = [(1 + a + a**2 + a**3) / cost for a, cost in zip(rates, (1.6, 2.2), strict=True)]
-    assert gains[1] > gains[0]  # 1.57 and 1.18
+    a, b = (15 + 2 * 0.8) / 33, (98 + 2 * 0.8) / 110  # 0.503 and 0.905
+    best = (1 + b + b**2 + b**3) / 2.2
+    assert best > (1 + a + a**2) / 1.4 > (1 + a) / 1.2  # 1.58, 1.255, 1.252
     assert (int(choice.plan.exit_index), int(choice.plan.draft_length)) == (1, 3)
-    a = rates[1]
-    np.testing.assert_allclose(choice.rate_K, [2 * a / 6, (2 + 2 * a) / 6, (6 + 2 * a) / 10, (90 + 2 * a) / 94], 1e-6)
-    assert choice.least_chance == pytest.approx(gains[1] * 0.4 / a, rel=1e-6)
+    np.testing.assert_allclose(
+        choice.acceptance_K, [2 * b / 6, (2 + 2 * b) / 6, (6 + 2 * b) / 10, (90 + 2 * b) / 94], 1e-6
+    )
+    assert choice.least_chance == pytest.approx(best * 0.4 / b, rel=1e-6)
+
+    # The best rate of the first exit has two drafts, but a round may draft up to three.
+    choice = policy.choose(Counts(jnp.array([15, 0]), jnp.array([31, 50]), agreed_XK, reached_XK), costs)
+    assert (int(choice.plan.exit_index), int(choice.plan.draft_length)) == (0, 3)
+    assert choice.least_chance == pytest.approx((1 + a + a**2) / 1.4 * 0.2 / a, rel=1e-6)
+
     nothing = policy.choose(Counts(jnp.zeros(2), jnp.full(2, 99), agreed_XK, reached_XK), costs)
     assert int(nothing.plan.draft_length) == 0
 
 
 def test_adaptive_drafts_until_another_draft_does_not_pay():
-    """Acceptances of 0.5, 0.6, 0.8 and 0.95 by confidence; below a chance of 0.4, no further draft."""
+    """The rows stop together, when the mean over the active ones falls below the least chance."""
     policy = Adaptive((1,), 6)
     state = policy.init_state(tiny_config())
-    choice = state.choice._replace(rate_K=jnp.array([0.5, 0.6, 0.8, 0.95]), least_chance=jnp.float32(0.4))
-    state, notes = state._replace(choice=choice), policy.init_notes(2)
-    confidences = [(0.9, 0.1), (0.6, 0.3), (0.2, 0.2), (0.4, 0.9)]
-    chances = [(0.95, 0.5), (0.95**2, 0.4), (0.95**2 * 0.6, 0.24), (0.95**2 * 0.48, 0.24 * 0.95)]
-    for confidence_B, chance_B in zip(confidences, chances, strict=True):
-        p_B = np.array(confidence_B)
-        logits_BV = 3 + np.log(np.stack([p_B, 0.75 * (1 - p_B), 0.25 * (1 - p_B)], axis=1))
-        keep_B, notes = policy.keep_drafting(state, notes, jnp.array([0, 0]), jnp.asarray(logits_BV))
+    choice = state.choice._replace(acceptance_K=jnp.array([0.5, 0.6, 0.8, 0.95]), least_chance=jnp.float32(0.5))
+    state, notes = state._replace(choice=choice), policy.init_notes(jnp.array([True, True, False]))
+    drafts = [  # probabilities at the exit, bins, chances, and whether the mean of the first two is at least 0.5
+        ((0.9, 0.1, 0.1), (3, 0, 0), (0.95, 0.5, 0.5), True),
+        ((0.51, 0.26, 0.49), (3, 2, 2), (0.95**2, 0.4, 0.4), True),
+        ((0.24, 0.126, 0.124), (1, 1, 0), (0.95**2 * 0.6, 0.24, 0.2), False),
+        ((1.0, 0.6, 0.26), (3, 3, 2), (0.95**3 * 0.6, 0.24 * 0.95, 0.16), False),
+    ]
+    for slot, (p_B, bin_B, chance_B, keeps) in enumerate(drafts):
+        rest_B = 1 - np.array(p_B)
+        with np.errstate(divide="ignore"):
+            logits_BV = 3 + np.log(np.stack([p_B, 0.75 * rest_B, 0.25 * rest_B], axis=1))
+        keep_B, notes = policy.keep_drafting(state, notes, jnp.zeros(3, jnp.int32), jnp.asarray(logits_BV))
         np.testing.assert_allclose(notes.chance_B, chance_B, rtol=1e-5)
-        assert keep_B.tolist() == [chance >= 0.4 - 1e-6 for chance in chance_B] or 0.4 in chance_B
-    assert notes.bin_Bd[:, :4].tolist() == [[3, 3, 1, 2], [0, 2, 1, 3]]
+        assert notes.bin_Bd[:, slot].tolist() == list(bin_B)
+        assert keep_B.tolist() == [keeps] * 3
 
 
 def test_adaptive_updates_its_counts():
@@ -64,7 +76,7 @@ def test_adaptive_updates_its_counts():
         drafted_B=jnp.array([3, 2, 0]),
         accepted_B=jnp.array([2, 2, 0]),
         probe=Probe.none(2),
-        notes=Drafted(jnp.int32(3), jnp.ones(3), jnp.array([[3, 1, 0], [3, 3, 2], [2, 2, 2]])),
+        notes=DraftNotes(jnp.ones(3, bool), jnp.int32(3), jnp.ones(3), jnp.array([[3, 1, 0], [3, 3, 2], [2, 2, 2]])),
     )
     state = policy.update(first, outcome)
     assert state.counts.agreed_XK.tolist() == [[0, 0, 0, 0], [0, 1, 0, 3]]
@@ -92,7 +104,7 @@ def test_adaptive_forgets_with_its_horizon():
         jnp.array([2]),
         jnp.array([2]),
         Probe.none(1),
-        Drafted(jnp.int32(2), jnp.ones(1), none_Bd),
+        DraftNotes(jnp.ones(1, bool), jnp.int32(2), jnp.ones(1), none_Bd),
     )
     state = policy.init_state(tiny_config())
     for _ in range(100):

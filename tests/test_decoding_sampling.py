@@ -16,7 +16,7 @@ from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.adaptive_policy import Adaptive
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.hybrid import Hybrid
-from layerskip_jax.decoding.policies import ConfidenceStop, Fixed
+from layerskip_jax.decoding.policies import ConfidenceStop, Fixed, Plan
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy, Stochastic, Verdict
@@ -102,9 +102,18 @@ def p_value(model, strategy, exact, samples=SAMPLES):
     return stats.chisquare(observed, expected).pvalue
 
 
+class ByProbability(Adaptive):
+    """Drafts from another exit in every round, and stops by the exit's probability of each token."""
+
+    def choose(self, counts, costs):
+        choice = super().choose(counts, costs)
+        plan = Plan(jnp.int32(jnp.sum(counts.reached_XK) % 2), jnp.int32(self.draft_length))
+        return choice._replace(plan=plan, acceptance_K=jnp.array([0.2, 0.5, 0.8, 1.0]), least_chance=jnp.float32(0.45))
+
+
 STRATEGIES = [
     AdaptiveSpeculative(Stochastic(), ConfidenceStop(1, 3, 0.3)),
-    AdaptiveSpeculative(Stochastic(temperature=0.8), Adaptive((1, 2), 3, probe_share=0.5)),
+    AdaptiveSpeculative(Stochastic(temperature=0.8), ByProbability((1, 2), 3, probe_share=0.5)),
     PromptLookup(Stochastic(temperature=1.2, top_k=5), draft_length=2),
     Hybrid(PromptLookup(Stochastic(), 2, max_ngram=1), SelfSpeculative(Stochastic(), Fixed(1, 1)), num_layers=2),
 ]

@@ -25,7 +25,7 @@ from layerskip_jax.rope import RotaryTables
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveSpeculative(SelfSpeculative):
-    """Self-speculation from the exit that the policy plans, with as many drafts as it plans, or none."""
+    """Self-speculation from the exit that the policy plans, with at most as many drafts as it plans, or none."""
 
     def __post_init__(self) -> None:
         """Override the check of `SelfSpeculative` that the policy has a single exit."""
@@ -113,7 +113,7 @@ class AdaptiveSpeculative(SelfSpeculative):
         def compare(none: Probe) -> Probe:
             agreed, reached = [], []
             for x_BWD in query_BWD:
-                agrees_BW = self.sampler.agreement(model.unembed(x_BWD), logits_BWV) * valid_BW
+                agrees_BW = jnp.where(valid_BW, self.sampler.agreement(model.unembed(x_BWD), logits_BWV), 0)
                 all_agree_BW = jnp.cumprod(agrees_BW, axis=1)
                 before_BW = jnp.pad(all_agree_BW[:, :-1], ((0, 0), (1, 0)), constant_values=1)
                 agreed.append(jnp.sum(all_agree_BW))

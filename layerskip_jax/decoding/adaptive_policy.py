@@ -1,4 +1,4 @@
-"""The adaptive policy: it learns the acceptance of every candidate exit, chooses one, and stops drafting in time."""
+"""The adaptive policy: it learns how often drafts are accepted, chooses an exit, and stops when no more drafts pay."""
 
 import dataclasses
 import math
@@ -13,23 +13,27 @@ import numpy as np
 from layerskip_jax.checks import parse_value, require, require_positive, require_rising
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, check_overhead, head_share, round_cost
-from layerskip_jax.decoding.policies import Outcome, Plan, doubling_widths, log_confidence
+from layerskip_jax.decoding.policies import Outcome, Plan, doubling_widths, log_probability
 
-PRIOR_RATE = 0.8
+PRIOR_ACCEPTANCE = 0.8
 """The acceptance that `Adaptive` assumes of an exit before the first round. It is optimistic: the first rounds draft
 long, and so learn more."""
 
 PRIOR_WEIGHT = 2.0
-"""How many observations a prior counts for."""
+"""How many drafts a prior counts for."""
 
 BINS = 4
-"""`Adaptive` tells drafts apart by their probability at the exit: at most 1/8, up to 1/4, up to 1/2, and above."""
+"""`Adaptive` has four bins for the exit's probability of a draft: below 1/8, from 1/8, from 1/4, and from 1/2."""
 
 
 class Counts(NamedTuple):
-    """Discounted counts for X exits and K bins of confidence; ``agreed`` and ``reached`` are those of `Probe`."""
+    """Discounted counts for X exits and K bins of the exit's probability.
 
-    agreed_X: jax.Array  # drafts and probes
+    ``reached`` counts the drafts, or the positions of a probe, before which all drafts were accepted, and ``agreed``
+    those of them that were accepted too.
+    """
+
+    agreed_X: jax.Array  # drafts of a round, or its probe in their place
     reached_X: jax.Array
     agreed_XK: jax.Array  # drafts alone
     reached_XK: jax.Array
@@ -39,9 +43,10 @@ class Counts(NamedTuple):
         return cls(jnp.zeros(exits), jnp.zeros(exits), jnp.zeros((exits, BINS)), jnp.zeros((exits, BINS)))
 
     def add(self, new: "Counts", horizon: float) -> "Counts":
-        """Return the counts with ``new`` ones; each observation of an exit discounts the older ones of that exit."""
-        keep_X1 = jnp.exp(-new.reached_X / horizon)[:, None]
-        keep = (keep_X1[:, 0], keep_X1[:, 0], keep_X1, keep_X1)
+        """Add the counts of a round; each observation of an exit discounts the older ones of that exit."""
+        keep_X = jnp.exp(-new.reached_X / horizon)
+        keep_X1 = jnp.exp(-jnp.sum(new.reached_XK, axis=1, keepdims=True) / horizon)  # a probe adds nothing to the bins
+        keep = (keep_X, keep_X, keep_X1, keep_X1)
         return Counts(*(old * kept + added for old, kept, added in zip(self, keep, new, strict=True)))
 
 
@@ -56,11 +61,11 @@ class Choice(NamedTuple):
     """What `Adaptive` decides before a round."""
 
     plan: Plan
-    rate_K: jax.Array  # acceptance of a draft in each bin of the exit's confidence
-    least_chance: jax.Array  # stop drafting if all drafts so far are accepted with a lower probability
+    acceptance_K: jax.Array  # of a draft in each bin of the exit's probability
+    least_chance: jax.Array  # stop once the probability that all drafts so far are accepted is below this
 
 
-class Acceptance(NamedTuple):
+class AdaptiveState(NamedTuple):
     """The policy state of `Adaptive`."""
 
     counts: Counts
@@ -70,12 +75,13 @@ class Acceptance(NamedTuple):
     costs: Costs
 
 
-class Drafted(NamedTuple):
+class DraftNotes(NamedTuple):
     """The notes of `Adaptive` about the drafts of a round."""
 
-    slot: jax.Array
+    active_B: jax.Array
+    slot: jax.Array  # of the next draft
     chance_B: jax.Array  # estimated probability that all drafts so far are accepted
-    bin_Bd: jax.Array
+    bin_Bd: jax.Array  # of each draft, by the exit's probability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +93,19 @@ class Adaptive:
 
         r = max (1 + a_E + ... + a_E^n) / cost(E, n)    over E and n = 0..d,
 
-    with the costs of `cost.round_cost`; n = 0 is plain decoding. A round then drafts until all its drafts are accepted
-    with a probability s that is too low for another draft (optimal stopping):
+    with the costs of `cost.round_cost`; n = 0 is plain decoding. During a round, let s be the estimated probability
+    that all drafts so far are accepted, in the mean over the rows, which draft together. The round stops when the next
+    draft's expected tokens are worth less than its cost at the rate r:
 
         s a_E < r (cost(E, n + 1) - cost(E, n))
 
-    s is a product of acceptances that depend on the exit's confidence, its probability of the draft, in `BINS` bins:
-    a threshold on the confidence itself would stop too early where an exit is right more often than its probabilities
-    say. DEL (arXiv 2504.05598) also chooses exits and lengths by acceptance.
+    s multiplies one learned acceptance for each draft, that of the bin of the exit's probability for the token. A
+    threshold on this probability would stop too early where an exit is right more often than its probabilities say.
+    DEL (arXiv 2504.05598) also chooses exits and lengths by acceptance.
 
-    All acceptances are estimated from about the last ``horizon`` drafts. Every round measures the exit that it uses. To
-    measure the others, a probe runs the head at all of ``exits``; ``probe_share`` is the share of the decoding time to
-    spend on probes. Needs `adaptive.AdaptiveSpeculative`.
+    All acceptances come from about the last ``horizon`` drafts. Every round measures the exit that it uses. To measure
+    the others, a probe runs the head at all of ``exits``; ``probe_share`` is the share of this policy's rounds, in
+    passes, to spend on probes. For `adaptive.AdaptiveSpeculative`: `rounds.SelfSpeculative` never probes.
     """
 
     exits: Sequence[int]
@@ -128,25 +135,27 @@ class Adaptive:
             jnp.array([cost(exit_layer, 2) - cost(exit_layer, 1) for exit_layer in self.exits]),
         )
         counts = Counts.none(len(self.exits))
-        due = jnp.float32(len(self.exits) * head_share(model) / self.probe_share)
-        return Acceptance(counts, self.choose(counts, costs), due, due, costs)
+        probe_after = jnp.float32(len(self.exits) * head_share(model) / self.probe_share)
+        # A probe is due in the first round.
+        return AdaptiveState(counts, self.choose(counts, costs), probe_after, probe_after, costs)
 
     def choose(self, counts: Counts, costs: Costs) -> Choice:
         """Return the exit with the best rate, and when to stop drafting from it."""
-        rate_X = (counts.agreed_X + PRIOR_WEIGHT * PRIOR_RATE) / (counts.reached_X + PRIOR_WEIGHT)
+        acceptance_X = (counts.agreed_X + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (counts.reached_X + PRIOR_WEIGHT)
         # A bin of which little is known has the acceptance of its exit.
-        rate_XK = (counts.agreed_XK + PRIOR_WEIGHT * rate_X[:, None]) / (counts.reached_XK + PRIOR_WEIGHT)
-        # Element by element, and not with cumsum: XLA:CPU then runs a single operation.
+        prior_X1 = PRIOR_WEIGHT * acceptance_X[:, None]
+        acceptance_XK = (counts.agreed_XK + prior_X1) / (counts.reached_XK + PRIOR_WEIGHT)
         length_Q = np.arange(self.draft_length + 1)
-        power_XQ = rate_X[:, None] ** length_Q[None]
+        power_XQ = acceptance_X[:, None] ** length_Q[None]
+        # A product with a triangle of ones and one sum, in place of cumsum: XLA:CPU fuses them into one operation.
         tokens_XQ = jnp.sum(power_XQ[:, None] * np.tri(len(length_Q))[None], axis=2)
-        gain_XQ = tokens_XQ / costs.round_XQ
-        best = jnp.argmax(gain_XQ).astype(jnp.int32)
+        rate_XQ = tokens_XQ / costs.round_XQ
+        best = jnp.argmax(rate_XQ).astype(jnp.int32)
         exit_index, drafts = best // len(length_Q), best % len(length_Q)
-        least_chance = jnp.max(gain_XQ) * costs.draft_X[exit_index] / rate_X[exit_index]
+        least_chance = jnp.max(rate_XQ) * costs.draft_X[exit_index] / acceptance_X[exit_index]
         # A round that pays with some number of drafts may draft more, if the exit is confident.
         plan = Plan(exit_index, jnp.where(drafts > 0, self.draft_length, 0))
-        return Choice(plan, rate_XK[exit_index], least_chance)
+        return Choice(plan, acceptance_XK[exit_index], least_chance)
 
     def plan(self, policy_state: Any) -> Plan:
         return policy_state.choice.plan
@@ -156,17 +165,21 @@ class Adaptive:
         # A round that drafts measures its own exit, so a single candidate needs a probe only in rounds without a draft.
         return due if len(self.exits) > 1 else due & (self.plan(policy_state).draft_length == 0)
 
-    def init_notes(self, rows: int) -> Any:
-        return Drafted(jnp.int32(0), jnp.ones(rows), jnp.zeros((rows, self.draft_length), jnp.int32))
+    def init_notes(self, active_B: jax.Array) -> Any:
+        rows = len(active_B)
+        return DraftNotes(active_B, jnp.int32(0), jnp.ones(rows), jnp.zeros((rows, self.draft_length), jnp.int32))
 
     def keep_drafting(
         self, policy_state: Any, notes: Any, token_B: jax.Array, logits_BV: jax.Array
     ) -> tuple[jax.Array, Any]:
-        halvings_B = jnp.floor(log_confidence(token_B, logits_BV) / math.log(2)).astype(jnp.int32)
-        bin_B = jnp.clip(BINS + halvings_B, 0, BINS - 1)
-        chance_B = notes.chance_B * policy_state.choice.rate_K[bin_B]
+        log2_B = jnp.floor(log_probability(token_B, logits_BV) / math.log(2)).astype(jnp.int32)
+        bin_B = jnp.clip(BINS + log2_B, 0, BINS - 1)
+        chance_B = notes.chance_B * policy_state.choice.acceptance_K[bin_B]
         bin_Bd = jax.lax.dynamic_update_index_in_dim(notes.bin_Bd, bin_B, notes.slot, axis=1)
-        return chance_B >= policy_state.choice.least_chance, Drafted(notes.slot + 1, chance_B, bin_Bd)
+        # Decide for all rows together: while one row drafts, a pass takes as long as if all did.
+        mean_chance = jnp.sum(chance_B * notes.active_B) / jnp.sum(notes.active_B)
+        keep_B = jnp.broadcast_to(mean_chance >= policy_state.choice.least_chance, token_B.shape)
+        return keep_B, DraftNotes(notes.active_B, notes.slot + 1, chance_B, bin_Bd)
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
         before, probe, drafts = policy_state, outcome.probe, jnp.max(outcome.drafted_B)
@@ -182,13 +195,13 @@ class Adaptive:
         return before._replace(counts=counts, choice=choice, spent=spent)
 
     def round_counts(self, outcome: Outcome) -> Counts:
-        """Return the counts of a round: those of its probe, or else of the exit that it used.
+        """Return the counts of a round: by exit those of its probe, or else of its drafts; by bin always of its drafts.
 
         The accepted drafts agreed. The draft after them was reached and rejected.
         """
         slot_Bd = jnp.arange(self.draft_length)[None]
         accepted_B1, drafted_B1 = outcome.accepted_B[:, None], outcome.drafted_B[:, None]
-        reached_Bd = (slot_Bd <= accepted_B1) & (slot_Bd < drafted_B1) & outcome.active_B[:, None]
+        reached_Bd = (slot_Bd <= accepted_B1) & (slot_Bd < drafted_B1)
         agreed_Bd = reached_Bd & (slot_Bd < accepted_B1)
         is_used_X1 = (jnp.arange(len(self.exits)) == outcome.plan.exit_index)[:, None]
         in_bin_BdK = outcome.notes.bin_Bd[..., None] == jnp.arange(BINS)[None, None]

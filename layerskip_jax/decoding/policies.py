@@ -1,4 +1,4 @@
-"""Draft policies: small pure objects that choose the next round's exit and draft length.
+"""Draft policies: small pure objects that choose the next round's exit and draft length, and may stop earlier.
 
 A policy must be hashable, because it is static under jit, and it holds no state. What it learns is its *policy state*,
 a pytree that the loop carries. To write a policy, subclass `Fixed` and override what differs. No policy can change the
@@ -20,7 +20,7 @@ class Plan(NamedTuple):
     """A policy's choice for the next round. Python ints are fixed at compile time, arrays are chosen at run time."""
 
     exit_index: int | jax.Array  # into `DraftPolicy.exits`
-    draft_length: int | jax.Array  # tokens to draft, at most `DraftPolicy.draft_length`
+    draft_length: int | jax.Array  # the most tokens to draft, at most `DraftPolicy.draft_length`
 
 
 class Probe(NamedTuple):
@@ -82,7 +82,7 @@ class DraftPolicy(Protocol):
         Only `adaptive.AdaptiveSpeculative` calls this.
         """
 
-    def init_notes(self, rows: int) -> Any:
+    def init_notes(self, active_B: jax.Array) -> Any:
         """Return the notes before the first draft of a round: a pytree, empty if the policy needs none."""
 
     def keep_drafting(
@@ -91,7 +91,8 @@ class DraftPolicy(Protocol):
         """Return which rows draft another token after ``token_B``, and the notes with this draft added.
 
         ``token_B`` was drawn from the exit's ``logits_BV``. It stays a draft, whatever the answer: dropping a token
-        because of its value would change the distribution of the text.
+        because of its value would change the distribution of the text. The answer is ignored for rows that are done or
+        have stopped, and their tokens mean nothing.
         """
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
@@ -126,7 +127,7 @@ class Fixed:
     def probes(self, policy_state: Any) -> bool | jax.Array:
         return False
 
-    def init_notes(self, rows: int) -> Any:
+    def init_notes(self, active_B: jax.Array) -> Any:
         return ()
 
     def keep_drafting(
@@ -165,7 +166,7 @@ def doubling_widths(draft_length: int) -> Sequence[int]:
     return (1, *(1 + draft for draft in drafts), 1 + draft_length)
 
 
-def log_confidence(token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+def log_probability(token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
     """Return the logarithm of the probability that the exit gives to its draft, without temperature or cuts."""
     return jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits_BV, axis=1)
 
@@ -187,4 +188,4 @@ class ConfidenceStop(Fixed):
     def keep_drafting(
         self, policy_state: Any, notes: Any, token_B: jax.Array, logits_BV: jax.Array
     ) -> tuple[jax.Array, Any]:
-        return jnp.exp(log_confidence(token_B, logits_BV)) >= self.threshold, notes
+        return jnp.exp(log_probability(token_B, logits_BV)) >= self.threshold, notes

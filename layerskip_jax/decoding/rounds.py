@@ -129,7 +129,7 @@ class SelfSpeculative:
             return slot + 1, more, cache, *jax.lax.cond(more, propose, lambda *same: same, *drafted)
 
         drafts = empty_drafts(self.sampler, state, self.draft_length, model.config.vocab_size)
-        notes = self.policy.init_notes(len(start_B))
+        notes = self.policy.init_notes(~state.done_B)
         # The carry: next slot, whether to continue, cache, rows that still draft, their last token, drafts, and notes.
         drafted = (~state.done_B, start_token_B, drafts, notes)
         carry = (jnp.int32(0), jnp.asarray(plan.draft_length > 0), state.cache, *drafted)
