@@ -16,7 +16,7 @@ from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.decoding.engine import generate
-from layerskip_jax.decoding.policies import Fixed, Outcome, Plan, doubling_widths
+from layerskip_jax.decoding.policies import Fixed, Outcome, Plan, spaced_widths
 from layerskip_jax.decoding.sampling import Greedy
 from layerskip_jax.errors import run_command
 
@@ -27,7 +27,7 @@ class Careful(Fixed):
 
     @property
     def verify_widths(self) -> Sequence[int]:
-        return doubling_widths(self.draft_length)
+        return spaced_widths(self.draft_length)
 
     def init_state(self, model: ModelConfig) -> Any:
         return jnp.int32(1)

@@ -13,7 +13,7 @@ import numpy as np
 from layerskip_jax.checks import parse_value, require, require_positive, require_rising
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, check_overhead, head_share, round_cost
-from layerskip_jax.decoding.policies import Outcome, Plan, doubling_widths, log_probability
+from layerskip_jax.decoding.policies import Outcome, Plan, log_probability, spaced_widths
 
 PRIOR_ACCEPTANCE = 0.8
 """The acceptance that `Adaptive` assumes of an exit before the first round. It is optimistic: the first rounds draft
@@ -125,7 +125,7 @@ class Adaptive:
 
     @property
     def verify_widths(self) -> Sequence[int]:
-        return doubling_widths(self.draft_length)
+        return spaced_widths(self.draft_length)
 
     def init_state(self, model: ModelConfig) -> Any:
         cost = partial(round_cost, model, overhead=self.overhead)
