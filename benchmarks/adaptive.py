@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.common import add_json_option, header, write_json
 from layerskip_jax.checkpoint.reading import load_model
-from layerskip_jax.commands.sweep import Measurement, adaptive_config, fit_overhead, measure
+from layerskip_jax.commands.sweep import Measurement, adaptive_config, measure, measured_overhead
 from layerskip_jax.config import Config, DecodeConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sources import open_documents
@@ -126,9 +126,9 @@ def compare(
     The adaptive policy has the exits of ``base``, by default those that were trained, or else all of ``exits``.
     """
     fixed = [dataclasses.replace(base, exit_layer=e, draft_length=d) for e in exits for d in LENGTHS]
-    # Fit this machine's overhead of speculation to the smallest and the largest exit on one kind.
+    # Measure this machine's overhead of speculation with the smallest and the largest exit on one kind.
     extremes = [config for config in fixed if config.exit_layer in (exits[0], exits[-1])]
-    overhead = fit_overhead(model.config, measure(model, next(iter(prompts.values())), extremes, repeats)[1:])
+    overhead = measured_overhead(model.config, measure(model, next(iter(prompts.values())), extremes, repeats)[1:])
     max_drafts = max(LENGTHS)
     adaptive = adaptive_config(dataclasses.replace(base, exit_layer=0), base.exits or exits, max_drafts, overhead)
     others = {
@@ -176,7 +176,7 @@ def main() -> None:
     about = header()
     print(f"{options.prompts} prompts of each kind, {options.new_tokens} tokens each")
     comparison = compare(model, tokens, base, options.exits or candidates(config), options.repeats)
-    rows = [{"overhead": comparison.overhead.as_settings()}, *comparison.summary()]
+    rows = [{"overhead": comparison.overhead}, *comparison.summary()]
     if not options.no_curve:
         curve = exit_curve(model, tokens["code"], base, options.repeats)
         rows += [{"exit_by_confidence": point} for point in curve]

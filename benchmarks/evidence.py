@@ -134,7 +134,7 @@ def decoding(run: str, config: Config, repeats: int) -> Measured:
         ]
         for kind, measured in comparison.measured.items()
     }
-    return {"ways": rows, "summary": list(comparison.summary()), "overhead": comparison.overhead.as_settings()}
+    return {"ways": rows, "summary": list(comparison.summary()), "overhead": comparison.overhead}
 
 
 def best_fixed(measured: Measured, kind: str) -> tuple[int, int]:

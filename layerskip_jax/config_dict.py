@@ -17,6 +17,9 @@ RENAMED = {
 }
 """Former names of settings in stored configs."""
 
+REMOVED = {"start_cost", "width_cost"}
+"""Settings in stored configs that no longer exist."""
+
 
 def saved_settings(config: Config) -> dict[str, Any]:
     """Return what a checkpoint stores: the config as nested dictionaries for JSON, without `Config.distributed`, which
@@ -39,13 +42,15 @@ def changed_settings(config: Config, base: Config | None = None) -> dict[str, tu
 def from_dict(values: Mapping[str, Any], kind: type[T], where: str = "") -> T:
     """Rebuild a config from nested dictionaries; raises `UserError` for an unknown name or a wrong type.
 
-    Settings that were renamed since a checkpoint was written keep their values.
+    Settings that were renamed since a checkpoint was written keep their values, and removed ones are ignored.
     """
     require(isinstance(values, Mapping), f"{where.removesuffix('.') or 'a config'} must be settings by name")
     hints = typing.get_type_hints(kind)
     known = {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
     arguments: dict[str, Any] = {}
     for stored, value in values.items():
+        if stored in REMOVED:
+            continue
         key = RENAMED.get(f"{where}{stored}", stored)
         if key not in known:
             raise UserError(f"unknown setting {where}{key}{nearest(key, known)}")

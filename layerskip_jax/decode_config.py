@@ -47,14 +47,11 @@ class DecodeConfig:
     exit_threshold: float = setting(
         0.0, "mode early_exit: probability at which a token exits; 0: always at exit_layer", "[0, 1]"
     )
-    start_cost: float = setting(
-        0.0,
-        "policy adaptive, lookups: cost of a drafting round beyond reading weights [passes of the full model]; "
-        "sweep measures it",
+    round_costs: tuple[float, ...] = setting(
+        (),
+        "policy adaptive, lookups: costs of rounds with 1, 2, ... drafts beyond reading weights [passes of the full "
+        "model]; sweep measures them",
         "[0, inf)",
-    )
-    width_cost: float = setting(
-        0.0, "policy adaptive, lookups: such cost of each draft [passes of the full model]", "[0, inf)"
     )
     weights: Literal["full", "int8"] = setting("full", "int8: round the weights to 8 bits, which changes the text")
     max_new_tokens: int = setting(128, "at most this many new tokens for each prompt")

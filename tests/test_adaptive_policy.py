@@ -11,7 +11,7 @@ from models import tiny_config, tiny_model
 from test_decoding_lossless import NeverAgrees, with_tail
 
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
-from layerskip_jax.decoding.adaptive_policy import Adaptive, Costs, Counts, DraftNotes
+from layerskip_jax.decoding.adaptive_policy import Adaptive, Counts, DraftNotes
 from layerskip_jax.decoding.cost import head_share, round_cost
 from layerskip_jax.decoding.engine import begin, generate, run_rounds
 from layerskip_jax.decoding.policies import Outcome, Plan, Probe
@@ -22,7 +22,7 @@ from layerskip_jax.errors import UserError
 def test_adaptive_chooses_by_the_formulas():
     """The rate r, the acceptances and the least chance, by hand for two exits and up to three drafts."""
     policy = Adaptive((1, 2), 3)
-    costs = Costs(jnp.array([[1.0, 1.2, 1.4, 1.6], [1.0, 1.4, 1.8, 2.2]]), jnp.array([0.2, 0.4]))
+    costs = jnp.array([[1.0, 1.2, 1.4, 1.6], [1.0, 1.4, 1.8, 2.2]])
     agreed_XK, reached_XK = jnp.array([[0, 0, 0, 9], [0, 2, 6, 90]]), jnp.array([[8, 8, 8, 8], [4, 4, 8, 92]])
     choice = policy.choose(Counts(jnp.array([15, 98]), jnp.array([31, 108]), agreed_XK, reached_XK), costs)
     a, b = (15 + 2 * 0.8) / 33, (98 + 2 * 0.8) / 110  # 0.503 and 0.905
@@ -32,12 +32,20 @@ def test_adaptive_chooses_by_the_formulas():
     np.testing.assert_allclose(
         choice.acceptance_K, [2 * b / 6, (2 + 2 * b) / 6, (6 + 2 * b) / 10, (90 + 2 * b) / 94], 1e-6
     )
-    assert choice.least_chance == pytest.approx(best * 0.4 / b, rel=1e-6)
+    np.testing.assert_allclose(choice.least_chance_Q, [best * 0.4 / b] * 3 + [np.inf], 1e-5)
 
     # The best rate of the first exit has two drafts, but a round may draft up to three.
     choice = policy.choose(Counts(jnp.array([15, 0]), jnp.array([31, 50]), agreed_XK, reached_XK), costs)
     assert (int(choice.plan.exit_index), int(choice.plan.draft_length)) == (0, 3)
-    assert choice.least_chance == pytest.approx((1 + a + a**2) / 1.4 * 0.2 / a, rel=1e-6)
+    np.testing.assert_allclose(choice.least_chance_Q, [(1 + a + a**2) / 1.4 * 0.2 / a] * 3 + [np.inf], 1e-5)
+
+    # A second draft alone does not pay as soon as a second and a third together.
+    steps = jnp.array([[1.0, 1.2, 1.7, 1.7], [1.0, 9.0, 9.0, 9.0]])
+    choice = policy.choose(Counts(jnp.array([15, 0]), jnp.array([31, 50]), agreed_XK, reached_XK), steps)
+    rate = max((1 + a) / 1.2, (1 + a + a**2 + a**3) / 1.7)
+    np.testing.assert_allclose(
+        choice.least_chance_Q, rate * np.array([0.2 / a, 0.5 / (a + a**2), 0, np.inf / rate]), 1e-5
+    )
 
     nothing = policy.choose(Counts(jnp.zeros(2), jnp.full(2, 99), agreed_XK, reached_XK), costs)
     assert int(nothing.plan.draft_length) == 0
@@ -47,7 +55,7 @@ def test_adaptive_drafts_until_another_draft_does_not_pay():
     """The rows stop together, when the mean over the active ones falls below the least chance."""
     policy = Adaptive((1,), 6)
     state = policy.init_state(tiny_config())
-    choice = state.choice._replace(acceptance_K=jnp.array([0.5, 0.6, 0.8, 0.95]), least_chance=jnp.float32(0.5))
+    choice = state.choice._replace(acceptance_K=jnp.array([0.5, 0.6, 0.8, 0.95]), least_chance_Q=jnp.full(7, 0.5))
     state, notes = state._replace(choice=choice), policy.init_notes(jnp.array([True, True, False]))
     drafts = [  # probabilities at the exit, bins, chances, and whether the mean of the first two is at least 0.5
         ((0.9, 0.1, 0.1), (3, 0, 0), (0.95, 0.5, 0.5), True),
@@ -88,7 +96,7 @@ def test_adaptive_updates_its_counts():
     assert state.counts.reached_XK[1].tolist() == [2, 2, 0, 6]  # a probe replaces only the sums over all bins
     assert state.spent == pytest.approx(round_cost(config, 2, 3))  # the round of the probe itself
     assert not policy.probes(state)
-    again = policy.choose(state.counts, state.costs)
+    again = policy.choose(state.counts, state.cost_XQ)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, state.choice, again))
     plain = outcome._replace(plan=Plan(jnp.int32(0), jnp.int32(0)), drafted_B=jnp.zeros(3, jnp.int32))
     after = policy.update(state, plain)

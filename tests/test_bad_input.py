@@ -25,7 +25,6 @@ from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.adaptive_policy import Adaptive
 from layerskip_jax.decoding.branching import Branching, GreedyBranches
 from layerskip_jax.decoding.confident_exit import ConfidentExit
-from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.hybrid import Hybrid
 from layerskip_jax.decoding.policies import ConfidenceStop, Fixed
@@ -72,7 +71,7 @@ BAD_STRATEGIES = [
     (lambda: AdaptiveSpeculative(Greedy(), Adaptive((0, 1), 2)), "exits must be strictly increasing"),
     (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, probe_share=0.0)), "probe_share"),
     (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, horizon=NAN)), "horizon"),
-    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, overhead=Overhead(per_draft=INF))), "overhead"),
+    (lambda: AdaptiveSpeculative(Greedy(), Adaptive((1, 2), 2, overhead=(0.1, INF))), "overhead"),
     (lambda: AdaptiveSpeculative(Greedy(), Adaptive((), 2)), "exits must name at least one exit"),
     (lambda: PromptLookup(Greedy(), 2.0), "draft_length must be a whole number"),
     (lambda: Branching(GreedyBranches(), 1.5, 2, 2), "exit_layer must be a whole number"),
@@ -81,7 +80,7 @@ BAD_STRATEGIES = [
     (lambda: PromptLookup(Greedy(), 64), "draft length 64"),
     (lambda: PromptLookup(Greedy(), 2, max_ngram=0), "max_ngram"),
     (lambda: hybrid(horizon=1.0), "horizon must be above 1"),
-    (lambda: hybrid(overhead=Overhead(per_round=NAN)), "overhead"),
+    (lambda: hybrid(overhead=(NAN,)), "overhead"),
     (lambda: hybrid(lookup=PromptLookup(Stochastic(), 2)), "same sampler"),
     (lambda: hybrid(lookup=PromptLookup(Greedy(), 64)), "draft length 64"),
     (lambda: ConfidentExit(Greedy(), (1,), 0.5), "last exit must be 2"),

@@ -105,10 +105,12 @@ def p_value(model, strategy, exact, samples=SAMPLES):
 class ByProbability(Adaptive):
     """Drafts from another exit in every round, and stops by the exit's probability of each token."""
 
-    def choose(self, counts, costs):
-        choice = super().choose(counts, costs)
+    def choose(self, counts, cost_XQ):
+        choice = super().choose(counts, cost_XQ)
         plan = Plan(jnp.int32(jnp.sum(counts.reached_XK) % 2), jnp.int32(self.draft_length))
-        return choice._replace(plan=plan, acceptance_K=jnp.array([0.2, 0.5, 0.8, 1.0]), least_chance=jnp.float32(0.45))
+        return choice._replace(
+            plan=plan, acceptance_K=jnp.array([0.2, 0.5, 0.8, 1.0]), least_chance_Q=jnp.full(4, 0.45)
+        )
 
 
 STRATEGIES = [

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from models import tiny_model
 from test_decoding_lossless import NeverAgrees, with_tail
 
-from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.hybrid import Gains, Hybrid, prior
 from layerskip_jax.decoding.policies import Fixed
@@ -43,7 +42,7 @@ class WrongLookup(PromptLookup):
 def test_hybrid_decodes_plainly_where_no_draft_is_right():
     model, wrong = with_tail(tiny_model(4), 2, 0.0), NeverAgrees()
     exit_2 = SelfSpeculative(wrong, Fixed(2, 2))
-    result = generate(model, [[1, 2]], 60, Hybrid(WrongLookup(wrong, 6), exit_2, 4, Overhead(per_draft=1.0)))
+    result = generate(model, [[1, 2]], 60, Hybrid(WrongLookup(wrong, 6), exit_2, 4, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)))
     assert result.tokens == generate(model, [[1, 2]], 60, Autoregressive(Greedy())).tokens
     assert sum(result.exit_rounds.values()) < result.rounds / 2
 

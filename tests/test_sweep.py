@@ -1,17 +1,18 @@
-"""The sweep: measurements, recommendation, storage, and the fitted overhead."""
+"""The sweep: measurements, recommendation, storage, and the measured overhead."""
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 from test_decoding_text import decoded, run_folder
 
 from layerskip_jax.checkpoint.run_folder import find_checkpoint
-from layerskip_jax.checkpoint.swept import SWEPT, swept_settings
+from layerskip_jax.checkpoint.swept import SWEPT, store_swept, swept_settings
 from layerskip_jax.commands import decode, sweep
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.decoding.cost import Overhead, round_cost
+from layerskip_jax.decoding.cost import round_cost
 from layerskip_jax.errors import UserError
 
 __all__ = ["run_folder"]  # a fixture
@@ -49,7 +50,7 @@ def test_sweep_recommends_lossless_settings_and_reports_that_it_cannot_store(run
         )  # fmt: skip
 
     finals = [measured("autoregressive", 1.0, True), measured("self_speculative", 2.0, False)]
-    monkeypatch.setattr(sweep, "sweep", lambda *_: (finals, finals, Overhead()))
+    monkeypatch.setattr(sweep, "sweep", lambda *_: (finals, finals, ()))
     request = [run_folder, "--prompt", "def x", "--try_exits", "1", "--try_lengths", "2"]
     before = sorted(Path(run_folder).rglob("*"))
     sweep.main([*request, "--no_store", "--json"])
@@ -79,31 +80,34 @@ def test_sweep_errors(run_folder):
             sweep.main([run_folder, *argv])
 
 
-@pytest.mark.parametrize("overhead", [Overhead(0.5, 0.07), Overhead(0.0, 0.07), Overhead(0.5, 0.0), Overhead()])
-def test_the_overhead_of_speculation_is_fitted(overhead):
-    model = ModelConfig(num_layers=8, vocab_size=1)
-    rounds = [(exit_layer, d) for exit_layer in (1, 2, 4) for d in (2, 4, 8)]
-    measurements = [
-        sweep.Measurement({"exit_layer": e}, 0, 0, 0, 0, d, round_cost(model, e, d, overhead), True, 0)
-        for e, d in rounds
-    ]
-    assert sweep.fit_overhead(model, measurements) == pytest.approx(overhead, abs=1e-9)
+def measurement(exit_layer, length, drafted, cost):
+    settings = {"exit_layer": exit_layer, "draft_length": length}
+    return sweep.Measurement(settings, 0, 0, 0, 0, drafted, cost, True, 0)
 
 
-def test_the_overhead_is_the_best_fit_that_is_not_negative():
-    """A fit with a negative cost per draft would be best; without it, all of the overhead is a cost per round."""
+def test_the_overhead_of_speculation_is_measured():
+    """Rounds with 2, 4 and 8 drafts cost 0.1, 0.5 and 0.6 more than their bytes, for every exit."""
     model = ModelConfig(num_layers=8, vocab_size=1)
+    overhead = (0.1, 0.1, 0.3, 0.5, 0.525, 0.55, 0.575, 0.6)
     measured = [
-        sweep.Measurement({"exit_layer": 2}, 0, 0, 0, 0, d, round_cost(model, 2, d) + more, True, 0)
-        for d, more in ((2, 0.48), (4, 0.46), (6, 0.44), (8, 0.42))
+        measurement(e, d, d, round_cost(model, e, d) + more)
+        for e in (1, 4)
+        for d, more in ((2, 0.1), (4, 0.5), (8, 0.6))
     ]
-    assert sweep.fit_overhead(model, measured) == pytest.approx((0.45, 0))
+    assert sweep.measured_overhead(model, measured) == pytest.approx(overhead)
+    # The mean of the exits counts. Rounds that an end of text cut short count with the drafts that they had.
+    measured = [measurement(e, 2, 1.0, round_cost(model, e, 1.0) + more) for e, more in ((1, 0.1), (4, 0.3))]
+    assert sweep.measured_overhead(model, measured) == pytest.approx((0.2, 0.2))
 
 
-def test_an_overhead_is_never_negative():
+def test_an_overhead_never_falls_and_is_never_negative():
     model = ModelConfig(num_layers=8, vocab_size=1)
-    fast = [
-        sweep.Measurement({"exit_layer": 2}, 0, 0, 0, 0, d, cost * round_cost(model, 2, d), True, 0)
-        for d, cost in ((2, 0.9), (4, 1.0), (8, 0.9))
-    ]
-    assert min(sweep.fit_overhead(model, fast)) >= 0
+    fast = [measurement(2, d, d, round_cost(model, 2, d) + more) for d, more in ((1, -0.5), (2, 0.2), (3, 0.1))]
+    assert sweep.measured_overhead(model, fast) == pytest.approx((0, 0.2, 0.2))
+
+
+def test_settings_of_an_earlier_sweep_that_no_longer_exist_are_ignored(run_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    store_swept(str(run), {"draft_length": 2, "start_cost": 0.5, "width_cost": 0.1}, {})
+    assert swept_settings(str(run), set()) == {"draft_length": 2}

@@ -8,7 +8,7 @@ from etils import epath
 
 from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.config import DecodeConfig
-from layerskip_jax.config_dict import from_dict
+from layerskip_jax.config_dict import REMOVED, from_dict
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import file_inside, read_limited, write_file
 
@@ -42,5 +42,5 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
         from_dict(settings, DecodeConfig)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
         raise UserError(f"{file} is not what layerskip sweep writes ({error}): remove it") from error
-    left_out = set(given) | (DEPENDENT if DEPENDENT & set(given) else set())
+    left_out = REMOVED | set(given) | (DEPENDENT if DEPENDENT & set(given) else set())
     return {name: value for name, value in settings.items() if name not in left_out}

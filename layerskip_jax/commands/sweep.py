@@ -125,25 +125,25 @@ def _measurement(
     )
 
 
-def fit_overhead(model: ModelConfig, measurements: Iterable[Measurement]) -> Overhead:
-    """Return the non-negative c and w of `cost.round_cost` that fit the measured rounds best (least squares)."""
-    rows = [(m.drafted_per_round, m.settings["exit_layer"], m.round_cost) for m in measurements]
-    residuals = np.array([cost - round_cost(model, exit_layer, drafted) for drafted, exit_layer, cost in rows])
-    columns = np.array([(1.0, drafted) for drafted, _, _ in rows])
-    fits = [np.zeros(2)]
-    for used in ([0, 1], [0], [1]):
-        fitted = np.zeros(2)
-        fitted[used] = np.linalg.lstsq(columns[:, used], residuals)[0]
-        if np.all(fitted >= 0):
-            fits.append(fitted)
-    best = min(fits, key=lambda fitted: float(np.sum((columns @ fitted - residuals) ** 2)))
-    return Overhead(*best.tolist())
+def measured_overhead(model: ModelConfig, measurements: Iterable[Measurement]) -> Overhead:
+    """Return what the measured rounds cost beyond the bytes of their weights, by their number of drafts.
+
+    The mean over the exits for each draft length, interpolated between the lengths. Noise can make a longer round look
+    cheaper than a shorter one, so the costs never fall.
+    """
+    extra: dict[int, list[tuple[float, float]]] = {}
+    for m in measurements:
+        beyond = m.round_cost - round_cost(model, m.settings["exit_layer"], m.drafted_per_round)
+        extra.setdefault(m.settings["draft_length"], []).append((m.drafted_per_round, beyond))
+    drafted, cost = np.transpose([np.mean(extra[length], axis=0) for length in sorted(extra)])
+    rising = np.maximum.accumulate(np.maximum(cost, 0))
+    return tuple(np.interp(range(1, max(extra) + 1), drafted, rising).round(4).tolist())
 
 
 def adaptive_config(base: DecodeConfig, exits: Sequence[int], max_drafts: int, overhead: Overhead) -> DecodeConfig:
     """Return ``base`` with the adaptive policy over ``exits``, with up to ``max_drafts`` drafts per round."""
     return dataclasses.replace(
-        base, policy="adaptive", exits=tuple(exits), draft_length=max_drafts, **overhead.as_settings()
+        base, policy="adaptive", exits=tuple(exits), draft_length=max_drafts, round_costs=overhead
     )
 
 
@@ -160,12 +160,12 @@ def sweep(
 
     The finalists are the fastest pair; the adaptive policy over the same exits, up to the largest length; prompt lookup
     of the largest length; the fastest pair with lookups of that length; and the fastest pair with `CHOICES`. Returns
-    both lists of measurements and the fitted overhead.
+    both lists of measurements and the measured overhead.
     """
     fixed = dataclasses.replace(settings, mode="self_speculative", policy="fixed", lookup_length=0, choices=1)
     pairs = [dataclasses.replace(fixed, exit_layer=e, draft_length=d) for e in exits for d in draft_lengths]
     grid = measure(model, prompts, pairs, repeats, eos)
-    overhead = fit_overhead(model.config, grid[1:])
+    overhead = measured_overhead(model.config, grid[1:])
     best = max(grid[1:], key=lambda m: m.tokens_per_second)
     largest = max(draft_lengths)
     fastest = dataclasses.replace(fixed, **best.settings)
@@ -173,7 +173,7 @@ def sweep(
         fastest,
         adaptive_config(dataclasses.replace(fixed, exit_layer=best.settings["exit_layer"]), exits, largest, overhead),
         dataclasses.replace(fixed, mode="prompt_lookup", draft_length=largest),
-        dataclasses.replace(fastest, lookup_length=largest, **overhead.as_settings()),
+        dataclasses.replace(fastest, lookup_length=largest, round_costs=overhead),
         dataclasses.replace(fastest, choices=min(CHOICES, model.config.vocab_size)),
     ]
     return grid, measure(model, prompts, finalists, repeats, eos), overhead
@@ -277,7 +277,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
     lossless = [m for m in finals if m.identical is not False]  # this includes plain decoding
     winner = max(lossless, key=lambda m: m.tokens_per_second)
-    chosen = winner.settings | overhead.as_settings()
+    chosen = winner.settings | {"round_costs": overhead}
     if chosen["policy"] == "adaptive":
         chosen["exits"] = exits
     measured = {"tokens_per_second": winner.tokens_per_second, "speedup": winner.speedup, "prompts": len(prompts)}

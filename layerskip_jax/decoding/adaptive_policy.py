@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -50,19 +49,12 @@ class Counts(NamedTuple):
         return Counts(*(old * kept + added for old, kept, added in zip(self, keep, new, strict=True)))
 
 
-class Costs(NamedTuple):
-    """The costs by which `Adaptive` chooses, in passes of the full model for one token."""
-
-    round_XQ: jax.Array  # a round from each exit with 0..d drafts
-    draft_X: jax.Array  # one more draft
-
-
 class Choice(NamedTuple):
     """What `Adaptive` decides before a round."""
 
     plan: Plan
     acceptance_K: jax.Array  # of a draft in each bin of the exit's probability
-    least_chance: jax.Array  # stop once the probability that all drafts so far are accepted is below this
+    least_chance_Q: jax.Array  # after n drafts, stop if the chance that all are accepted is below the entry n
 
 
 class AdaptiveState(NamedTuple):
@@ -72,7 +64,7 @@ class AdaptiveState(NamedTuple):
     choice: Choice  # follows from the counts
     spent: jax.Array  # cost of the rounds since the last probe
     probe_after: jax.Array  # the next probe is due when ``spent`` reaches this
-    costs: Costs
+    cost_XQ: jax.Array  # of a round from each exit with 0..d drafts [passes of the full model for one token]
 
 
 class DraftNotes(NamedTuple):
@@ -94,10 +86,10 @@ class Adaptive:
         r = max (1 + a_E + ... + a_E^n) / cost(E, n)    over E and n = 0..d,
 
     with the costs of `cost.round_cost`; n = 0 is plain decoding. During a round, let s be the estimated probability
-    that all drafts so far are accepted, in the mean over the rows, which draft together. The round stops when the next
-    draft's expected tokens are worth less than its cost at the rate r:
+    that all n drafts so far are accepted, in the mean over the rows, which draft together. The round stops when the
+    expected tokens of m more drafts are worth less than their cost at the rate r, for every m:
 
-        s a_E < r (cost(E, n + 1) - cost(E, n))
+        s (a_E + ... + a_E^m) < r (cost(E, n + m) - cost(E, n))
 
     s multiplies one learned acceptance for each draft, that of the bin of the exit's probability for the token. A
     threshold on this probability would stop too early where an exit is right more often than its probabilities say.
@@ -128,34 +120,36 @@ class Adaptive:
         return spaced_widths(self.draft_length)
 
     def init_state(self, model: ModelConfig) -> Any:
-        cost = partial(round_cost, model, overhead=self.overhead)
         length_Q = range(self.draft_length + 1)
-        costs = Costs(
-            jnp.array([[cost(exit_layer, n) for n in length_Q] for exit_layer in self.exits]),
-            jnp.array([cost(exit_layer, 2) - cost(exit_layer, 1) for exit_layer in self.exits]),
+        cost_XQ = jnp.array(
+            [[round_cost(model, exit_layer, n, self.overhead) for n in length_Q] for exit_layer in self.exits]
         )
         counts = Counts.none(len(self.exits))
         probe_after = jnp.float32(len(self.exits) * head_share(model) / self.probe_share)
         # A probe is due in the first round.
-        return AdaptiveState(counts, self.choose(counts, costs), probe_after, probe_after, costs)
+        return AdaptiveState(counts, self.choose(counts, cost_XQ), probe_after, probe_after, cost_XQ)
 
-    def choose(self, counts: Counts, costs: Costs) -> Choice:
+    def choose(self, counts: Counts, cost_XQ: jax.Array) -> Choice:
         """Return the exit with the best rate, and when to stop drafting from it."""
         acceptance_X = (counts.agreed_X + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (counts.reached_X + PRIOR_WEIGHT)
         # A bin of which little is known has the acceptance of its exit.
         prior_X1 = PRIOR_WEIGHT * acceptance_X[:, None]
         acceptance_XK = (counts.agreed_XK + prior_X1) / (counts.reached_XK + PRIOR_WEIGHT)
         length_Q = np.arange(self.draft_length + 1)
-        power_XQ = acceptance_X[:, None] ** length_Q[None]
-        # A product with a triangle of ones and one sum, in place of cumsum: XLA:CPU fuses them into one operation.
-        tokens_XQ = jnp.sum(power_XQ[:, None] * np.tri(len(length_Q))[None], axis=2)
-        rate_XQ = tokens_XQ / costs.round_XQ
+        rate_XQ = expected_tokens(acceptance_X[:, None], length_Q[None]) / cost_XQ
         best = jnp.argmax(rate_XQ).astype(jnp.int32)
         exit_index, drafts = best // len(length_Q), best % len(length_Q)
-        least_chance = jnp.max(rate_XQ) * costs.draft_X[exit_index] / acceptance_X[exit_index]
+
+        # Entry [n, m] is about m more drafts after n.
+        after_n_QQ = np.minimum(length_Q[:, None] + length_Q[None], self.draft_length)
+        possible_QQ = (length_Q[None] > 0) & (length_Q[:, None] + length_Q[None] <= self.draft_length)
+        cost_Q = cost_XQ[exit_index]
+        more_tokens_Q = expected_tokens(acceptance_X[exit_index], length_Q) - 1
+        least_chance_QQ = jnp.max(rate_XQ) * (cost_Q[after_n_QQ] - cost_Q[:, None]) / more_tokens_Q[None]
+        least_chance_Q = jnp.min(jnp.where(possible_QQ, least_chance_QQ, jnp.inf), axis=1)
         # A round that pays with some number of drafts may draft more, if the exit is confident.
         plan = Plan(exit_index, jnp.where(drafts > 0, self.draft_length, 0))
-        return Choice(plan, acceptance_XK[exit_index], least_chance)
+        return Choice(plan, acceptance_XK[exit_index], least_chance_Q)
 
     def plan(self, policy_state: Any) -> Plan:
         return policy_state.choice.plan
@@ -178,16 +172,16 @@ class Adaptive:
         bin_Bd = jax.lax.dynamic_update_index_in_dim(notes.bin_Bd, bin_B, notes.slot, axis=1)
         # Decide for all rows together: while one row drafts, a pass takes as long as if all did.
         mean_chance = jnp.sum(chance_B * notes.active_B) / jnp.sum(notes.active_B)
-        keep_B = jnp.broadcast_to(mean_chance >= policy_state.choice.least_chance, token_B.shape)
-        return keep_B, DraftNotes(notes.active_B, notes.slot + 1, chance_B, bin_Bd)
+        keep = mean_chance >= policy_state.choice.least_chance_Q[notes.slot + 1]
+        return jnp.broadcast_to(keep, token_B.shape), DraftNotes(notes.active_B, notes.slot + 1, chance_B, bin_Bd)
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
         before, probe, drafts = policy_state, outcome.probe, jnp.max(outcome.drafted_B)
-        spent = jnp.where(probe.done, 0.0, before.spent) + before.costs.round_XQ[outcome.plan.exit_index, drafts]
+        spent = jnp.where(probe.done, 0.0, before.spent) + before.cost_XQ[outcome.plan.exit_index, drafts]
 
         def learn(counts: Counts, choice: Choice) -> tuple[Counts, Choice]:
             counts = counts.add(self.round_counts(outcome), self.horizon)
-            return counts, self.choose(counts, before.costs)
+            return counts, self.choose(counts, before.cost_XQ)
 
         # A plain round gives no evidence about the exits, so skip the update.
         has_evidence = probe.done | (drafts > 0)
@@ -213,6 +207,16 @@ class Adaptive:
         agreed_X = jnp.where(probe.done, probe.agreed_X, jnp.sum(agreed_XK, axis=1))
         reached_X = jnp.where(probe.done, probe.reached_X, jnp.sum(reached_XK, axis=1))
         return Counts(agreed_X, reached_X, agreed_XK, reached_XK)
+
+
+def expected_tokens(acceptance: jax.Array, drafts: np.ndarray) -> jax.Array:
+    """Return ``1 + a + ... + a^n`` for n drafts, as a geometric series.
+
+    >>> float(expected_tokens(jnp.float32(0.5), np.array(2)))
+    1.75
+    """
+    a = jnp.minimum(acceptance, 0.999)  # the formula is not defined at 1
+    return (1 - a ** (drafts + 1)) / (1 - a)
 
 
 def default_candidates(num_layers: int) -> tuple[int, ...]:

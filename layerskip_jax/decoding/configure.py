@@ -6,7 +6,6 @@ from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.adaptive_policy import Adaptive, default_candidates
 from layerskip_jax.decoding.branching import Branching, GreedyBranches, StochasticBranches
 from layerskip_jax.decoding.confident_exit import ConfidentExit
-from layerskip_jax.decoding.cost import Overhead
 from layerskip_jax.decoding.hybrid import Hybrid
 from layerskip_jax.decoding.policies import ConfidenceStop, DraftPolicy, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
@@ -47,8 +46,7 @@ def make_policy(config: DecodeConfig, num_layers: int) -> DraftPolicy:
     if config.policy == "confidence":
         return ConfidenceStop(exit_layer, length, config.draft_threshold)
     if config.policy == "adaptive":
-        overhead = Overhead(per_round=config.start_cost, per_draft=config.width_cost)
-        return Adaptive(resolve_exits(config, num_layers), length, overhead=overhead)
+        return Adaptive(resolve_exits(config, num_layers), length, overhead=config.round_costs)
     return Fixed(exit_layer, length)
 
 
@@ -69,8 +67,8 @@ def configure(config: DecodeConfig, model: Transformer) -> tuple[Transformer, St
         kind = SelfSpeculative if config.policy == "fixed" else AdaptiveSpeculative
         strategy = kind(sampler, make_policy(config, num_layers))
         if config.lookup_length:
-            overhead = Overhead(config.start_cost, config.width_cost)
-            return model, Hybrid(PromptLookup(sampler, config.lookup_length), strategy, num_layers, overhead)
+            lookup = PromptLookup(sampler, config.lookup_length)
+            return model, Hybrid(lookup, strategy, num_layers, config.round_costs)
         return model, strategy
     if config.mode == "prompt_lookup":
         return model, PromptLookup(sampler, config.draft_length)

@@ -7,39 +7,42 @@ the full model for one token, so a plain round costs 1.
 import itertools
 import math
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layerskip_jax.checks import require
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.model import compute_dtype, weight_count
 from layerskip_jax.sharding import target_platform
 
+Overhead = tuple[float, ...]
+"""What rounds with 1, 2, ... drafts cost beyond reading weights; more drafts cost as much as the last entry.
 
-class Overhead(NamedTuple):
-    """Costs of speculation beyond reading weights, for devices on which arithmetic or kernel launches take time.
+On a CPU this is not linear in the drafts, because matmuls of some widths run other kernels. ``layerskip sweep``
+measures it, and `DecodeConfig.round_costs` stores it.
+"""
 
-    ``layerskip sweep`` measures them. They are `DecodeConfig.start_cost` and `DecodeConfig.width_cost`.
-    """
-
-    per_round: float = 0.0
-    """c: added to each round that drafts, because verifying several positions uses other kernels than one position."""
-    per_draft: float = 0.0
-    """w: added for each drafted token, because it is one more position to verify."""
-
-    def as_settings(self) -> dict[str, Any]:
-        """Return the overhead as settings of `DecodeConfig`."""
-        return {"start_cost": self.per_round, "width_cost": self.per_draft}
-
-
-NO_OVERHEAD = Overhead()
+NO_OVERHEAD: Overhead = ()
 
 
 def check_overhead(overhead: Overhead) -> None:
     """Raise `UserError` unless the costs are finite and at least 0."""
     require(all(0 <= cost < math.inf for cost in overhead), f"overhead must be finite and at least 0, got {overhead}")
+
+
+def overhead_of(drafted: float | jax.Array, overhead: Overhead) -> Any:
+    """Return the overhead of a round with ``drafted`` tokens, interpolated between whole numbers of drafts.
+
+    >>> overhead_of(0, (0.5, 0.7)), overhead_of(1.5, (0.5, 0.7)), overhead_of(9, (0.5, 0.7))
+    (0.0, 0.6, 0.7)
+    """
+    counts, costs = np.arange(len(overhead) + 1), np.array((0.0, *overhead))
+    if isinstance(drafted, jax.Array):
+        return jnp.interp(drafted, counts, costs)
+    return float(np.interp(drafted, counts, costs))
 
 
 def weight_bytes(config: ModelConfig, kind: str = "full") -> int:
@@ -58,17 +61,17 @@ def head_share(config: ModelConfig) -> float:
 def round_cost(
     config: ModelConfig, exit_layer: float | jax.Array, drafted: float | jax.Array, overhead: Overhead = NO_OVERHEAD
 ) -> Any:
-    """``(1-h)(1 + d E/L) + h(1+d) + [d > 0] c + w d``.
+    """``(1-h)(1 + d E/L) + h(1+d) + overhead(d)``.
 
-    Each of d drafts reads E of L blocks and the head; the verification reads everything once. c and w are the overhead.
-    E and d may be numbers or arrays.
+    Each of d drafts reads E of L blocks and the head; the verification reads everything once. E and d may be numbers or
+    arrays.
 
     >>> round(round_cost(ModelConfig(num_layers=8, vocab_size=1), exit_layer=2, drafted=4), 2)
     2.0
     """
     h = head_share(config)
     weights = (1 - h) * (1 + drafted * exit_layer / config.num_layers) + h * (1 + drafted)
-    return weights + overhead.per_round * (drafted > 0) + overhead.per_draft * drafted
+    return weights + overhead_of(drafted, overhead)
 
 
 def predicted_speedup(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from layerskip_jax.checks import require
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.conditional import run_if
-from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, check_overhead, round_cost
+from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, check_overhead, overhead_of, round_cost
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Sampler
@@ -81,7 +81,7 @@ class Hybrid:
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         (gains, _), active_B = state.policy_state, ~state.done_B
         draft_Bd, match_B = self.lookup.look_up(state)
-        lookup_cost = 1 + self.overhead.per_round + self.overhead.per_draft * self.lookup.draft_length
+        lookup_cost = 1 + overhead_of(self.lookup.draft_length, self.overhead)
         tokens_B = jnp.where(match_B > 0, self.lookup_tokens(gains)[match_B - 1], 1)
         lookup_rate = jnp.sum(tokens_B * active_B) / jnp.maximum(jnp.sum(active_B), 1) / lookup_cost
         exit_rate = gains.tokens / gains.cost
