@@ -49,8 +49,8 @@ class DecodeConfig:
     )
     round_costs: tuple[float, ...] = setting(
         (),
-        "policy adaptive, lookups: costs of rounds with 1, 2, ... drafts beyond reading weights [passes of the full "
-        "model]; sweep measures them",
+        "policy adaptive, lookups: what a round with 1, 2, ... drafts costs beyond reading weights [passes of the full "
+        "model], more drafts in proportion; sweep measures it",
         "[0, inf)",
     )
     weights: Literal["full", "int8"] = setting("full", "int8: round the weights to 8 bits, which changes the text")

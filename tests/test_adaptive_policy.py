@@ -51,6 +51,15 @@ def test_adaptive_chooses_by_the_formulas():
     assert int(nothing.plan.draft_length) == 0
 
 
+def test_adaptive_pays_for_the_width_that_a_round_runs():
+    """Rounds with 5 and 6 drafts run the width 7, and so have the overhead of 6 drafts."""
+    overhead = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    policy, config = Adaptive((1,), 8, overhead=overhead), tiny_config()
+    assert hash(policy) == hash(Adaptive((1,), 8, overhead=tuple(overhead)))
+    expected = [round_cost(config, 1, n) + (0.1 * n if n < 5 else 0.6 if n < 7 else 0.8) for n in range(9)]
+    np.testing.assert_allclose(policy.init_state(config).cost_XQ[0], expected, rtol=1e-6)
+
+
 def test_adaptive_drafts_until_another_draft_does_not_pay():
     """The rows stop together, when the mean over the active ones falls below the least chance."""
     policy = Adaptive((1,), 6)

@@ -54,7 +54,7 @@ def with_tail(model, exit_layer, scale):
 class Erratic(Adaptive):
     """A stub policy that plans another exit and another draft length, 0 included, in every round; it has few widths.
 
-    Every seventh token ends the draft of its row.
+    A token whose number is a multiple of 7 ends the draft of its row.
     """
 
     @property

@@ -88,7 +88,7 @@ def measurement(exit_layer, length, drafted, cost):
 def test_the_overhead_of_speculation_is_measured():
     """Rounds with 2, 4 and 8 drafts cost 0.1, 0.5 and 0.6 more than their bytes, for every exit."""
     model = ModelConfig(num_layers=8, vocab_size=1)
-    overhead = (0.1, 0.1, 0.3, 0.5, 0.525, 0.55, 0.575, 0.6)
+    overhead = (0.05, 0.1, 0.3, 0.5, 0.525, 0.55, 0.575, 0.6)
     measured = [
         measurement(e, d, d, round_cost(model, e, d) + more)
         for e in (1, 4)
@@ -98,6 +98,17 @@ def test_the_overhead_of_speculation_is_measured():
     # The mean of the exits counts. Rounds that an end of text cut short count with the drafts that they had.
     measured = [measurement(e, 2, 1.0, round_cost(model, e, 1.0) + more) for e, more in ((1, 0.1), (4, 0.3))]
     assert sweep.measured_overhead(model, measured) == pytest.approx((0.2, 0.2))
+
+
+def test_the_overhead_is_measured_where_ends_of_text_cut_rounds_short():
+    """A longer draft length can have fewer drafts in the mean; the costs follow the drafts."""
+    model = ModelConfig(num_layers=8, vocab_size=1)
+    rounds = [(2, 1.5, 0.1), (4, 3.0, 0.4), (6, 2.0, 0.2)]
+    measured = [
+        measurement(2, length, drafted, round_cost(model, 2, drafted) + more) for length, drafted, more in rounds
+    ]
+    expected = (0.1 / 1.5, 0.2, 0.4, 0.4, 0.4, 0.4)
+    assert sweep.measured_overhead(model, measured) == pytest.approx(expected)
 
 
 def test_an_overhead_never_falls_and_is_never_negative():

@@ -135,9 +135,10 @@ def measured_overhead(model: ModelConfig, measurements: Iterable[Measurement]) -
     for m in measurements:
         beyond = m.round_cost - round_cost(model, m.settings["exit_layer"], m.drafted_per_round)
         extra.setdefault(m.settings["draft_length"], []).append((m.drafted_per_round, beyond))
-    drafted, cost = np.transpose([np.mean(extra[length], axis=0) for length in sorted(extra)])
+    # Sort by the mean number of drafts: rounds that an end of text cuts short have fewer than their draft length.
+    drafted, cost = np.transpose(sorted(np.mean(pairs, axis=0).tolist() for pairs in extra.values()))
     rising = np.maximum.accumulate(np.maximum(cost, 0))
-    return tuple(np.interp(range(1, max(extra) + 1), drafted, rising).round(4).tolist())
+    return tuple(np.interp(range(1, max(extra) + 1), [0, *drafted], [0, *rising]).tolist())
 
 
 def adaptive_config(base: DecodeConfig, exits: Sequence[int], max_drafts: int, overhead: Overhead) -> DecodeConfig:

@@ -11,7 +11,15 @@ import numpy as np
 
 from layerskip_jax.checks import parse_value, require, require_positive, require_rising
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, check_overhead, head_share, round_cost
+from layerskip_jax.decoding.cost import (
+    NO_OVERHEAD,
+    Overhead,
+    checked_overhead,
+    expected_tokens,
+    head_share,
+    overhead_of,
+    round_cost,
+)
 from layerskip_jax.decoding.policies import Outcome, Plan, log_probability, spaced_widths
 
 PRIOR_ACCEPTANCE = 0.8
@@ -86,8 +94,8 @@ class Adaptive:
         r = max (1 + a_E + ... + a_E^n) / cost(E, n)    over E and n = 0..d,
 
     with the costs of `cost.round_cost`; n = 0 is plain decoding. During a round, let s be the estimated probability
-    that all n drafts so far are accepted, in the mean over the rows, which draft together. The round stops when the
-    expected tokens of m more drafts are worth less than their cost at the rate r, for every m:
+    that all n drafts so far are accepted, in the mean over the active rows, which draft together. The round stops when
+    the expected tokens of m more drafts are worth less than their cost at the rate r, for every m:
 
         s (a_E + ... + a_E^m) < r (cost(E, n + m) - cost(E, n))
 
@@ -96,8 +104,8 @@ class Adaptive:
     DEL (arXiv 2504.05598) also chooses exits and lengths by acceptance.
 
     All acceptances come from about the last ``horizon`` drafts. Every round measures the exit that it uses. To measure
-    the others, a probe runs the head at all of ``exits``; ``probe_share`` is the share of this policy's rounds, in
-    passes, to spend on probes. For `adaptive.AdaptiveSpeculative`: `rounds.SelfSpeculative` never probes.
+    the others, a probe runs the head at all of ``exits``; ``probe_share`` is the share of the cost of this policy's
+    rounds to spend on probes. For `adaptive.AdaptiveSpeculative`: `rounds.SelfSpeculative` never probes.
     """
 
     exits: Sequence[int]
@@ -113,17 +121,20 @@ class Adaptive:
         require_positive("draft_length", self.draft_length)
         require(0 < self.probe_share <= 1, f"probe_share must be in (0, 1], not {self.probe_share}")
         require(0 < self.horizon < math.inf, f"horizon must be positive and finite, not {self.horizon}")
-        check_overhead(self.overhead)
+        object.__setattr__(self, "overhead", checked_overhead(self.overhead))
 
     @property
     def verify_widths(self) -> Sequence[int]:
         return spaced_widths(self.draft_length)
 
     def init_state(self, model: ModelConfig) -> Any:
-        length_Q = range(self.draft_length + 1)
-        cost_XQ = jnp.array(
-            [[round_cost(model, exit_layer, n, self.overhead) for n in length_Q] for exit_layer in self.exits]
-        )
+        # A round pays the overhead of the width that it runs, which can be wider than its drafts need.
+        width_Q = [next(width for width in self.verify_widths if width > n) for n in range(self.draft_length + 1)]
+        overhead_Q = [overhead_of(width - 1, self.overhead) for width in width_Q]
+        cost_XQ = jnp.array([
+            [round_cost(model, exit_layer, n) + overhead for n, overhead in enumerate(overhead_Q)]
+            for exit_layer in self.exits
+        ])  # fmt: skip
         counts = Counts.none(len(self.exits))
         probe_after = jnp.float32(len(self.exits) * head_share(model) / self.probe_share)
         # A probe is due in the first round.
@@ -136,7 +147,8 @@ class Adaptive:
         prior_X1 = PRIOR_WEIGHT * acceptance_X[:, None]
         acceptance_XK = (counts.agreed_XK + prior_X1) / (counts.reached_XK + PRIOR_WEIGHT)
         length_Q = np.arange(self.draft_length + 1)
-        rate_XQ = expected_tokens(acceptance_X[:, None], length_Q[None]) / cost_XQ
+        tokens_XQ = expected_tokens(acceptance_X, self.draft_length)
+        rate_XQ = tokens_XQ / cost_XQ
         best = jnp.argmax(rate_XQ).astype(jnp.int32)
         exit_index, drafts = best // len(length_Q), best % len(length_Q)
 
@@ -144,8 +156,8 @@ class Adaptive:
         after_n_QQ = np.minimum(length_Q[:, None] + length_Q[None], self.draft_length)
         possible_QQ = (length_Q[None] > 0) & (length_Q[:, None] + length_Q[None] <= self.draft_length)
         cost_Q = cost_XQ[exit_index]
-        more_tokens_Q = expected_tokens(acceptance_X[exit_index], length_Q) - 1
-        least_chance_QQ = jnp.max(rate_XQ) * (cost_Q[after_n_QQ] - cost_Q[:, None]) / more_tokens_Q[None]
+        more_cost_QQ, more_tokens_Q = cost_Q[after_n_QQ] - cost_Q[:, None], tokens_XQ[exit_index] - 1
+        least_chance_QQ = jnp.max(rate_XQ) * more_cost_QQ / more_tokens_Q[None]
         least_chance_Q = jnp.min(jnp.where(possible_QQ, least_chance_QQ, jnp.inf), axis=1)
         # A round that pays with some number of drafts may draft more, if the exit is confident.
         plan = Plan(exit_index, jnp.where(drafts > 0, self.draft_length, 0))
@@ -207,16 +219,6 @@ class Adaptive:
         agreed_X = jnp.where(probe.done, probe.agreed_X, jnp.sum(agreed_XK, axis=1))
         reached_X = jnp.where(probe.done, probe.reached_X, jnp.sum(reached_XK, axis=1))
         return Counts(agreed_X, reached_X, agreed_XK, reached_XK)
-
-
-def expected_tokens(acceptance: jax.Array, drafts: np.ndarray) -> jax.Array:
-    """Return ``1 + a + ... + a^n`` for n drafts, as a geometric series.
-
-    >>> float(expected_tokens(jnp.float32(0.5), np.array(2)))
-    1.75
-    """
-    a = jnp.minimum(acceptance, 0.999)  # the formula is not defined at 1
-    return (1 - a ** (drafts + 1)) / (1 - a)
 
 
 def default_candidates(num_layers: int) -> tuple[int, ...]:

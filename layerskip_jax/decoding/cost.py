@@ -7,19 +7,20 @@ the full model for one token, so a plain round costs 1.
 import itertools
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layerskip_jax.checks import require
+from layerskip_jax.checks import parse_value, require
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.model import compute_dtype, weight_count
 from layerskip_jax.sharding import target_platform
 
 Overhead = tuple[float, ...]
-"""What rounds with 1, 2, ... drafts cost beyond reading weights; more drafts cost as much as the last entry.
+"""What rounds with 1, 2, ... drafts cost beyond reading weights. Longer rounds cost in proportion to the last entry.
 
 On a CPU this is not linear in the drafts, because matmuls of some widths run other kernels. ``layerskip sweep``
 measures it, and `DecodeConfig.round_costs` stores it.
@@ -28,21 +29,36 @@ measures it, and `DecodeConfig.round_costs` stores it.
 NO_OVERHEAD: Overhead = ()
 
 
-def check_overhead(overhead: Overhead) -> None:
-    """Raise `UserError` unless the costs are finite and at least 0."""
-    require(all(0 <= cost < math.inf for cost in overhead), f"overhead must be finite and at least 0, got {overhead}")
+def checked_overhead(overhead: Sequence[float]) -> Overhead:
+    """Return the overhead as a tuple, which is hashable; raises `UserError` for a negative or infinite cost."""
+    costs = parse_value(tuple[float, ...], overhead, "overhead")
+    require(all(0 <= cost < math.inf for cost in costs), f"overhead must be finite and at least 0, got {costs}")
+    return costs
 
 
 def overhead_of(drafted: float | jax.Array, overhead: Overhead) -> Any:
     """Return the overhead of a round with ``drafted`` tokens, interpolated between whole numbers of drafts.
 
-    >>> overhead_of(0, (0.5, 0.7)), overhead_of(1.5, (0.5, 0.7)), overhead_of(9, (0.5, 0.7))
-    (0.0, 0.6, 0.7)
+    >>> [overhead_of(drafts, (0.5, 0.75)) for drafts in (0, 1.5, 4)]
+    [0.0, 0.625, 1.5]
     """
-    counts, costs = np.arange(len(overhead) + 1), np.array((0.0, *overhead))
-    if isinstance(drafted, jax.Array):
-        return jnp.interp(drafted, counts, costs)
-    return float(np.interp(drafted, counts, costs))
+    numpy = jnp if isinstance(drafted, jax.Array) else np
+    known = max(len(overhead), 1)
+    cost = numpy.interp(drafted, np.arange(len(overhead) + 1), np.array((0.0, *overhead)))
+    cost = cost * numpy.maximum(drafted / known, 1)
+    return cost if isinstance(drafted, jax.Array) else float(cost)
+
+
+def expected_tokens(acceptance_X: jax.Array, longest: int) -> jax.Array:
+    """Return ``tokens_XQ``, the expected tokens of rounds with n = 0..longest drafts: ``1 + a + ... + a^n``.
+
+    >>> expected_tokens(jnp.array([0.5, 1.0]), 2).tolist()
+    [[1.0, 1.5, 1.75], [1.0, 2.0, 3.0]]
+    """
+    length_Q = np.arange(longest + 1)
+    power_XQ = acceptance_X[:, None] ** length_Q[None]
+    # Sum the powers up to each n with a triangle of ones, not with cumsum, which XLA:CPU runs as many small operations.
+    return jnp.sum(power_XQ[:, None] * np.tri(len(length_Q))[None], axis=2)
 
 
 def weight_bytes(config: ModelConfig, kind: str = "full") -> int:
@@ -64,7 +80,7 @@ def round_cost(
     """``(1-h)(1 + d E/L) + h(1+d) + overhead(d)``.
 
     Each of d drafts reads E of L blocks and the head; the verification reads everything once. E and d may be numbers or
-    arrays.
+    JAX arrays.
 
     >>> round(round_cost(ModelConfig(num_layers=8, vocab_size=1), exit_layer=2, drafted=4), 2)
     2.0

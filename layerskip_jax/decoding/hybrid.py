@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from layerskip_jax.checks import require
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.conditional import run_if
-from layerskip_jax.decoding.cost import NO_OVERHEAD, Overhead, check_overhead, overhead_of, round_cost
+from layerskip_jax.decoding.cost import (
+    NO_OVERHEAD,
+    Overhead,
+    checked_overhead,
+    expected_tokens,
+    overhead_of,
+    round_cost,
+)
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Sampler
@@ -59,7 +66,7 @@ class Hybrid:
     def __post_init__(self) -> None:
         require(self.lookup.sampler == self.speculation.sampler, "lookup and speculation must have the same sampler")
         require(1 < self.horizon < math.inf, f"horizon must be above 1 and finite, not {self.horizon}")
-        check_overhead(self.overhead)
+        object.__setattr__(self, "overhead", checked_overhead(self.overhead))
 
     @property
     def sampler(self) -> Sampler:
@@ -102,8 +109,7 @@ class Hybrid:
 
     def lookup_tokens(self, gains: Gains) -> jax.Array:
         """Return the expected tokens of a lookup by the length of its match, 1 to M."""
-        acceptance_M = gains.agreed_M / gains.compared_M
-        return jnp.sum(acceptance_M[:, None] ** jnp.arange(self.lookup.draft_length + 1)[None], axis=1)
+        return expected_tokens(gains.agreed_M / gains.compared_M, self.lookup.draft_length)[:, -1]
 
     def compare(
         self, draft_Bd: jax.Array, match_B: jax.Array, before: DecodeState, after: DecodeState

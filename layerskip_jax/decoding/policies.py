@@ -158,18 +158,18 @@ def checked_plan(policy: DraftPolicy, policy_state: Any, least: int) -> Plan:
 
 
 def spaced_widths(draft_length: int) -> Sequence[int]:
-    """Return ``DraftPolicy.verify_widths`` for a policy that varies the draft length, up to d+1.
+    """Return ``DraftPolicy.verify_widths`` for a policy that varies the draft length, from 1 to d+1.
 
-    Each is the one before, plus a quarter rounded up: a round verifies few positions more than it needs, which costs
-    time on a CPU, and few programs are compiled.
+    Each is a fifth, rounded up, below the next. So a round verifies few positions that it does not need, which take
+    time on a CPU, and the number of programs grows with the logarithm of d.
 
     >>> spaced_widths(6), spaced_widths(1), spaced_widths(15)
-    ((1, 2, 3, 4, 5, 7), (1, 2), (1, 2, 3, 4, 5, 7, 9, 12, 15, 16))
+    ((1, 2, 3, 4, 5, 7), (1, 2), (1, 2, 3, 4, 5, 7, 9, 12, 16))
     """
-    widths = [1]
-    while widths[-1] <= draft_length:
-        widths.append(min(draft_length + 1, widths[-1] + math.ceil(widths[-1] / 4)))
-    return tuple(widths)
+    widths = [draft_length + 1]
+    while widths[-1] > 1:
+        widths.append(widths[-1] - math.ceil(widths[-1] / 5))
+    return tuple(reversed(widths))
 
 
 def log_probability(token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
