@@ -94,6 +94,10 @@ class Comparison:
     overhead: Overhead
     measured: dict[str, list[Measurement]]  # kind -> plain decoding, then the settings
 
+    @property
+    def adaptive(self) -> list[str]:
+        return [name for name in self.names if name.startswith("adaptive")]
+
     def speedups(self, kind: str) -> np.ndarray:
         return np.array([m.speedup for m in self.measured[kind][1:]])
 
@@ -106,22 +110,31 @@ class Comparison:
                 "kind": kind, "plain_tokens_per_second": measured[0].tokens_per_second,
                 "best_fixed": self.names[best], "best_fixed_speedup": float(speedup[best]),
                 "best_acceptance": measured[1 + best].acceptance, **others,
-                "adaptive/best_fixed": others["adaptive"] / float(speedup[best]), "bar": 1.0,
+                **{f"{name}/best_fixed": others[name] / float(speedup[best]) for name in self.adaptive}, "bar": 1.0,
                 "identical": all(m.identical for m in measured),
             }  # fmt: skip
         # One setting for all kinds: the total time, with each kind weighted to take plain decoding the same time.
         together = len(self.measured) / sum(1 / self.speedups(kind) for kind in self.measured)
-        one, adaptive = int(np.argmax(together[: self.fixed])), float(together[self.names.index("adaptive")])
+        one = int(np.argmax(together[: self.fixed]))
+        speedup = {name: float(together[self.names.index(name)]) for name in self.adaptive}
         yield {
-            "one_fixed_for_all": self.names[one], "speedup": float(together[one]), "adaptive": adaptive,
-            "adaptive/one_fixed": adaptive / float(together[one]), "bar": 1.1,
+            "one_fixed_for_all": self.names[one], "speedup": float(together[one]), **speedup,
+            **{f"{name}/one_fixed": one_speedup / float(together[one]) for name, one_speedup in speedup.items()},
+            "bar": 1.1,
         }  # fmt: skip
 
 
 def compare(
-    model: Transformer, prompts: dict[str, list[list[int]]], base: DecodeConfig, exits: Sequence[int], repeats: int
+    model: Transformer,
+    prompts: dict[str, list[list[int]]],
+    base: DecodeConfig,
+    exits: Sequence[int],
+    repeats: int,
+    lookups: bool = False,
 ) -> Comparison:
     """Time all pairs of exit and length, and the other policies, in turn on each kind of prompt.
+
+    With ``lookups``, the adaptive policy is also timed with lookups.
 
     The adaptive policy has the exits of ``base``, by default those that were trained, or else all of ``exits``.
     """
@@ -133,7 +146,7 @@ def compare(
     adaptive = adaptive_config(dataclasses.replace(base, exit_layer=0), base.exits or exits, max_drafts, overhead)
     others = {
         "adaptive": adaptive,
-        "adaptive_and_lookup": dataclasses.replace(adaptive, lookup_length=max_drafts),
+        **({"adaptive_and_lookup": dataclasses.replace(adaptive, lookup_length=max_drafts)} if lookups else {}),
         "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[:2][-1], draft_length=max_drafts),
         "prompt_lookup": dataclasses.replace(base, mode="prompt_lookup", draft_length=max_drafts),
     }  # fmt: skip
@@ -175,7 +188,7 @@ def main() -> None:
     tokens = {kind: [tokenizer.encode_prompt(text) for text in texts] for kind, texts in kinds.items()}
     about = header()
     print(f"{options.prompts} prompts of each kind, {options.new_tokens} tokens each")
-    comparison = compare(model, tokens, base, options.exits or candidates(config), options.repeats)
+    comparison = compare(model, tokens, base, options.exits or candidates(config), options.repeats, lookups=True)
     rows = [{"overhead": comparison.overhead}, *comparison.summary()]
     if not options.no_curve:
         curve = exit_curve(model, tokens["code"], base, options.repeats)

@@ -36,7 +36,7 @@ class Careful(Fixed):
         return Plan(0, policy_state)
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
-        all_accepted = jnp.all((outcome.accepted_B == outcome.drafted_B) | ~outcome.active_B)
+        all_accepted = jnp.all(outcome.accepted_B == outcome.drafted_B)
         return jnp.clip(jnp.where(all_accepted, policy_state + 1, policy_state // 2), 1, self.draft_length)
 
 

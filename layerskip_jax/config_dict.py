@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from layerskip_jax.checks import parse_value, require
-from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -17,8 +17,8 @@ RENAMED = {
 }
 """Former names of settings in stored configs."""
 
-REMOVED = {"start_cost", "width_cost"}
-"""Settings in a stored `DecodeConfig` that no longer exist."""
+REMOVED = {"decode.start_cost", "decode.width_cost"}
+"""Settings in stored configs that no longer exist."""
 
 
 def saved_settings(config: Config) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def from_dict(values: Mapping[str, Any], kind: type[T], where: str = "") -> T:
     known = {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
     arguments: dict[str, Any] = {}
     for stored, value in values.items():
-        if kind is DecodeConfig and stored in REMOVED:
+        if f"{where}{stored}" in REMOVED:
             continue
         key = RENAMED.get(f"{where}{stored}", stored)
         if key not in known:

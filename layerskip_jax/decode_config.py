@@ -50,7 +50,7 @@ class DecodeConfig:
     round_costs: tuple[float, ...] = setting(
         (),
         "policy adaptive, lookups: what a round with 1, 2, ... drafts costs beyond reading weights [passes of the full "
-        "model], more drafts in proportion; sweep measures it",
+        "model]; a longer one: in proportion to the last entry; sweep measures it",
         "[0, inf)",
     )
     weights: Literal["full", "int8"] = setting("full", "int8: round the weights to 8 bits, which changes the text")

@@ -32,12 +32,12 @@ def test_adaptive_chooses_by_the_formulas():
     np.testing.assert_allclose(
         choice.acceptance_K, [2 * b / 6, (2 + 2 * b) / 6, (6 + 2 * b) / 10, (90 + 2 * b) / 94], 1e-6
     )
-    np.testing.assert_allclose(choice.least_chance_Q, [best * 0.4 / b] * 3 + [np.inf], 1e-5)
+    np.testing.assert_allclose(choice.least_chance_Q[1:], [best * 0.4 / b] * 2 + [np.inf], 1e-5)
 
     # The best rate of the first exit has two drafts, but a round may draft up to three.
     choice = policy.choose(Counts(jnp.array([15, 0]), jnp.array([31, 50]), agreed_XK, reached_XK), costs)
     assert (int(choice.plan.exit_index), int(choice.plan.draft_length)) == (0, 3)
-    np.testing.assert_allclose(choice.least_chance_Q, [(1 + a + a**2) / 1.4 * 0.2 / a] * 3 + [np.inf], 1e-5)
+    np.testing.assert_allclose(choice.least_chance_Q[1:], [(1 + a + a**2) / 1.4 * 0.2 / a] * 2 + [np.inf], 1e-5)
 
     # A second draft alone does not pay as soon as a second and a third together.
     steps = jnp.array([[1.0, 1.2, 1.7, 1.7], [1.0, 9.0, 9.0, 9.0]])
@@ -77,7 +77,7 @@ def test_adaptive_drafts_until_another_draft_does_not_pay():
         with np.errstate(divide="ignore"):
             logits_BV = 3 + np.log(np.stack([p_B, 0.75 * rest_B, 0.25 * rest_B], axis=1))
         keep_B, notes = policy.keep_drafting(state, notes, jnp.zeros(3, jnp.int32), jnp.asarray(logits_BV))
-        np.testing.assert_allclose(notes.chance_B, chance_B, rtol=1e-5)
+        np.testing.assert_allclose(notes.chance_B, np.array(chance_B) * [0.5, 0.5, 0], rtol=1e-5)
         assert notes.bin_Bd[:, slot].tolist() == list(bin_B)
         assert keep_B.tolist() == [keeps] * 3
 
@@ -89,11 +89,10 @@ def test_adaptive_updates_its_counts():
     # Rows: 2 of 3 drafts accepted; both drafts accepted; already done.
     outcome = Outcome(
         Plan(jnp.int32(1), jnp.int32(3)),
-        active_B=jnp.array([True, True, False]),
         drafted_B=jnp.array([3, 2, 0]),
         accepted_B=jnp.array([2, 2, 0]),
         probe=Probe.none(2),
-        notes=DraftNotes(jnp.ones(3, bool), jnp.int32(3), jnp.ones(3), jnp.array([[3, 1, 0], [3, 3, 2], [2, 2, 2]])),
+        notes=DraftNotes(jnp.int32(3), jnp.ones(3), jnp.array([[3, 1, 0], [3, 3, 2], [2, 2, 2]])),
     )
     state = policy.update(first, outcome)
     assert state.counts.agreed_XK.tolist() == [[0, 0, 0, 0], [0, 1, 0, 3]]
@@ -117,11 +116,10 @@ def test_adaptive_forgets_with_its_horizon():
     none_Bd = jnp.zeros((1, 2), jnp.int32)
     right = Outcome(
         Plan(jnp.int32(0), jnp.int32(2)),
-        jnp.array([True]),
         jnp.array([2]),
         jnp.array([2]),
         Probe.none(1),
-        DraftNotes(jnp.ones(1, bool), jnp.int32(2), jnp.ones(1), none_Bd),
+        DraftNotes(jnp.int32(2), jnp.ones(1), none_Bd),
     )
     state = policy.init_state(tiny_config())
     for _ in range(100):

@@ -35,9 +35,9 @@ def load_model(path: str, *, unstacked: bool = False) -> tuple[Transformer, Conf
     Inside `sharding.tensor_parallel`, load one shard of it onto each device of the context.
 
     ``path`` is as for `open_model_folder`. Config and tokenizer are stored with the weights, so no other argument is
-    needed. With ``unstacked`` the model is as `Transformer.unstacked` returns it, ready for decoding. A kernel that
-    ``model.attention`` names is replaced by the one that fits this platform. Raises
-    `UserError` for a model that cannot be read, and `DamagedCheckpoint` for files that were changed after the save.
+    needed. With ``unstacked`` the model is as `Transformer.unstacked` returns it, ready for decoding. The kernel of
+    ``model.attention`` splash or cudnn may not fit this platform, so these become auto. Raises `UserError` for a model
+    that cannot be read, and `DamagedCheckpoint` for files that were changed after the save.
     """
     folder = open_model_folder(path)
     config, tokenizer = folder.config, folder.tokenizer

@@ -8,7 +8,7 @@ from etils import epath
 
 from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.config import DecodeConfig
-from layerskip_jax.config_dict import REMOVED, from_dict
+from layerskip_jax.config_dict import from_dict
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import file_inside, read_limited, write_file
 
@@ -39,8 +39,8 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(read_limited(file))["decode"]
-        from_dict(settings, DecodeConfig)
+        known = from_dict(settings, DecodeConfig, "decode.")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
         raise UserError(f"{file} is not what layerskip sweep writes ({error}): remove it") from error
-    left_out = REMOVED | set(given) | (DEPENDENT if DEPENDENT & set(given) else set())
-    return {name: value for name, value in settings.items() if name not in left_out}
+    left_out = set(given) | (DEPENDENT if DEPENDENT & set(given) else set())
+    return {name: value for name, value in settings.items() if name not in left_out and hasattr(known, name)}

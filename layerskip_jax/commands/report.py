@@ -63,14 +63,15 @@ class Decoded:
 
 def decode_prompts(run: Run, model: Transformer, tokenizer: Tokenizer, prompts: list[str]) -> Decoded:
     settings = dataclasses.replace(run.decode, mode="self_speculative", temperature=0.0)
-    longest = max(len(encode(tokenizer, settings, prompt)) for prompt in prompts)
+    ids = [encode(tokenizer, settings, prompt) for prompt in prompts]
+    longest = max(map(len, ids))
     plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"), longest)
     drafting, batches = TextGenerator(model, tokenizer, settings, longest), [[prompt] for prompt in prompts]
     answers = [drafting.generate(batch) for batch in batches]
     report = terminal.Report.from_answers(answers, model.config, settings)
     report = dataclasses.replace(report, **compare(drafting, plain, batches))
     new = [answer.completions[0].tokens for answer in answers]
-    continuations = token_exits.predict_continuations(model, [plain.encode(prompt) for prompt in prompts], new)
+    continuations = token_exits.predict_continuations(model, ids, new)
     return Decoded(report, token_exits.acceptance_by_exit(continuations, settings.draft_length))
 
 

@@ -190,7 +190,8 @@ class Search:
         trial.set_user_attr("overrides", overrides)
 
         def judge(step: int, model: Transformer, batches: HostBatches, loss_L: np.ndarray) -> None:
-            quality = ExitQuality(loss_L, exit_quality(model, config, batches).agreement_L)
+            # The loss of training, since the plain model's loss comes from there too.
+            quality = dataclasses.replace(exit_quality(model, config, batches), loss_L=loss_L)
             found = self.found(config, step, quality)
             trial.report(found.score(self.options.loss_tolerance), step)
             trial.set_user_attr("found", found)

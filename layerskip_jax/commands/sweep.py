@@ -138,7 +138,8 @@ def measured_overhead(model: ModelConfig, measurements: Iterable[Measurement]) -
     # Sort by the mean number of drafts: rounds that an end of text cuts short have fewer than their draft length.
     drafted, cost = np.transpose(sorted(np.mean(pairs, axis=0).tolist() for pairs in extra.values()))
     rising = np.maximum.accumulate(np.maximum(cost, 0))
-    return tuple(np.interp(range(1, max(extra) + 1), [0, *drafted], [0, *rising]).tolist())
+    costs = np.interp(range(1, max(extra) + 1), [0, *drafted], [0, *rising])
+    return tuple(np.round(costs, 4).tolist())  # rounded for the terminal and the stored settings
 
 
 def adaptive_config(base: DecodeConfig, exits: Sequence[int], max_drafts: int, overhead: Overhead) -> DecodeConfig:
@@ -157,7 +158,7 @@ def sweep(
     repeats: int,
     eos: Sequence[int] = (),
 ) -> tuple[list[Measurement], list[Measurement], Overhead]:
-    """Measure plain decoding and every pair of exit and draft length, then plain decoding and five finalists.
+    """Measure plain decoding and every pair of exit and draft length, then plain decoding and six finalists.
 
     The finalists are the fastest pair; the adaptive policy over the same exits, up to the largest length; prompt lookup
     of the largest length; the fastest pair with lookups of that length; and the fastest pair with `CHOICES`. Returns
@@ -170,9 +171,12 @@ def sweep(
     best = max(grid[1:], key=lambda m: m.tokens_per_second)
     largest = max(draft_lengths)
     fastest = dataclasses.replace(fixed, **best.settings)
+    from_best = dataclasses.replace(fixed, exit_layer=best.settings["exit_layer"])
+    adaptive = adaptive_config(from_best, exits, largest, overhead)
     finalists = [
         fastest,
-        adaptive_config(dataclasses.replace(fixed, exit_layer=best.settings["exit_layer"]), exits, largest, overhead),
+        adaptive,
+        dataclasses.replace(adaptive, lookup_length=largest),
         dataclasses.replace(fixed, mode="prompt_lookup", draft_length=largest),
         dataclasses.replace(fastest, lookup_length=largest, round_costs=overhead),
         dataclasses.replace(fastest, choices=min(CHOICES, model.config.vocab_size)),

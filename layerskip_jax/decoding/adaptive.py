@@ -35,7 +35,7 @@ class AdaptiveSpeculative(SelfSpeculative):
         plan = checked_plan(self.policy, state.policy_state, least=0)
         cache, drafts, notes = self.draft(model, state, plan, draft_key)
         cache, verdict, probe = self.verify_narrowest(model, state, plan, cache, drafts, verify_key)
-        outcome = Outcome(plan, ~state.done_B, drafts.count_B, verdict.accepted_B, probe, notes)
+        outcome = Outcome(plan, drafts.count_B, verdict.accepted_B, probe, notes)
         policy_state = self.policy.update(state.policy_state, outcome)
         state = dataclasses.replace(state, key=key, cache=cache, policy_state=policy_state)
         return finish_round(state, drafts, verdict, plan.exit_index, jnp.any(drafts.count_B > 0))

@@ -78,9 +78,8 @@ class AdaptiveState(NamedTuple):
 class DraftNotes(NamedTuple):
     """The notes of `Adaptive` about the drafts of a round."""
 
-    active_B: jax.Array
     slot: jax.Array  # of the next draft
-    chance_B: jax.Array  # estimated probability that all drafts so far are accepted
+    chance_B: jax.Array  # estimated probability that all drafts so far are accepted, over the number of active rows
     bin_Bd: jax.Array  # of each draft, by the exit's probability
 
 
@@ -99,7 +98,7 @@ class Adaptive:
 
         s (a_E + ... + a_E^m) < r (cost(E, n + m) - cost(E, n))
 
-    s multiplies one learned acceptance for each draft, that of the bin of the exit's probability for the token. A
+    s is the product of one learned acceptance per draft: that of the bin that holds the exit's probability for it. A
     threshold on this probability would stop too early where an exit is right more often than its probabilities say.
     DEL (arXiv 2504.05598) also chooses exits and lengths by acceptance.
 
@@ -149,8 +148,7 @@ class Adaptive:
         length_Q = np.arange(self.draft_length + 1)
         tokens_XQ = expected_tokens(acceptance_X, self.draft_length)
         rate_XQ = tokens_XQ / cost_XQ
-        best = jnp.argmax(rate_XQ).astype(jnp.int32)
-        exit_index, drafts = best // len(length_Q), best % len(length_Q)
+        exit_index = (jnp.argmax(rate_XQ) // len(length_Q)).astype(jnp.int32)
 
         # Entry [n, m] is about m more drafts after n.
         after_n_QQ = np.minimum(length_Q[:, None] + length_Q[None], self.draft_length)
@@ -159,8 +157,8 @@ class Adaptive:
         more_cost_QQ, more_tokens_Q = cost_Q[after_n_QQ] - cost_Q[:, None], tokens_XQ[exit_index] - 1
         least_chance_QQ = jnp.max(rate_XQ) * more_cost_QQ / more_tokens_Q[None]
         least_chance_Q = jnp.min(jnp.where(possible_QQ, least_chance_QQ, jnp.inf), axis=1)
-        # A round that pays with some number of drafts may draft more, if the exit is confident.
-        plan = Plan(exit_index, jnp.where(drafts > 0, self.draft_length, 0))
+        # Without a draft, the chance is 1. `keep_drafting` ends a round that drafts.
+        plan = Plan(exit_index, jnp.where(least_chance_Q[0] <= 1, self.draft_length, 0))
         return Choice(plan, acceptance_XK[exit_index], least_chance_Q)
 
     def plan(self, policy_state: Any) -> Plan:
@@ -172,8 +170,8 @@ class Adaptive:
         return due if len(self.exits) > 1 else due & (self.plan(policy_state).draft_length == 0)
 
     def init_notes(self, active_B: jax.Array) -> Any:
-        rows = len(active_B)
-        return DraftNotes(active_B, jnp.int32(0), jnp.ones(rows), jnp.zeros((rows, self.draft_length), jnp.int32))
+        chance_B = active_B / jnp.maximum(jnp.sum(active_B), 1)  # so that the sum is the mean over the active rows
+        return DraftNotes(jnp.int32(0), chance_B, jnp.zeros((len(active_B), self.draft_length), jnp.int32))
 
     def keep_drafting(
         self, policy_state: Any, notes: Any, token_B: jax.Array, logits_BV: jax.Array
@@ -183,9 +181,8 @@ class Adaptive:
         chance_B = notes.chance_B * policy_state.choice.acceptance_K[bin_B]
         bin_Bd = jax.lax.dynamic_update_index_in_dim(notes.bin_Bd, bin_B, notes.slot, axis=1)
         # Decide for all rows together: while one row drafts, a pass takes as long as if all did.
-        mean_chance = jnp.sum(chance_B * notes.active_B) / jnp.sum(notes.active_B)
-        keep = mean_chance >= policy_state.choice.least_chance_Q[notes.slot + 1]
-        return jnp.broadcast_to(keep, token_B.shape), DraftNotes(notes.active_B, notes.slot + 1, chance_B, bin_Bd)
+        keep = jnp.sum(chance_B) >= policy_state.choice.least_chance_Q[notes.slot + 1]
+        return jnp.broadcast_to(keep, token_B.shape), DraftNotes(notes.slot + 1, chance_B, bin_Bd)
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
         before, probe, drafts = policy_state, outcome.probe, jnp.max(outcome.drafted_B)

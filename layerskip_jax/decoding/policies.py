@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from layerskip_jax.checks import require, require_positive
 from layerskip_jax.config import ModelConfig
+from layerskip_jax.recipe.early_exit import negative_log_likelihood
 
 
 class Plan(NamedTuple):
@@ -45,8 +46,7 @@ class Outcome(NamedTuple):
     """The result of a round, from which a policy learns."""
 
     plan: Plan
-    active_B: jax.Array  # rows that were not done before the round
-    drafted_B: jax.Array
+    drafted_B: jax.Array  # 0 in rows that were done before the round
     accepted_B: jax.Array
     probe: Probe
     notes: Any  # what `DraftPolicy.keep_drafting` noted about the drafts
@@ -173,8 +173,8 @@ def spaced_widths(draft_length: int) -> Sequence[int]:
 
 
 def log_probability(token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-    """Return the logarithm of the probability that the exit gives to its draft, without temperature or cuts."""
-    return jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits_BV, axis=1)
+    """Return the logarithm of the exit's probability of each draft, without temperature or cuts."""
+    return -negative_log_likelihood(logits_BV[:, None], token_B[:, None])[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)

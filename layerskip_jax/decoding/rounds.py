@@ -94,7 +94,7 @@ class SelfSpeculative:
         plan = checked_plan(self.policy, state.policy_state, least=1)
         cache, drafts, notes = self.draft(model, state, plan, draft_key)
         cache, verdict = self.verify(model, state, cache, drafts, verify_key)
-        outcome = Outcome(plan, ~state.done_B, drafts.count_B, verdict.accepted_B, Probe.none(1), notes)
+        outcome = Outcome(plan, drafts.count_B, verdict.accepted_B, Probe.none(1), notes)
         policy_state = self.policy.update(state.policy_state, outcome)
         state = dataclasses.replace(state, key=key, cache=cache, policy_state=policy_state)
         # Accept the drafts up to the first that is wrong, and the full model's own token after them. The new length is

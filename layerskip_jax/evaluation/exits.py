@@ -78,7 +78,7 @@ def held_out_batches(held_out: Iterable[dict[str, np.ndarray]], config: Config) 
 
 
 def component_losses(model: Transformer, batches: HostBatches, config: Config, mesh: Mesh) -> dict[str, np.ndarray]:
-    """Return ``loss_L``, the mean cross-entropy of every exit on ``batches``, which `held_out_batches` returned [nats].
+    """Return ``loss_L``, the mean cross-entropy of every exit [nats/token] on the ``batches`` of `held_out_batches`.
 
     The result has an entry for each component of ``data.mixture``, and under ``""`` their mean by their shares. All
     processes of a run call it together. Raises `UserError` if no token of these batches counts.
