@@ -24,6 +24,7 @@ def get_config() -> Config:
             batch_size=4,  # small, so that there are many steps
             loss_chunk=64,
             evaluate_every=130,
+            evaluate_batches=32,  # as `layerskip evaluate`, so that the plots show the same losses
             checkpoint_every=130,
         ),
         decode=DecodeConfig(draft_length=4, max_new_tokens=128),
