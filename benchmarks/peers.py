@@ -1,10 +1,11 @@
 """Our decoding against transformers' on CPU: ``python -m benchmarks.peers [--models small] [--json FILE]``.
 
 Same random weights, prompt and machine; float32, greedy, batch 1, 64 tokens in and 256 out, no EOS. Compares plain
-decoding and self-speculation from exit 4 with 6 drafts: ours, and transformers' ``assistant_early_exit``. ``--tails``
-scales what the blocks after the exit add to the residual stream, and so sets the acceptance. Prefill counts on both
-sides, compilation on neither (ours is in the warm-up). Needs ``pip install torch transformers`` and an idle machine:
-torch's threads spin while they wait for each other, so another busy process slows them down a lot.
+decoding, self-speculation from exit 4 with 6 drafts (ours, and transformers' ``assistant_early_exit``), and prompt
+lookup of 6 tokens. ``--tails`` scales what the blocks after the exit add to the residual stream, and so sets the
+acceptance. Prefill counts on both sides, compilation on neither (ours is in the warm-up). Needs ``pip install torch
+transformers`` and an idle machine: torch's threads spin while they wait for each other, so another busy process slows
+them down a lot.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed
+from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
@@ -46,6 +48,12 @@ CONTEXT = 2048  # maximum length in the exported config [tokens]
 STRATEGIES: dict[str, Strategy] = {
     "plain": Autoregressive(Greedy()),
     "speculative": SelfSpeculative(Greedy(), Fixed(exit_layer=EXIT_LAYER, draft_length=DRAFT_LENGTH)),
+    "lookup": PromptLookup(Greedy(), DRAFT_LENGTH),
+}
+THEIR_OPTIONS: dict[str, dict[str, int]] = {
+    "plain": {},
+    "speculative": {"assistant_early_exit": EXIT_LAYER},
+    "lookup": {"prompt_lookup_num_tokens": DRAFT_LENGTH},
 }
 BARS = {"small": {"plain": 3.5, "speculative": 4.0}, "large": {"plain": 2.0, "speculative": 2.5}}
 BAR_TAIL = 0.02  # the tail for which speculation has a bar; at 0 every draft is accepted, as in no trained model
@@ -79,7 +87,7 @@ def equal_tokens(a: list[int], b: list[int]) -> int:
 
 @torch.no_grad()
 def compare(name: str, tail: float, repeats: int) -> list[dict[str, Any]]:
-    """Time both libraries and both kinds of decoding in turn, ``repeats`` times after a warm-up."""
+    """Time both libraries and all kinds of decoding in turn, ``repeats`` times after a warm-up."""
     model = model_with_tail(MODELS[name], EXIT_LAYER, tail)
     llama, model = as_llama(model), model.unstacked()
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, PROMPT).tolist()
@@ -89,19 +97,19 @@ def compare(name: str, tail: float, repeats: int) -> list[dict[str, Any]]:
         raise SystemExit(f"{name}, tail {tail}: the models are not equal, their logits differ by {difference:.2g}")
 
     # Give torch its best number of threads: on a busy machine, OpenMP barriers can make two threads slower than one.
-    threads: dict[int | None, int] = {}
-    for early_exit in (None, EXIT_LAYER):
+    threads = {}
+    for decoding, options in THEIR_OPTIONS.items():
         trials = {}
         for count in {1, os.cpu_count() or 1}:
             torch.set_num_threads(count)
-            trial = partial(llama.generate, tokens_BT, max_new_tokens=48, assistant_early_exit=early_exit)
+            trial = partial(llama.generate, tokens_BT, max_new_tokens=48, **options)
             trials[count] = min(_seconds(trial) for _ in range(3))
-        threads[early_exit] = min(trials, key=lambda count: trials[count])
+        threads[decoding] = min(trials, key=lambda count: trials[count])
 
-    def theirs(early_exit: int | None) -> tuple[list[int], float]:
-        torch.set_num_threads(threads[early_exit])
+    def theirs(decoding: str) -> tuple[list[int], float]:
+        torch.set_num_threads(threads[decoding])
         began = time.perf_counter()
-        output_BT = llama.generate(tokens_BT, max_new_tokens=NEW_TOKENS, assistant_early_exit=early_exit)
+        output_BT = llama.generate(tokens_BT, max_new_tokens=NEW_TOKENS, **THEIR_OPTIONS[decoding])
         return output_BT[0, PROMPT:].tolist(), NEW_TOKENS / (time.perf_counter() - began)
 
     def ours(strategy: Strategy) -> tuple[Generation, float]:
@@ -112,8 +120,8 @@ def compare(name: str, tail: float, repeats: int) -> list[dict[str, Any]]:
     our_speeds: dict[str, list[float]] = {decoding: [] for decoding in STRATEGIES}
     texts, generations = {}, {}
     for _ in range(repeats + 1):  # the first repeat is the warm-up
-        for decoding, early_exit in {"plain": None, "speculative": EXIT_LAYER}.items():
-            texts[decoding], speed = theirs(early_exit)
+        for decoding in STRATEGIES:
+            texts[decoding], speed = theirs(decoding)
             their_speeds[decoding].append(speed)
         for decoding, strategy in STRATEGIES.items():
             generations[decoding], speed = ours(strategy)
@@ -126,12 +134,12 @@ def compare(name: str, tail: float, repeats: int) -> list[dict[str, Any]]:
             {
                 "model": name,
                 "tail": tail,
-                "their_threads": threads[None if decoding == "plain" else EXIT_LAYER],
+                "their_threads": threads[decoding],
                 "decoding": decoding,
                 "their_tokens_per_second": statistics.median(their_speed for _, their_speed in pairs),
                 "our_tokens_per_second": statistics.median(our_speed for our_speed, _ in pairs),
                 "ratio": statistics.median(our_speed / their_speed for our_speed, their_speed in pairs),
-                "bar": BARS[name][decoding] if decoding == "plain" or tail == BAR_TAIL else None,
+                "bar": BARS[name].get(decoding) if decoding == "plain" or tail == BAR_TAIL else None,
                 "our_acceptance": generation.acceptance if generation.drafted else None,
                 # Equal leading tokens. Near-ties may separate the two libraries, but not a library from itself.
                 "ours_is_theirs": equal_tokens(generation.tokens[0], texts[decoding]),

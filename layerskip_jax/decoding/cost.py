@@ -79,8 +79,9 @@ def round_cost(
 ) -> Any:
     """``(1-h)(1 + d E/L) + h(1+d) + overhead(d)``.
 
-    Each of d drafts reads E of L blocks and the head; the verification reads everything once. E and d may be numbers or
-    JAX arrays.
+    Each of d drafts reads E of L blocks and the head; the verification reads everything once. The KV cache is left out:
+    it divides among the blocks as their weights do, so a long context only lowers the head's share h. E and d may be
+    numbers or JAX arrays.
 
     >>> round(round_cost(ModelConfig(num_layers=8, vocab_size=1), exit_layer=2, drafted=4), 2)
     2.0
