@@ -13,7 +13,7 @@ Result:   none, the step has only been compiled ahead of time
 
 from dataclasses import replace
 
-from layerskip_jax.config import Config, DataConfig, DecodeConfig, EarlyExitConfig
+from layerskip_jax.config import Config, DecodeConfig, EarlyExitConfig
 from layerskip_jax.presets import LAYERSKIP_1B5, finetuning
 
 
@@ -24,12 +24,12 @@ def get_config() -> Config:
         base,
         layer_dropout=replace(base.layer_dropout, p_max=0.2),
         early_exit=EarlyExitConfig(curriculum="gradual", e_scale=1.0),
-        data=DataConfig(
+        data=replace(
+            base.data,
             source="jsonl",
             path="gs://your-bucket/topv2",
             prompt_key="prompt",
             text_key="response",
-            tokenizer=tokenizer,
             sequence_length=512,
         ),
         train=replace(
