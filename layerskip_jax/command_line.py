@@ -167,12 +167,12 @@ def load_config_file(path: str) -> Config:
     """
     shipped = SHIPPED / Path(path).name
     ours = Path(path).parent == Path("configs") and shipped.is_file() and not Path(path).is_file()
-    return run_file(str(shipped) if ours else path, "get_config", Config)
+    return run_file(str(shipped) if ours else path, "get_config", Config, "config")
 
 
-def run_file(path: str, function: str, kind: type[T]) -> T:
-    """Execute the Python file ``path`` and return the ``kind`` that its ``function()`` returns."""
-    file, what = Path(path), kind.__name__.lower()
+def run_file(path: str, function: str, kind: type[T], what: str) -> T:
+    """Execute the Python file ``path``, a ``what``; return the ``kind`` that its ``function()`` returns."""
+    file = Path(path)
     if not file.is_file():
         others = sorted(str(other) for other in (file.parent if file.parent.is_dir() else Path("configs")).glob("*.py"))
         others = others or [f"configs/{other.name}" for other in sorted(SHIPPED.glob("*.py"))]

@@ -1,6 +1,7 @@
 """Corpora as users have them: one file, a few unequal files, any line end and byte-order mark."""
 
 import codecs
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -311,7 +312,31 @@ def test_byte_order_marks_are_no_text(tmp_path):
     assert read_json(tmp_path, "config.json") == {"a": 1}
 
 
+def test_the_held_out_split_can_be_the_training_text(tmp_path):
+    """So that `layerskip evaluate --data.validation_split train` measures the text that the model was trained on."""
+    (tmp_path / "book.txt").write_text("\n\n".join(PARAGRAPHS[:40]))
+    config = text_corpus(tmp_path / "book.txt")
+    same = dataclasses.replace(config, validation_split="train")
+    assert texts(same, "train") == texts(config, "train") != texts(config, "validation")
+
+
+def test_json_lines_that_disappear_are_one_line(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"text": str(number)}) for number in range(20)))
+    documents = open_documents(DataConfig(source="jsonl", path=str(file)), "train")
+    file.unlink()
+    with pytest.raises(UserError, match=r"cannot read .*a\.jsonl"):
+        _ = documents[0]
+
+
 # Prompts
+
+
+def test_held_out_text_with_lone_surrogates_can_be_printed(tmp_path):
+    lines = [json.dumps({"text": f"document {number} \ud83d and more of it"}) for number in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    prompts = read_prompts(None, None, 1, Config(data=DataConfig(source="jsonl", path=str(tmp_path))))
+    assert "\ufffd" in prompts[0].encode().decode()
 
 
 def test_few_held_out_documents_give_many_prompts(tmp_path):

@@ -16,7 +16,7 @@ from layerskip_jax.checkpoint.run_folder import checkpoint_steps, find_checkpoin
 from layerskip_jax.checkpoint.swept import store_swept
 from layerskip_jax.commands import data as data_command
 from layerskip_jax.commands.export import export_model
-from layerskip_jax.commands.plots import plot_run
+from layerskip_jax.commands.plots import Run, plot_run
 from layerskip_jax.commands.report import write_report
 from layerskip_jax.config import DataConfig
 from layerskip_jax.data.pretokenize import pretokenize
@@ -174,6 +174,17 @@ def test_foreign_entries_among_checkpoints_are_ignored(kind, run):
             (path / "notes.txt").write_text("mine")
     assert checkpoint_steps(epath.Path(run / "checkpoints")) == [3]
     assert find_checkpoint(str(run)).name == "3"
+
+
+def test_a_checkpoint_outside_a_run_has_no_plots(run, tmp_path):
+    shutil.copytree(run / "checkpoints/3", tmp_path / "copied")
+    with pytest.raises(UserError, match=r"copied is not in a run folder: give the run"):
+        Run.open(str(tmp_path / "copied"))
+
+
+def test_a_model_is_not_exported_to_a_bucket(run):
+    with pytest.raises(UserError, match="export writes to a local disk, not to gs://bucket/model"):
+        export_model(str(run), "gs://bucket/model")
 
 
 def test_copies_of_data_positions_and_token_shards_are_ignored(run, corpus, tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -286,7 +288,8 @@ def test_training_starts_from_a_folder_and_exports_to_one(corpus, tokenizer, lla
     assert read_model_config(epath.Path(tmp_path / "exported")).context_length == config.data.sequence_length
     with pytest.raises(UserError, match="exists: name a new folder"):
         export_model(config.train.run_dir, str(tmp_path / "exported"))
-    # Another run can start from that run too.
+    # A resumed run needs no `init_from`, and another run can start from that run too.
+    train(dataclasses.replace(config, train=dataclasses.replace(config.train, init_from="")))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.model
     )
@@ -295,7 +298,7 @@ def test_training_starts_from_a_folder_and_exports_to_one(corpus, tokenizer, lla
         np.testing.assert_array_equal(old, new)
 
 
-def test_weights_that_do_not_fit_the_config_are_refused(corpus, tokenizer, llama, model):
+def test_weights_that_do_not_fit_the_config_are_refused(corpus, tokenizer, llama, model, tmp_path):
     def check(**changes):
         config = Config(model=dataclasses.replace(model.config, **changes), train=TrainConfig(init_from=str(llama)))
         initial_model(config, tokenizer, model)
@@ -310,6 +313,12 @@ def test_weights_that_do_not_fit_the_config_are_refused(corpus, tokenizer, llama
     other = dataclasses.replace(tokenizer, model=tokenizer.model + b"\0")
     with pytest.raises(UserError, match=r"differs from the tokenizer of .*set --data\.tokenizer .*tokenizer\.model"):
         initial_model(Config(model=model.config, train=TrainConfig(init_from=str(llama))), other, model)
+    # A tokenizer of the other kind cannot be compared.
+    folder = Path(shutil.copytree(llama, tmp_path / "llama"))
+    (folder / "tokenizer.json").unlink()
+    json_tokenizer = types.SimpleNamespace(files={"tokenizer.json": b"{}"})
+    with pytest.raises(UserError, match=r"differs from the tokenizer of .*set --data\.tokenizer .*tokenizer\.model"):
+        initial_model(Config(model=model.config, train=TrainConfig(init_from=str(folder))), json_tokenizer, model)
 
 
 def test_impossible_shapes_are_refused():

@@ -130,6 +130,7 @@ def test_publishing_creates_the_repository_and_uploads_the_files(exported, capsy
         (None, "a/b/c", "REPO_ID is the name of a repository"),
         (None, "me/my-model", "you are not logged in .*hf auth login"),
         ("model.safetensors", "me/my-model", "no weights in"),
+        ("tokenizer", "me/my-model", r"is not a tokenizer\.json"),
         ("link", "me/my-model", "chat_template.jinja.* leads out of the folder"),
     ],
 )
@@ -140,6 +141,8 @@ def test_what_cannot_be_published_is_one_line(exported, tmp_path, monkeypatch, c
     if change == "link":
         (tmp_path / "private").write_text("secret")
         (folder / "chat_template.jinja").symlink_to(tmp_path / "private")
+    elif change == "tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
     elif change:
         (folder / change).unlink()
     with pytest.raises(UserError, match=message):

@@ -159,6 +159,13 @@ def test_a_folder_that_cannot_hold_a_database_is_refused(options, tmp_path, monk
     assert {path.name for path in tmp_path.iterdir()} == {"space.py"}
 
 
+def test_trials_without_their_database_are_refused(options, tmp_path):
+    (tmp_path / "study/trials/plain").mkdir(parents=True)
+    for _ in range(2):
+        with pytest.raises(UserError, match="trials belongs to a study that is gone"):
+            search.main(options)
+
+
 def test_a_file_that_is_no_database_is_refused(options, tmp_path):
     (tmp_path / "study").mkdir()
     (tmp_path / "study/study.db").write_text("not a database" * 100)

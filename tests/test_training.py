@@ -217,7 +217,7 @@ def test_a_run_learns_and_writes_all_its_files(config, capsys):
     assert set(metrics["train/exit_loss/2"]) == {t + 1 for t in range(24) if t % 3 == 1}
     assert "train/exit_loss/1" not in metrics
     assert {"train/gradient_norm", "train/gradient_norm_of_block/3", "train/learning_rate", "train/mfu"} <= set(metrics)
-    assert set(metrics["train/hfu"]) == set(range(1, 25))
+    assert set(metrics["train/hfu"]) == set(range(2, 25))  # the first step compiles, so its time is no speed
     assert 0 < metrics["run/goodput"][24] < 1
     seconds = sum(points[24] for name, points in metrics.items() if name.startswith("run/seconds/"))
     assert metrics["run/seconds/training"][24] == pytest.approx(metrics["run/goodput"][24] * seconds)

@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from layerskip_jax.config import Config, DataConfig, LayerDropoutConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.recipe.distillation import SelfDistillation, kl_divergence
 from layerskip_jax.recipe.recipe import Recipe
+from layerskip_jax.training.monitoring import metrics
 from layerskip_jax.training.monitoring.flops import flops_per_token, step_flops
 from layerskip_jax.training.monitoring.goodput import PHASES, Goodput, steady_time
 from layerskip_jax.training.monitoring.metrics import MetricsWriter, read_records
@@ -192,6 +195,28 @@ def test_metrics_after_half_a_line_are_kept(tmp_path):
     writer.write(3, {"a": 0.25})
     writer.close()
     assert read_records(str(tmp_path)) == [{"step": 1, "a": 0.5}, {"step": 3, "a": 0.25}]
+
+
+def test_metrics_that_a_bucket_does_not_take_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "is_remote", lambda folder: True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    blocked = tmp_path / "bucket"
+    writer = MetricsWriter(Config(train=TrainConfig(run_dir=str(blocked))))
+    writer.write(3, {"a": 0.25})
+    blocked.write_text("no folder")
+    writer.publish()
+    writer.close()
+    said = capsys.readouterr().err
+    assert said.count("each checkpoint tries again") == 1
+    kept = re.search(r"metrics could not be copied to .*: they are in (.*)", said)
+    assert read_records(kept[1]) == [{"step": 3, "a": 0.25}]
+
+
+def test_a_trace_that_ends_with_the_run_is_announced(tmp_path, capsys):
+    with Profiler(TrainConfig(run_dir=str(tmp_path), profile_step=2, profile_steps=5)) as profiler:
+        for step in (1, 2):
+            profiler.before_step(step, jnp.zeros(2))
+    assert capsys.readouterr().out == f"profile of the last steps: {tmp_path / 'profile'}\n"
 
 
 def test_the_watchdog_prints_every_hang_once(capfd):

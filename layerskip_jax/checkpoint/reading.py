@@ -58,13 +58,14 @@ def initial_model(config: Config, tokenizer: Tokenizer, abstract: Transformer) -
             f"the weights of {path} (train.init_from) have model.{name} {old}, but the config says {new}: set "
             f"--model.{name} {old}"
         )
-    for name, content in tokenizer.files.items():
-        stored = folder.model_folder / name
-        if is_regular(stored) and stored.read_bytes() != content:
-            raise UserError(
-                f"{config.data.tokenizer} (data.tokenizer) differs from the tokenizer of {path} (train.init_from): set "
-                f"--data.tokenizer {stored}"
-            )
+    stored = {name: folder.model_folder / name for name in tokenizer.files if is_regular(folder.model_folder / name)}
+    kind = next(iter(tokenizer.files))  # tokenizer.model or tokenizer.json
+    other_kind = kind not in stored and is_regular(folder.tokenizer)
+    if other_kind or any(file.read_bytes() != tokenizer.files[name] for name, file in stored.items()):
+        raise UserError(
+            f"{config.data.tokenizer} (data.tokenizer) differs from the tokenizer of {path} (train.init_from): set "
+            f"--data.tokenizer {stored.get(kind, folder.tokenizer)}"
+        )
     return lambda: with_arrays(abstract, folder.weights(named_arrays(abstract)))
 
 

@@ -146,7 +146,7 @@ def find_checkpoint(path: str) -> epath.Path:
     steps = (found.path for found in CheckpointNames().find_all(folder))
     newest = next((step for step in steps if (step / "model").exists()), None)
     if newest is None:
-        raise UserError(f"no checkpoint at {path}: expected a run folder with checkpoints/STEP, as train.py writes it")
+        raise UserError(f"no checkpoint at {path}: expected a run folder with checkpoints/STEP of layerskip train")
     return newest
 
 

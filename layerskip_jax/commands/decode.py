@@ -31,7 +31,7 @@ REPEATS = 3
 
 def _parser() -> OneLineParser:
     parser = make_parser(
-        "Generate text from a checkpoint of train.py or a Hugging Face Llama. The default settings are those that "
+        "Generate text from a run of layerskip train or a Hugging Face Llama. The default settings are those that "
         "layerskip sweep stored with the checkpoint, or else those of the checkpoint's own config.",
         "decode",
     )
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> None:
-    from layerskip_jax.checkpoint.reading import load_model, warn_beyond_context
+    from layerskip_jax.checkpoint.reading import load_model, open_model_folder, warn_beyond_context
     from layerskip_jax.checkpoint.swept import swept_settings
     from layerskip_jax.commands import terminal
     from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -77,11 +77,12 @@ def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> Non
     from layerskip_jax.decoding.quantization import with_weights
     from layerskip_jax.decoding.text import TextGenerator, encode
 
-    model, config, tokenizer_path = load_model(run, unstacked=True)
+    config = open_model_folder(run).config  # check the input before the weights, which take a while
     settings = apply_overrides(config.decode_settings, swept_settings(run, given) | given)
+    prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
+    model, config, tokenizer_path = load_model(run, unstacked=True)
     terminal.warn_untrained_exit(config, settings)
     tokenizer = load_tokenizer(str(tokenizer_path))
-    prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
     model = with_weights(model, settings.weights)
     longest = max(len(encode(tokenizer, settings, prompt)) for prompt in prompts)
     generator = TextGenerator(model, tokenizer, settings, longest)

@@ -8,7 +8,6 @@ import typing
 from typing import Literal
 
 import jax.numpy as jnp
-from etils import epath
 
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
@@ -16,6 +15,7 @@ from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
 from layerskip_jax.checkpoint.reading import context_length, open_model_folder
 from layerskip_jax.checkpoint.run_folder import RunFolder
+from layerskip_jax.checks import require
 from layerskip_jax.command_line import add_run, make_parser, not_negative, typed
 from layerskip_jax.commands.model_card import CARD, ExitTable, model_card
 from layerskip_jax.config import Config
@@ -23,7 +23,7 @@ from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.exits import checkpoint_quality
-from layerskip_jax.locations import new_folder
+from layerskip_jax.locations import is_remote, locate, new_folder
 from layerskip_jax.model import Transformer
 from layerskip_jax.training.monitoring.metrics import read_records
 
@@ -37,7 +37,8 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
     recorded, or with ``batches`` the loss and agreement measured on that many held-out batches. The folder gets its
     name when it is complete. Returns the config of the run. Raises `UserError` if ``folder`` exists.
     """
-    target = epath.Path(folder).expanduser()
+    target = locate(folder)
+    require(not is_remote(target), f"export writes to a local disk, not to {folder}: copy the folder afterwards")
     if target.exists():
         raise UserError(f"{folder} exists: name a new folder, or remove it first")
     opened = open_model_folder(run)

@@ -12,6 +12,7 @@ from etils import epath
 
 from layerskip_jax.checkpoint.run_folder import checkpoint_steps, find_checkpoint, read_config
 from layerskip_jax.checkpoint.swept import swept_settings
+from layerskip_jax.checks import require
 from layerskip_jax.command_line import OneLineParser, add_run, make_parser
 from layerskip_jax.config import Config, DecodeConfig
 from layerskip_jax.config_dict import apply_overrides
@@ -43,7 +44,7 @@ def read_metrics(run_dir: str, last_step: float = math.inf) -> dict[str, dict[in
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run that is read: its newest checkpoint, config, metrics, and decode settings."""
+    """A run that is read: a checkpoint, its config, metrics, and decode settings."""
 
     checkpoint: epath.Path
     config: Config
@@ -57,6 +58,7 @@ class Run:
         ``path`` is a run folder, or one checkpoint in it: then the metrics end at its step.
         """
         checkpoint = find_checkpoint(path)
+        require(checkpoint.name.isdigit(), f"{path} is not in a run folder: give the run, or RUN/checkpoints/STEP")
         last_step = int(checkpoint.name) if checkpoint == locate(path) else math.inf
         config = read_config(checkpoint)
         decode = apply_overrides(config.decode_settings, swept_settings(str(checkpoint), set()))

@@ -57,6 +57,7 @@ def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
     """
     from layerskip_jax.data.documents import Pair
     from layerskip_jax.data.sources import open_documents
+    from layerskip_jax.data.tokenizer import valid_text
 
     prompts: list[str] = []
     documents = open_documents(config.data, config.data.validation_split, prepare=False)
@@ -74,7 +75,7 @@ def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
                 text[at : min(at + characters, (at + end) // 2)] for at, end in spans if end - at > 1 or parts == 1
             ]
         if len(prompts) >= count:
-            return prompts[:count]
+            return [*map(valid_text, prompts[:count])]
     raise UserError(f"the held-out split gives only {len(prompts)} prompts, fewer than --held_out {count}")
 
 

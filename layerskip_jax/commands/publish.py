@@ -8,6 +8,7 @@ from layerskip_jax.checkpoint.huggingface.llama_folder import LlamaFolder
 from layerskip_jax.checkpoint.reading import open_model_folder
 from layerskip_jax.command_line import make_parser
 from layerskip_jax.commands.model_card import CARD
+from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, warn
 from layerskip_jax.locations import file_inside, file_size, is_regular, names_in
 
@@ -38,6 +39,7 @@ def publish(folder: str, repo_id: str, *, dry_run: bool = False, private: bool =
             f"{folder} is a run: write it as a Hugging Face folder with layerskip export {folder} NEW_FOLDER"
         )
     opened.check()
+    load_tokenizer(str(opened.tokenizer))
     try:
         huggingface_hub.utils.validate_repo_id(repo_id)
     except huggingface_hub.errors.HFValidationError as error:

@@ -85,10 +85,11 @@ def write_report(
     """
     run, plain = open_runs(run_dir, plain_dir)
     batches = batches or run.config.train.evaluate_batches  # as in training, so that the numbers agree
-    plain_quality = plain.measured_quality(batches)[0] if plain else None
+    plain_quality, plain_problem = plain.measured_quality(batches) if plain else (None, "")
     model, config, tokenizer_path = load_model(str(run.checkpoint))
     quality, problem = run.measured_quality(batches, (model, config, tokenizer_path))
-    missing = f"<p>Not measured: {html.escape(problem)}</p>" if problem else ""
+    problems = [text for text in (problem, plain_problem and f"the plain model: {plain_problem}") if text]
+    missing = "".join(f"<p>Not measured: {html.escape(text)}</p>" for text in problems)
     model, tokenizer = with_weights(model.unstacked(), run.decode.weights), load_tokenizer(str(tokenizer_path))
     shown, timed, no_prompt = _prompts(run.config, prompts)
     decoded = decode_prompts(run, model, tokenizer, timed) if timed else None
@@ -254,8 +255,8 @@ def _explained(run: Run, decoded: Decoded | None) -> str:
         "model accepts in the texts that it continues greedily."
     )
     return (
-        f'<p class="note">The exit E runs the first E blocks and the shared head. Drafts come from the marked exit '
-        f"{run.draft_exit}.{accepted if decoded else ''}</p>"
+        f'<p class="note">The exit E runs the first E blocks and the shared head. Exit {run.draft_exit} is '
+        f"marked. Decoding takes {_draft_source(run)}.{accepted if decoded else ''}</p>"
     )
 
 
@@ -296,7 +297,7 @@ def _sample(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str) -> 
     spans = [f'<span class="drafted">{spell(p.text)}</span>' if p.drafted else spell(p.text) for p in pieces]
     return (
         f"<p>Text after the gray prompt, sampled at temperature {settings.temperature:g} and top-p {settings.top_p:g}. "
-        f"Underlined: accepted drafts of the first {run.draft_exit} blocks. The rest is the full model's own.</p>"
+        f"Underlined: accepted {_draft_source(run)}. The rest is the full model's own.</p>"
         f'<pre class="sample" dir="auto"><span class="prompt">{spell(prompt)}</span>{"".join(spans)}</pre>'
     )
 

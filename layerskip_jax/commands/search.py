@@ -132,6 +132,10 @@ class Search:
             )
         except Exception as error:  # sqlalchemy has many kinds, and only optuna knows them
             raise UserError(f"{self.folder}/study.db cannot be opened as a study: {error}") from error
+        if not study.user_attrs and (self.folder / "trials").exists():
+            raise UserError(
+                f"{self.folder}/trials belongs to a study that is gone: remove it, or choose another FOLDER"
+            )
         # Through JSON, since the database returns lists for tuples.
         mine = json.loads(json.dumps({"proxy": saved_settings(self.proxy), "exits": self.exits}))
         mine["proxy"]["train"].pop("run_dir")
@@ -324,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     config, options = parse_config(parser, argv)
     if options.width < 0 or options.width % 2:
         raise UserError(f"--width must be even, or 0 for the config's own, not {options.width}")
-    space = run_file(options.space, "get_space", FunctionType) if options.space else default_space
+    space = run_file(options.space, "get_space", FunctionType, "search space") if options.space else default_space
     search, began = Search(config, options, space), time.monotonic()
     search.train_plain()
     invalid = 0

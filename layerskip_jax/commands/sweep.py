@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     given = given_settings(options, DecodeConfig)
-    model, config, tokenizer_path = load_model(options.run, unstacked=True)
+    config = open_model_folder(options.run).config  # check the input before the weights, which take a while
     settings = apply_overrides(config.decode_settings, given)
     layers = config.model.num_layers
     default = [*(max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4)), *config.early_exit.exits]
@@ -269,10 +269,11 @@ def _sweep(options: argparse.Namespace) -> None:
     lengths = sorted(set(options.try_lengths))
     if exits[-1] > layers:
         raise UserError(f"--try_exits must be in 1..{layers}, not {exits[-1]}")
-    tokenizer = load_tokenizer(str(tokenizer_path))
     sources = (options.prompt, options.prompts, options.held_out)
     held_out = 8 if all(source is None for source in sources) else options.held_out
     texts = read_prompts(options.prompt, options.prompts, held_out, config)
+    model, config, tokenizer_path = load_model(options.run, unstacked=True)
+    tokenizer = load_tokenizer(str(tokenizer_path))
     prompts = [*map(TextGenerator(model, tokenizer, settings).encode, texts)]  # with the chat template, if it is on
     longest = max(map(len, prompts))
     warn_beyond_context(config, longest + settings.max_new_tokens, "the longest prompt and max_new_tokens are")

@@ -120,7 +120,7 @@ def run_task(
 def find_task(name: str) -> Task:
     """Return the task of `TASKS` with this name, or what ``get_task()`` of this Python file returns."""
     if name.endswith(".py"):
-        return run_file(name, "get_task", Task)
+        return run_file(name, "get_task", Task, "task")
     if name not in TASKS:
         raise UserError(f"no task {name!r}{nearest(name, TASKS)} ({', '.join(TASKS)}, or a Python file)")
     return TASKS[name]

@@ -224,7 +224,7 @@ def hold_out(
         held_out = {min(order, key=lambda i: sizes[i])}
     is_held_out = np.zeros(len(names), bool)
     is_held_out[list(held_out)] = True
-    return np.flatnonzero(is_held_out == (split == config.validation_split))
+    return np.flatnonzero(is_held_out == (split != config.train_split))
 
 
 @functools.lru_cache(maxsize=256)

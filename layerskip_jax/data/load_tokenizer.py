@@ -30,7 +30,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(f"{path} (data.tokenizer) is too large for a tokenizer: more than {TOKENIZER_BYTES:,} bytes")
     if file.suffix == ".json":
         return JsonTokenizer.read(file)
-    # A file of another name was trained here; JSON files next to it may be unrelated.
+    # Read settings only next to a tokenizer.model. Next to a file of another name, JSON files may be unrelated.
     settings = TokenizerSettings.read(file.parent) if file.name == TOKENIZER else TokenizerSettings()
     tokenizer = SentencePiece(file.read_bytes(), settings)
     try:

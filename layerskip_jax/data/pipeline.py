@@ -66,8 +66,8 @@ def make_batches(
     The iterator never ends. With ``in_order`` (evaluation), every process packs all documents once, in order, and keeps
     its rows, so all processes yield the same number of batches; the last batch is padded with masked rows.
 
-    ``segments_BT`` numbers the documents of a row from 1 (0 is padding). ``mask_BT`` is 1.0 where ``targets_BT``, the
-    next token, belongs to the same document as its input (and, with prompts, to a response or its EOS).
+    ``segments_BT`` numbers a row's documents from 1, or is 1 with ``data.cross_document_attention`` (0: padding).
+    ``mask_BT`` is 1.0 where the next token belongs to the same segment (and, with prompts, to a response or its EOS).
     `layerskip_jax.data.position` saves and restores the position of an iterator.
 
     ``documents`` are those of the split if they are open already: opening a large corpus takes a while.

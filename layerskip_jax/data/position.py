@@ -35,7 +35,7 @@ class DataPosition:
         """Return the positions of this process's rows and the corpus as JSON, with their SHA-256."""
         row_states = _row_states(self._iterator.get_state())
         text = json.dumps({str(row): state for row, state in zip(self._rows, row_states, strict=True)})
-        corpus = json.dumps(self.corpus._asdict()) if self.corpus else ""  # components as lists
+        corpus = json.dumps(self.corpus._asdict()) if self.corpus else ""  # the inner tuples become lists
         return json.dumps({"sha256": _sha256(text + corpus), "rows": text, "corpus": corpus}).encode()
 
     def set_state(

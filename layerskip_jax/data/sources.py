@@ -235,9 +235,12 @@ class _JsonLines:
     def __getitem__(self, index: int) -> str:
         file_index, number, offset, size = self._lines[index].item()
         path = self.files.files[file_index].path
-        with epath.Path(path).open("rb") as file:
-            file.seek(offset)
-            line = file.read(size)
+        try:
+            with epath.Path(path).open("rb") as file:
+                file.seek(offset)
+                line = file.read(size)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error}") from error
         texts: list[str] = []
         try:
             record = json.loads(line)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from layerskip_jax.checks import require_positive
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.decoding.rounds import finish_round
+from layerskip_jax.decoding.conditional import run_if
+from layerskip_jax.decoding.rounds import Autoregressive, finish_round
 from layerskip_jax.decoding.sampling import Drafts, Sampler
 from layerskip_jax.decoding.state import DecodeState
 from layerskip_jax.model import Transformer
@@ -46,7 +47,7 @@ def look_up(
 
 @dataclasses.dataclass(frozen=True)
 class PromptLookup:
-    """Draft by `look_up`, and verify with all blocks in one pass."""
+    """Draft by `look_up`, and verify with all blocks in one pass. If no row has a match, decode plainly."""
 
     sampler: Sampler
     draft_length: int
@@ -61,7 +62,10 @@ class PromptLookup:
         return ()
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
-        return self.verify(model, state, *self.look_up(state))
+        draft_Bd, match_B = self.look_up(state)
+        found = jnp.any((match_B > 0) & ~state.done_B)
+        state = run_if(found, lambda state: self.verify(model, state, draft_Bd, match_B), state)
+        return run_if(~found, lambda state: Autoregressive(self.sampler)(model, state), state)
 
     def look_up(self, state: DecodeState) -> tuple[jax.Array, jax.Array]:
         """Return `look_up` of the text of each row."""

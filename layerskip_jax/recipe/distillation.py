@@ -1,11 +1,11 @@
 """Self-distillation: exits of the same forward pass teach each other (not in the LayerSkip paper).
 
     J_e = m D(q_e, p) + (1 - m) CE(q_e, Y)      q_e = softmax(g(x_e)),  p = softmax(g(x_L))
-    J_L = w D'(p, q_E) + (1 - w) CE(p, Y)       the second argument of D and D' is detached
+    J_L = a D'(p, q_E) + (1 - a) CE(p, Y)       the second argument of D and D' is detached
 
 x_e is the hidden state at exit e, x_L at the last exit, g the shared head, and Y the next tokens of the text. E is the
 exit that drafts. In J_e, the last exit teaches an early exit with weight m, the share of distillation. In J_L, exit E
-teaches the last exit with weight w, the share of agreement. Where two tokens are almost equally likely, a small w makes
+teaches the last exit with weight a, the share of agreement. Where two tokens are almost equally likely, a small a makes
 the last exit prefer the token that exit E predicts. That costs little loss, and speculation accepts the draft. With
 ``early_exit.agreement_weight``, D' is the cross-entropy with the argmax of q_E.
 
@@ -26,7 +26,7 @@ DistillationLoss = Callable[[jax.Array, jax.Array], jax.Array]
 """``(logits_BCV, teacher_logits_BCV) -> loss_BC`` [nats]; the teacher's logits are detached."""
 
 Share = Callable[[ArrayLike, int], jax.Array]
-"""``(step t, total_steps T) -> share`` of the teacher in the loss of an exit, in [0, 1]: m or w."""
+"""``(step t, total_steps T) -> share`` of the teacher in the loss of an exit, in [0, 1]: m or a."""
 
 
 def kl_divergence(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array:

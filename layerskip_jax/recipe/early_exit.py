@@ -27,7 +27,7 @@ ExitLoss = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax
 
 ``g(x_BCD)`` returns the logits of C positions of each sequence. ``teacher`` holds the arrays of `Recipe.teacher` at
 these positions, or None if the recipe has no teacher. A loss given as `Recipe.distillation` gets ``(x_L, m)`` instead,
-one given as `Recipe.agreement` ``(x_E, w)``.
+one given as `Recipe.agreement` ``(x_E, a)``.
 """
 
 

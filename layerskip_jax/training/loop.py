@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from layerskip_jax.checkpoint.reading import initial_model
+from layerskip_jax.checkpoint.run_folder import checkpoint_folder, checkpoint_steps
 from layerskip_jax.checks import require
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.config_dict import saved_settings
@@ -114,7 +115,9 @@ def _open_data(
 
     def open_files() -> tuple[Tokenizer, tuple[Documents, Documents]]:
         tokenizer = load_tokenizer(config.data.tokenizer)
-        tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from))
+        # The vocabulary of a Llama can be padded. A resumed run ignores `init_from`, so it need not be given again.
+        padded = bool(config.train.init_from) or bool(checkpoint_steps(checkpoint_folder(config)))
+        tokenizer.check_vocabulary(config.model.vocab_size, padded=padded)
         if config.train.sample_every:  # now, not at the first sample
             prompt = encode(tokenizer, config.decode_settings, config.train.sample_prompt)
             require(bool(prompt), "train.sample_prompt has no token: set it to a text, or train.sample_every to 0")

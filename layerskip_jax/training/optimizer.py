@@ -12,7 +12,7 @@ from layerskip_jax.config import Config
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Linear warmup to the peak, then ``optimizer.schedule``, at ``final_fraction`` one step after the last."""
+    """Warm up linearly to the peak, then follow ``optimizer.schedule`` down to ``final_fraction`` of it."""
     settings, peak, warmup = config.optimizer, config.optimizer.learning_rate, config.optimizer.warmup_steps
     steps, end, start = max(config.train.steps - warmup, 1), peak * settings.final_fraction, peak / max(warmup, 1)
     decay = max(round(settings.decay_fraction * config.train.steps), 1)

@@ -45,15 +45,15 @@ class Holder:
     """The process that a lock names."""
 
     host: str = "an unknown host"
-    system: str = ""
+    system: str = ""  # boot ID and PID namespace
     process: int = 0
-    started: str = ""
+    started: str = ""  # the process's start time
     folder: str = ""
-    token: str = ""
-    every: float = BEAT_SECONDS
+    token: str = ""  # random; tells two locks of one process apart
+    every: float = BEAT_SECONDS  # seconds between rewrites
     step: int = 0
     time: float = 0.0
-    beats: int = 0
+    beats: int = 0  # rewrites so far
 
     def __str__(self) -> str:
         try:

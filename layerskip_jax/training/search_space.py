@@ -31,7 +31,7 @@ RECOMMENDED: dict[str, Any] = {
     "time_scale": "exponential",
     "learning_rate_factor": 1.0,
 }
-"""The point of `default_space` that a search tries first: the recipe of `layerskip_jax.presets.trained_to_draft`."""
+"""The point of `default_space` that a search tries first: `presets.trained_to_draft` of `presets.pretraining`."""
 
 
 def default_space(trial: Trial, config: Config, exits: Sequence[int]) -> Overrides:

@@ -1,7 +1,7 @@
 """FLOPs of a training step by formula, for MFU and HFU.
 
 As in PaLM (arXiv 2204.02311, appendix B), a matmul of [m, k] and [k, n] counts 2mkn, and attention counts all T x T
-positions, whatever the causal mask. Norms, softmax, rotary positions and the optimizer are left out. MFU counts the
+positions, whatever the causal mask. Softmax, rotary positions and the optimizer are left out. MFU counts the
 tokens with a loss; HFU counts every position of a batch, padding and prompts included.
 """
 

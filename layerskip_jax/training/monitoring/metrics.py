@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -84,6 +85,7 @@ class MetricsWriter:
                 self._try(name, sink.flush)
             try:
                 self._copy()
+                self._delayed = False
             except Exception as error:
                 if not self._delayed:
                     warn(f"metrics are not copied to {self._folder} yet: {error}; each checkpoint tries again")
@@ -103,11 +105,14 @@ class MetricsWriter:
         self._sinks.clear()
         self.publish()
         if self._spool:
+            if self._delayed:
+                kept = shutil.copytree(self._spool.name, tempfile.mkdtemp(prefix="kept-metrics-"), dirs_exist_ok=True)
+                warn(f"metrics could not be copied to {self._folder}: they are in {kept}")
             self._spool.cleanup()
 
 
 class JsonLinesSink:
-    """Appends one JSON line per step to the metrics file in ``folder``, which starts as a copy of ``earlier``'s."""
+    """Appends a JSON line per `write` to a file in ``folder``, which starts as a copy of ``earlier``'s if it is new."""
 
     def __init__(self, folder: Path, earlier: Any):
         folder.mkdir(parents=True, exist_ok=True)

@@ -79,11 +79,12 @@ class Progress:
             self._bar.update(1)
         self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s, MFU {mfu:.0%}")
         if done == 1 or done % self._config.train.log_every == 0 or done == self._config.train.steps:
-            speed = {"train/tokens_per_second": rate, "train/mfu": mfu, "train/hfu": hfu}
+            timed = self._done_here > 1  # the first step's time includes compilation
+            speed = {"train/tokens_per_second": rate, "train/mfu": mfu, "train/hfu": hfu} if timed else {}
             self._writer.write(done, training_values(metrics) | speed)
             if self._bar.disable:
                 line = f"step {done}/{self._config.train.steps}  loss {loss:.3f}"
-                if self._done_here > 1:  # the first step's time includes compilation
+                if timed:
                     left = (self._config.train.steps - done) * seconds / self._steps
                     line += f"  {rate:,.0f} tok/s  MFU {mfu:.0%}  {left / 60:.0f} min left"
                 self.log(line)

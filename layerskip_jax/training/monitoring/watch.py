@@ -36,6 +36,7 @@ class Profiler:
             signal.signal(signal.SIGUSR1, self._former)
         if self._until:
             jax.profiler.stop_trace()
+            print(f"profile of the last steps: {self._folder}", flush=True)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
