@@ -1,5 +1,7 @@
 """Attention over packed documents, for training, by the fastest backend that fits."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
@@ -10,6 +12,9 @@ from layerskip_jax.sharding import on_each_device, target_platform
 
 SPLASH_TILE = 128
 """Splash attention needs tiles of a multiple of 128 positions, the number of lanes of a TPU vector register."""
+
+LARGEST_TILE = 512
+"""Of splash attention. ``python -m benchmarks.splash_tiles`` compares others."""
 
 SAVED_OUTPUT = "attention output"
 """Checkpoint name of splash attention's output and log-sum-exp, for remat policies that save them."""
@@ -69,17 +74,23 @@ def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype:
 
 
 def attend_splash(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, interpret: bool = False
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    interpret: bool = False,
+    largest_tile: int = LARGEST_TILE,
 ) -> jax.Array:
     """Attend as `attend_documents` with the splash kernel for TPU, which never writes the scores to memory.
 
     Each device attends for its own sequences and heads. The kernel skips tiles above the diagonal, but not tiles
-    between two documents. ``interpret`` runs it, slowly, on other platforms.
+    between two documents. A tile has ``largest_tile`` positions (a power of two), halved until it divides T.
+    ``interpret`` runs the kernel, slowly, on other platforms.
     """
 
     def on_device(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array) -> jax.Array:
         _, T, N, H = q_BTNH.shape
-        tile = max(size for size in (SPLASH_TILE, 2 * SPLASH_TILE, 4 * SPLASH_TILE) if T % size == 0)
+        tile = math.gcd(T, largest_tile)
         # Made here, where N is the number of heads on this device. The kernel handles grouped queries itself.
         kernel = splash_attention.make_splash_mha_single_device(
             splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * N),

@@ -38,8 +38,8 @@ def xla(q, k, v, segments):
     return attend_documents(q, k, v, segments, "xla")
 
 
-def interpreted(q, k, v, segments):
-    return attend_splash(q, k, v, segments, interpret=True)
+def interpreted(q, k, v, segments, **tile):
+    return attend_splash(q, k, v, segments, interpret=True, **tile)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,12 @@ def test_splash_equals_xla(B, T, N, K, H):
     ours, theirs = value_and_gradients(interpreted, *arrays), value_and_gradients(xla, *arrays)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [128, 256, 1024])
+def test_every_tile_gives_the_same_attention(tile):
+    arrays = inputs(0, 1, 256, 2, 2, 16)[:4]
+    np.testing.assert_allclose(interpreted(*arrays, largest_tile=tile), xla(*arrays), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (2, 2, 2, 1)])
