@@ -19,7 +19,6 @@ from benchmarks.accelerator_sizes import seconds_of
 from benchmarks.common import add_json_option, header, write_json
 from layerskip_jax.document_attention import LARGEST_TILE, SPLASH_TILE, attend_splash
 from layerskip_jax.sharding import AXES
-from tpu.compile_ahead import topology_devices
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 TILES = tuple(SPLASH_TILE * 2**power for power in range(5))
@@ -57,6 +56,18 @@ def examine(device: Any, shape: tuple[int, ...], tile: int, timed: bool) -> dict
     return row
 
 
+def find_devices(options: argparse.Namespace) -> list[Any]:
+    """Return this machine's first TPU with ``--time``, else the first chip of each topology."""
+    if not options.time:
+        # Imported late: it sets the environment for a machine without a TPU.
+        from tpu.compile_ahead import topology_devices
+
+        return [topology_devices(topology, 1)[0] for topology in options.topologies]
+    if jax.default_backend() != "tpu":
+        raise SystemExit(f"error: --time needs a TPU, and this machine has {jax.default_backend()}: leave --time out")
+    return jax.devices()[:1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES, metavar="CHIP:SHAPE")
@@ -66,8 +77,7 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="run on this machine's TPU")
     add_json_option(parser)
     options = parser.parse_args()
-    about, rows = header(), []
-    devices = jax.devices("tpu")[:1] if options.time else [topology_devices(t, 1)[0] for t in options.topologies]
+    devices, about, rows = find_devices(options), header(), []
     for device in devices:
         for head_dim in options.head_dims:
             for tile in options.tiles:

@@ -116,7 +116,7 @@ def _open_data(
     def open_files() -> tuple[Tokenizer, tuple[Documents, Documents]]:
         tokenizer = load_tokenizer(config.data.tokenizer)
         # The vocabulary of a Llama can be padded. A resumed run ignores `init_from`, so it need not be given again.
-        padded = bool(config.train.init_from) or bool(checkpoint_steps(checkpoint_folder(config)))
+        padded = bool(config.train.init_from or checkpoint_steps(checkpoint_folder(config)))
         tokenizer.check_vocabulary(config.model.vocab_size, padded=padded)
         if config.train.sample_every:  # now, not at the first sample
             prompt = encode(tokenizer, config.decode_settings, config.train.sample_prompt)
