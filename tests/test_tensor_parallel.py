@@ -131,7 +131,7 @@ def test_decode_prints_the_same_text_with_two_devices(llama, capsys):
     assert jax.sharding.get_mesh().empty
 
 
-@pytest.mark.parametrize(("command", "options"), [(sweep, []), (tasks, ["--task", "topv2={}"])])
+@pytest.mark.parametrize(("command", "options"), [(sweep, ["--prompt", "def x"]), (tasks, ["--task", "topv2={}"])])
 def test_the_other_commands_load_the_model_on_as_many_devices(command, options, llama, tmp_path, monkeypatch):
     def load(*_, **__):
         raise UserError(f"{mesh_size('heads')} devices")
