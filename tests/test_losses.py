@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import tiny_model
 
 from layerskip_jax.data.batch import Batch
-from layerskip_jax.recipe.chunked_loss import INNER_EXIT, LAST_EXIT
+from layerskip_jax.recipe.chunked_loss import INNER_EXIT, LAST_EXIT, TWO_EXITS
 from layerskip_jax.recipe.distillation import (
     SelfDistillation,
     argmax_cross_entropy,
@@ -217,6 +217,30 @@ def test_flops_of_an_exit(remat, distillation, cost):
     program = compiled(model, jnp.ones(L), FusedSettings(4, remat, distillation=distillation))
     on, off = (program.work(shares_by_scope({INNER_EXIT: share})).flops for share in (1.0, 0.0))
     assert on - off == cost * model.config.dim * V * B * T * L
+
+
+@pytest.mark.parametrize("distillation", [None, SelfDistillation(kl_divergence)])
+def test_flops_of_two_exits_that_teach_each_other(distillation):
+    """12 D V a token: their teachers cost nothing."""
+    model, agreement = tiny_model(), SelfDistillation(argmax_cross_entropy)
+    settings = FusedSettings(4, distillation=distillation, agreement=agreement, agreement_exit=2)
+    program = compiled(model, jnp.array([0, 0.5, 0, 1]), settings)
+    alone = {INNER_EXIT: 0.0, LAST_EXIT: 0.0}
+    on, off = (program.work(shares_by_scope(alone | {TWO_EXITS: share})).flops for share in (1.0, 0.0))
+    assert on - off == 12 * model.config.dim * V * B * T
+
+
+def test_two_exits_pass_other_hidden_states_to_the_head():
+    """A loss may call g on any array, such as a scaled one."""
+    model, batch, weight_L = tiny_model(5), make_batch(5), jnp.array([0, 0.5, 0, 1])
+    share = jnp.float32(0.25)
+    settings = FusedSettings(4, agreement=scaled_distillation, agreement_exit=2)
+    plain, fused = plain_and_fused(model, batch, weight_L, None, settings, share)
+    jax.tree.map(lambda ours, reference: np.testing.assert_allclose(ours, reference, atol=1e-4), fused, plain)
+
+
+def scaled_distillation(g, x_BCD, targets_BC, mask_BC, teacher):
+    return SelfDistillation(kl_divergence)(lambda x: g(2 * x), x_BCD, targets_BC, mask_BC, teacher)
 
 
 @pytest.mark.parametrize("form", ["plain", "masked", "skipping"])

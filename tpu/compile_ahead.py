@@ -28,10 +28,16 @@ from layerskip_jax.command_line import make_parser, parse_config, positive
 from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.locations import keep_compiled_programs
-from layerskip_jax.recipe.chunked_loss import INNER_EXIT, LAST_EXIT
+from layerskip_jax.recipe.chunked_loss import INNER_EXIT, LAST_EXIT, TWO_EXITS
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
-from layerskip_jax.training.monitoring.flops import PEAK_FLOPS, attention_flops, flops_per_token, step_flops
+from layerskip_jax.training.monitoring.flops import (
+    PEAK_FLOPS,
+    attention_flops,
+    exits_by_form,
+    flops_per_token,
+    step_flops,
+)
 from layerskip_jax.training.step import Trainer
 
 
@@ -118,9 +124,10 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
     weights_L, rates_L = typical_step(config, recipe)
     # On average, the loop of the skipping form runs once for each kept row group.
     kept_groups = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
-    # The share of the conditionals of inner exits that take the true branch. The scan over L blocks has one conditional
-    # before each block; the first is never taken. The last exit has a conditional of its own after the scan.
-    shares = {INNER_EXIT: np.count_nonzero(weights_L[:-1]) / len(weights_L), LAST_EXIT: float(weights_L[-1] > 0)}
+    # The shares of the conditionals that take the true branch. The scan over L blocks has one conditional of an inner
+    # exit before each block; the first is never taken. The others follow the scan.
+    inner, last, two = exits_by_form(recipe, weights_L)
+    shares = {INNER_EXIT: inner / len(weights_L), LAST_EXIT: last, TWO_EXITS: two}
     work = Program(text).work(shares_by_scope(shares), kept_groups)
     return Compiled(
         peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes, work, "splash" in text,

@@ -15,6 +15,7 @@ from layerskip_jax.model import Block, Transformer, run_layers
 from layerskip_jax.recipe.chunked_loss import (
     INNER_EXIT,
     LAST_EXIT,
+    TWO_EXITS,
     ChunkedLoss,
     ExitContext,
     Passed,
@@ -98,17 +99,25 @@ def losses_and_gradients(
     Each exit is inside a conditional on its weight: one compiled program serves every step of a curriculum, and an exit
     of weight 0 costs no FLOPs.
     """
-    weight_L = jnp.asarray(weight_L, jnp.float32)  # as the loss, whose cotangent it is
+    weight_L = alone_L = jnp.asarray(weight_L, jnp.float32)  # as the loss, whose cotangent it is
+    if settings.agreement is not None:
+        pair = jnp.array([-1, settings.agreement_exit - 1])
+        are_on = jnp.all(weight_L[pair] > 0)
+        together_2 = jnp.where(are_on, weight_L[pair], 0)
+        alone_L = jnp.where(are_on, weight_L.at[pair].set(0), weight_L)
 
     def run(model: Transformer, loss_slot_L: jax.Array) -> Passed:
         context = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
         inner = last = context
         if settings.distillation is not None:
             inner = context.taught_by(settings.distillation, None, shares.distillation)
-        passed, agreement_x_BTD = run_blocks(model, batch, settings, dropout_mask, inner, weight_L, loss_slot_L)
+        passed, agreement_x_BTD = run_blocks(model, batch, settings, dropout_mask, inner, alone_L, loss_slot_L)
         if settings.agreement is not None:
             last = context.taught_by(settings.agreement, agreement_x_BTD, shares.agreement)
-        return exit_in_backward_pass(last, LAST_EXIT, weight_L[-1], passed, loss_slot_L[-1])
+            two = passed._replace(x_BTD=(passed.x_BTD, agreement_x_BTD))
+            two = exit_in_backward_pass(inner.with_last(last), TWO_EXITS, together_2, two, loss_slot_L[pair])
+            passed = two._replace(x_BTD=two.x_BTD[0])
+        return exit_in_backward_pass(last, LAST_EXIT, alone_L[-1], passed, loss_slot_L[-1])
 
     passed, pullback = jax.vjp(run, model, jnp.zeros_like(weight_L))
     # The gradients start at zero, and each exit adds its own. The cotangent of last_x brings x_L to the inner exits.
@@ -130,7 +139,7 @@ def run_blocks(
 ) -> tuple[Passed, jax.Array | None]:
     """Run all blocks, with the inner exits between them; ``context`` is that of inner exits.
 
-    Also returns the detached hidden state at ``settings.agreement_exit``, or None without an agreement.
+    Also returns the hidden state at ``settings.agreement_exit``, or None without an agreement.
     """
     run_block = block_with_dropout(model, batch, settings, dropout_mask)
 
@@ -142,7 +151,7 @@ def run_blocks(
         (passed, kept_BTD), (weight, loss_slot, is_kept, mask) = carry, inputs
         passed = passed._replace(x_BTD=checkpoint_name(row_major(passed.x_BTD), BLOCK_INPUT))
         if kept_BTD is not None:
-            kept_BTD = jnp.where(is_kept, jax.lax.stop_gradient(passed.x_BTD), kept_BTD)
+            kept_BTD = jnp.where(is_kept, passed.x_BTD, kept_BTD)
         passed = exit_in_backward_pass(context, INNER_EXIT, weight, passed, loss_slot)
         return (passed._replace(x_BTD=run_block(block, passed.x_BTD, mask)), kept_BTD), None
 

@@ -38,7 +38,7 @@ class StepFlops(NamedTuple):
     """Forward and backward pass of the plain model: every block, and one loss at the last layer."""
     exits: float
     """Heads of the other exits with a loss: ``6 D V`` per position and exit, and ``2 D V`` for the teacher of
-    each exit that has one."""
+    each exit that has one. Two exits that share their loop over chunks (`TwoExits`) share the logits too."""
     skipped: float
     """Blocks that dropout skips: drop rate times the block's FLOPs. 0 in the masked form, which computes all blocks.
     The skipping form saves less, since it rounds up to row groups."""
@@ -57,8 +57,9 @@ def step_flops(config: Config, recipe: Recipe, weight_L: np.ndarray, drop_rate_L
     """Count a step with exit weights ``weight_L`` (eq. 6; 0 is off) and drop rates ``drop_rate_L`` (eq. 2)."""
     positions = config.train.batch_size * config.data.sequence_length
     head = 2 * config.model.dim * config.model.vocab_size
-    losses, inner = int(np.count_nonzero(weight_L)), int(np.count_nonzero(weight_L[:-1]))
-    teachers = (0 if recipe.distillation is None else inner) + bool(recipe.agreement is not None and weight_L[-1] > 0)
+    inner, last, two = exits_by_form(recipe, weight_L)
+    losses = inner + last + 2 * two
+    teachers = (inner if recipe.distillation else 0) + (last if recipe.agreement else 0)
     dropped = float(np.sum(drop_rate_L)) if recipe.skips else 0.0
     recomputes = config.train.remat in ("full", "offload")
     needed = block_flops(config) / 3 - 2 * config.model.dim * config.model.ffn_dim
@@ -69,6 +70,12 @@ def step_flops(config: Config, recipe: Recipe, weight_L: np.ndarray, drop_rate_L
         skipped=positions * block_flops(config) * dropped,
         recomputed=positions * again if recomputes else 0.0,
     )
+
+
+def exits_by_form(recipe: Recipe, weight_L: np.ndarray) -> tuple[int, int, int]:
+    """Count the losses at these weights: inner exits alone, the last exit alone, and the two together (`TwoExits`)."""
+    two = bool(recipe.agreement is not None and weight_L[-1] > 0 and weight_L[recipe.agreement_exit - 1] > 0)
+    return int(np.count_nonzero(weight_L[:-1])) - two, int(weight_L[-1] > 0) - two, int(two)
 
 
 def flops_per_token(config: Config) -> float:
