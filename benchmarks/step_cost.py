@@ -1,11 +1,11 @@
-"""Cost of LayerSkip per optimizer step: ``python -m benchmarks.step_cost [--rounds 2]``.
+"""Cost of LayerSkip per optimizer step: ``python -m benchmarks.step_cost [--rounds 2] [--config FILE]``.
 
 Times a full rotation of the curriculum under each recipe, interleaved in one run, and reports the temporary memory of
 the compiled step and the number of recompilations. The paper's rotation has R = L - 1, so about one inner exit has a
-loss at each step (LayerSkip table 1, e_scale 0.2).
+loss at each step (LayerSkip table 1, e_scale 0.2). ``--config FILE``, with any setting, compares that config with its
+plain model instead, in the middle of its schedules.
 """
 
-import argparse
 import dataclasses
 import statistics
 import time
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import header
+from layerskip_jax.command_line import make_parser, parse_config, positive
 from layerskip_jax.config import (
     Config,
     DataConfig,
@@ -25,6 +26,8 @@ from layerskip_jax.config import (
     TrainConfig,
 )
 from layerskip_jax.data.batch import Batch
+from layerskip_jax.errors import run_command
+from layerskip_jax.presets import without_layerskip
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.training.step import Trainer
@@ -80,7 +83,8 @@ def time_steps(recipes: dict[str, Config], turns: int, first: int = 0) -> Steps:
         trainer = Trainer(config, Recipe.from_config(config), make_mesh(config))
         memory[name] = trainer.compile_step().memory_analysis().temp_size_in_bytes
         trainers[name] = trainer
-        begun = dataclasses.replace(trainer.init(), step=jnp.int32(first))
+        begun = trainer.init()
+        begun = dataclasses.replace(begun, step=jax.device_put(jnp.int32(first), begun.step.sharding))
         states[name], metrics = trainer.step(begun, batches[name])
         jax.block_until_ready(metrics)
     compiled.clear()
@@ -94,14 +98,18 @@ def time_steps(recipes: dict[str, Config], turns: int, first: int = 0) -> Steps:
     return Steps(seconds, memory, len(compiled))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="timed rotations of each recipe")
-    rounds = parser.parse_args().rounds
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--rounds", type=positive, default=2, help="timed rotations of each recipe")
+    config, options = parse_config(parser, argv)
     header()
-    print(f"{LAYERS} layers x 256, a batch of 8 x 256 tokens, float32")
+    recipes, first = RECIPES, 0
+    if options.config:
+        recipes, first = {"plain": without_layerskip(config), options.config: config}, config.train.steps // 2
+    model, shape = recipes["plain"].model, random_batch(recipes["plain"]).inputs_BT.shape
+    print(f"{model.num_layers} layers x {model.dim}, a batch of {shape[0]} x {shape[1]} tokens, {model.compute_dtype}")
 
-    steps = time_steps(RECIPES, rounds * (LAYERS - 1))
+    steps = time_steps(recipes, options.rounds * (model.num_layers - 1), first)
     seconds, memory = steps.seconds, steps.temporary_bytes
     print(f"{'':24}  mean step    of plain   median ratio   temporary memory   of plain")
     for name, times in seconds.items():
@@ -110,9 +118,9 @@ def main() -> None:
             f"{name:24}  {statistics.mean(times):7.3f} s   {mean:7.3f}x       {steps.ratio_to_first(name):7.3f}x   "
             f"{memory[name] / 2**20:10.1f} MiB   {memory[name] / memory['plain']:7.3f}x"
         )
-    rate = 8 * 256 / statistics.median(seconds["plain"])
-    print(f"plain: {rate:,.0f} tokens/s; programs compiled in {rounds} rotation(s) of each: {steps.compilations}")
+    rate = shape[0] * shape[1] / statistics.median(seconds["plain"])
+    print(f"plain: {rate:,.0f} tokens/s; compilations after the first step of each: {steps.compilations}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

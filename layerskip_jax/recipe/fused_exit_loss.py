@@ -93,6 +93,7 @@ def losses_and_gradients(
 
     The forward pass runs the embedding and the blocks only. The backward pass computes logits, loss and gradients of
     each exit together (`exit_in_backward_pass`), so an exit costs 6 D V FLOPs per token, and 2 D V more with a teacher.
+    Two exits that teach each other share their logits (`TwoExits`).
     `jax.value_and_grad` would compute the logits in the forward pass, and then compute them again (8 D V) or save an
     array of the shape of x or of the logits for each exit. Do not differentiate the result.
 
@@ -101,10 +102,11 @@ def losses_and_gradients(
     """
     weight_L = alone_L = jnp.asarray(weight_L, jnp.float32)  # as the loss, whose cotangent it is
     if settings.agreement is not None:
+        # If both exits of the pair have a loss, `TwoExits` computes the two together. Each other exit is alone.
         pair = jnp.array([-1, settings.agreement_exit - 1])
-        are_on = jnp.all(weight_L[pair] > 0)
-        together_2 = jnp.where(are_on, weight_L[pair], 0)
-        alone_L = jnp.where(are_on, weight_L.at[pair].set(0), weight_L)
+        both = jnp.all(weight_L[pair] > 0)
+        pair_weights = jnp.where(both, weight_L[pair], 0)
+        alone_L = jnp.where(both, weight_L.at[pair].set(0), weight_L)
 
     def run(model: Transformer, loss_slot_L: jax.Array) -> Passed:
         context = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
@@ -115,7 +117,7 @@ def losses_and_gradients(
         if settings.agreement is not None:
             last = context.taught_by(settings.agreement, agreement_x_BTD, shares.agreement)
             two = passed._replace(x_BTD=(passed.x_BTD, agreement_x_BTD))
-            two = exit_in_backward_pass(inner.with_last(last), TWO_EXITS, together_2, two, loss_slot_L[pair])
+            two = exit_in_backward_pass(inner.with_last(last), TWO_EXITS, pair_weights, two, loss_slot_L[pair])
             passed = two._replace(x_BTD=two.x_BTD[0])
         return exit_in_backward_pass(last, LAST_EXIT, alone_L[-1], passed, loss_slot_L[-1])
 
