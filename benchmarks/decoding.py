@@ -30,7 +30,6 @@ import numpy as np
 from benchmarks.common import MODELS, add_json_option, called_in_turn, header, model_with_tail, write_json
 from layerskip_jax import compiler_options
 from layerskip_jax.cache import LayerCache
-from layerskip_jax.compiler_options import rounds_options
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.adaptive_policy import Adaptive
@@ -41,7 +40,7 @@ from layerskip_jax.decoding.cost import (
     round_cost,
     weight_bytes,
 )
-from layerskip_jax.decoding.engine import begin, generate, rounds_program, run_rounds
+from layerskip_jax.decoding.engine import begin, generate, program_options, rounds_program, run_rounds
 from layerskip_jax.decoding.policies import ConfidenceStop, Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.quantization import quantized
@@ -130,9 +129,7 @@ def verify(name: str, repeats: int) -> list[Row]:
     widths = (1, 2, 3, 4, 5, 8)
     layers = empty_cache(config, 1, prompt + passes + max(widths))
 
-    options = rounds_options(jax.default_backend(), "float32", weight_count(config) * weight_bytes(config))
-
-    @partial(jax.jit, static_argnames="width", compiler_options=options)
+    @partial(jax.jit, static_argnames="width", compiler_options=program_options(config))
     def run(model: Transformer, layers: list[LayerCache], width: int) -> jax.Array:
         def one(index: jax.Array, carry: tuple[jax.Array, list[LayerCache]]) -> tuple[jax.Array, list[LayerCache]]:
             tokens_BW, layers = carry

@@ -1,9 +1,9 @@
 """Cost of LayerSkip per optimizer step: ``python -m benchmarks.step_cost [--rounds 2] [--config FILE]``.
 
 Times a full rotation of the curriculum under each recipe, interleaved in one run, and reports the temporary memory of
-the compiled step and the number of recompilations. The paper's rotation has R = L - 1, so about one inner exit has a
-loss at each step (LayerSkip table 1, e_scale 0.2). ``--config FILE``, with any setting, compares that config with its
-plain model instead, in the middle of its schedules.
+the compiled step and the number of compilations after the first step. The paper's rotation has R = L - 1, so about one
+inner exit has a loss at each step (LayerSkip table 1, e_scale 0.2). ``--config FILE``, with any setting, compares that
+config with its plain model instead, in the middle of its schedules.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import header
+from layerskip_jax.checks import require
 from layerskip_jax.command_line import make_parser, parse_config, positive
 from layerskip_jax.config import (
     Config,
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--rounds", type=positive, default=2, help="timed rotations of each recipe")
     config, options = parse_config(parser, argv)
+    require(bool(options.config) or config == Config(), "settings need --config FILE")
     header()
     recipes, first = RECIPES, 0
     if options.config:

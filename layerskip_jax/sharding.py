@@ -219,6 +219,12 @@ def target_platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
+def target_device_kind() -> str:
+    """Return the kind of device that a program is traced for, as `target_platform` does."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
 def row_major(x: jax.Array) -> jax.Array:
     """Keep the last axis contiguous in a TPU's memory; does nothing on other devices.
 

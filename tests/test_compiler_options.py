@@ -59,11 +59,14 @@ def test_an_error_of_the_program_does_not_blame_an_option(message):
 
 def test_the_compiler_knows_the_options_for_decoding_and_others_are_left_out(monkeypatch):
     ours, known = ("cpu", "bfloat16"), compiler_options.ROUNDS_OPTIONS["cpu", "bfloat16"]
-    assert compiler_options.rounds_options(*ours, 1e6) == known
+    assert compiler_options.rounds_options("cpu", "cpu", "bfloat16", 1e6) == known
     monkeypatch.setattr(compiler_options, "ROUNDS_OPTIONS", {ours: {"xla_no_such_option": "1"} | known})
-    assert compiler_options.rounds_options(*ours, 1e6) == known
+    assert compiler_options.rounds_options("cpu", "cpu", "bfloat16", 1e6) == known
 
 
-@pytest.mark.parametrize(("platform", "size", "options"), [("cpu", 1e6, 0), ("cpu", 1e9, 1), ("tpu", 1e9, 0)])
-def test_a_cpu_decodes_large_models_without_ynnpack(platform, size, options):
-    assert len(compiler_options.rounds_options(platform, "float32", size)) == options
+@pytest.mark.parametrize(
+    ("platform", "kind", "size", "options"),
+    [("cpu", "cpu", 1e6, 0), ("cpu", "cpu", 1e9, 1), ("tpu", "TPU v6 lite", 1e9, 0), ("tpu", "TPU v5 lite", 1e9, 1)],
+)
+def test_decoding_has_options_for_large_models_on_a_cpu_and_for_a_v5e(platform, kind, size, options):
+    assert len(compiler_options.rounds_options(platform, kind, "float32", size)) == options

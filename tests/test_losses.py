@@ -221,7 +221,7 @@ def test_flops_of_an_exit(remat, distillation, cost):
 
 @pytest.mark.parametrize("distillation", [None, SelfDistillation(kl_divergence)])
 def test_flops_of_two_exits_that_teach_each_other(distillation):
-    """12 D V a token: their teachers cost nothing."""
+    """12 D V a token: their teachers need no more logits."""
     model, agreement = tiny_model(), SelfDistillation(argmax_cross_entropy)
     settings = FusedSettings(4, distillation=distillation, agreement=agreement, agreement_exit=2)
     program = compiled(model, jnp.array([0, 0.5, 0, 1]), settings)
@@ -230,17 +230,25 @@ def test_flops_of_two_exits_that_teach_each_other(distillation):
     assert on - off == 12 * model.config.dim * V * B * T
 
 
-def test_two_exits_pass_other_hidden_states_to_the_head():
-    """A loss may call g on any array, such as a scaled one."""
-    model, batch, weight_L = tiny_model(5), make_batch(5), jnp.array([0, 0.5, 0, 1])
-    share = jnp.float32(0.25)
-    settings = FusedSettings(4, agreement=scaled_distillation, agreement_exit=2)
-    plain, fused = plain_and_fused(model, batch, weight_L, None, settings, share)
-    jax.tree.map(lambda ours, reference: np.testing.assert_allclose(ours, reference, atol=1e-4), fused, plain)
+def unusual_distillation(g, x_BCD, targets_BC, mask_BC, teacher):
+    """Use the head on another hidden state, and the teacher without `jax.lax.stop_gradient`."""
+    loss = SelfDistillation(kl_divergence)(g, x_BCD, targets_BC, mask_BC, teacher)
+    return loss + jnp.mean(g(-x_BCD) ** 2) + jnp.mean(g(teacher[0]) * teacher[0][..., :1])
 
 
-def scaled_distillation(g, x_BCD, targets_BC, mask_BC, teacher):
-    return SelfDistillation(kl_divergence)(lambda x: g(2 * x), x_BCD, targets_BC, mask_BC, teacher)
+@pytest.mark.parametrize("weights", [(0, 0.5, 0, 1), (0.5, 0, 0, 1), (0.5, 1, 0.25, 0)])
+def test_unusual_losses_of_two_exits_equal_the_plain_form(weights):
+    """Together, and with each of the two exits off."""
+    model, batch = tiny_model(5), make_batch(5)
+    settings = FusedSettings(100, distillation=unusual_distillation, agreement=unusual_distillation, agreement_exit=2)
+    plain, fused = plain_and_fused(model, batch, jnp.array(weights), None, settings, jnp.float32(0.5))
+    jax.tree.map(
+        lambda ours, reference: np.testing.assert_allclose(
+            ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max()
+        ),
+        fused,
+        plain,
+    )
 
 
 @pytest.mark.parametrize("form", ["plain", "masked", "skipping"])

@@ -98,18 +98,18 @@ def test_the_steady_clock_ignores_a_clock_that_is_set(monkeypatch):
 
 
 @given(
-    layers=st.integers(1, 6),
-    exits=st.integers(0, 6),
+    weights=st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=6),
     taught=st.booleans(),
-    agrees=st.booleans(),
+    agreement_exit=st.integers(0, 5),  # 0: no exit teaches the last
     rate=st.floats(0, 0.9),
     tied=st.booleans(),
     remat=st.sampled_from(["none", "dots", "full", "offload"]),
     form=st.sampled_from(["masked", "skipping"]),
 )
-def test_step_flops_are_the_sum_of_the_matmuls(layers, exits, taught, agrees, rate, tied, remat, form):
+def test_step_flops_are_the_sum_of_the_matmuls(weights, taught, agreement_exit, rate, tied, remat, form):
     """Counted matmul by matmul; the standard rule adds 6 FLOPs per norm weight, which are not matmuls."""
-    exits = min(exits, layers)
+    layers, exits = len(weights), int(sum(weights))
+    agrees = 0 < agreement_exit < layers
     D, F, V, T, B, heads = 16, 24, 48, 8, 4, 2
     config = Config(
         model=ModelConfig(layers, D, heads, 1, F, V, tied_embedding=tied),
@@ -121,21 +121,20 @@ def test_step_flops_are_the_sum_of_the_matmuls(layers, exits, taught, agrees, ra
     block = 2 * matmuls + 4 * T * D  # scores, and their matmul with the values
     norms = 2 * D
     rates = np.full(layers, rate if form == "skipping" else 0)
-    weights = np.where(np.arange(layers) < exits, 1.0, 0.0)
     recipe = Recipe.from_config(config)
     if taught:
         recipe = dataclasses.replace(recipe, distillation=SelfDistillation(kl_divergence))
-    agrees = agrees and layers > 1  # an inner exit teaches the last
     if agrees:
-        recipe = dataclasses.replace(recipe, agreement=SelfDistillation(kl_divergence), agreement_exit=1)
-    flops = step_flops(config, recipe, weights, np.full(layers, rate))
+        recipe = dataclasses.replace(recipe, agreement=SelfDistillation(kl_divergence), agreement_exit=agreement_exit)
+    flops = step_flops(config, recipe, np.array(weights), np.full(layers, rate))
     whole = layers * (3 * block + 6 * norms) + 3 * 2 * D * V + 6 * D
     assert flops.plain == pytest.approx(B * T * whole)
     assert flops.plain == B * T * flops_per_token(config)
     assert flops.skipped == pytest.approx(B * T * (3 * block + 6 * norms) * rates.sum())
-    inner = exits - (exits == layers)
-    together = agrees and exits == layers  # exit 1 and the last exit compute the logits of their teachers anyway
-    teachers = inner - together if taught else 0
+    last = weights[-1] > 0
+    # Exit E and the last exit, if both have a loss, compute the logits of their teachers anyway.
+    together = agrees and last and weights[agreement_exit - 1] > 0
+    teachers = (exits - last - together if taught else 0) + (agrees and last and not together)
     assert flops.exits == B * T * (6 * D * V * (exits - 1) + 2 * D * V * teachers)
     again = (block - 2 * D * F + 2 * norms) * (1 - rates).sum()
     again = again if remat in ("full", "offload") else 0

@@ -125,7 +125,7 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
     # On average, the loop of the skipping form runs once for each kept row group.
     kept_groups = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
     # The shares of the conditionals that take the true branch. The scan over L blocks has one conditional of an inner
-    # exit before each block; the first is never taken. The others follow the scan.
+    # exit before each block; the first is never taken. The others are outside the scan.
     inner, last, two = exits_by_form(recipe, weights_L)
     shares = {INNER_EXIT: inner / len(weights_L), LAST_EXIT: last, TWO_EXITS: two}
     work = Program(text).work(shares_by_scope(shares), kept_groups)

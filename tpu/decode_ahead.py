@@ -39,7 +39,7 @@ from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.branching import Branching, GreedyBranches
 from layerskip_jax.decoding.configure import default_exit
 from layerskip_jax.decoding.cost import predicted_speedup, weight_bytes
-from layerskip_jax.decoding.engine import prefill, rounds_program
+from layerskip_jax.decoding.engine import prefill, program_options, rounds_program
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.request import BUCKET, Request, check_strategy
 from layerskip_jax.decoding.rounds import SelfSpeculative, Strategy
@@ -132,7 +132,8 @@ class ChipCompiler:
             tokens_BW = self.shapes(lambda: jnp.zeros((self.rows, one.width), jnp.int32))
             x_BWD = self.shapes(lambda model, tokens: model.embed(tokens), self.model, tokens_BW)
             layers = self.shapes(partial(empty_cache, self.config, self.rows, self.capacity))
-            compiled = jax.jit(passes, donate_argnums=2).lower(self.model, x_BWD, layers).compile()
+            jitted = jax.jit(passes, donate_argnums=2, compiler_options=program_options(self.config))
+            compiled = jitted.lower(self.model, x_BWD, layers).compile()
         work, c = Program(compiled.as_text()).work(shares_by_scope({})), self.config
         # The cache is half full in the mean, and empty before the prefill.
         positions = 0 if one.prefill else self.rows * self.capacity // 2

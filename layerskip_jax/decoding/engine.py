@@ -18,7 +18,7 @@ from layerskip_jax.decoding.request import Generation, HostText, Request, check_
 from layerskip_jax.decoding.rounds import Strategy
 from layerskip_jax.decoding.state import DecodeState, KVQCache, Statistics
 from layerskip_jax.model import Transformer, compute_dtype, empty_cache, weight_count
-from layerskip_jax.sharding import constrain, target_platform
+from layerskip_jax.sharding import constrain, target_device_kind, target_platform
 
 OnRounds = Callable[[HostText], Sequence[bool]]
 """Reads the text so far, and returns which rows to end now."""
@@ -59,10 +59,14 @@ def run_rounds(strategy: Strategy, model: Transformer, state: DecodeState, until
 
 
 def rounds_program(config: ModelConfig) -> Any:
-    """Return the jitted form of `run_rounds`, with the compiler's options for a model on the current platform."""
+    """Return the jitted form of `run_rounds`, with the `program_options` of the model."""
+    return _jit_rounds(tuple(program_options(config).items()))
+
+
+def program_options(config: ModelConfig) -> dict[str, str | bool]:
+    """Return the compiler's options for decoding with a model on the current platform."""
     dtype = compute_dtype(config)
-    options = rounds_options(target_platform(), dtype.name, weight_count(config) * dtype.itemsize)
-    return _jit_rounds(tuple(options.items()))
+    return rounds_options(target_platform(), target_device_kind(), dtype.name, weight_count(config) * dtype.itemsize)
 
 
 @functools.cache

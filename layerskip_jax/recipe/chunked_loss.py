@@ -1,12 +1,11 @@
 """The loss of an exit in chunks of positions, with its gradients computed right after the logits of each chunk.
 
 So the logits exist for one chunk at a time, and are computed once: 6 D V FLOPs per token and exit, and 2 D V for the
-logits of a teacher. Two exits that teach each other share a loop over chunks (`TwoExits`), so their teachers cost
-nothing. C is the number of positions of each sequence in a chunk on a device.
+logits of a teacher. An exit that teaches the last one shares its loop over chunks (`TwoExits`), so that the logits of
+both are computed once. C is the number of positions of each sequence in a chunk on a device.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +17,8 @@ from jax.typing import ArrayLike
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.model import Head, Transformer, compute_dtype, unembed
-from layerskip_jax.recipe.early_exit import ExitLoss
+from layerskip_jax.recipe.distillation import Taught
+from layerskip_jax.recipe.early_exit import ExitLoss, Unembed
 from layerskip_jax.sharding import constrain, mesh_size, on_each_device, sum_over
 
 INNER_EXIT, LAST_EXIT, TWO_EXITS = "inner_exit_loss", "last_exit_loss", "two_exits_loss"
@@ -32,9 +32,6 @@ Labels = tuple[jax.Array, jax.Array, Any]
 
 Hidden = Any
 """The hidden state ``x_BTD`` that an exit reads, or ``(x_L, x_E)`` for the two exits of `TwoExits`."""
-
-Unembed = Callable[[jax.Array], jax.Array]
-"""``g(x)``: the final norm and the head."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +137,7 @@ class ExitContext(NamedTuple):
         targets_BT, mask_BT, _ = self.labels
         share_BT = jnp.broadcast_to(jnp.asarray(share, jnp.float32), mask_BT.shape)
         teacher = LastExit(share_BT) if x_BTD is None else (x_BTD, share_BT)
-        chunked = dataclasses.replace(self.chunked, loss=exit_loss)
+        chunked = dataclasses.replace(self.chunked, loss=Taught(exit_loss))
         return self._replace(chunked=chunked, labels=(targets_BT, mask_BT, teacher))
 
     def with_last(self, last: "ExitContext") -> "ExitContext":
@@ -159,7 +156,7 @@ class LastExit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TwoExits:
-    """The losses of the last exit and of an inner exit E that teaches it, of ``x = (x_L, x_E)``, like an `ExitLoss`.
+    """The losses of the last exit and of exit E, which teaches it: an `ExitLoss` of ``(x_L, x_E)`` with two values.
 
     Both losses use the same logits of the two exits: 12 D V FLOPs per token. In loops of their own they would take
     14 D V, or 16 D V if the last exit teaches exit E too.
@@ -169,28 +166,21 @@ class TwoExits:
     inner: ExitLoss
 
     def __call__(self, g: Unembed, x: Hidden, targets_BC: jax.Array, mask_BC: jax.Array, teachers: Any) -> jax.Array:
-        """Return the losses of the last exit and of exit E; ``teachers`` is ``(a, teacher of exit E)``."""
+        """Return ``[J_L, J_E]``; ``teachers`` is the share of exit E in J_L, and the teacher of exit E."""
         (last_x_BCD, inner_x_BCD), (share_BC, inner_teacher) = x, teachers
-        last, inner = (last_x_BCD, g(last_x_BCD)), (inner_x_BCD, g(inner_x_BCD))
-        last_detached, inner_detached = jax.lax.stop_gradient((last, inner))
+        last_x_detached, inner_x_detached = jax.lax.stop_gradient(x)
         if isinstance(inner_teacher, LastExit):
-            inner_teacher = last_detached[0], inner_teacher.share_BT
-        last_teacher, labels = (inner_detached[0], share_BC), (targets_BC, mask_BC)
-        last_loss = self.last(reuse_logits(g, last, inner_detached), last_x_BCD, *labels, last_teacher)
-        inner_loss = self.inner(reuse_logits(g, inner, last_detached), inner_x_BCD, *labels, inner_teacher)
-        return jnp.stack([last_loss, inner_loss])
+            inner_teacher = last_x_detached, inner_teacher.share_BT
+        last_logits_BCV, inner_logits_BCV = g(last_x_BCD), g(inner_x_BCD)
 
+        def g_once(x_BCD: jax.Array) -> jax.Array:
+            """Look up the logits of these four arrays, by identity; compute those of any other array."""
+            if x_BCD is last_x_BCD or x_BCD is last_x_detached:
+                return last_logits_BCV
+            return inner_logits_BCV if x_BCD is inner_x_BCD or x_BCD is inner_x_detached else g(x_BCD)
 
-def reuse_logits(g: Unembed, *known: tuple[jax.Array, jax.Array]) -> Unembed:
-    """Return ``g`` that looks up the logits of the ``known`` hidden states, given as ``(x, g(x))``."""
-
-    def g_once(x_BCD: jax.Array) -> jax.Array:
-        for known_x_BCD, logits_BCV in known:
-            if x_BCD is known_x_BCD:
-                return logits_BCV
-        return g(x_BCD)
-
-    return g_once
+        last_loss = self.last(g_once, last_x_BCD, targets_BC, mask_BC, (inner_x_detached, share_BC))
+        return jnp.stack([last_loss, self.inner(g_once, inner_x_BCD, targets_BC, mask_BC, inner_teacher)])
 
 
 class Passed(NamedTuple):
@@ -211,7 +201,8 @@ def exit_in_backward_pass(
     """Return ``passed``; the backward pass computes the exit's loss, and adds the gradients of ``weight`` times it.
 
     The value of ``loss_slot`` is not used, and its cotangent is the loss. If ``weight`` is not positive, the backward
-    pass skips all of this. ``scope`` names the conditional. For `TwoExits`, the weight and the slot hold two values.
+    pass skips all of this. ``scope`` names the conditional. For `TwoExits`, the weight and the slot hold two values,
+    and the two weights are both positive or both 0.
     """
     frozen = weight, context.gathered_matrix, context.labels
     return _exit(context.chunked, scope, passed, loss_slot, frozen)

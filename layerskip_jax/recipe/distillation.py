@@ -20,7 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from layerskip_jax.recipe.early_exit import negative_log_likelihood
+from layerskip_jax.recipe.early_exit import ExitLoss, Unembed, negative_log_likelihood
+
+ExitTeacher = tuple[jax.Array, jax.Array]
+"""``(x_BCD, share_BC)``: the detached hidden state of the exit that teaches, and the share of its loss."""
 
 DistillationLoss = Callable[[jax.Array, jax.Array], jax.Array]
 """``(logits_BCV, teacher_logits_BCV) -> loss_BC`` [nats]; the teacher's logits are detached."""
@@ -69,22 +72,39 @@ class ConstantShare:
 
 
 @dataclasses.dataclass(frozen=True)
+class Taught:
+    """The loss of an exit whose teacher ``(x, share)`` is another exit: ``g(x)`` of the teacher gets no gradient."""
+
+    loss: ExitLoss
+
+    def __call__(
+        self, g: Unembed, x_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, teacher: ExitTeacher
+    ) -> jax.Array:
+        """Sum the loss over counted positions [nats]; the caller has detached the teacher's hidden state."""
+        teacher_x_BCD, _ = teacher
+
+        def g_detached(x_BCD: jax.Array) -> jax.Array:
+            logits_BCV = g(x_BCD)
+            return jax.lax.stop_gradient(logits_BCV) if x_BCD is teacher_x_BCD else logits_BCV
+
+        return self.loss(g_detached, x_BCD, targets_BC, mask_BC, teacher)
+
+
+@dataclasses.dataclass(frozen=True)
 class SelfDistillation:
     """The loss of an exit that learns from another: an `ExitLoss` whose teacher is ``(x, share)`` of the other exit."""
 
     loss: DistillationLoss
 
     def __call__(
-        self,
-        g: Callable[[jax.Array], jax.Array],
-        x_BCD: jax.Array,
-        targets_BC: jax.Array,
-        mask_BC: jax.Array,
-        teacher: tuple[jax.Array, jax.Array],
+        self, g: Unembed, x_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, teacher: ExitTeacher
     ) -> jax.Array:
-        """Sum the loss over counted positions [nats]; ``teacher`` is ``(x, share)`` of the teaching exit."""
+        """Sum the loss over counted positions [nats]; ``teacher`` is ``(x, share)`` of the exit that teaches.
+
+        `Taught` detaches the teacher's logits.
+        """
         teacher_x_BCD, share_BC = teacher
-        logits_BCV, teacher_logits_BCV = g(x_BCD), jax.lax.stop_gradient(g(teacher_x_BCD))
+        logits_BCV, teacher_logits_BCV = g(x_BCD), g(teacher_x_BCD)
         from_teacher_BC = self.loss(logits_BCV, teacher_logits_BCV)
         from_data_BC = negative_log_likelihood(logits_BCV, targets_BC)
         return jnp.sum((share_BC * from_teacher_BC + (1 - share_BC) * from_data_BC) * mask_BC)

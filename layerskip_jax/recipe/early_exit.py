@@ -22,21 +22,20 @@ Curriculum = Callable[[ArrayLike, int, int], jax.Array]
 ExitScale = Callable[[int], jax.Array]
 """``num_layers L -> e_L``, the weight of each exit before eq. 6 normalizes them; not negative."""
 
-ExitLoss = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax.Array, Any], jax.Array]
+Unembed = Callable[[jax.Array], jax.Array]
+"""``g(x)``: the final norm and the head."""
+
+ExitLoss = Callable[[Unembed, jax.Array, jax.Array, jax.Array, Any], jax.Array]
 """``(g, x_BCD, targets_BC, mask_BC, teacher) -> loss``: the loss of an exit, summed over counted positions [nats].
 
 ``g(x_BCD)`` returns the logits of C positions of each sequence. ``teacher`` holds the arrays of `Recipe.teacher` at
 these positions, or None if the recipe has no teacher. A loss given as `Recipe.distillation` gets ``(x_L, m)`` instead,
-one given as `Recipe.agreement` ``(x_E, a)``.
+one given as `Recipe.agreement` ``(x_E, a)``; neither this x nor its logits ``g(x)`` get a gradient.
 """
 
 
 def cross_entropy(
-    g: Callable[[jax.Array], jax.Array],
-    x_BCD: jax.Array,
-    targets_BC: jax.Array,
-    mask_BC: jax.Array,
-    teacher: Any = None,
+    g: Unembed, x_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, teacher: Any = None
 ) -> jax.Array:
     """``CE(g(x), Y)`` of eq. 5: the sum over counted positions of ``-log softmax(g(x))[target]`` [nats]."""
     return jnp.sum(negative_log_likelihood(g(x_BCD), targets_BC) * mask_BC)

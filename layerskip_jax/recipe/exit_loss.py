@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.model import Block, Transformer, run_layers
+from layerskip_jax.recipe.distillation import Taught
 from layerskip_jax.recipe.early_exit import ExitLoss, cross_entropy
 from layerskip_jax.recipe.layer_dropout import DropoutMask, apply_masked
 
@@ -65,11 +66,13 @@ def exit_losses(
     last_x_BTD, x_LBTD = run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, mask)
     inner, inner_teacher = loss, teacher
     if teaching.distillation is not None:
-        inner, share = teaching.distillation
+        distillation, share = teaching.distillation
+        inner = Taught(distillation)
         inner_teacher = jax.lax.stop_gradient(last_x_BTD), jnp.full((B, T), share)
     last, last_teacher = loss, teacher
     if teaching.agreement is not None:
-        last, share, exit_layer = teaching.agreement
+        agreement, share, exit_layer = teaching.agreement
+        last = Taught(agreement)
         last_teacher = jax.lax.stop_gradient(x_LBTD[exit_layer - 1]), jnp.full((B, T), share)
 
     def value(exit_loss: ExitLoss, x_BTD: jax.Array, teacher: Any) -> jax.Array:

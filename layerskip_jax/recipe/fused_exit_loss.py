@@ -93,16 +93,19 @@ def losses_and_gradients(
 
     The forward pass runs the embedding and the blocks only. The backward pass computes logits, loss and gradients of
     each exit together (`exit_in_backward_pass`), so an exit costs 6 D V FLOPs per token, and 2 D V more with a teacher.
-    Two exits that teach each other share their logits (`TwoExits`).
+    The exit that teaches the last one and the last exit share their logits (`TwoExits`).
     `jax.value_and_grad` would compute the logits in the forward pass, and then compute them again (8 D V) or save an
     array of the shape of x or of the logits for each exit. Do not differentiate the result.
 
     Each exit is inside a conditional on its weight: one compiled program serves every step of a curriculum, and an exit
     of weight 0 costs no FLOPs.
     """
-    weight_L = alone_L = jnp.asarray(weight_L, jnp.float32)  # as the loss, whose cotangent it is
+    weight_L = jnp.asarray(weight_L, jnp.float32)  # as the loss, whose cotangent it is
+    alone_L = weight_L  # the weights of the losses that are computed one by one
     if settings.agreement is not None:
-        # If both exits of the pair have a loss, `TwoExits` computes the two together. Each other exit is alone.
+        # Exit E teaches the last exit. If both have a loss at this step, `TwoExits` computes the two losses together,
+        # and their conditionals of one exit are off. Otherwise the conditional of `TwoExits` is off.
+        assert 1 <= settings.agreement_exit < len(weight_L)
         pair = jnp.array([-1, settings.agreement_exit - 1])
         both = jnp.all(weight_L[pair] > 0)
         pair_weights = jnp.where(both, weight_L[pair], 0)
@@ -136,12 +139,13 @@ def run_blocks(
     settings: FusedSettings,
     dropout_mask: DropoutMask | None,
     context: ExitContext,
-    weight_L: jax.Array,
+    alone_L: jax.Array,
     loss_slot_L: jax.Array,
 ) -> tuple[Passed, jax.Array | None]:
-    """Run all blocks, with the inner exits between them; ``context`` is that of inner exits.
+    """Run all blocks, with the inner exits of weights ``alone_L`` between them; ``context`` is that of inner exits.
 
-    Also returns the hidden state at ``settings.agreement_exit``, or None without an agreement.
+    Also returns the hidden state at ``settings.agreement_exit``, or None without an agreement. `TwoExits` computes its
+    gradient, which the backward pass carries to the input of the block after that exit.
     """
     run_block = block_with_dropout(model, batch, settings, dropout_mask)
 
@@ -161,8 +165,8 @@ def run_blocks(
         block_fn = jax.checkpoint(block_fn, policy=settings.policy, prevent_cse=False)
     # Iteration l holds exit l, which reads the input of block l: with full remat, this is the array that is saved.
     # Exit l+1 would read the output of block l, so full remat would also recompute the block's down projection.
-    weight_before_L = jnp.roll(weight_L, 1).at[0].set(0)  # no exit comes before block 0
-    is_kept_L = jnp.arange(len(weight_L)) == settings.agreement_exit
+    weight_before_L = jnp.roll(alone_L, 1).at[0].set(0)  # no exit comes before block 0
+    is_kept_L = jnp.arange(len(alone_L)) == settings.agreement_exit
     x_BTD = model.embed(batch.inputs_BT)
     start = Passed(x_BTD, model.head(), None if settings.distillation is None else jnp.zeros_like(x_BTD))
     kept_BTD = None if settings.agreement is None else jnp.zeros_like(x_BTD)

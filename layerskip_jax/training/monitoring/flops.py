@@ -38,7 +38,7 @@ class StepFlops(NamedTuple):
     """Forward and backward pass of the plain model: every block, and one loss at the last layer."""
     exits: float
     """Heads of the other exits with a loss: ``6 D V`` per position and exit, and ``2 D V`` for the teacher of
-    each exit that has one. Two exits that share their loop over chunks (`TwoExits`) share the logits too."""
+    each exit that has one. Nothing for the teachers of the two exits of `TwoExits`, whose logits are there anyway."""
     skipped: float
     """Blocks that dropout skips: drop rate times the block's FLOPs. 0 in the masked form, which computes all blocks.
     The skipping form saves less, since it rounds up to row groups."""
@@ -59,7 +59,7 @@ def step_flops(config: Config, recipe: Recipe, weight_L: np.ndarray, drop_rate_L
     head = 2 * config.model.dim * config.model.vocab_size
     inner, last, two = exits_by_form(recipe, weight_L)
     losses = inner + last + 2 * two
-    teachers = (inner if recipe.distillation else 0) + (last if recipe.agreement else 0)
+    teachers = (0 if recipe.distillation is None else inner) + (0 if recipe.agreement is None else last)
     dropped = float(np.sum(drop_rate_L)) if recipe.skips else 0.0
     recomputes = config.train.remat in ("full", "offload")
     needed = block_flops(config) / 3 - 2 * config.model.dim * config.model.ffn_dim
