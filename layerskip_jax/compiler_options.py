@@ -69,7 +69,7 @@ cache. ``python -m benchmarks.decoding ynnpack`` compares (results: docs/results
 
 
 TPU_ROUNDS_OPTIONS: dict[str, Options] = {"TPU v5 lite": vmem_limit(40 * 1024)}
-"""Options of decoding's rounds by kind of TPU: larger tiles make a round of the 7B 9 % faster (docs/tpu_decoding.md)."""
+"""Options of decoding's rounds by kind of TPU: a round of the 7B gets 9 % faster (docs/tpu_decoding.md)."""
 
 
 def rounds_options(platform: str, device_kind: str, dtype: str, weight_bytes: float) -> dict[str, str | bool]:
