@@ -24,11 +24,12 @@ from typing import Any
 from benchmarks import common
 from benchmarks.step_cost import time_steps
 from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.checkpoint.run_folder import checkpoint_folder, checkpoint_steps, find_checkpoint, read_config
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.commands.sweep import Measurement, measure
 from layerskip_jax.config import Config, DecodeConfig
-from layerskip_jax.config_dict import apply_overrides, saved_settings
+from layerskip_jax.config_dict import apply_overrides, changed_settings, saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
@@ -45,13 +46,17 @@ DRAFT_LENGTHS = (2, 4, 8)
 ACCEPTANCE_LENGTH = 4
 """The draft length, one of `DRAFT_LENGTHS`, at which the acceptance is reported."""
 
+TRAINED = {"model", "data", "optimizer", "layer_dropout", "early_exit", "train.batch_size", "train.init_from"}
+"""Settings, and groups of them, that must be the same when a run resumes or is measured again."""
+
 Row = dict[str, Any]
 
 
 def study_of(config: Config) -> str:
     """Return the name of what the rows of a table share: corpus, layers x width, and trained tokens."""
     tokens = config.train.steps * config.train.batch_size * config.data.sequence_length
-    source = Path(config.data.path).name or config.data.name or config.data.source
+    data = config.data
+    source = "+".join(data.components) if data.mixture else Path(data.path).name or data.name or data.source
     return f"{source.replace('/', '_')} {config.model.num_layers}x{config.model.dim} {tokens / 1e6:.3g}M"
 
 
@@ -123,8 +128,20 @@ def step_cost(config: Config) -> Row:
     return {"step_time": steps.ratio_to_first("recipe"), "step_memory": memory["recipe"] / memory["plain"]}
 
 
+def check_unchanged(config: Config) -> None:
+    """Raise `UserError` if the run of ``config`` has been trained with other settings than ``config``'s."""
+    run = config.train.run_dir
+    if not checkpoint_steps(checkpoint_folder(config)):
+        return
+    changed = changed_settings(config, base=read_config(find_checkpoint(run)))
+    names = [name for name in changed if name in TRAINED or name.split(".")[0] in TRAINED]
+    if names:
+        raise UserError(f"{run} was trained with another {names[0]}: choose another NAME, or remove the folder")
+
+
 def measured_row(config: Config, name: str) -> Row:
     """Train the run of ``config``, or resume it, and return its row."""
+    check_unchanged(config)
     train(config)
     run = config.train.run_dir
     quality = checkpoint_quality(run, batches=HELD_OUT_BATCHES)

@@ -5,12 +5,13 @@ argparse parses; its options are generated from the dataclass fields, so each se
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -182,11 +183,9 @@ def run_file(path: str, function: str, kind: type[T], what: str) -> T:
     module = types.ModuleType(f"layerskip_jax_file_{file.stem}")
     module.__file__ = path
     sys.modules[module.__name__] = module  # dataclasses looks up the annotations of a class there
-    try:
+    with errors_in(path, what):
         exec(compile(file.read_bytes(), path, "exec"), module.__dict__)
         value = getattr(module, function)() if hasattr(module, function) else None
-    except (Exception, SystemExit) as error:
-        raise _at_line(f"{what} file {path}", path, error) from error
     if not hasattr(module, function):
         raise UserError(f"{what} file {path} has no {function}() -> {kind.__name__}")
     if not isinstance(value, kind):
@@ -194,6 +193,15 @@ def run_file(path: str, function: str, kind: type[T], what: str) -> T:
             f"{function}() of {path} returned a {type(value).__name__}, not a {kind.__module__}.{kind.__name__}"
         )
     return value
+
+
+@contextlib.contextmanager
+def errors_in(path: str, what: str) -> Iterator[None]:
+    """Turn errors of the Python file ``path``, a ``what``, into one line with the number of the line that raised."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise _at_line(f"{what} file {path}", path, error) from error
 
 
 def _at_line(what: str, path: str, error: BaseException) -> UserError:

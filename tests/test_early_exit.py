@@ -211,3 +211,21 @@ def test_the_exit_that_drafts_teaches_the_last_one():
     assert recipe.agreement_share(0, 10) == pytest.approx(0.2)
     assert Recipe.from_config(dataclasses.replace(config, early_exit=EarlyExitConfig("all"))).agreement is None
     recipe.check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        ({"exits": (1, 2, 5)}, (1, 2, 5)),
+        ({"exits": (1, 2, 5), "exit_weights": (1.0, 0.0, 0.5)}, (1, 5)),
+        ({"exits": (1, 3), "exit_weights": (0.2,), "curriculum": "rotational"}, (1, 3)),
+        ({"exits": (1, 3), "curriculum": "rotational"}, (3,)),  # e(0) = 0
+    ],
+)
+def test_only_exits_with_a_loss_draft(settings, trained):
+    early = EarlyExitConfig(**({"curriculum": "fixed"} | settings))
+    config = Config(model=ModelConfig(num_layers=6), early_exit=early)
+    assert config.decode_settings.exits == trained
+    assert config.trained_draft_exit in trained
+    weight_L = sum(np.asarray(Recipe.from_config(config).exit_weights(step)) for step in range(8))
+    assert [int(e) + 1 for e in np.flatnonzero(weight_L[:-1])] == list(trained)

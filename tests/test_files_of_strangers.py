@@ -184,14 +184,19 @@ def test_held_out_text_prepares_no_corpus(run, tmp_path):
     shutil.copytree(run, folder)
     file = Path(str(find_checkpoint(str(folder)))) / "config" / "metadata"
     config = json.loads(file.read_text())
-    config["data"] |= {"source": "python_stdlib", "data_dir": str(data)}
+    config["data"] |= {"source": "python_stdlib", "path": "", "data_dir": str(data)}
     file.write_text(json.dumps(config))
     sign(file.parent.parent)
-    with pytest.raises(UserError, match=f"python_stdlib is not prepared in {data}"):
+    missing = rf"python_stdlib/python\d_\d+ is not prepared in {data}"
+    with pytest.raises(UserError, match=missing):
         decoded(folder, "--held_out", "1")
-    with pytest.raises(UserError, match=f"python_stdlib is not prepared in {data}"):
+    with pytest.raises(UserError, match=missing):
         checkpoint_quality(str(folder), batches=1)
     assert not data.exists()
+    (data / "python_stdlib" / "python2_7").mkdir(parents=True)  # of another Python
+    with pytest.raises(UserError, match=missing):
+        checkpoint_quality(str(folder), batches=1)
+    assert [path.name for path in data.rglob("*")] == ["python_stdlib", "python2_7"]
     assert open_documents(read_config(find_checkpoint(run)).data, "validation", prepare=False)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,13 @@ def test_training_starts_with_the_head_of_the_files(untied, tied, corpus):
     model = tiny_model(2)
     started = initial_model(Config(model=model.config, train=TrainConfig(init_from=str(untied))), tokenizer, model)
     np.testing.assert_array_equal(started().head_DV, expected["head_DV"])
+    missing = untied.parent / "missing"
+    shutil.copytree(untied, missing)
+    names = split_weights(missing, 3)
+    (missing / names[EMBEDDING]).unlink()
+    config = Config(model=model.config, train=TrainConfig(init_from=str(missing)))
+    with pytest.raises(UserError, match="safetensors"):  # before any process reads the weights
+        initial_model(config, tokenizer, model)
     wrong = Config(
         model=dataclasses.replace(model.config, tied_embedding=True), train=TrainConfig(init_from=str(untied))
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import optuna
@@ -11,7 +12,7 @@ from corpora import VOCABULARY
 from layerskip_jax.command_line import load_config_file
 from layerskip_jax.commands import search
 from layerskip_jax.commands.search import proxy_config
-from layerskip_jax.config import Config, ModelConfig, TrainConfig
+from layerskip_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.decoding.cost import best_speedup, predicted_speedup
 from layerskip_jax.errors import UserError
@@ -86,6 +87,7 @@ def test_a_search_writes_the_best_recipe_and_resumes(options, tmp_path, capsys, 
         4,
         trained[0].data.sequence_length,
     )  # from the command
+    assert best.train.run_dir == str(tmp_path / "study/best")
     assert list(best.early_exit.exit_weights) == rows[0]["settings"]["early_exit.exit_weights"]
 
     before = len(trained)
@@ -102,6 +104,28 @@ def test_a_space_without_a_valid_recipe_is_refused(options, tmp_path, monkeypatc
     (tmp_path / "space.py").write_text(SPACE.replace("(weight,)", "(-weight,)"))
     with pytest.raises(UserError, match=r"the search space has no valid point: 20 .*exit_weights must be at least 0"):
         search.main(options)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("return None", r"the function of .*space\.py returned a NoneType, not a dict"),
+        ("return {'a': 1 / 0}", r"search space file .*space\.py, line 4: ZeroDivisionError"),
+    ],
+)
+def test_an_error_in_the_space_is_one_line(options, tmp_path, monkeypatch, function, message):
+    monkeypatch.setattr(search.Search, "train_plain", lambda self: None)
+    lines = ["def get_space():", "    def space(trial, config, exits):", "        # chooses", f"        {function}"]
+    (tmp_path / "space.py").write_text("\n".join([*lines, "    return space", ""]))
+    with pytest.raises(UserError, match=f"no valid point: 20 .*{message}"):
+        search.main(options)
+
+
+def test_a_folder_has_one_search_at_a_time(options, tmp_path):
+    (tmp_path / "study").mkdir()
+    with search._locked(tmp_path / "study"), pytest.raises(UserError, match="another layerskip search runs in"):
+        search.main(options)
+    assert not list((tmp_path / "study").iterdir())
 
 
 def test_an_error_that_is_not_the_recipes_ends_the_search(options, monkeypatch):
@@ -201,6 +225,14 @@ def test_a_proxy_keeps_the_layers_and_whole_rungs():
     assert proxy_config(config, width=0, steps=9).model == config.model
 
 
+def test_a_proxy_fits_its_schedule_and_prompts(corpus):
+    """The warmup ends before the decay of wsd begins; prompts and responses keep the length that they need."""
+    wsd = OptimizerConfig(schedule="wsd", decay_fraction=0.95, warmup_steps=40)
+    assert proxy_config(Config(optimizer=wsd), width=64, steps=450).optimizer.warmup_steps == 22
+    pairs = DataConfig(source="jsonl", path="pairs", prompt_key="prompt", sequence_length=512)
+    assert proxy_config(Config(data=pairs), width=64, steps=9).data.sequence_length == 512
+
+
 @pytest.mark.parametrize(("length", "chunk"), [(200, 200), (300, 50), (96, 96), (64, 64)])
 def test_a_proxy_of_a_valid_config_is_valid(corpus, length, chunk):
     """Whatever its batches, chunks and initial weights are."""
@@ -213,6 +245,7 @@ def test_a_proxy_of_a_valid_config_is_valid(corpus, length, chunk):
 
 def test_scores_and_the_best_draft_length():
     assert Found(0.004, 0.7, 1.5).score(0.005) == 1.5
+    assert Found(math.nan, 1.0, 3.0).score(0.005) == -math.inf
     assert Found(0.007, 0.7, 1.5).score(0.005) == pytest.approx(1.3)
     config = ModelConfig(num_layers=8)
     assert best_speedup(config, 2, 0.0) == 1  # drafts nothing

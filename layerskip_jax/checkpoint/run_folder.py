@@ -19,11 +19,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import nnx
 
 from layerskip_jax.checkpoint.arrays import (
     DamagedCheckpoint,
     check_shapes,
     corrupted_array,
+    named_arrays,
     prefix_names,
     read_arrays,
     stacked_model,
@@ -91,6 +93,11 @@ class RunFolder:
     def tokenizer(self) -> epath.Path:
         """The tokenizer's file. A path in the config is never followed, for the checkpoint may be a stranger's."""
         return find_tokenizer(self.model_folder) or self.model_folder / TOKENIZER
+
+    def check(self) -> None:
+        """Raise `UserError` unless the checkpoint has the arrays that its config implies; reads no weights."""
+        model = jax.eval_shape(lambda: Transformer(self.config.model, rngs=nnx.Rngs(0)))
+        check_shapes(self.checkpoint, {name: leaf.shape for name, leaf in named_arrays(model).items()})
 
     def weights(self, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Read the named arrays of the stacked model into the shapes, types and shardings of ``target``.

@@ -1,14 +1,15 @@
 """Decoding settings that ``layerskip sweep`` found fastest, stored next to a model's tokenizer."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from etils import epath
 
 from layerskip_jax.checkpoint.reading import open_model_folder
-from layerskip_jax.config import DecodeConfig
-from layerskip_jax.config_dict import from_dict
+from layerskip_jax.config import Config, DecodeConfig
+from layerskip_jax.config_dict import apply_overrides, from_dict
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import file_inside, read_limited, write_file
 
@@ -44,3 +45,11 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
         raise UserError(f"{file} is not what layerskip sweep writes ({error}): remove it") from error
     left_out = set(given) | (DEPENDENT if DEPENDENT & set(given) else set())
     return {name: value for name, value in settings.items() if name not in left_out and hasattr(known, name)}
+
+
+def decode_settings(path: str, config: Config, given: Mapping[str, Any] = MappingProxyType({})) -> DecodeConfig:
+    """Return the settings to decode the model at ``path`` with: ``given`` first, then swept ones, then ``config``'s.
+
+    Raises `UserError` as `swept_settings` does, and for a setting that is not valid.
+    """
+    return apply_overrides(config.decode_settings, swept_settings(path, given) | dict(given))

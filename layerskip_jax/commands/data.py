@@ -82,10 +82,14 @@ def _tokenizer(config: Config, overwrite: bool) -> None:
     print(f"{path}: {tokenizer.vocab_size} pieces, {bytes_ / tokens:.2f} bytes a token")
 
 
-def _show(config: Config, rows: int = 3) -> None:
+ROWS = 3
+"""Sequences that ``data show`` prints."""
+
+
+def _show(config: Config) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     batches = make_batches(config, config.data.train_split, batch_size=1, seed=config.train.seed)
-    for batch in itertools.islice(batches, rows):
+    for batch in itertools.islice(batches, ROWS):
         inputs, segments = batch["inputs_BT"][0], batch["segments_BT"][0]
         cuts = np.flatnonzero(np.diff(segments)) + 1
         documents = [tokenizer.decode(part.tolist()) for part in np.split(inputs, cuts)]

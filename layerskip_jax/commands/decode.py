@@ -19,7 +19,6 @@ from layerskip_jax.command_line import (
 )
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import DecodeConfig
-from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> None:
     from layerskip_jax.checkpoint.reading import load_model, open_model_folder, warn_beyond_context
-    from layerskip_jax.checkpoint.swept import swept_settings
+    from layerskip_jax.checkpoint.swept import decode_settings
     from layerskip_jax.commands import terminal
     from layerskip_jax.data.load_tokenizer import load_tokenizer
     from layerskip_jax.decoding.cost import measured_bandwidth
@@ -78,7 +77,7 @@ def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> Non
     from layerskip_jax.decoding.text import TextGenerator, encode
 
     config = open_model_folder(run).config  # check the input before the weights, which take a while
-    settings = apply_overrides(config.decode_settings, swept_settings(run, given) | given)
+    settings = decode_settings(run, config, given)
     prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
     model, config, tokenizer_path = load_model(run, unstacked=True)
     terminal.warn_untrained_exit(config, settings)

@@ -4,7 +4,7 @@ import argparse
 import json
 
 from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder, warn_beyond_context
-from layerskip_jax.checkpoint.swept import swept_settings
+from layerskip_jax.checkpoint.swept import decode_settings
 from layerskip_jax.command_line import (
     OneLineParser,
     add_json,
@@ -15,7 +15,6 @@ from layerskip_jax.command_line import (
     positive,
     typed,
 )
-from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.errors import UserError
@@ -84,7 +83,7 @@ def _run_tasks(options: argparse.Namespace) -> None:
     model, config, tokenizer_path = load_model(options.run, unstacked=True)
     max_length = options.max_length or context_length(config)
     warn_beyond_context(config, max_length, "--max_length allows")
-    settings = apply_overrides(config.decode_settings, swept_settings(options.run, {}))
+    settings = decode_settings(options.run, config)
     lm = LayerSkipLM(
         with_weights(model, settings.weights),
         load_tokenizer(str(tokenizer_path)),

@@ -11,11 +11,10 @@ import numpy as np
 from etils import epath
 
 from layerskip_jax.checkpoint.run_folder import checkpoint_steps, find_checkpoint, read_config
-from layerskip_jax.checkpoint.swept import swept_settings
+from layerskip_jax.checkpoint.swept import decode_settings
 from layerskip_jax.checks import require
 from layerskip_jax.command_line import OneLineParser, add_run, make_parser
 from layerskip_jax.config import Config, DecodeConfig
-from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.errors import UserError, warn
 from layerskip_jax.evaluation.exits import ExitQuality, checkpoint_quality
@@ -61,7 +60,7 @@ class Run:
         require(checkpoint.name.isdigit(), f"{path} is not in a run folder: give the run, or RUN/checkpoints/STEP")
         last_step = int(checkpoint.name) if checkpoint == locate(path) else math.inf
         config = read_config(checkpoint)
-        decode = apply_overrides(config.decode_settings, swept_settings(str(checkpoint), set()))
+        decode = decode_settings(str(checkpoint), config)
         return cls(checkpoint, config, read_metrics(str(checkpoint.parent.parent), last_step), decode)
 
     @property
@@ -163,10 +162,12 @@ def loss_picture(run: Run, plain: Run | None = None) -> Picture:
 
     def plot(axis: Any, run: Run, name: str, **style: Any) -> None:
         steps, values = run.series(name)
+        if not len(values):  # `log_every` can skip all steps at which a rotation trains this exit
+            return
         if name.startswith("train") and smoothed:
             axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.7)
             axis.plot(steps, smooth(values), linewidth=2, **style)
-        elif len(values):
+        else:
             axis.plot(steps, values, marker="o", linewidth=1.6, **style)
 
     def draw(axes: np.ndarray) -> None:

@@ -251,8 +251,8 @@ def _components(run: Run) -> str:
 
 def _explained(run: Run, decoded: Decoded | None) -> str:
     accepted = (
-        f" The dotted line is the acceptance: the share of {run.decode.draft_length} drafts a round that the full "
-        "model accepts in the texts that it continues greedily."
+        f" The dotted line is the acceptance, with {run.decode.draft_length} drafts a round: the share of drafts that "
+        "the full model accepts in its greedy texts."
     )
     return (
         f'<p class="note">The exit E runs the first E blocks and the shared head. Exit {run.draft_exit} is '

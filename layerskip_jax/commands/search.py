@@ -8,20 +8,23 @@ stopped resumes.
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from etils import epath
 
-from layerskip_jax.command_line import make_parser, number, parse_config, positive, run_file
+from layerskip_jax.command_line import errors_in, make_parser, number, parse_config, positive, run_file
+from layerskip_jax.commands.search_report import report, shown
 from layerskip_jax.config import Config, MeshConfig
 from layerskip_jax.config_dict import apply_overrides, saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -29,15 +32,13 @@ from layerskip_jax.decoding.configure import default_exit
 from layerskip_jax.decoding.cost import best_speedup
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.exits import ExitQuality, HostBatches, exit_quality
-from layerskip_jax.evaluation.pictures import Picture
-from layerskip_jax.locations import write_file
 from layerskip_jax.model import Transformer
 from layerskip_jax.presets import without_layerskip
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.training.bad_steps import Diverged
 from layerskip_jax.training.loop import OnEvaluation, train
-from layerskip_jax.training.search_space import RECOMMENDED, Found, Overrides, SearchSpace, default_space, frontier
+from layerskip_jax.training.search_space import RECOMMENDED, Found, Overrides, SearchSpace, default_space
 from layerskip_jax.training.step import Trainer
 
 if TYPE_CHECKING:
@@ -53,20 +54,25 @@ MOST_INVALID = 20
 def proxy_config(config: Config, width: int, steps: int) -> Config:
     """Return ``config`` with all its blocks at ``width``, trained for ``steps`` on sequences of at most 256 tokens.
 
+    ``steps`` are rounded up to a multiple of `RUNGS`. Prompts with responses keep their sequence length.
+
     The number of blocks stays, because the exits refer to it. A narrower proxy starts from random weights, with the
     vocabulary of the tokenizer, even if the config starts from a checkpoint. A width of 0 keeps the model, its initial
     weights and the sequences.
     """
     evaluate_every = -(-steps // RUNGS)
+    steps = evaluate_every * RUNGS
+    decay = config.optimizer.decay_fraction if config.optimizer.schedule == "wsd" else 0.0
     settings: Overrides = {
-        "train.steps": evaluate_every * RUNGS,
+        "train.steps": steps,
         "train.evaluate_every": evaluate_every,
         "train.checkpoint_every": evaluate_every,
         "train.sample_every": 0,
-        "optimizer.warmup_steps": min(config.optimizer.warmup_steps, steps // 10),
+        "optimizer.warmup_steps": min(config.optimizer.warmup_steps, steps // 10, int(steps * (1 - decay))),
     }
     if width:
-        heads, length, devices = max(1, width // 64), min(config.data.sequence_length, 256), jax.device_count()
+        heads, devices = max(1, width // 64), jax.device_count()
+        length = config.data.sequence_length if config.data.prompt_key else min(config.data.sequence_length, 256)
         settings |= {
             "model.dim": width,
             "model.num_heads": heads,
@@ -94,10 +100,24 @@ def check(config: Config) -> None:
     Trainer(config, recipe, make_mesh(config)).abstract_state()
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on ``folder``; raise `UserError` if another process of this machine holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another layerskip search runs in {folder}: wait for it, or choose another FOLDER") from error
+    finally:
+        os.close(handle)
+
+
 class Search:
     """One study: the proxy, the plain model's losses, and the folder with the database and the runs of the trials."""
 
-    def __init__(self, config: Config, options: argparse.Namespace, space: SearchSpace):
+    def __init__(self, config: Config, options: argparse.Namespace, space: SearchSpace, stack: contextlib.ExitStack):
+        """Open or create the study in ``options.folder``, which is locked until ``stack`` closes."""
         self.config, self.options, self.space = config, options, space
         self.folder = Path(options.folder)
         if "://" in options.folder or (self.folder.exists() and not self.folder.is_dir()):
@@ -108,6 +128,8 @@ class Search:
         if not 1 <= self.exits[0] <= self.exits[-1] < layers:
             raise UserError(f"--draft_exits must be in 1..{layers - 1}, not {' '.join(map(str, self.exits))}")
         load_tokenizer(config.data.tokenizer)  # before a folder is made
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_locked(self.folder))
         self.study = self._open_study()
         self.plain_loss: dict[int, float] = {}  # by step
 
@@ -118,7 +140,6 @@ class Search:
         except ImportError as error:
             raise UserError("layerskip search needs optuna: pip install 'layerskip-jax[search]'") from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             study = optuna.create_study(
                 storage=f"sqlite:///{self.folder}/study.db",
@@ -184,7 +205,7 @@ class Search:
         folder = str(trial.user_attrs.get("folder", trial.number))
         trial.set_user_attr("folder", folder)
         try:
-            overrides = self.space(trial, self.proxy, self.exits)
+            overrides = self.overrides(trial)
             config = self.run_config(overrides, folder)
             check(config)
         except UserError as error:
@@ -194,7 +215,7 @@ class Search:
         trial.set_user_attr("overrides", overrides)
 
         def judge(step: int, model: Transformer, batches: HostBatches, loss_L: np.ndarray) -> None:
-            # The loss of training, since the plain model's loss comes from there too.
+            # Use the loss that training measured, as for the plain model.
             quality = dataclasses.replace(exit_quality(model, config, batches), loss_L=loss_L)
             found = self.found(config, step, quality)
             trial.report(found.score(self.options.loss_tolerance), step)
@@ -208,7 +229,7 @@ class Search:
         except (optuna.TrialPruned, Diverged) as error:
             ends = "diverged, " if isinstance(error, Diverged) else "pruned, "
             shutil.rmtree(config.train.run_dir)
-        # Not from `judge`, since a trial that was stopped after its last evaluation trains no more.
+        # Read the stored value: the resumed run of a trial that was stopped after its last evaluation calls no `judge`.
         found = Found(*trial.user_attrs.get("found", Found(math.inf, 0, 0)))
         if ends:
             self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
@@ -216,6 +237,16 @@ class Search:
             self.study.tell(trial, found.score(self.options.loss_tolerance))
         print(f"trial {trial.number}: {ends}{shown(found, overrides)}", flush=True)
         return True
+
+    def overrides(self, trial: "optuna.Trial") -> Overrides:
+        """Return the recipe that the space chooses; raises `UserError` for an error in the user's file."""
+        if not self.options.space:
+            return self.space(trial, self.proxy, self.exits)
+        with errors_in(self.options.space, "search space"):
+            overrides = self.space(trial, self.proxy, self.exits)
+        if not isinstance(overrides, dict):
+            raise UserError(f"the function of {self.options.space} returned a {type(overrides).__name__}, not a dict")
+        return overrides
 
     def found(self, config: Config, step: int, quality: ExitQuality) -> Found:
         """Return the quality of the last exit and of the drafting exit."""
@@ -230,72 +261,8 @@ class Search:
 
         trials = self.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
         rows = [(Found(*trial.user_attrs["found"]), trial.user_attrs["overrides"], trial.number) for trial in trials]
-        return sorted(rows, key=lambda row: -row[0].score(self.options.loss_tolerance))
-
-
-def shown(found: Found, overrides: Overrides) -> str:
-    settings = " ".join(f"{name} {_word(value)}" for name, value in overrides.items())
-    return (
-        f"loss {100 * found.loss_increase:+.2f} %, agreement {100 * found.agreement:.1f} %, "
-        f"speedup by bytes {found.speedup:.2f}x: {settings}"
-    )
-
-
-def _word(value: Any) -> str:
-    values = value if isinstance(value, list | tuple) else [value]
-    return " ".join(f"{item:.3g}" if isinstance(item, float) else str(item) for item in values)
-
-
-def config_source(search: Search, found: Found, overrides: Overrides) -> str:
-    """Return a config file: the user's config file and options, and the recipe.
-
-    The recipe's learning rate is left out if the proxy has another width.
-    """
-    left_out = "optimizer.learning_rate" if search.options.width else ""
-    given = {name: value for name, value in vars(search.options).items() if "." in name}
-    settings = given | {name: value for name, value in overrides.items() if name != left_out}
-    lines = "\n".join(f"    {name!r}: {value!r}," for name, value in settings.items())
-    model, file = search.proxy.model, search.options.config
-    base = f"load_config_file({file!r})" if file else "Config()"
-    imports = "from layerskip_jax.command_line import load_config_file" if file else "from layerskip_jax import Config"
-    proxy = f"{model.num_layers} blocks x {model.dim}, {search.proxy.train.steps} steps"
-    return f'''"""The recipe that layerskip search found on {proxy}.
-
-Last exit: loss {100 * found.loss_increase:+.2f} % relative to the plain model; agreement {100 * found.agreement:.1f} %.
-"""
-
-{imports}
-from layerskip_jax.config_dict import apply_overrides
-
-SETTINGS = {{
-{lines}
-}}
-
-
-def get_config():
-    return apply_overrides({base}, SETTINGS)
-'''
-
-
-def plot(results: list[tuple[Found, Overrides, int]], file: epath.Path) -> None:
-    """Plot agreement against loss, with the frontier."""
-
-    def draw(axes: np.ndarray) -> None:
-        found = [one for one, _, _ in results]
-        axis, best = axes[0], frontier(found)
-        axis.scatter([100 * one.loss_increase for one in found], [100 * one.agreement for one in found], color="C9")
-        front = sorted(one for one, is_best in zip(found, best, strict=True) if is_best)
-        axis.plot([100 * one.loss_increase for one in front], [100 * one.agreement for one in front], "o-", color="C0")
-        for one, _, trial in results:
-            axis.annotate(str(trial), (100 * one.loss_increase, 100 * one.agreement), fontsize="small")
-        axis.axvline(0, color="C9", zorder=0)
-        axis.set(
-            title="recipes by number of trial; the frontier in blue",
-            xlabel="loss of the last exit relative to the plain model [%]",
-            ylabel="agreement of the drafting exit [%]",
-        )
-
-    Picture(draw, "agreement against loss of all recipes", panels=1, size=(7, 4.5)).save(file)
+        finite = [row for row in rows if math.isfinite(row[0].loss_increase)]
+        return sorted(finite, key=lambda row: -row[0].score(self.options.loss_tolerance))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -329,7 +296,15 @@ def main(argv: list[str] | None = None) -> None:
     if options.width < 0 or options.width % 2:
         raise UserError(f"--width must be even, or 0 for the config's own, not {options.width}")
     space = run_file(options.space, "get_space", FunctionType, "search space") if options.space else default_space
-    search, began = Search(config, options, space), time.monotonic()
+    with contextlib.ExitStack() as stack:
+        search = Search(config, options, space, stack)
+        run(search)
+        report(search)
+
+
+def run(search: Search) -> None:
+    """Train the plain model and then recipes, until ``--trials`` or ``--minutes`` end the search."""
+    options, began = search.options, time.monotonic()
     search.train_plain()
     invalid = 0
     while sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in search.study.trials) < options.trials:
@@ -339,34 +314,3 @@ def main(argv: list[str] | None = None) -> None:
         if invalid == MOST_INVALID:
             error = search.study.trials[-1].user_attrs["error"]
             raise UserError(f"the search space has no valid point: {invalid} recipes in a row were refused: {error}")
-    report(search)
-
-
-def report(search: Search) -> None:
-    """Print the results, and write ``search.json``, ``frontier.png`` and ``best.py``."""
-    results = search.results()
-    if not results:
-        raise UserError(
-            "no trial was trained to the end: allow more --minutes or more --trials, or lower optimizer.learning_rate "
-            "if they diverged"
-        )
-    on_frontier = frontier([found for found, _, _ in results])
-    rows = [
-        {"trial": trial, **found._asdict(), "frontier": best, "settings": overrides}
-        for (found, overrides, trial), best in zip(results, on_frontier, strict=True)
-    ]
-    best, overrides, _ = results[0]
-    folder = epath.Path(search.folder)
-    write_file(folder / "search.json", json.dumps(rows, indent=1) + "\n")
-    write_file(folder / "best.py", config_source(search, best, overrides))
-    plot(results, folder / "frontier.png")
-    if search.options.json:
-        print(json.dumps(rows))
-        return
-    for (found, settings, trial), is_best in zip(results, on_frontier, strict=True):
-        print(f"{'frontier' if is_best else '':8} trial {trial:3}: {shown(found, settings)}")
-    tolerance = search.options.loss_tolerance
-    if best.loss_increase > tolerance:
-        print(f"note: no recipe is within the loss tolerance of {100 * tolerance:.2f} %")
-    print(f"best: {search.folder}/best.py; picture: {search.folder}/frontier.png")
-    print(f"next: layerskip train --config {search.folder}/best.py")

@@ -264,7 +264,7 @@ def _sweep(options: argparse.Namespace) -> None:
     config = open_model_folder(options.run).config  # check the input before the weights, which take a while
     settings = apply_overrides(config.decode_settings, given)
     layers = config.model.num_layers
-    default = [*(max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4)), *config.early_exit.exits]
+    default = [*(max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4)), *config.early_exit.trained_exits]
     exits = sorted(set(options.try_exits or default))
     lengths = sorted(set(options.try_lengths))
     if exits[-1] > layers:

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder, warn_beyond_context
-from layerskip_jax.checkpoint.swept import swept_settings
+from layerskip_jax.checkpoint.swept import decode_settings
 from layerskip_jax.command_line import (
     OneLineParser,
     add_json,
@@ -27,7 +27,6 @@ from layerskip_jax.command_line import (
     run_file,
 )
 from layerskip_jax.config import DecodeConfig
-from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.configure import resolve_exit_layer
@@ -228,7 +227,7 @@ def _run_tasks(
     options: argparse.Namespace, given: dict[str, Any], tasks: Sequence[tuple[str, Task, TaskExamples]]
 ) -> None:
     model, config, tokenizer_path = load_model(options.run, unstacked=True)
-    settings = apply_overrides(config.decode_settings, swept_settings(options.run, given) | given)
+    settings = decode_settings(options.run, config, given)
     tokenizer = load_tokenizer(str(tokenizer_path))
     model = with_weights(model, settings.weights)
     settings = dataclasses.replace(settings, exit_layer=resolve_exit_layer(settings, config.model.num_layers))

@@ -30,7 +30,7 @@ def warn_untrained_exit(config: Config, settings: DecodeConfig) -> None:
 
     Without ``early_exit.exits``, print nothing: a Hugging Face folder does not say how it was trained.
     """
-    trained, layers = config.early_exit.exits, config.model.num_layers
+    trained, layers = config.early_exit.trained_exits, config.model.num_layers
     if not trained or settings.mode not in ("self_speculative", "early_exit"):
         return
     several = settings.policy == "adaptive" or (settings.mode == "early_exit" and settings.exit_threshold > 0)

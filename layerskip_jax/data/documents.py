@@ -81,14 +81,18 @@ def as_text(value: Any, where: str) -> str:
     return str(value)
 
 
-def documents_digest(documents: Documents, sample: int = 256) -> str:
+SAMPLE = 256
+"""Documents that identify a split."""
+
+
+def documents_digest(documents: Documents) -> str:
     """Return a digest of a split: of the number of documents, of their sizes if the source knows them, and of a
     `read_sample`.
     """
     digest = hashlib.sha256(
         f"{len(documents)} ".encode() + np.array(getattr(documents, "sizes", []), np.int64).tobytes()
     )
-    for document in read_sample(documents, sample):
+    for document in read_sample(documents, SAMPLE):
         prompt = len(document.prompt) if isinstance(document, Pair) else ""
         content = document.encode(errors="surrogatepass") if isinstance(document, str) else document.tobytes()
         digest.update(f"{type(document).__name__} {prompt} {len(content)} ".encode() + content)

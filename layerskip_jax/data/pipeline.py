@@ -149,12 +149,16 @@ def _chain(components: Sequence[grain.IterDataset], most: int) -> grain.IterData
     return grain.experimental.InterleaveIterDataset(limited, cycle_length=1)
 
 
-def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, batch_size: int, most: int = 32) -> int:
+COUNTED = 32
+"""Documents that `count_sequences` tokenizes."""
+
+
+def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, batch_size: int) -> int:
     """Estimate how many packed sequences the corpus fills, up to a limit above which the number does not matter.
 
     The limit is ``data.shuffle_window``, or with prompts the `PACKING_BINS` of all rows if they are more. Return the
     limit without reading text in two cases: it is less than two batches, so nothing is shuffled; or one BOS and one EOS
-    for each document already fill it. Otherwise tokenize up to ``most`` documents and extrapolate.
+    for each document already fill it. Otherwise tokenize up to `COUNTED` documents and extrapolate.
     """
     bins = PACKING_BINS * batch_size if config.data.prompt_key else 0
     needed = max(config.data.shuffle_window, bins)
@@ -162,12 +166,12 @@ def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, 
     if needed < 2 * batch_size or 2 * count >= needed * length:
         return needed  # nothing is shuffled, or BOS and EOS alone are enough
     tokenize, tokens = _tokenize(config, tokenizer), 0.0
-    for document in read_sample(documents, most):
+    for document in read_sample(documents, COUNTED):
         part = document[:10_000] if isinstance(document, str) and not isinstance(document, Pair) else document
         tokens += len(tokenize(part)["tokens"]) * len(document) / max(1, len(part))
         if tokens >= needed * length:
             return needed
-    return min(needed, round(tokens * count / min(count, most) / length))
+    return min(needed, round(tokens * count / min(count, COUNTED) / length))
 
 
 def packing_sizes(config: Config, batch_size: int, sequences: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from layerskip_jax.data.documents import Documents, MixedDocuments, Pair, as_tex
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.errors import UserError, bucket_error, nearest
 from layerskip_jax.locations import check_encoding, decode_text, locate, names_in
-from layerskip_jax.mixture import mixture_shares
+from layerskip_jax.mixture import LOCATIONS, mixture_shares
 
 CUT_BELOW_FILES = 10
 """A text file with more than a tenth (1 / `CUT_BELOW_FILES`) of the bytes of the files that were found is cut into
@@ -37,10 +37,11 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
     if config.mixture:
         parts = {name: _open_component(name, data, split, prepare) for name, data in config.components.items()}
         return MixedDocuments(parts, mixture_shares(config.mixture))
-    if config.source == "python_stdlib" and not prepare and not (locate(config.data_dir) / "python_stdlib").exists():
+    _check_place(config)
+    if config.source == "python_stdlib" and not prepare and not (builder := _stdlib_builder(config)).is_prepared():
         raise UserError(
-            f"the corpus python_stdlib is not prepared in {config.data_dir}: layerskip data prepare "
-            f"--data.data_dir {config.data_dir}"
+            f"the corpus {builder.name}/{builder.builder_config.name} is not prepared in {config.data_dir}: layerskip "
+            f"data prepare --data.data_dir {config.data_dir}"
         )
     openers = {
         "python_stdlib": _open_stdlib,
@@ -59,6 +60,18 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
         hint = hints.get(config.source, "")
         raise UserError(f"the {split!r} split of {where} is empty: there is no document to read{hint}")
     return documents
+
+
+def _check_place(config: DataConfig) -> None:
+    """Raise `UserError` for a place that the source does not read, since the user wants another corpus."""
+    sources = {location: source for source, location in reversed(LOCATIONS.items())}
+    for location in ("name", "path"):
+        value = getattr(config, location)
+        if value and location != LOCATIONS[config.source]:
+            raise UserError(
+                f"data.source {config.source} does not read data.{location} {value}: set --data.source "
+                f"{sources[location]}, or --data.{location} ''"
+            )
 
 
 def _open_component(name: str, config: DataConfig, split: str, prepare: bool) -> Documents:
@@ -95,18 +108,21 @@ def _keys(config: DataConfig) -> dict[str, str]:
     return prompt | {"data.text_key": config.text_key}
 
 
+def _stdlib_builder(config: DataConfig) -> Any:
+    from layerskip_jax.data.python_stdlib.python_stdlib_dataset_builder import Builder
+
+    return Builder(data_dir=str(locate(config.data_dir)), file_format="array_record")
+
+
 def _open_stdlib(config: DataConfig, split: str) -> Documents:
     import tensorflow_datasets as tfds
 
-    from layerskip_jax.data.python_stdlib.python_stdlib_dataset_builder import Builder
-
-    folder = str(locate(config.data_dir))
-    builder = Builder(data_dir=folder, file_format="array_record")
+    builder = _stdlib_builder(config)
     tfds.disable_progress_bar()
     try:
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     except FileExistsError:  # another process has prepared the dataset at the same time
-        builder = Builder(data_dir=folder, file_format="array_record")
+        builder = _stdlib_builder(config)
         if not builder.is_prepared():
             raise
     return _data_source(builder, config, split, {"data.text_key": "text"})

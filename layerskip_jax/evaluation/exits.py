@@ -206,9 +206,11 @@ def checkpoint_quality(
     data = data or {}
     if data.get("mixture"):  # it replaces the run's corpus, and a corpus replaces the run's mixture
         data = {"name": "", "path": ""} | data
-    elif data.keys() & {"source", "name", "path"}:
+    elif "source" in data:  # the place of the run's corpus may not fit another source
+        data = {"mixture": (), "name": "", "path": ""} | data
+    elif data.keys() & {"name", "path"}:
         data = {"mixture": ()} | data
-    if "sequence_length" in data:  # unused here, but a config whose chunks do not divide the sequences is refused
+    if "sequence_length" in data:  # `loss_chunk` has no effect here, but `Config` refuses one that does not divide it
         overrides["train.loss_chunk"] = data["sequence_length"]
     config = apply_overrides(own, overrides | {f"data.{name}": value for name, value in data.items()})
     warn_beyond_context(own, config.data.sequence_length, f"{checkpoint}: data.sequence_length is")

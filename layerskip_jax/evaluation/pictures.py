@@ -131,9 +131,10 @@ def ticks(layers: int) -> list[int]:
 
 
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Return the centered moving average of ``values`` with a triangular window of ``share`` of their number.
+    """Return the centered moving average of ``values``.
 
-    At both ends the window is cut off, so the average has no lag.
+    The triangular window reaches ``share`` of their number to each side. It is cut off at both ends, so the average has
+    no lag.
     """
     half = max(1, round(share * len(values)))
     window = np.concatenate([np.arange(1, half + 1), np.arange(half + 1, 0, -1)]).astype(float)

@@ -1,10 +1,10 @@
 """One writer for a run folder: a lock that names its process, shows signs of life, and is taken over when stale.
 
 ``RUN_DIR/writer.json`` names the process and its last step. The process rewrites the file every few seconds and removes
-it at the end. Another process takes it over if the first has ended, or has not rewritten the file for
-``train.hang_seconds``. If the lock names this host, but not a live process of this kernel that writes in this folder, a
-few beats without a change are enough. Whatever the clocks of two hosts say, a lock of another host is taken over only
-if the file does not change during the wait. The file's age only shortens the wait.
+it at the end. Another process takes over the lock of a process of this kernel at once if that has ended. It takes over
+any other lock of this host, such as that of a restarted container or in a copied folder, after a few beats without a
+change, and a lock of another host after ``train.hang_seconds`` without one. The file must not change during the wait,
+whatever the clocks of two hosts say; its age only shortens the wait.
 """
 
 import contextlib

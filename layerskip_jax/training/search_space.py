@@ -1,5 +1,6 @@
 """The recipes that ``layerskip search`` tries, how it scores one, and which of them form the frontier."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -71,8 +72,11 @@ class Found(NamedTuple):
     def score(self, tolerance: float) -> float:
         """``speedup - 100 max(0, loss_increase - tolerance)``: 1 % of loss beyond the tolerance costs 1.0x.
 
-        A penalty and not a limit, so that the pruner can rank recipes whose early losses are still above it.
+        A penalty and not a limit, so that the pruner can rank recipes whose early losses are still above it. A loss
+        that is not finite scores -inf.
         """
+        if not math.isfinite(self.loss_increase):
+            return -math.inf
         return self.speedup - 100 * max(0.0, self.loss_increase - tolerance)
 
 

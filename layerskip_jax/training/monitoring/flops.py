@@ -100,10 +100,14 @@ def block_flops(config: Config) -> float:
     return (flops_per_token(config) - head) / model.num_layers
 
 
-def peak_flops(seconds: float = 0.3) -> float:
+PEAK_SECONDS = 0.3
+"""Time to measure the peak of a device without a data sheet."""
+
+
+def peak_flops() -> float:
     """Return the peak of all devices together [FLOP/s], from the data sheet or, for other devices, measured.
 
-    The measurement takes ``seconds`` and is the best of repeated matmuls: float32 of 1024 x 1024 on a CPU, whose
+    The measurement takes `PEAK_SECONDS` and is the best of repeated matmuls: float32 of 1024 x 1024 on a CPU, whose
     simulated devices share its cores, and bfloat16 of 8192 x 8192 on an accelerator.
     """
     kind = jax.devices()[0].device_kind
@@ -113,7 +117,7 @@ def peak_flops(seconds: float = 0.3) -> float:
     size, dtype, devices = (1024, jnp.float32, 1) if on_cpu else (8192, jnp.bfloat16, jax.device_count())
     multiply = jax.jit(jnp.matmul)
     a = jax.block_until_ready(multiply(jnp.ones((size, size), dtype), jnp.ones((size, size), dtype)))
-    best, end = math.inf, time.perf_counter() + seconds
+    best, end = math.inf, time.perf_counter() + PEAK_SECONDS
     while time.perf_counter() < end:
         began = time.perf_counter()
         jax.block_until_ready(multiply(a, a))

@@ -1,0 +1,111 @@
+"""The result of ``layerskip search``: a table, ``search.json``, ``frontier.png`` and the config file ``best.py``."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from layerskip_jax.errors import UserError
+from layerskip_jax.evaluation.pictures import Picture
+from layerskip_jax.locations import write_file
+from layerskip_jax.training.search_space import Found, Overrides, frontier
+
+if TYPE_CHECKING:
+    from layerskip_jax.commands.search import Search
+
+
+def shown(found: Found, overrides: Overrides) -> str:
+    settings = " ".join(f"{name} {_word(value)}" for name, value in overrides.items())
+    return (
+        f"loss {100 * found.loss_increase:+.2f} %, agreement {100 * found.agreement:.1f} %, "
+        f"speedup by bytes {found.speedup:.2f}x: {settings}"
+    )
+
+
+def _word(value: Any) -> str:
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join(f"{item:.3g}" if isinstance(item, float) else str(item) for item in values)
+
+
+def config_source(search: "Search", found: Found, overrides: Overrides) -> str:
+    """Return a config file: the user's config file and options, and the recipe.
+
+    The recipe's learning rate is left out if the proxy has another width.
+    """
+    left_out = "optimizer.learning_rate" if search.options.width else ""
+    given = {name: value for name, value in vars(search.options).items() if "." in name}
+    recipe = {name: value for name, value in overrides.items() if name != left_out}
+    settings = {"train.run_dir": f"{search.folder}/best"} | given | recipe  # not the folder of another run
+    lines = "\n".join(f"    {name!r}: {value!r}," for name, value in settings.items())
+    model, file = search.proxy.model, search.options.config
+    base = f"load_config_file({file!r})" if file else "Config()"
+    imports = "from layerskip_jax.command_line import load_config_file" if file else "from layerskip_jax import Config"
+    proxy = f"{model.num_layers} blocks x {model.dim}, {search.proxy.train.steps} steps"
+    return f'''"""The recipe that layerskip search found on {proxy}.
+
+Last exit: loss {100 * found.loss_increase:+.2f} % relative to the plain model; agreement {100 * found.agreement:.1f} %.
+"""
+
+{imports}
+from layerskip_jax.config_dict import apply_overrides
+
+SETTINGS = {{
+{lines}
+}}
+
+
+def get_config():
+    return apply_overrides({base}, SETTINGS)
+'''
+
+
+def plot(results: list[tuple[Found, Overrides, int]], file: epath.Path) -> None:
+    """Plot agreement against loss, with the frontier."""
+
+    def draw(axes: np.ndarray) -> None:
+        found = [one for one, _, _ in results]
+        axis, best = axes[0], frontier(found)
+        axis.scatter([100 * one.loss_increase for one in found], [100 * one.agreement for one in found], color="C9")
+        front = sorted(one for one, is_best in zip(found, best, strict=True) if is_best)
+        axis.plot([100 * one.loss_increase for one in front], [100 * one.agreement for one in front], "o-", color="C0")
+        for one, _, trial in results:
+            axis.annotate(str(trial), (100 * one.loss_increase, 100 * one.agreement), fontsize="small")
+        axis.axvline(0, color="C9", zorder=0)
+        axis.set(
+            title="recipes by number of trial; the frontier in blue",
+            xlabel="loss of the last exit relative to the plain model [%]",
+            ylabel="agreement of the drafting exit [%]",
+        )
+
+    Picture(draw, "agreement against loss of all recipes", panels=1, size=(7, 4.5)).save(file)
+
+
+def report(search: "Search") -> None:
+    """Print the results, and write ``search.json``, ``frontier.png`` and ``best.py``."""
+    results = search.results()
+    if not results:
+        raise UserError(
+            "no trial was trained to the end: allow more --minutes or more --trials, or lower optimizer.learning_rate "
+            "if they diverged"
+        )
+    on_frontier = frontier([found for found, _, _ in results])
+    rows = [
+        {"trial": trial, **found._asdict(), "frontier": best, "settings": overrides}
+        for (found, overrides, trial), best in zip(results, on_frontier, strict=True)
+    ]
+    best, overrides, _ = results[0]
+    folder = epath.Path(search.folder)
+    write_file(folder / "search.json", json.dumps(rows, indent=1) + "\n")
+    write_file(folder / "best.py", config_source(search, best, overrides))
+    plot(results, folder / "frontier.png")
+    if search.options.json:
+        print(json.dumps(rows))
+        return
+    for (found, settings, trial), is_best in zip(results, on_frontier, strict=True):
+        print(f"{'frontier' if is_best else '':8} trial {trial:3}: {shown(found, settings)}")
+    tolerance = search.options.loss_tolerance
+    if best.loss_increase > tolerance:
+        print(f"note: no recipe is within the loss tolerance of {100 * tolerance:.2f} %")
+    print(f"best: {search.folder}/best.py; picture: {search.folder}/frontier.png")
+    print(f"next: layerskip train --config {search.folder}/best.py")
