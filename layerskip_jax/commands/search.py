@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from layerskip_jax.command_line import errors_in, make_parser, number, parse_config, positive, run_file
-from layerskip_jax.commands.search_report import report, shown
+from layerskip_jax.commands.search_report import Result, report, shown
 from layerskip_jax.config import Config, MeshConfig
 from layerskip_jax.config_dict import apply_overrides, saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -255,7 +255,7 @@ class Search:
         increase = float(quality.loss_L[-1]) / self.plain_loss[step] - 1
         return Found(increase, agreement, best_speedup(self.config.model, exit_layer, agreement))
 
-    def results(self) -> list[tuple[Found, Overrides, int]]:
+    def results(self) -> list[Result]:
         """Return the recipes that trained to the end, the best score first."""
         import optuna
 
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         search = Search(config, options, space, stack)
         run(search)
-        report(search)
+        report(search.results(), search.proxy, options)
 
 
 def run(search: Search) -> None:

@@ -1,18 +1,21 @@
 """The result of ``layerskip search``: a table, ``search.json``, ``frontier.png`` and the config file ``best.py``."""
 
+import argparse
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
 
+from layerskip_jax.config import Config
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.pictures import Picture
 from layerskip_jax.locations import write_file
 from layerskip_jax.training.search_space import Found, Overrides, frontier
 
-if TYPE_CHECKING:
-    from layerskip_jax.commands.search import Search
+Result = tuple[Found, Overrides, int]
+"""The quality of a recipe, its settings, and the number of its trial."""
 
 
 def shown(found: Found, overrides: Overrides) -> str:
@@ -28,21 +31,20 @@ def _word(value: Any) -> str:
     return " ".join(f"{item:.3g}" if isinstance(item, float) else str(item) for item in values)
 
 
-def config_source(search: "Search", found: Found, overrides: Overrides) -> str:
-    """Return a config file: the user's config file and options, and the recipe.
+def config_source(options: argparse.Namespace, trained: str, found: Found, overrides: Overrides) -> str:
+    """Return a config file: the user's config file and ``options``, and the recipe that the ``trained`` proxy found.
 
     The recipe's learning rate is left out if the proxy has another width.
     """
-    left_out = "optimizer.learning_rate" if search.options.width else ""
-    given = {name: value for name, value in vars(search.options).items() if "." in name}
+    left_out = "optimizer.learning_rate" if options.width else ""
+    given = {name: value for name, value in vars(options).items() if "." in name}
     recipe = {name: value for name, value in overrides.items() if name != left_out}
-    settings = {"train.run_dir": f"{search.folder}/best"} | given | recipe  # not the folder of another run
+    settings = {"train.run_dir": f"{Path(options.folder)}/best"} | given | recipe  # not the folder of another run
     lines = "\n".join(f"    {name!r}: {value!r}," for name, value in settings.items())
-    model, file = search.proxy.model, search.options.config
+    file = options.config
     base = f"load_config_file({file!r})" if file else "Config()"
     imports = "from layerskip_jax.command_line import load_config_file" if file else "from layerskip_jax import Config"
-    proxy = f"{model.num_layers} blocks x {model.dim}, {search.proxy.train.steps} steps"
-    return f'''"""The recipe that layerskip search found on {proxy}.
+    return f'''"""The recipe that layerskip search found on {trained}.
 
 Last exit: loss {100 * found.loss_increase:+.2f} % relative to the plain model; agreement {100 * found.agreement:.1f} %.
 """
@@ -60,7 +62,7 @@ def get_config():
 '''
 
 
-def plot(results: list[tuple[Found, Overrides, int]], file: epath.Path) -> None:
+def plot(results: list[Result], file: epath.Path) -> None:
     """Plot agreement against loss, with the frontier."""
 
     def draw(axes: np.ndarray) -> None:
@@ -81,9 +83,8 @@ def plot(results: list[tuple[Found, Overrides, int]], file: epath.Path) -> None:
     Picture(draw, "agreement against loss of all recipes", panels=1, size=(7, 4.5)).save(file)
 
 
-def report(search: "Search") -> None:
-    """Print the results, and write ``search.json``, ``frontier.png`` and ``best.py``."""
-    results = search.results()
+def report(results: list[Result], proxy: Config, options: argparse.Namespace) -> None:
+    """Print the ``results``, best first, and write ``search.json``, ``frontier.png`` and ``best.py``."""
     if not results:
         raise UserError(
             "no trial was trained to the end: allow more --minutes or more --trials, or lower optimizer.learning_rate "
@@ -95,17 +96,18 @@ def report(search: "Search") -> None:
         for (found, overrides, trial), best in zip(results, on_frontier, strict=True)
     ]
     best, overrides, _ = results[0]
-    folder = epath.Path(search.folder)
+    folder = epath.Path(options.folder)
+    trained = f"{proxy.model.num_layers} blocks x {proxy.model.dim}, {proxy.train.steps} steps"
     write_file(folder / "search.json", json.dumps(rows, indent=1) + "\n")
-    write_file(folder / "best.py", config_source(search, best, overrides))
+    write_file(folder / "best.py", config_source(options, trained, best, overrides))
     plot(results, folder / "frontier.png")
-    if search.options.json:
+    if options.json:
         print(json.dumps(rows))
         return
     for (found, settings, trial), is_best in zip(results, on_frontier, strict=True):
         print(f"{'frontier' if is_best else '':8} trial {trial:3}: {shown(found, settings)}")
-    tolerance = search.options.loss_tolerance
+    tolerance = options.loss_tolerance
     if best.loss_increase > tolerance:
         print(f"note: no recipe is within the loss tolerance of {100 * tolerance:.2f} %")
-    print(f"best: {search.folder}/best.py; picture: {search.folder}/frontier.png")
-    print(f"next: layerskip train --config {search.folder}/best.py")
+    print(f"best: {folder}/best.py; picture: {folder}/frontier.png")
+    print(f"next: layerskip train --config {folder}/best.py")
