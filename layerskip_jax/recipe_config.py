@@ -92,13 +92,19 @@ class EarlyExitConfig:
         require(not weights or max(weights) > 0, f"early_exit.exit_weights must not all be 0, got {listed}")
         require(
             not exits or bool(self.trained_exits),
-            "early_exit.exits 1 has no loss, because e(l) of eq. 6 is 0 there: set early_exit.exit_weights",
+            f"early_exit.exits {shown} have no loss, because e(l) of eq. 6 is 0 at exit 1, and at all inner exits if "
+            "early_exit.e_scale is 0: set early_exit.exit_weights",
         )
 
     @property
     def trained_exits(self) -> tuple[int, ...]:
-        """Those of ``exits`` that have a loss: the weight of the others is 0, as is e(l) of eq. 6 at exit 1."""
-        if self.exit_weights:
-            weights = self.exit_weights if len(self.exit_weights) > 1 else self.exit_weights * len(self.exits)
-            return tuple(e for e, weight in zip(self.exits, weights, strict=True) if weight > 0)
-        return tuple(e for e in self.exits if e > 1 or self.curriculum == "fixed")
+        """Those of ``exits`` whose weight is not 0. By eq. 6, it is 0 at exit 1, and at all if ``e_scale`` is 0."""
+        if self.chosen_weights:
+            return tuple(e for e, weight in zip(self.exits, self.chosen_weights, strict=True) if weight > 0)
+        return tuple(e for e in self.exits if e > 1 and self.e_scale > 0)
+
+    @property
+    def chosen_weights(self) -> tuple[float, ...]:
+        """The weight of each of ``exits``, relative to the last layer's 1; empty if eq. 6 gives the weights."""
+        weights = self.exit_weights or ((0.5,) if self.curriculum == "fixed" else ())
+        return weights if len(weights) > 1 else weights * len(self.exits)

@@ -97,7 +97,7 @@ def test_overrides_reach_their_fields():
         (["--data.source", "jsonl"], r"data.source 'jsonl' needs data.path"),
         (
             ["--early_exit.curriculum", "rotational", "--early_exit.exits", "1"],
-            r"early_exit.exits 1 has no loss, because e\(l\) of eq. 6 is 0 there: set early_exit.exit_weights",
+            r"early_exit.exits 1 have no loss, because e\(l\) of eq. 6 is 0 at exit 1, .*: set early_exit.exit_weights",
         ),
         (["--config", "configs/quickstrat.py"], r"no config file .*did you mean 'configs/quickstart.py'"),
         (["--config"], r"--config: expected one argument"),

@@ -105,10 +105,11 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock on ``folder``; raise `UserError` if another process of this machine holds it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another layerskip search runs in {folder}: wait, or choose another FOLDER") from error
         yield
-    except BlockingIOError as error:
-        raise UserError(f"another layerskip search runs in {folder}: wait for it, or choose another FOLDER") from error
     finally:
         os.close(handle)
 

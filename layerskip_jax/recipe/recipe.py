@@ -185,10 +185,9 @@ class Recipe:
 
 
 def _exit_scale(early: EarlyExitConfig) -> early_exit.ExitScale:
-    if early.curriculum != "fixed" and not early.exit_weights:
+    if not early.chosen_weights:
         return early_exit.PaperScale(early.e_scale)
-    weights = early.exit_weights or (0.5,)
-    return early_exit.ChosenScale(early.exits, weights if len(weights) > 1 else weights * len(early.exits))
+    return early_exit.ChosenScale(early.exits, early.chosen_weights)
 
 
 @partial(jax.jit, static_argnums=0)  # one program for all steps; op by op, the first calls take a second
