@@ -8,7 +8,8 @@ dropout and early exits, and the other rows of the same model, corpus and tokens
     python -m benchmarks.recipes fixed --early_exit.curriculum fixed --early_exit.exits 3 --early_exit.exit_weights 0.5
 
 A run that was stopped resumes. A seed is skipped if the page's .json file has a row of the same NAME, seed, corpus,
-model size and number of tokens, even if other settings have changed; ``--again`` measures it again.
+model size and number of tokens, even if other settings have changed; ``--again`` measures it again. A run that was
+trained with other settings is neither resumed nor measured.
 """
 
 import argparse
@@ -48,6 +49,8 @@ ACCEPTANCE_LENGTH = 4
 
 TRAINED = {"model", "data", "optimizer", "layer_dropout", "early_exit", "train.batch_size", "train.init_from"}
 """Settings, and groups of them, that must be the same when a run resumes or is measured again."""
+NOT_TRAINED = {"data.workers", "data.data_dir", "data.tokenizer"}
+"""Settings in these groups that may differ. Training itself compares the tokenizer."""
 
 Row = dict[str, Any]
 
@@ -56,7 +59,7 @@ def study_of(config: Config) -> str:
     """Return the name of what the rows of a table share: corpus, layers x width, and trained tokens."""
     tokens = config.train.steps * config.train.batch_size * config.data.sequence_length
     data = config.data
-    source = "+".join(data.components) if data.mixture else Path(data.path).name or data.name or data.source
+    source = "+".join(data.mixture) or Path(data.path).name or data.name or data.source
     return f"{source.replace('/', '_')} {config.model.num_layers}x{config.model.dim} {tokens / 1e6:.3g}M"
 
 
@@ -134,9 +137,9 @@ def check_unchanged(config: Config) -> None:
     if not checkpoint_steps(checkpoint_folder(config)):
         return
     changed = changed_settings(config, base=read_config(find_checkpoint(run)))
-    names = [name for name in changed if name in TRAINED or name.split(".")[0] in TRAINED]
+    names = [name for name in changed if {name, name.split(".")[0]} & TRAINED and name not in NOT_TRAINED]
     if names:
-        raise UserError(f"{run} was trained with another {names[0]}: choose another NAME, or remove the folder")
+        raise UserError(f"{run} was trained with another {names[0]}: remove it, or set another --train.run_dir")
 
 
 def measured_row(config: Config, name: str) -> Row:

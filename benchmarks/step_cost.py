@@ -1,9 +1,9 @@
 """Cost of LayerSkip per optimizer step: ``python -m benchmarks.step_cost [--rounds 2] [--config FILE]``.
 
-Times ``--rounds`` times L - 1 steps of each recipe in turn, in one run, and reports the temporary memory of the
-compiled step. L - 1 steps are a full rotation of the paper's recipe, which has R = L - 1, so about one inner exit has a
-loss at each step (LayerSkip table 1, e_scale 0.2). ``--config FILE``, with any setting, compares that config with its
-plain model instead, in the middle of its schedules.
+Times ``--rounds`` x (L - 1) steps of each recipe; the recipes take turns, step by step. Reports the temporary memory of
+the compiled step. L - 1 steps are a full rotation of the paper's recipe, which has R = L - 1, so about one inner exit
+has a loss at each step (LayerSkip table 1, e_scale 0.2). ``--config FILE``, with any setting, compares that config with
+its plain model instead, in the middle of its schedules.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def random_batch(config: Config) -> Batch:
 
 
 def time_steps(recipes: dict[str, Config], turns: int, first: int = 0) -> Steps:
-    """Time ``turns`` steps of each recipe on random tokens from step ``first`` on, after a step that compiles."""
+    """Time ``turns`` steps of each recipe on random tokens from step ``first`` on, after one step that is not timed."""
     steps, states, memory, batches = {}, {}, {}, {}
     for name, config in recipes.items():
         mesh = make_mesh(config)

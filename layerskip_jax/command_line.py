@@ -197,7 +197,7 @@ def run_file(path: str, function: str, kind: type[T], what: str) -> T:
 
 @contextlib.contextmanager
 def errors_in(path: str, what: str) -> Iterator[None]:
-    """Turn errors of the Python file ``path``, a ``what``, into one line with the number of the line that raised."""
+    """Raise an error of the body as a `UserError` that names the file ``path``, a ``what``, and the line."""
     try:
         yield
     except (Exception, SystemExit) as error:

@@ -35,7 +35,7 @@ class DecodeConfig:
         "[1, 16]",
     )
     exits: tuple[int, ...] = setting(
-        (), "candidate exits; empty: early_exit.exits of the run, or L/8, L/4, L/2 and exit_layer", ANY
+        (), "candidate exits; empty: the trained exits of the run, or L/8, L/4, L/2 and exit_layer", ANY
     )
     lookup_length: int = setting(
         0,

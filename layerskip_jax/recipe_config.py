@@ -63,7 +63,7 @@ class EarlyExitConfig:
     agreement_weight: float = setting(
         0.0,
         "share of the last exit's loss that is cross-entropy with the most likely token of the drafting exit (of "
-        "exits, the one nearest to L/4); raises acceptance, at a small cost in loss",
+        "the exits with a loss, the one nearest to L/4); raises acceptance, at a small cost in loss",
         "[0, 1)",
     )
 
@@ -90,15 +90,20 @@ class EarlyExitConfig:
             f"got {listed}",
         )
         require(not weights or max(weights) > 0, f"early_exit.exit_weights must not all be 0, got {listed}")
+
+    def check_trained(self) -> None:
+        """Raise `UserError` if none of ``exits`` has a loss. A new run checks this; stored configs may be like that."""
+        shown = " ".join(map(str, self.exits))
         require(
-            not exits or bool(self.trained_exits),
+            not self.exits or bool(self.trained_exits),
             f"early_exit.exits {shown} have no loss, because e(l) of eq. 6 is 0 at exit 1, and at all inner exits if "
             "early_exit.e_scale is 0: set early_exit.exit_weights",
         )
 
     @property
     def trained_exits(self) -> tuple[int, ...]:
-        """Those of ``exits`` whose weight is not 0. By eq. 6, it is 0 at exit 1, and at all if ``e_scale`` is 0."""
+        """The ``exits`` whose weight is not 0. Without chosen weights, eq. 6 gives weight 0 to exit 1, and to all inner
+        exits if ``e_scale`` is 0."""
         if self.chosen_weights:
             return tuple(e for e, weight in zip(self.exits, self.chosen_weights, strict=True) if weight > 0)
         return tuple(e for e in self.exits if e > 1 and self.e_scale > 0)

@@ -193,8 +193,14 @@ def test_source_errors(tmp_path):
         ({"source": "text", "path": str(tmp_path / "empty")}, r"no files under .*empty \(data.path\)"),
         ({"source": "jsonl", "path": str(tmp_path / "empty")}, r"no files ending in .jsonl or .json under"),
         ({"source": "tokens", "path": str(tmp_path / "empty")}, r"no pretokenized corpus at .*pretokenize --out"),
-        ({"path": "texts"}, r"data.source python_stdlib does not read data.path texts: set --data.source text, or"),
-        ({"name": "lm1b"}, r"data.source python_stdlib does not read data.name lm1b: set --data.source tfds, or"),
+        (
+            {"path": "texts"},
+            r"does not read data.path texts: set --data.path '', or --data.source text",
+        ),
+        (
+            {"name": "lm1b"},
+            r"does not read data.name lm1b: set --data.name '', or --data.source tfds",
+        ),
         ({"source": "text", "path": "texts", "name": "lm1b"}, r"data.source text does not read data.name lm1b"),
         ({"source": "tfds", "name": "wikipediaa", "data_dir": str(tmp_path)}, "knows no dataset 'wikipediaa'; did you"),
         ({"source": "tfds", "name": "lm1b", "data_dir": str(tmp_path)}, "'lm1b' is not prepared in .* tfds build lm1b"),

@@ -213,6 +213,14 @@ def test_the_exit_that_drafts_teaches_the_last_one():
     recipe.check()
 
 
+@pytest.mark.parametrize("settings", [{"exits": (1,)}, {"exits": (2, 3), "e_scale": 0.0}])
+def test_exits_without_a_loss_are_refused_in_a_new_run_only(settings):
+    early = EarlyExitConfig("rotational", **settings)  # as a stored config may be
+    assert early.trained_exits == ()
+    with pytest.raises(UserError, match=r"early_exit\.exits .* have no loss, .*: set early_exit\.exit_weights"):
+        early.check_trained()
+
+
 @pytest.mark.parametrize(
     ("settings", "trained"),
     [
@@ -225,6 +233,7 @@ def test_the_exit_that_drafts_teaches_the_last_one():
 def test_only_exits_with_a_loss_draft(settings, trained):
     early = EarlyExitConfig(**({"curriculum": "fixed"} | settings))
     config = Config(model=ModelConfig(num_layers=6), early_exit=early)
+    early.check_trained()
     assert config.decode_settings.exits == trained
     assert config.trained_draft_exit in trained
     weight_L = sum(np.asarray(Recipe.from_config(config).exit_weights(step)) for step in range(8))

@@ -74,6 +74,13 @@ def test_quality_on_other_text(trained_run, tmp_path, capsys):
     assert other["held_out_loss_by_exit"] != own.loss_L.tolist()
     with pytest.raises(UserError, match="no corpus at"):
         command.main([trained_run, "--data.path", str(tmp_path / "nowhere")])
+    same = checkpoint_quality(trained_run, 2, {"source": "text"})  # as the run's own
+    np.testing.assert_array_equal(same.loss_L, own.loss_L)
+    missing = {"source": "python_stdlib", "data_dir": str(tmp_path / "nowhere")}
+    with pytest.raises(UserError, match="is not prepared in"):  # the path of the run's text is not its place
+        checkpoint_quality(trained_run, 2, missing)
+    with pytest.raises(UserError, match=r"source text does not read data.name lm1b: set --data.name ''"):
+        checkpoint_quality(trained_run, 2, {"name": "lm1b"})
 
 
 def test_a_checkpoint_is_evaluated_on_any_number_of_devices(trained_run, tmp_path):

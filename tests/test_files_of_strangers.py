@@ -184,7 +184,7 @@ def test_held_out_text_prepares_no_corpus(run, tmp_path):
     shutil.copytree(run, folder)
     file = Path(str(find_checkpoint(str(folder)))) / "config" / "metadata"
     config = json.loads(file.read_text())
-    config["data"] |= {"source": "python_stdlib", "path": "", "data_dir": str(data)}
+    config["data"] |= {"source": "python_stdlib", "data_dir": str(data)}
     file.write_text(json.dumps(config))
     sign(file.parent.parent)
     missing = rf"python_stdlib/python\d_\d+ is not prepared in {data}"

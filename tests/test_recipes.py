@@ -37,7 +37,7 @@ def test_plain_has_no_exits_and_its_own_folder():
     assert study_of(run) == "python_stdlib 12x64 10M"
     assert run.train.run_dir == "runs/evidence/python_stdlib-12x64-10M/plain-2"
     mixed, _ = parse(["plain", "--data.mixture", "0.7=text:my/texts", "0.3=python_stdlib"])
-    assert study_of(mixed) == "text:my_texts+python_stdlib 12x64 10M"
+    assert study_of(mixed) == "0.7=text:my_texts+0.3=python_stdlib 12x64 10M"
 
 
 def test_a_name_that_is_no_folder_is_refused():
@@ -79,7 +79,7 @@ def test_a_row_is_trained_measured_and_written(corpus, tmp_path, monkeypatch):
     again = [*sys.argv, "--again", "--early_exit.distillation", "none"]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", again)
-        with pytest.raises(UserError, match=r"trained with another early_exit\.distillation: choose another NAME"):
+        with pytest.raises(UserError, match=r"trained with another early_exit\.distillation: remove it"):
             recipes.main()
     monkeypatch.setattr(recipes, "measured_row", None)
     recipes.main()

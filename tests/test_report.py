@@ -195,10 +195,9 @@ def test_the_loss_of_a_few_exits_is_smoothed_and_beside_the_plain_model(trained_
     error = np.abs(smoothed["exit 8"].get_ydata()[20:80] - true)
     assert error.max() < np.abs(noise[7, 20:80]).max() / 2
     rarely = {name: values for name, values in losses.items() if name != "train/exit_loss/2"}  # never logged
-    train, validation = drawn(loss_picture(dataclasses.replace(run, metrics=rarely)))
-    assert labels(train) == ["exit 8", "exit 16, full model"]
-    assert labels(validation) == ["exit 2, drafts", "exit 8", "exit 16, full model"]
-    (train, _) = drawn(loss_picture(run, plain))
+    rare, held_out = drawn(loss_picture(dataclasses.replace(run, metrics=rarely)))
+    assert labels(rare) == ["exit 8", "exit 16, full model"]
+    assert labels(held_out) == ["exit 2, drafts", "exit 8", "exit 16, full model"]
     shades = [contrast(to_rgb(smoothed[name].get_color()), (1, 1, 1)) for name in labels(train)[:3]]
     assert shades in (sorted(shades), sorted(shades, reverse=True))  # a sequential scale
     distilled = dataclasses.replace(config, early_exit=EarlyExitConfig("all", distillation="kl"))

@@ -87,7 +87,7 @@ def test_a_search_writes_the_best_recipe_and_resumes(options, tmp_path, capsys, 
         4,
         trained[0].data.sequence_length,
     )  # from the command
-    assert best.train.run_dir == str(tmp_path / "study/best")
+    assert best.train.run_dir == str(tmp_path / f"study/best-{rows[0]['trial']}")
     assert list(best.early_exit.exit_weights) == rows[0]["settings"]["early_exit.exit_weights"]
 
     before = len(trained)
@@ -117,7 +117,7 @@ def test_an_error_in_the_space_is_one_line(options, tmp_path, monkeypatch, funct
     monkeypatch.setattr(search.Search, "train_plain", lambda self: None)
     lines = ["def get_space():", "    def space(trial, config, exits):", "        # chooses", f"        {function}"]
     (tmp_path / "space.py").write_text("\n".join([*lines, "    return space", ""]))
-    with pytest.raises(UserError, match=f"no valid point: 20 .*{message}"):
+    with pytest.raises(UserError, match=f"^{message}"):  # not only if it happens in all trials
         search.main(options)
 
 

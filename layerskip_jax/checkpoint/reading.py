@@ -66,7 +66,7 @@ def initial_model(config: Config, tokenizer: Tokenizer, abstract: Transformer) -
             f"{config.data.tokenizer} (data.tokenizer) differs from the tokenizer of {path} (train.init_from): set "
             f"--data.tokenizer {stored.get(kind, folder.tokenizer)}"
         )
-    folder.check()  # now, since all processes of a run begin to read the weights together
+    folder.check()  # here, because `agree` ends all processes; an error in `weights` would end one
     return lambda: with_arrays(abstract, folder.weights(named_arrays(abstract)))
 
 

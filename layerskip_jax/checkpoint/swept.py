@@ -1,8 +1,7 @@
 """Decoding settings that ``layerskip sweep`` found fastest, stored next to a model's tokenizer."""
 
 import json
-from collections.abc import Collection, Mapping
-from types import MappingProxyType
+from collections.abc import Collection
 from typing import Any
 
 from etils import epath
@@ -47,9 +46,10 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in left_out and hasattr(known, name)}
 
 
-def decode_settings(path: str, config: Config, given: Mapping[str, Any] = MappingProxyType({})) -> DecodeConfig:
-    """Return the settings to decode the model at ``path`` with: ``given`` first, then swept ones, then ``config``'s.
+def decode_settings(path: str, config: Config, given: dict[str, Any] | None = None) -> DecodeConfig:
+    """Return how to decode the model at ``path``: ``given`` overrides swept settings, which override ``config``'s.
 
     Raises `UserError` as `swept_settings` does, and for a setting that is not valid.
     """
-    return apply_overrides(config.decode_settings, swept_settings(path, given) | dict(given))
+    given = given or {}
+    return apply_overrides(config.decode_settings, swept_settings(path, given) | given)

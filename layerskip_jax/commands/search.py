@@ -95,6 +95,7 @@ def proxy_config(config: Config, width: int, steps: int) -> Config:
 
 def check(config: Config) -> None:
     """Raise `UserError` for a recipe that no run can train. Later errors, such as a full disk, end the search."""
+    config.early_exit.check_trained()
     recipe = Recipe.from_config(config)
     recipe.check()
     Trainer(config, recipe, make_mesh(config)).abstract_state()
@@ -129,18 +130,18 @@ class Search:
         if not 1 <= self.exits[0] <= self.exits[-1] < layers:
             raise UserError(f"--draft_exits must be in 1..{layers - 1}, not {' '.join(map(str, self.exits))}")
         load_tokenizer(config.data.tokenizer)  # before a folder is made
-        self.folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_locked(self.folder))
-        self.study = self._open_study()
+        self.study = self._open_study(stack)
         self.plain_loss: dict[int, float] = {}  # by step
 
-    def _open_study(self) -> "optuna.Study":
-        """Open or create the database; raise `UserError` if it belongs to another config."""
+    def _open_study(self, stack: contextlib.ExitStack) -> "optuna.Study":
+        """Lock the folder, and open or create the database; raise `UserError` if it belongs to another config."""
         try:
             import optuna
         except ImportError as error:
             raise UserError("layerskip search needs optuna: pip install 'layerskip-jax[search]'") from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_locked(self.folder))
         try:
             study = optuna.create_study(
                 storage=f"sqlite:///{self.folder}/study.db",
@@ -205,8 +206,8 @@ class Search:
         trial = self.study.ask()
         folder = str(trial.user_attrs.get("folder", trial.number))
         trial.set_user_attr("folder", folder)
+        overrides = self.overrides(trial)
         try:
-            overrides = self.overrides(trial)
             config = self.run_config(overrides, folder)
             check(config)
         except UserError as error:
@@ -230,7 +231,8 @@ class Search:
         except (optuna.TrialPruned, Diverged) as error:
             ends = "diverged, " if isinstance(error, Diverged) else "pruned, "
             shutil.rmtree(config.train.run_dir)
-        # Read the stored value: the resumed run of a trial that was stopped after its last evaluation calls no `judge`.
+        # Read the stored value. If the trial was stopped after its last evaluation, the resumed run evaluates nothing,
+        # so `judge` is not called.
         found = Found(*trial.user_attrs.get("found", Found(math.inf, 0, 0)))
         if ends:
             self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)

@@ -31,15 +31,17 @@ def _word(value: Any) -> str:
     return " ".join(f"{item:.3g}" if isinstance(item, float) else str(item) for item in values)
 
 
-def config_source(options: argparse.Namespace, trained: str, found: Found, overrides: Overrides) -> str:
+def config_source(options: argparse.Namespace, trained: str, result: Result) -> str:
     """Return a config file: the user's config file and ``options``, and the recipe that the ``trained`` proxy found.
 
     The recipe's learning rate is left out if the proxy has another width.
     """
+    found, overrides, trial = result
     left_out = "optimizer.learning_rate" if options.width else ""
     given = {name: value for name, value in vars(options).items() if "." in name}
     recipe = {name: value for name, value in overrides.items() if name != left_out}
-    settings = {"train.run_dir": f"{Path(options.folder)}/best"} | given | recipe  # not the folder of another run
+    folder = f"{Path(options.folder)}/best-{trial}"  # no other run is there
+    settings = {"train.run_dir": folder} | given | recipe
     lines = "\n".join(f"    {name!r}: {value!r}," for name, value in settings.items())
     file = options.config
     base = f"load_config_file({file!r})" if file else "Config()"
@@ -95,11 +97,11 @@ def report(results: list[Result], proxy: Config, options: argparse.Namespace) ->
         {"trial": trial, **found._asdict(), "frontier": best, "settings": overrides}
         for (found, overrides, trial), best in zip(results, on_frontier, strict=True)
     ]
-    best, overrides, _ = results[0]
+    best = results[0][0]
     folder = epath.Path(options.folder)
     trained = f"{proxy.model.num_layers} blocks x {proxy.model.dim}, {proxy.train.steps} steps"
     write_file(folder / "search.json", json.dumps(rows, indent=1) + "\n")
-    write_file(folder / "best.py", config_source(options, trained, best, overrides))
+    write_file(folder / "best.py", config_source(options, trained, results[0]))
     plot(results, folder / "frontier.png")
     if options.json:
         print(json.dumps(rows))

@@ -240,7 +240,7 @@ def _parser() -> OneLineParser:
         metavar="E",
         type=positive,
         nargs="+",
-        help="exits (default: L/8, L/4, 3L/8, L/2, and early_exit.exits of the run)",
+        help="exits (default: L/8, L/4, 3L/8, L/2, and the trained exits of the run)",
     )
     parser.add_argument(
         "--try_lengths", metavar="D", type=whole(1, 63), nargs="+", default=[2, 4, 6, 8], help="draft lengths"

@@ -28,7 +28,7 @@ def shown(completion: Completion, chat: bool = False) -> str:
 def warn_untrained_exit(config: Config, settings: DecodeConfig) -> None:
     """Print a line to stderr for each exit of ``settings`` that is not among the exits which the run chose to train.
 
-    Without ``early_exit.exits``, print nothing: a Hugging Face folder does not say how it was trained.
+    Without trained exits in the config, print nothing: a Hugging Face folder does not say how it was trained.
     """
     trained, layers = config.early_exit.trained_exits, config.model.num_layers
     if not trained or settings.mode not in ("self_speculative", "early_exit"):

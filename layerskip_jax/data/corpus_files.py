@@ -200,9 +200,9 @@ def hold_out(
 
     A document is held out if the SHA-256 of its name, modulo 100, is below `VALIDATION_PERCENT`. If the held-out
     documents have more than 20 % of the bytes, those with the largest remainders return to training. If they have less
-    than 1 %, documents with the next remainders are added, except those that would exceed 20 %. Documents are
-    added only if ``cut``, the number of files that were cut into documents, is not 0, or if none is held out yet. Other
-    corpora keep the split of earlier runs. Of two or more documents, at least one is in each split.
+    than 1 %, documents with the next remainders are added, except those that would exceed 20 %. If ``cut``, the number
+    of files that were cut into documents, is 0, they are added only if none is held out, so that such a corpus keeps
+    the split of earlier runs. Of two or more documents, at least one is in each split.
     """
     hashes = (hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names)
     ranks = np.fromiter((int(name_hash.hexdigest(), 16) % 100 for name_hash in hashes), np.uint8, len(names))

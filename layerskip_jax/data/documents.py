@@ -82,7 +82,7 @@ def as_text(value: Any, where: str) -> str:
 
 
 SAMPLE = 256
-"""Documents that identify a split."""
+"""`documents_digest` reads at most this many documents."""
 
 
 def documents_digest(documents: Documents) -> str:

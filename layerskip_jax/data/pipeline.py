@@ -150,7 +150,7 @@ def _chain(components: Sequence[grain.IterDataset], most: int) -> grain.IterData
 
 
 COUNTED = 32
-"""Documents that `count_sequences` tokenizes."""
+"""`count_sequences` tokenizes at most this many documents."""
 
 
 def count_sequences(config: Config, tokenizer: Tokenizer, documents: Documents, batch_size: int) -> int:

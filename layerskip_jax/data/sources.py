@@ -9,7 +9,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -37,14 +37,10 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
     if config.mixture:
         parts = {name: _open_component(name, data, split, prepare) for name, data in config.components.items()}
         return MixedDocuments(parts, mixture_shares(config.mixture))
-    _check_place(config)
-    if config.source == "python_stdlib" and not prepare and not (builder := _stdlib_builder(config)).is_prepared():
-        raise UserError(
-            f"the corpus {builder.name}/{builder.builder_config.name} is not prepared in {config.data_dir}: layerskip "
-            f"data prepare --data.data_dir {config.data_dir}"
-        )
-    openers = {
-        "python_stdlib": _open_stdlib,
+    if prepare:
+        check_place(config)
+    openers: dict[str, Callable[[DataConfig, str], Documents]] = {
+        "python_stdlib": functools.partial(_open_stdlib, prepare=prepare),
         "tfds": _open_tfds,
         "text": _open_text,
         "jsonl": _open_jsonl,
@@ -62,15 +58,16 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
     return documents
 
 
-def _check_place(config: DataConfig) -> None:
-    """Raise `UserError` for a place that the source does not read, since the user wants another corpus."""
+def check_place(config: DataConfig) -> None:
+    """Raise `UserError` if ``name`` or ``path`` is set and the source does not read it: the user then expects another
+    corpus. Do not call it for a stored config, whose corpus has been read without them."""
     sources = {location: source for source, location in reversed(LOCATIONS.items())}
     for location in ("name", "path"):
         value = getattr(config, location)
         if value and location != LOCATIONS[config.source]:
             raise UserError(
-                f"data.source {config.source} does not read data.{location} {value}: set --data.source "
-                f"{sources[location]}, or --data.{location} ''"
+                f"data.source {config.source} does not read data.{location} {value}: set --data.{location} '', or "
+                f"--data.source {sources[location]}"
             )
 
 
@@ -114,10 +111,16 @@ def _stdlib_builder(config: DataConfig) -> Any:
     return Builder(data_dir=str(locate(config.data_dir)), file_format="array_record")
 
 
-def _open_stdlib(config: DataConfig, split: str) -> Documents:
+def _open_stdlib(config: DataConfig, split: str, prepare: bool) -> Documents:
     import tensorflow_datasets as tfds
 
     builder = _stdlib_builder(config)
+    if not prepare and not builder.is_prepared():
+        raise UserError(
+            f"the corpus {builder.name}/{builder.builder_config.name} is not prepared in {config.data_dir}: use the "
+            f"Python that trained the run, or prepare this one's: layerskip data prepare --data.data_dir "
+            f"{config.data_dir}"
+        )
     tfds.disable_progress_bar()
     try:
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))

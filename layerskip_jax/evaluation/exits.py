@@ -19,7 +19,7 @@ from layerskip_jax.config import Config
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.batch import Batch
 from layerskip_jax.data.pipeline import local_batches, to_devices
-from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.sources import check_place, open_documents
 from layerskip_jax.distributed import agree
 from layerskip_jax.errors import UserError
 from layerskip_jax.mixture import mixture_shares
@@ -206,13 +206,15 @@ def checkpoint_quality(
     data = data or {}
     if data.get("mixture"):  # it replaces the run's corpus, and a corpus replaces the run's mixture
         data = {"name": "", "path": ""} | data
-    elif "source" in data:  # the place of the run's corpus may not fit another source
+    elif data.get("source", own.data.source) != own.data.source:  # the place of the run's corpus is not its place
         data = {"mixture": (), "name": "", "path": ""} | data
-    elif data.keys() & {"name", "path"}:
+    elif data.keys() & {"source", "name", "path"}:
         data = {"mixture": ()} | data
-    if "sequence_length" in data:  # `loss_chunk` has no effect here, but `Config` refuses one that does not divide it
+    if "sequence_length" in data:  # has no effect here, but `Config` requires that ``loss_chunk`` divides it
         overrides["train.loss_chunk"] = data["sequence_length"]
     config = apply_overrides(own, overrides | {f"data.{name}": value for name, value in data.items()})
+    if data.keys() & {"source", "name", "path"}:
+        check_place(config.data)
     warn_beyond_context(own, config.data.sequence_length, f"{checkpoint}: data.sequence_length is")
     return exit_quality(model, config)
 

@@ -53,6 +53,8 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
     mesh = make_mesh(config)
     trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
     trainer.recipe.check()
+    if not checkpoint_steps(checkpoint_folder(config)):
+        config.early_exit.check_trained()
 
     with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
         profiler = stack.enter_context(Profiler(config.train))  # first: SIGUSR1 would end a process without a handler

@@ -1,10 +1,11 @@
 """One writer for a run folder: a lock that names its process, shows signs of life, and is taken over when stale.
 
 ``RUN_DIR/writer.json`` names the process and its last step. The process rewrites the file every few seconds and removes
-it at the end. Another process takes over the lock of a process of this kernel at once if that has ended. It takes over
-any other lock of this host, such as that of a restarted container or in a copied folder, after a few beats without a
-change, and a lock of another host after ``train.hang_seconds`` without one. The file must not change during the wait,
-whatever the clocks of two hosts say; its age only shortens the wait.
+it at the end. Another process takes the lock over at once if the first one ran on this kernel and has ended. It is
+refused at once if the first one still runs and has rewritten this file within ``train.hang_seconds``. Otherwise it
+watches the file: for a few beats if the lock names this host (a restarted container, a copied folder, a process that
+hangs), or until the file is ``train.hang_seconds`` old if it names another. If the file changes, its process is alive.
+The clocks of two hosts may differ, so the age of the file only shortens the wait.
 """
 
 import contextlib

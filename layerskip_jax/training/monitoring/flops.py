@@ -101,7 +101,7 @@ def block_flops(config: Config) -> float:
 
 
 PEAK_SECONDS = 0.3
-"""Time to measure the peak of a device without a data sheet."""
+"""How long `peak_flops` measures a device that has no data sheet [seconds]."""
 
 
 def peak_flops() -> float:
