@@ -328,6 +328,10 @@ def test_settings_that_do_not_fit_raise_before_anything_is_written(config, tmp_p
             "the tokenizer has 340 pieces and the model's vocabulary 341",
         ),
         (changed(config, "train", batch_size=12), "is not divisible by mesh.data"),
+        (
+            changed(config, "early_exit", curriculum="rotational", exits=(1,), exit_weights=()),
+            r"early_exit\.exits 1 have no loss, .*: set early_exit\.exit_weights",
+        ),
     ]
     for bad, message in cases:
         with pytest.raises(UserError, match=message):

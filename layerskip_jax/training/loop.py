@@ -53,8 +53,6 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
     mesh = make_mesh(config)
     trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
     trainer.recipe.check()
-    if not checkpoint_steps(checkpoint_folder(config)):
-        config.early_exit.check_trained()
 
     with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
         profiler = stack.enter_context(Profiler(config.train))  # first: SIGUSR1 would end a process without a handler
@@ -116,10 +114,12 @@ def _open_data(
     """
 
     def open_files() -> tuple[Tokenizer, tuple[Documents, Documents]]:
+        resumes = bool(checkpoint_steps(checkpoint_folder(config)))
+        if not resumes:
+            config.early_exit.check_trained()
         tokenizer = load_tokenizer(config.data.tokenizer)
         # The vocabulary of a Llama can be padded. A resumed run ignores `init_from`, so it need not be given again.
-        padded = bool(config.train.init_from or checkpoint_steps(checkpoint_folder(config)))
-        tokenizer.check_vocabulary(config.model.vocab_size, padded=padded)
+        tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from) or resumes)
         if config.train.sample_every:  # now, not at the first sample
             prompt = encode(tokenizer, config.decode_settings, config.train.sample_prompt)
             require(bool(prompt), "train.sample_prompt has no token: set it to a text, or train.sample_every to 0")
