@@ -18,6 +18,7 @@ from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.position import DataPosition, read_corpus, read_positions
 from layerskip_jax.data.sources import open_splits
+from layerskip_jax.errors import UserError
 from layerskip_jax.training.loop import train
 
 
@@ -50,7 +51,6 @@ def resumed(saved, config, before=None):
     ("name", "value", "go_on", "effect"),
     [
         ("source", "text", "first document", "data.source: other training documents, read from the first one on"),
-        ("name", "x", "same rows", "data.name: the same training documents"),
         ("path", "b.jsonl", "first document", "data.path: other training documents, read from the first one on"),
         ("path", "moved/a.jsonl", "same rows", "data.path: the same training documents"),
         ("data_dir", "x", "same rows", "data.data_dir: the same training documents"),
@@ -97,8 +97,15 @@ def test_every_data_setting_says_what_follows_from_its_change(lines, tmp_path, n
 
 def test_every_data_setting_is_tested_above():
     (mark,) = test_every_data_setting_says_what_follows_from_its_change.pytestmark
-    tested = {case[0] for case in mark.args[1]} | {"mixture"}  # tests/test_mixture.py
+    tested = {case[0] for case in mark.args[1]} | {"mixture", "name"}  # tests/test_mixture.py, below
     assert tested == {field.name for field in dataclasses.fields(DataConfig)}
+
+
+def test_a_name_that_the_source_does_not_read_is_refused(lines):
+    """It would be silent: the run would continue with the same rows, where the user expects a dataset of TFDS."""
+    named = dataclasses.replace(lines, data=dataclasses.replace(lines.data, name="x"))
+    with pytest.raises(UserError, match=r"data\.source jsonl does not read data\.name x: set --data\.name ''"):
+        resumed(lines, named)
 
 
 def test_without_a_change_nothing_is_said(lines):
