@@ -61,13 +61,12 @@ def open_documents(config: DataConfig, split: str, prepare: bool = True) -> Docu
 def check_place(config: DataConfig) -> None:
     """Raise `UserError` if ``name`` or ``path`` is set and the source does not read it: the user then expects another
     corpus. Do not call it for a stored config, whose corpus has been read without them."""
-    sources = {location: source for source, location in reversed(LOCATIONS.items())}
-    for location in ("name", "path"):
+    for location, source in (("name", "tfds"), ("path", "text")):
         value = getattr(config, location)
         if value and location != LOCATIONS[config.source]:
             raise UserError(
                 f"data.source {config.source} does not read data.{location} {value}: set --data.{location} '', or "
-                f"--data.source {sources[location]}"
+                f"--data.source {source}"
             )
 
 

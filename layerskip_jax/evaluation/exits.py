@@ -206,7 +206,7 @@ def checkpoint_quality(
     data = data or {}
     if data.get("mixture"):  # it replaces the run's corpus, and a corpus replaces the run's mixture
         data = {"name": "", "path": ""} | data
-    elif data.get("source", own.data.source) != own.data.source:  # the place of the run's corpus is not its place
+    elif data.get("source", own.data.source) != own.data.source:  # it does not read the run's name or path
         data = {"mixture": (), "name": "", "path": ""} | data
     elif data.keys() & {"source", "name", "path"}:
         data = {"mixture": ()} | data

@@ -112,7 +112,10 @@ class MetricsWriter:
 
 
 class JsonLinesSink:
-    """Appends a JSON line to `METRICS` in ``folder`` for each `write`. A new file copies that of ``earlier``."""
+    """Appends a JSON line to `METRICS` in ``folder`` for each `write`.
+
+    A new file starts as a copy of the one in ``earlier``.
+    """
 
     def __init__(self, folder: Path, earlier: Any):
         folder.mkdir(parents=True, exist_ok=True)
