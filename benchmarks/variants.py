@@ -41,7 +41,7 @@ from layerskip_jax.recipe.distillation import LOSSES, argmax_cross_entropy
 from layerskip_jax.recipe.early_exit import negative_log_likelihood
 from layerskip_jax.recipe.layer_dropout import DropoutMask, apply_masked
 from layerskip_jax.recipe.recipe import Recipe
-from layerskip_jax.sharding import make_mesh
+from layerskip_jax.sharding import auto_mesh
 from layerskip_jax.training.optimizer import make_optimizer
 
 DEFAULTS = [
@@ -138,7 +138,7 @@ class Run:
             x_BTD = jax.lax.stop_gradient(x_LBTD[self.exit_layer - 2])
             x_BTD += f(extra.block, x_BTD, batch.segments_BT)
         if self.variant.exit_gain:
-            x_BTD *= extra.gain_D[...]
+            x_BTD *= extra.gain_D[...][None, None]
         if not self.variant.head_learns_from_exit:
             head = jax.lax.stop_gradient(head)
         return unembed(model.config, head, x_BTD), model.unembed(last_x_BTD)
@@ -153,10 +153,15 @@ class Run:
         weight_L = recipe.exit_weights(step)
         exit_weight, last_weight = jnp.where(on, weight_L[self.exit_layer - 1], 0), jnp.where(on, weight_L[-1], 1)
         share = jnp.where(on & (not self.variant.plain), early.agreement_weight, 0)
-        exit_loss_BT = LOSSES[early.distillation](exit_logits_BTV, jax.lax.stop_gradient(last_logits_BTV))
+        distilled_BT = LOSSES[early.distillation](exit_logits_BTV, jax.lax.stop_gradient(last_logits_BTV))
         agreement_BT = argmax_cross_entropy(last_logits_BTV, jax.lax.stop_gradient(exit_logits_BTV))
-        last_loss_BT = negative_log_likelihood(last_logits_BTV, batch.targets_BT)
-        last_loss_BT = share * agreement_BT + (1 - share) * last_loss_BT
+        exit_loss_BT, last_loss_BT = (
+            taught * teacher_BT + (1 - taught) * negative_log_likelihood(logits_BTV, batch.targets_BT)
+            for taught, teacher_BT, logits_BTV in (
+                (early.distillation_weight, distilled_BT, exit_logits_BTV),
+                (share, agreement_BT, last_logits_BTV),
+            )
+        )
         if self.variant.exit_block:  # no other loss trains its parameters
             exit_weight = 1.0
         total = jnp.sum((exit_weight * exit_loss_BT + last_weight * last_loss_BT) * batch.mask_BT)
@@ -198,7 +203,7 @@ class Result(NamedTuple):
 
 def train_variant(run: Run) -> Result:
     config, data = run.config, run.config.data
-    mesh, steps = make_mesh(config), config.train.steps
+    mesh, steps = auto_mesh(np.reshape(jax.devices()[:1], (1, 1, 1, 1))), config.train.steps
     batches, held_out = (
         iter(local_batches(config, split, mesh, in_order=split == data.validation_split))
         for split in (data.train_split, data.validation_split)
@@ -244,7 +249,6 @@ def parse(argv: list[str]) -> tuple[Config, argparse.Namespace]:
 def main(argv: list[str] | None = None) -> None:
     config, options = parse(sys.argv[1:] if argv is None else argv)
     about = common.header()
-    require(jax.device_count() == 1, f"the variants train on one device, not {jax.device_count()}")
     if not Path(config.data.tokenizer).exists():
         documents = open_documents(config.data, config.data.train_split)
         train_tokenizer(documents, config.data.tokenizer, config.model.vocab_size)
