@@ -75,6 +75,13 @@ def run_config(config: Config, name: str, seed: int) -> Config:
     return without_layerskip(config) if name == "plain" else config
 
 
+def make_tokenizer(config: Config) -> None:
+    """Train the tokenizer of a study on its corpus, unless it exists."""
+    if not Path(config.data.tokenizer).exists():
+        documents = open_documents(config.data, config.data.train_split)
+        train_tokenizer(documents, config.data.tokenizer, config.model.vocab_size)
+
+
 def repeated_share(tokens: Sequence[int], length: int = 8) -> float:
     """Return the share of tokens in an n-gram of ``length`` that occurred before: how much of a text is loops.
 
@@ -237,7 +244,7 @@ def parse(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--again", action="store_true", help="measure seeds again that are in the page")
     default = Path("docs/results/recipes.md")
     parser.add_argument("--page", type=Path, default=default, help=f"the page to update (default: {default})")
-    config, options = parse_config(parser, argv if "--config" in argv else ["--config", "configs/evidence.py", *argv])
+    config, options = parse_config(parser, ["--config", "configs/evidence.py", *argv])
     if not options.name.replace("_", "").replace("-", "").isalnum():
         raise UserError(f"NAME becomes a folder: use letters, digits, - and _, not {options.name!r}")
     return config, options
@@ -254,9 +261,7 @@ def main() -> None:
         if key in rows and not options.again:
             print(f"{' '.join(map(str, key))} is in {options.page}")
             continue
-        if not Path(run.data.tokenizer).exists():
-            documents = open_documents(run.data, run.data.train_split)
-            train_tokenizer(documents, run.data.tokenizer, run.model.vocab_size)
+        make_tokenizer(run)
         rows[key] = measured_row(run, options.name)
         write_page(options.page, list(rows.values()))
     print(options.page)

@@ -1,16 +1,16 @@
-"""Changes of the recipe that no setting offers, trained and compared: ``python -m benchmarks.variants [NAME ...]``.
+"""Train and compare changes of the recipe that no setting offers: ``python -m benchmarks.variants [NAME ...]``.
 
-Takes the settings of training, and trains each variant on the same batches. Prints the held-out loss of the exit that
-drafts and of the last exit, and their agreement. `VARIANTS` has the names; without a NAME, all are trained.
+Takes the settings of training, and trains each variant on the same batches. Prints the held-out loss of the trained
+early exit E and of the last exit, and their agreement. `VARIANTS` has the names; without a NAME, all are trained.
 
-    python -m benchmarks.variants plain recipe exit_gain
-    python -m benchmarks.variants plain recipe --optimizer.name muon --json muon.json
+    python -m benchmarks.variants plain recipe \\
+        --early_exit.curriculum fixed --early_exit.exits 3 --early_exit.distillation kl
 
-The loop is the plain form of training: one device, no checkpoints, and the logits of both exits exist at once. A
-variant that pays can then become a setting of training.
+The training loop is simple: one device, no checkpoints, and the logits of both exits in memory at once. So
+``train.accumulate``, ``train.loss_chunk`` and ``layer_dropout.form`` have no effect. A variant that helps can become a
+setting.
 """
 
-import argparse
 import dataclasses
 import itertools
 import sys
@@ -26,31 +26,25 @@ import optax
 from flax import nnx
 
 from benchmarks import common
-from benchmarks.recipes import HELD_OUT_BATCHES, study_of
+from benchmarks.recipes import HELD_OUT_BATCHES, make_tokenizer, run_config, study_of
 from layerskip_jax.checks import require
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
+from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.data.batch import Batch
-from layerskip_jax.data.pipeline import local_batches, to_devices
-from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
-from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.documents import Documents
+from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.data.pipeline import make_batches
+from layerskip_jax.data.sources import open_splits
 from layerskip_jax.errors import run_command
 from layerskip_jax.model import Block, Transformer, run_layers, unembed
 from layerskip_jax.presets import without_layerskip
 from layerskip_jax.recipe.distillation import LOSSES, argmax_cross_entropy
 from layerskip_jax.recipe.early_exit import negative_log_likelihood
-from layerskip_jax.recipe.layer_dropout import DropoutMask, apply_masked
+from layerskip_jax.recipe.fused_exit_loss import FusedSettings, block_function, block_with_dropout
+from layerskip_jax.recipe.layer_dropout import DropoutMask
 from layerskip_jax.recipe.recipe import Recipe
-from layerskip_jax.sharding import auto_mesh
 from layerskip_jax.training.optimizer import make_optimizer
-
-DEFAULTS = [
-    *("--config", "configs/evidence.py", "--train.steps", "1465", "--optimizer.learning_rate", "2e-3"),
-    *("--early_exit.curriculum", "fixed", "--early_exit.exits", "3", "--early_exit.exit_weights", "0.5"),
-    *("--early_exit.distillation", "kl", "--early_exit.agreement_weight", "0.1"),
-    *("--data.tokenizer", "runs/variants/tokenizer.model"),
-]
-"""The options unless ``--config`` is given: 3.0M tokens with the recipe of docs/results/recipes.md."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +52,17 @@ class Variant:
     """What differs from the recipe of the config."""
 
     plain: bool = False
-    """Train the last exit alone."""
+    """Only the last exit has a loss, and layer dropout is off."""
     exit_gain: bool = False
-    """Multiply the hidden state at exit E by D trained numbers in front of the shared head."""
+    """Multiply the hidden state at exit E by D trained numbers before the final norm."""
     head_learns_from_exit: bool = True
     """Whether the loss of exit E has a gradient for the final norm and the head."""
     start: float = 0.0
-    """Share of the steps that train the last exit alone, before exit E has a loss and teaches."""
+    """In this share of the steps, from the first, only the last exit has a loss, and no exit teaches another. Layer
+    dropout stays on."""
     exit_block: bool = False
-    """Exit E is a trained block after E - 1 blocks, so that a draft still costs E blocks. No gradient of its loss
-    reaches the model (Balcony, arXiv 2503.05005): the last exit is that of the plain model."""
+    """Exit E reads a block of its own, which follows block E - 1, so that a draft still runs E blocks. The loss of exit
+    E trains that block alone (Balcony, arXiv 2503.05005), so the rest is the plain model."""
 
 
 VARIANTS = {
@@ -82,22 +77,22 @@ VARIANTS = {
 
 @flax.struct.dataclass
 class Extra:
-    """Parameters that the model does not have. Each variant has both, and trains those that it uses."""
+    """Parameters in addition to the model's. Every variant holds both; those that it does not use get no gradient."""
 
     gain_D: nnx.Param
-    block: Block
+    blocks: Block  # the one block of exit E; muon recognizes the matrices of blocks by this name
 
     @classmethod
     def create(cls, config: Config) -> "Extra":
-        block = Block(config.model, rngs=nnx.Rngs(config.train.seed + 1))
-        return cls(nnx.Param(jnp.ones(config.model.dim), axes=("embed",)), block)
+        gain_D = nnx.Param(jnp.ones(config.model.dim), axes=("embed",))
+        return cls(gain_D, Block(config.model, rngs=nnx.Rngs(config.train.seed + 1)))
 
 
 class State(NamedTuple):
     step: jax.Array
     parameters: tuple[Transformer, Extra]
     opt_states: tuple[Any, Any]
-    """Each of the two has an optimizer of its own, so that the gradients of one do not clip those of the other."""
+    """Model and extra parameters have an optimizer each, so that each gradient is clipped by its own norm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,52 +115,41 @@ class Run:
     ) -> tuple[jax.Array, jax.Array]:
         """Return the logits of exit E and of the last exit, ``[B, T, V]`` each."""
         model, extra = parameters
-        B, T = batch.inputs_BT.shape
-        L = model.config.num_layers
-        rotary = model.rotary_tables(jnp.arange(T)[None])
-        mask = dropout_mask or DropoutMask(jnp.ones((L, B), bool), jnp.ones(L))
+        run_block = block_with_dropout(model, batch, FusedSettings(self.config.train.loss_chunk), dropout_mask)
 
-        def f(block: Block, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
-            return block(x_BTD, rotary, segments_BT)[0]
-
-        def block_fn(block: Block, x_BTD: jax.Array, mask: DropoutMask) -> tuple[jax.Array, jax.Array]:
-            x_BTD = apply_masked(f, block, (x_BTD, batch.segments_BT), *mask)
+        def block_fn(block: Block, x_BTD: jax.Array, mask: DropoutMask | None) -> tuple[jax.Array, jax.Array]:
+            x_BTD = run_block(block, x_BTD, mask)
             return x_BTD, x_BTD
 
-        last_x_BTD, x_LBTD = run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, mask)
+        last_x_BTD, x_LBTD = run_layers(model.blocks, model.embed(batch.inputs_BT), block_fn, dropout_mask)
         x_BTD, head = x_LBTD[self.exit_layer - 1], model.head()
         if self.variant.exit_block:
             x_BTD = jax.lax.stop_gradient(x_LBTD[self.exit_layer - 2])
-            x_BTD += f(extra.block, x_BTD, batch.segments_BT)
+            x_BTD += block_function(model)(extra.blocks, x_BTD, batch.segments_BT)
         if self.variant.exit_gain:
-            x_BTD *= extra.gain_D[...][None, None]
+            x_BTD *= extra.gain_D[...].astype(x_BTD.dtype)[None, None]
         if not self.variant.head_learns_from_exit:
             head = jax.lax.stop_gradient(head)
         return unembed(model.config, head, x_BTD), model.unembed(last_x_BTD)
 
     def objective(self, parameters: tuple[Transformer, Extra], batch: Batch, step: jax.Array) -> jax.Array:
-        """``J = w_E J_e + w_L J_L`` per token, with the losses of `layerskip_jax.recipe.distillation`."""
-        recipe, train, early = self.recipe, self.config.train, self.config.early_exit
+        """``J = w_E J_E + w_L J_L`` per token, with the losses of `layerskip_jax.recipe.distillation`."""
+        recipe, train, distillation = self.recipe, self.config.train, LOSSES[self.config.early_exit.distillation]
         key = jax.random.fold_in(jax.random.key(train.seed), step)
         dropout_mask = recipe.sample_dropout(key, recipe.drop_rates(step), train.batch_size, shards=1)
-        exit_logits_BTV, last_logits_BTV = self.logits(parameters, batch, dropout_mask)
-        on = step >= self.variant.start * train.steps
-        weight_L = recipe.exit_weights(step)
-        exit_weight, last_weight = jnp.where(on, weight_L[self.exit_layer - 1], 0), jnp.where(on, weight_L[-1], 1)
-        share = jnp.where(on & (not self.variant.plain), early.agreement_weight, 0)
-        distilled_BT = LOSSES[early.distillation](exit_logits_BTV, jax.lax.stop_gradient(last_logits_BTV))
-        agreement_BT = argmax_cross_entropy(last_logits_BTV, jax.lax.stop_gradient(exit_logits_BTV))
-        exit_loss_BT, last_loss_BT = (
-            taught * teacher_BT + (1 - taught) * negative_log_likelihood(logits_BTV, batch.targets_BT)
-            for taught, teacher_BT, logits_BTV in (
-                (early.distillation_weight, distilled_BT, exit_logits_BTV),
-                (share, agreement_BT, last_logits_BTV),
-            )
-        )
-        if self.variant.exit_block:  # no other loss trains its parameters
-            exit_weight = 1.0
-        total = jnp.sum((exit_weight * exit_loss_BT + last_weight * last_loss_BT) * batch.mask_BT)
-        return total / jnp.sum(batch.mask_BT)
+        logits_BTV, last_logits_BTV = self.logits(parameters, batch, dropout_mask)
+        weight_L, m = recipe.exit_weights(step), self.config.early_exit.distillation_weight
+        weight, last_weight, a = weight_L[self.exit_layer - 1], weight_L[-1], recipe.agreement_share(step, train.steps)
+        if self.variant.exit_block:  # only this loss trains the block, so it needs no weight
+            weight = 1.0
+        begun = step >= self.variant.start * train.steps
+        weight, last_weight, a = jnp.where(begun, jnp.stack([weight, last_weight, a]), jnp.array([0, 1, 0]))
+        distilled_BT = distillation(logits_BTV, jax.lax.stop_gradient(last_logits_BTV))
+        agreement_BT = argmax_cross_entropy(last_logits_BTV, jax.lax.stop_gradient(logits_BTV))
+        loss_BT = m * distilled_BT + (1 - m) * negative_log_likelihood(logits_BTV, batch.targets_BT)
+        last_loss_BT = a * agreement_BT + (1 - a) * negative_log_likelihood(last_logits_BTV, batch.targets_BT)
+        total = jnp.sum((weight * loss_BT + last_weight * last_loss_BT) * batch.mask_BT)
+        return total / jnp.maximum(jnp.sum(batch.mask_BT), 1)
 
     def init(self) -> State:
         parameters = Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed)), Extra.create(self.config)
@@ -201,22 +185,21 @@ class Result(NamedTuple):
     agreement: float
 
 
-def train_variant(run: Run) -> Result:
-    config, data = run.config, run.config.data
-    mesh, steps = auto_mesh(np.reshape(jax.devices()[:1], (1, 1, 1, 1))), config.train.steps
-    batches, held_out = (
-        iter(local_batches(config, split, mesh, in_order=split == data.validation_split))
-        for split in (data.train_split, data.validation_split)
-    )
-    state = run.init()
+def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
+    return Batch(*(arrays[name] for name in Batch._fields))
+
+
+def train_variant(run: Run, documents: Documents, held_out: list[Batch]) -> Result:
+    """Train on ``documents``, and measure on ``held_out``."""
+    state, steps = run.init(), run.config.train.steps
+    size, seed = run.config.train.batch_size, run.config.train.seed
+    train_split = run.config.data.train_split
+    batches = iter(make_batches(run.config, train_split, batch_size=size, seed=seed, documents=documents))
     for done in range(1, steps + 1):
-        state, objective = run.step(state, to_devices(next(batches), mesh))
+        state, objective = run.step(state, to_batch(next(batches)))
         if done % max(steps // 20, 1) == 0:
             print(f"step {done}/{steps}  objective {float(objective):.3f}", flush=True)
-    measured = [
-        run.scores(state.parameters, to_devices(batch, mesh)) for batch in itertools.islice(held_out, HELD_OUT_BATCHES)
-    ]
-    *sums, count = np.sum(measured, axis=0, dtype=np.float64)
+    *sums, count = np.sum([run.scores(state.parameters, batch) for batch in held_out], axis=0, dtype=np.float64)
     return Result(*(float(total / count) for total in sums))
 
 
@@ -232,32 +215,48 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: list[str]) -> tuple[Config, argparse.Namespace]:
+def parse(argv: list[str]) -> tuple[Config, list[str], Path | None]:
+    """Return the config, the names of the variants, and the file for JSON."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"variants to train: {', '.join(VARIANTS)}")
     common.add_json_option(parser)
-    config, options = parse_config(parser, argv if "--config" in argv else [*DEFAULTS, *argv])
-    unknown = sorted(set(options.names) - set(VARIANTS))
+    config, options = parse_config(parser, ["--config", "configs/evidence.py", *argv])
+    names = list(dict.fromkeys(options.names or VARIANTS))
+    unknown = sorted(set(names) - set(VARIANTS))
     require(not unknown, f"no variant is called {', '.join(unknown)}: choose from {', '.join(VARIANTS)}")
-    early = config.early_exit
-    needed = len(early.trained_exits) == 1 and early.distillation != "none"
-    require(needed, "the variants need one early_exit.exits with a weight, and early_exit.distillation")
-    require(config.trained_draft_exit > 1, "exit_block needs early_exit.exits of at least 2")
-    return config, options
+    early, ignored = (
+        config.early_exit,
+        [("train.init_from", config.train.init_from), ("data.mixture", config.data.mixture)],
+    )
+    require(
+        len(early.trained_exits) == 1 and early.distillation != "none",
+        "the variants need one early exit with a teacher, such as "
+        "--early_exit.curriculum fixed --early_exit.exits 3 --early_exit.distillation kl",
+    )
+    require("exit_block" not in names or early.trained_exits != (1,), "exit_block needs early_exit.exits of at least 2")
+    for name, value in [*ignored, ("train.skip_spikes", config.train.skip_spikes)]:
+        require(not value, f"benchmarks.variants does not read {name}: remove it")
+    return run_config(config, "variants", config.train.seed), names, options.json
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(sys.argv[1:] if argv is None else argv)
+    config, names, file = parse(sys.argv[1:] if argv is None else argv)
     about = common.header()
-    if not Path(config.data.tokenizer).exists():
-        documents = open_documents(config.data, config.data.train_split)
-        train_tokenizer(documents, config.data.tokenizer, config.model.vocab_size)
-    print(study_of(config))
+    make_tokenizer(config)
+    load_tokenizer(config.data.tokenizer).check_vocabulary(config.model.vocab_size)
+    documents, held_out_documents = open_splits(config.data)
+    split, size = config.data.validation_split, config.train.batch_size
+    batches = make_batches(config, split, batch_size=size, documents=held_out_documents, in_order=True)
+    held_out = [to_batch(batch) for batch in itertools.islice(batches, HELD_OUT_BATCHES)]
+    require(any(batch.mask_BT.any() for batch in held_out), "the held-out text has no token with a loss")
+    print(f"{study_of(config)}, exit {config.trained_draft_exit}")
     results: dict[str, Result] = {}
-    for name in options.names or VARIANTS:
+    for name in names:
         print(name)
-        results[name] = train_variant(Run(VARIANTS[name], config))
-        common.write_json(options.json, about, {name: result._asdict() for name, result in results.items()})
+        results[name] = train_variant(Run(VARIANTS[name], config), documents, held_out)
+        settings = {"study": study_of(config), "exit": config.trained_draft_exit, "settings": saved_settings(config)}
+        variants = {name: result._asdict() for name, result in results.items()}
+        common.write_json(file, about, settings | {"variants": variants})
     print(table(results))
 
 
