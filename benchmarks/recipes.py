@@ -52,6 +52,8 @@ TRAINED = {"model", "data", "optimizer", "layer_dropout", "early_exit", "train.b
 NOT_TRAINED = {"data.workers", "data.data_dir", "data.tokenizer"}
 """Settings in these groups that may differ. Training itself compares the tokenizer."""
 
+ROWS_BELOW = "<!-- python -m benchmarks.recipes writes below this line -->"
+
 Row = dict[str, Any]
 
 
@@ -231,10 +233,10 @@ def page(rows: list[Row]) -> str:
 
 
 def write_page(markdown: Path, rows: list[Row]) -> None:
-    """Write the rows as JSON beside the page, and replace the page below its introduction."""
+    """Write the rows as JSON beside the page, and replace what follows `ROWS_BELOW` in the page."""
     common.replace_text(markdown.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
-    text = markdown.read_text() if markdown.exists() else "# Recipes\n\n"
-    common.replace_text(markdown, text.split("\n## ")[0].rstrip() + "\n\n" + page(rows))
+    text = markdown.read_text() if markdown.exists() else "# Recipes\n"
+    common.replace_text(markdown, f"{text.partition(ROWS_BELOW)[0].rstrip()}\n\n{ROWS_BELOW}\n\n{page(rows)}")
 
 
 def parse(argv: list[str]) -> tuple[Config, argparse.Namespace]:

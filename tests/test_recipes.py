@@ -65,7 +65,7 @@ def test_a_row_is_trained_measured_and_written(corpus, tmp_path, monkeypatch):
         "machine": "m",
     }
     file = tmp_path / "recipes.md"
-    file.write_text("# Recipes\n\nAn introduction.\n\n## old\n\nnumbers\n")
+    file.write_text(f"# Recipes\n\n## An introduction\n\n{recipes.ROWS_BELOW}\n\n## old\n\nnumbers\n")
     file.with_suffix(".json").write_text(json.dumps([plain | {"step_time": 1.0, "step_memory": 1.0}]))
     for name, value in {"NEW_TOKENS": 12, "DRAFT_LENGTHS": (4,), "PROMPTS": 1, "HELD_OUT_BATCHES": 1}.items():
         monkeypatch.setattr(recipes, name, value)
@@ -88,7 +88,7 @@ def test_a_row_is_trained_measured_and_written(corpus, tmp_path, monkeypatch):
     assert [(row["name"], row["exit"], row["early_exit"]["distillation"]) for row in rows[1:]] == [("fixed", 1, "kl")]
     assert rows[1]["greedy"]["identical"]
     text = file.read_text()
-    assert text == "# Recipes\n\nAn introduction.\n\n" + page(rows)
+    assert text == f"# Recipes\n\n## An introduction\n\n{recipes.ROWS_BELOW}\n\n" + page(rows)
     by_name = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("|")}
     assert "| 4.000 | +0.00 % | 1 | 50.0 % | 25.0 % | 50 % | 1.50x (E=1 d=2) | 1.25x |" in by_name["| plain"]
     assert by_name["| fixed"].split(" | ")[-3:-1] == ["1.50x", "1.25x"]
