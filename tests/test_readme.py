@@ -147,7 +147,8 @@ def check_layerskip(words):
         parser = make_parser("")
         if name == "search":
             parser.add_argument("folder")
-            parser.add_argument("--minutes", type=int)
+            for option in ("--minutes", "--trials"):
+                parser.add_argument(option, type=int)
         arguments = [word.replace("runs/search/best.py", "configs/quickstart.py") for word in arguments]
         if name == "data":
             assert f'"{arguments.pop(0)}"' in (ROOT / "layerskip_jax/commands/data.py").read_text()
