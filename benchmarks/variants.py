@@ -39,7 +39,7 @@ from layerskip_jax.data.sources import open_splits
 from layerskip_jax.errors import run_command
 from layerskip_jax.model import Block, Transformer, run_layers, unembed
 from layerskip_jax.presets import without_layerskip
-from layerskip_jax.recipe.distillation import LOSSES, argmax_cross_entropy
+from layerskip_jax.recipe.distillation import LOSSES, DistillationLoss, SelfDistillation, argmax_cross_entropy
 from layerskip_jax.recipe.early_exit import negative_log_likelihood
 from layerskip_jax.recipe.fused_exit_loss import FusedSettings, block_function, block_with_dropout
 from layerskip_jax.recipe.layer_dropout import DropoutMask
@@ -55,23 +55,23 @@ class Variant:
     """Only the last exit has a loss, and layer dropout is off."""
     exit_gain: bool = False
     """Multiply the hidden state at exit E by D trained numbers before the final norm."""
-    head_learns_from_exit: bool = True
-    """Whether the loss of exit E has a gradient for the final norm and the head."""
+    frozen_head: bool = False
+    """The loss of exit E has no gradient for the final norm and the head."""
     start: float = 0.0
     """In this share of the steps, from the first, only the last exit has a loss, and no exit teaches another. Layer
     dropout stays on."""
     exit_block: bool = False
-    """Exit E reads a block of its own, which follows block E - 1, so that a draft still runs E blocks. The loss of exit
-    E trains that block alone (Balcony, arXiv 2503.05005), so the rest is the plain model."""
+    """Exit E reads a block of its own, which follows the first E - 1 blocks, so that a draft still runs E blocks. The
+    loss of exit E trains that block alone (Balcony, arXiv 2503.05005), so the rest is the plain model."""
 
 
 VARIANTS = {
     "plain": Variant(plain=True),
     "recipe": Variant(),
     "exit_gain": Variant(exit_gain=True),
-    "frozen_head": Variant(head_learns_from_exit=False),
+    "frozen_head": Variant(frozen_head=True),
     "late_exit": Variant(start=1 / 3),
-    "exit_block": Variant(plain=True, exit_block=True, head_learns_from_exit=False),
+    "exit_block": Variant(plain=True, exit_block=True, frozen_head=True),
 }
 
 
@@ -86,6 +86,14 @@ class Extra:
     def create(cls, config: Config) -> "Extra":
         gain_D = nnx.Param(jnp.ones(config.model.dim), axes=("embed",))
         return cls(gain_D, Block(config.model, rngs=nnx.Rngs(config.train.seed + 1)))
+
+
+def taught(
+    loss: DistillationLoss, batch: Batch, logits_BTV: jax.Array, teacher_BTV: jax.Array, share: jax.Array
+) -> jax.Array:
+    """Return `SelfDistillation` of logits that are computed already, summed over counted positions [nats]."""
+    teacher = jax.lax.stop_gradient(teacher_BTV), share
+    return SelfDistillation(loss)(lambda logits: logits, logits_BTV, batch.targets_BT, batch.mask_BT, teacher)
 
 
 class State(NamedTuple):
@@ -128,28 +136,26 @@ class Run:
             x_BTD += block_function(model)(extra.blocks, x_BTD, batch.segments_BT)
         if self.variant.exit_gain:
             x_BTD *= extra.gain_D[...].astype(x_BTD.dtype)[None, None]
-        if not self.variant.head_learns_from_exit:
+        if self.variant.frozen_head:
             head = jax.lax.stop_gradient(head)
         return unembed(model.config, head, x_BTD), model.unembed(last_x_BTD)
 
     def objective(self, parameters: tuple[Transformer, Extra], batch: Batch, step: jax.Array) -> jax.Array:
         """``J = w_E J_E + w_L J_L`` per token, with the losses of `layerskip_jax.recipe.distillation`."""
-        recipe, train, distillation = self.recipe, self.config.train, LOSSES[self.config.early_exit.distillation]
+        recipe, train, early = self.recipe, self.config.train, self.config.early_exit
         key = jax.random.fold_in(jax.random.key(train.seed), step)
         dropout_mask = recipe.sample_dropout(key, recipe.drop_rates(step), train.batch_size, shards=1)
         logits_BTV, last_logits_BTV = self.logits(parameters, batch, dropout_mask)
-        weight_L, m = recipe.exit_weights(step), self.config.early_exit.distillation_weight
+        weight_L = recipe.exit_weights(step)
         weight, last_weight, a = weight_L[self.exit_layer - 1], weight_L[-1], recipe.agreement_share(step, train.steps)
         if self.variant.exit_block:  # only this loss trains the block, so it needs no weight
             weight = 1.0
         begun = step >= self.variant.start * train.steps
         weight, last_weight, a = jnp.where(begun, jnp.stack([weight, last_weight, a]), jnp.array([0, 1, 0]))
-        distilled_BT = distillation(logits_BTV, jax.lax.stop_gradient(last_logits_BTV))
-        agreement_BT = argmax_cross_entropy(last_logits_BTV, jax.lax.stop_gradient(logits_BTV))
-        loss_BT = m * distilled_BT + (1 - m) * negative_log_likelihood(logits_BTV, batch.targets_BT)
-        last_loss_BT = a * agreement_BT + (1 - a) * negative_log_likelihood(last_logits_BTV, batch.targets_BT)
-        total = jnp.sum((weight * loss_BT + last_weight * last_loss_BT) * batch.mask_BT)
-        return total / jnp.maximum(jnp.sum(batch.mask_BT), 1)
+        m = jnp.float32(early.distillation_weight)
+        exit_loss = taught(LOSSES[early.distillation], batch, logits_BTV, last_logits_BTV, m)
+        last_loss = taught(argmax_cross_entropy, batch, last_logits_BTV, logits_BTV, a)
+        return (weight * exit_loss + last_weight * last_loss) / jnp.maximum(jnp.sum(batch.mask_BT), 1)
 
     def init(self) -> State:
         parameters = Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed)), Extra.create(self.config)
@@ -224,17 +230,15 @@ def parse(argv: list[str]) -> tuple[Config, list[str], Path | None]:
     names = list(dict.fromkeys(options.names or VARIANTS))
     unknown = sorted(set(names) - set(VARIANTS))
     require(not unknown, f"no variant is called {', '.join(unknown)}: choose from {', '.join(VARIANTS)}")
-    early, ignored = (
-        config.early_exit,
-        [("train.init_from", config.train.init_from), ("data.mixture", config.data.mixture)],
-    )
+    early = config.early_exit
     require(
         len(early.trained_exits) == 1 and early.distillation != "none",
         "the variants need one early exit with a teacher, such as "
         "--early_exit.curriculum fixed --early_exit.exits 3 --early_exit.distillation kl",
     )
     require("exit_block" not in names or early.trained_exits != (1,), "exit_block needs early_exit.exits of at least 2")
-    for name, value in [*ignored, ("train.skip_spikes", config.train.skip_spikes)]:
+    ignored = {"train.init_from": config.train.init_from, "train.skip_spikes": config.train.skip_spikes}
+    for name, value in (ignored | {"data.mixture": config.data.mixture}).items():
         require(not value, f"benchmarks.variants does not read {name}: remove it")
     return run_config(config, "variants", config.train.seed), names, options.json
 

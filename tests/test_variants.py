@@ -72,9 +72,8 @@ def exit_gradients(name, parameters):
 def test_an_exit_block_leaves_the_plain_model_as_it_is():
     plain, unused = trained("plain")
     model, extra = trained("exit_block")
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=0, atol=1e-4), model, plain
-    )  # two programs, which round differently
+    # They are two programs, which round differently.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-4), model, plain)
     assert not jnp.array_equal(extra.blocks.gate_DF, unused.blocks.gate_DF)
     gradient, extra_gradient = exit_gradients("exit_block", (model, extra))
     assert not any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
