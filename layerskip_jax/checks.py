@@ -74,7 +74,8 @@ def _check_number(name: str, number: float, within: str) -> None:
     if high < math.inf:
         expected = f"in {low:.0f}..{high:.0f}" if isinstance(number, int) else f"in {within}"
     elif above or math.isnan(number):
-        expected = f"at most {INT32_MAX}" if isinstance(number, int) else EXPECTED[float]
+        limit = INT32_MAX if isinstance(number, int) else f"{FLOAT32_MAX:g}"
+        expected = f"at most {limit}" if math.isfinite(number) else EXPECTED[float]
     else:
         expected = f"at least {low:g}" if within[0] == "[" else f"more than {low:g}"
     raise UserError(f"{name} must be {expected}, not {number}")

@@ -126,7 +126,9 @@ class OptimizerConfig:
     name: Literal["adamw", "lion", "muon", "adafactor", "sgd"] = setting(
         "adamw", "optax optimizer. muon: for the matrices of the blocks; adamw for the other parameters"
     )
-    learning_rate: float = setting(3e-4, "peak learning rate", "(0, inf)")
+    learning_rate: float = setting(
+        3e-4, "peak learning rate; adafactor: relative to the RMS of each parameter", "(0, inf)"
+    )
     warmup_steps: int = setting(100, "linear warmup [optimizer steps]", "[0, inf)")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
         "cosine",
@@ -199,16 +201,16 @@ class TrainConfig:
     """Length of the run, size of a step, and what the run writes when."""
 
     run_dir: str = setting("runs/default", "run folder: checkpoints, metrics, plots; local or gs://")
-    steps: int = setting(1000, "optimizer steps T")
+    steps: int = setting(1000, "optimizer steps, the T of S(t)")
     batch_size: int = setting(8, "sequences in an optimizer step, over all devices")
     accumulate: int = setting(1, "gradient accumulation: microbatches of a step; divides batch_size")
     seed: int = setting(0, "seed of initialization, dropout and data order", "[0, 4294967295]")
     init_from: str = setting("", "initial weights of a new run: another run, or the folder of a Hugging Face Llama")
     remat: Literal["none", "dots", "full", "offload"] = setting(
         "none",
-        "what the backward pass recomputes. none: nothing; dots: everything but matmuls with weights and attention "
-        "kernels: about the same time, half the memory or less; full: each block from its input: up to a third more "
-        "time; offload: as full, with the inputs in host memory",
+        "what the backward pass recomputes. none: nothing (layer_dropout.form skipping: as dots); dots: everything but "
+        "matmuls with weights and attention kernels: about the same time, half the memory or less; full: each block "
+        "from its input: up to a third more time; offload: as full, with the inputs in host memory",
     )
     compiler_options: str = setting(
         "", "XLA options of the step, added to those for the TPU: name=value,...; the value off removes one"
@@ -221,9 +223,7 @@ class TrainConfig:
     evaluate_batches: int = setting(16, "batches in an evaluation")
     checkpoint_every: int = setting(200, "steps between checkpoints; the last step always has one")
     keep_checkpoints: int = setting(2, "newest checkpoints to keep")
-    keep_every: int = setting(
-        0, "keep the checkpoints of steps divisible by this permanently; 0 keeps none", "[0, inf)"
-    )
+    keep_every: int = setting(0, "keep the checkpoints of steps divisible by this permanently; 0: off", "[0, inf)")
     damaged_checkpoint: Literal["go_back", "stop"] = setting(
         "go_back", "if the newest checkpoint is damaged: go_back to the one before, with a warning, or stop"
     )
@@ -231,12 +231,13 @@ class TrainConfig:
         "stop", "if a checkpoint cannot be written: stop, or (one process only) go_on, and try again at the next one"
     )
     bad_steps: int = setting(
-        5, "steps in a row that are not applied (not finite, a loss spike, or no counted token) before the run stops"
+        5,
+        "steps in a row that are not applied (not finite, a loss spike, or no token with a loss) before the run stops",
     )
     skip_spikes: float = setting(
-        0.0, "skip a step whose loss exceeds its moving average by this factor; 0 skips none", "[0, inf)"
+        0.0, "skip a step whose loss exceeds its moving average by this factor; 0: off", "[0, inf)"
     )
-    sample_every: int = setting(0, "steps between sample generations; 0 is never", "[0, inf)")
+    sample_every: int = setting(0, "steps between sample generations; 0: off", "[0, inf)")
     sample_prompt: str = setting("", "prompt of sample generations")
     profile_step: int = setting(
         0, "first step of a profiler trace in RUN_DIR/profile; 0: none (SIGUSR1 starts one at any time)", "[0, inf)"
@@ -245,7 +246,7 @@ class TrainConfig:
     wandb_project: str = setting("", "Weights & Biases project that receives the metrics too; empty: none")
     hang_seconds: int = setting(
         1800,
-        "print the stacks of all threads once if no step finishes for this long; 0 is never. Another process may take "
+        "print the stacks of all threads once if no step finishes for this long; 0: off. Another process may take "
         "over the run folder if its owner gives no sign of life for this long (0: 1800) [seconds]",
         "[0, inf)",
     )
@@ -291,6 +292,7 @@ class Config:
             f"early_exit.always_last false leaves steps without a loss: early_exit.dilation, {early.dilation}, must be "
             f"less than model.num_layers, {layers}, and early_exit.e_scale, {early.e_scale}, positive",
         )
+        require(not early.exits or layers > 1, "early_exit.exits needs model.num_layers of at least 2")
         last = {"decode.exit_layer": layers, "decode.exits": layers, "early_exit.exits": layers - 1}
         chosen = (self.decode.exit_layer,), self.decode.exits, early.exits
         for (name, most), exits in zip(last.items(), chosen, strict=True):
@@ -298,7 +300,6 @@ class Config:
                 max(exits, default=1) <= max(most, 1),
                 f"{name} {' '.join(map(str, exits))} must be in 1..{most} (model.num_layers is {layers})",
             )
-        require(not early.exits or layers > 1, "early_exit.exits needs model.num_layers of at least 2")
 
     @property
     def decode_settings(self) -> DecodeConfig:

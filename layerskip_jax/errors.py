@@ -40,6 +40,11 @@ def warn(line: str) -> None:
     print(f"WARNING: {' '.join(line.split())}", file=sys.stderr, flush=True)
 
 
+def note(line: str) -> None:
+    """Print a note on stderr, in one line: something unusual, but not wrong."""
+    print(f"note: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known word, or ``""`` when none is close.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from etils import epath
 
-from layerskip_jax.errors import UserError, disk_error
+from layerskip_jax.errors import UserError, bucket_error, disk_error
 
 BUCKET_LIBRARIES = ("gcsfs", "tensorflow")
 """`etils.epath` needs one of these to read and write gs://."""
@@ -22,8 +22,8 @@ BUCKET_LIBRARIES = ("gcsfs", "tensorflow")
 def locate(path: str) -> epath.Path:
     """Return an absolute local path with ``~`` expanded, or a gs:// path.
 
-    Raises `UserError` for a path that cannot exist, for any other scheme, which would become a local folder of that
-    name, and for gs:// without one of `BUCKET_LIBRARIES`.
+    Links are not followed. Raises `UserError` for a path with a null character or invalid UTF-8, for any other scheme,
+    which would become a local folder of that name, and for gs:// without one of `BUCKET_LIBRARIES`.
     """
     scheme = re.match(r"[A-Za-z][\w+.-]+:/", path)
     if "\0" in path or path != path.encode(errors="replace").decode():
@@ -55,12 +55,6 @@ def check_encoding(beginning: bytes, source: str) -> None:
             f"cannot read {source} as UTF-8 text: it looks like UTF-16 or UTF-32, or it is no text; convert it with "
             "iconv -f UTF-16 -t UTF-8"
         )
-
-
-def locate_file(path: str) -> epath.Path:
-    """Return `locate` of a file without following a link: the file's own name and suffix tell its kind."""
-    located = locate(path)
-    return located if is_remote(located) else epath.Path(path).expanduser().absolute()
 
 
 def is_regular(path: epath.Path) -> bool:
@@ -109,8 +103,8 @@ def keep_compiled_programs(run_dir: str) -> None:
 
 @functools.cache
 def _configure_buckets() -> None:
-    """Set gcsfs and TensorStore up for runs that last. Variables of the environment that the user sets win."""
-    # TensorStore would wait forever for a connection that went silent. Now it drops it, and tries again.
+    """Configure gcsfs and TensorStore for long runs, unless the user's environment variables already do."""
+    # TensorStore would wait forever for a silent connection. With these limits it drops the connection and retries.
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     if importlib.util.find_spec("gcsfs"):
@@ -127,17 +121,17 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def names_in(folder: epath.Path) -> list[str]:
-    """Return the names in a folder, or none if it cannot be listed; raises the error of a bucket that fails."""
+    """Return the names in a folder, and none for a folder that cannot be listed; raises the errors of a bucket."""
     with contextlib.suppress(*((FileNotFoundError, NotADirectoryError) if is_remote(folder) else (OSError,))):
         return [entry.name for entry in folder.iterdir()]
     return []
 
 
 def write_file(path: epath.Path, content: bytes | str) -> None:
-    """Write a file atomically, under a temporary name that is then replaced; raises `UserError` if that fails.
+    """Write a file atomically: under a temporary name, which is then renamed; raises `UserError` if that fails.
 
-    A symbolic link stays one. A device or a pipe is written directly, and so is an object in a bucket, which is whole
-    or missing.
+    If ``path`` is a link, this replaces the file that it points to. Devices, pipes and objects in a bucket are written
+    directly; an object appears only when it is complete.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -155,8 +149,10 @@ def write_file(path: epath.Path, content: bytes | str) -> None:
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:
+        if not isinstance(error, OSError) and bucket_error(error) is None:
+            raise
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextlib.contextmanager
@@ -193,7 +189,7 @@ def file_inside(folder: epath.Path, name: str) -> epath.Path:
     try:
         root, real = Path(folder).resolve(), (Path(folder) / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
-        raise UserError(f"{folder} names the file {name!r:.80}, which cannot be: {error}") from error
+        raise UserError(f"{folder} names the file {name!r:.80}, which is not a valid path: {error}") from error
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     cached = real.parent.name == "blobs" and (real.parent == blobs or real.parent.parent.name.startswith("models--"))
     if not cached and not real.is_relative_to(root):

@@ -87,7 +87,7 @@ def test_the_owner_of_the_files_needs_no_name(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="in use"), held(str(tmp_path), monkeypatch):
             pass
         first.check(41, now=True)
-        assert first._refresh_holder()
+        assert first._still_ours()
     assert not (tmp_path / LOCK).exists()
 
 
@@ -143,7 +143,7 @@ def test_a_lock_without_a_sign_of_life_is_taken_over_after_hang_seconds(silent, 
 def test_a_silent_process_of_this_host_is_taken_over_and_stops(run_dir, monkeypatch):
     """As after SIGSTOP, or a machine that slept; the first then saves no more."""
     with held(run_dir, monkeypatch) as first:
-        monkeypatch.setattr(first, "_refresh_holder", lambda: None)
+        monkeypatch.setattr(first, "_still_ours", lambda: False)
         monkeypatch.setattr(first, "_write", lambda: None)
         os_time = time.time
         monkeypatch.setattr(time, "time", lambda: os_time() + 10)

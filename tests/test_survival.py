@@ -230,7 +230,7 @@ def fill(folder, config):
 def test_a_full_disk_stops_the_run_with_the_old_checkpoint_intact(config, small_disk, monkeypatch):
     config = changed(config, run_dir=str(small_disk / "run"), keep_checkpoints=1)
     at_step(monkeypatch, {6: fill(small_disk, config)})
-    with pytest.raises(UserError, match=r"could not be written .*; the checkpoint of step 4 is intact"):
+    with pytest.raises(UserError, match=r"could not be written .*; the newest complete one is of step 4"):
         train(config)
     (small_disk / "filler").unlink()
     assert saved_steps(config) == [4]
@@ -250,7 +250,7 @@ def test_a_run_continues_after_a_full_disk_if_configured(config, small_disk, mon
     train(config)
     stderr = capsys.readouterr().err
     assert stderr.count("could not be written") == 1
-    assert "the checkpoint of step 4 is intact; the run continues" in stderr
+    assert "the newest complete one is of step 4; the run continues" in stderr
     assert kept == [4]
     assert saved_steps(config) == [STEPS]
 
@@ -266,7 +266,7 @@ def test_a_failed_last_save_always_raises(ends, config, small_disk, monkeypatch)
             os.kill(os.getpid(), signal.SIGTERM)
 
     at_step(monkeypatch, {6: act})
-    with pytest.raises(UserError, match=r"could not be written .*; the checkpoint of step 4 is intact; fix this and"):
+    with pytest.raises(UserError, match=r"could not be written .*; the newest complete one is of step 4; fix this and"):
         train(changed(config, steps=7))
     (small_disk / "filler").unlink()
     assert saved_steps(config) == [4]
@@ -338,7 +338,7 @@ def test_a_bad_step_is_not_applied_and_its_batch_is_stored(config, monkeypatch, 
     state = train(changed(config, steps=9))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.model)))
     stderr = capsys.readouterr().err
-    for step, reason in [(3, "not finite): loss nan"), (7, "no token counts): loss 0")]:
+    for step, reason in [(3, "not finite): loss nan"), (7, "no token has a loss): loss 0")]:
         file = Path(config.train.run_dir) / "bad_batches" / f"{step}.npz"
         assert f"step {step} is not applied ({reason}" in stderr
         assert str(file) in stderr

@@ -240,7 +240,7 @@ def test_a_run_learns_and_writes_all_its_files(config, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config):
     train(changed(config, "train", steps=4))
-    with pytest.raises(UserError, match=r"gradient norm nan at step \d+; the checkpoint of step 4 in .* is good"):
+    with pytest.raises(UserError, match=r"gradient norm nan at step \d+; the newest checkpoint in .* is of step 4"):
         train(changed(config, "optimizer", learning_rate=1e38))
     model, _, _ = load_model(config.train.run_dir)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(model)))

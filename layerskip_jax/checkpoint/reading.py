@@ -17,27 +17,36 @@ from layerskip_jax.locations import is_regular, is_remote, locate
 from layerskip_jax.model import Transformer
 from layerskip_jax.sharding import check_tensor_divides, mesh_size
 
+ModelFolder = RunFolder | LlamaFolder
+"""A folder that holds a model, its config and its tokenizer."""
 
-def open_model_folder(path: str) -> RunFolder | LlamaFolder:
+
+def open_model_folder(path: str | ModelFolder) -> ModelFolder:
     """Open a run folder, one checkpoint in it, or a local folder of a Hugging Face Llama.
 
-    Raises `UserError` if ``path`` is none of them.
+    Returns ``path`` itself if it is an opened folder: functions that take a path take one too, so that a command reads
+    a config once, and reads all of a model from one checkpoint. Raises `UserError` if ``path`` is none of them.
     """
+    if not isinstance(path, str):
+        return path
     root = locate(path)
-    if is_remote(root) and is_regular(root / CONFIG):
+    if not is_regular(root / CONFIG):
+        return RunFolder(find_checkpoint(path))
+    if is_remote(root):
         raise UserError(f"{path} is a Hugging Face folder in a bucket: copy it to a local disk")
-    return LlamaFolder(root) if is_regular(root / CONFIG) else RunFolder(find_checkpoint(path))
+    return LlamaFolder(root)
 
 
-def load_model(path: str, *, unstacked: bool = False) -> tuple[Transformer, Config, epath.Path]:
+def load_model(path: str | ModelFolder, *, unstacked: bool = False) -> tuple[Transformer, Config, epath.Path]:
     """Load a model onto the first device; return it with its config and the path of its tokenizer.
 
     Inside `sharding.tensor_parallel`, load one shard of it onto each device of the context.
 
     ``path`` is as for `open_model_folder`. Config and tokenizer are stored with the weights, so no other argument is
-    needed. With ``unstacked`` the model is as `Transformer.unstacked` returns it, ready for decoding. The kernel of
-    ``model.attention`` splash or cudnn may not fit this platform, so these become auto. Raises `UserError` for a model
-    that cannot be read, and `DamagedCheckpoint` for files that were changed after the save.
+    needed. With ``unstacked`` the model is as `Transformer.unstacked` returns it, ready for decoding. If
+    ``model.attention`` is splash or cudnn, the model uses auto instead, because this platform may not support the
+    kernel; the returned config keeps the stored value. Raises `UserError` for a model that cannot be read, and
+    `DamagedCheckpoint` for files that were changed after the save.
     """
     folder = open_model_folder(path)
     config, tokenizer = folder.config, folder.tokenizer

@@ -1,9 +1,9 @@
 """Run folders: ``RUN/checkpoints/STEP`` with the orbax items of a checkpoint, and the tokenizer in ``RUN/checkpoints``.
 
-A checkpoint stores model, optimizer, data positions and config apart, so decoding reads only model and config. The
-item ``checksums`` holds the digests of arrays (`layerskip_jax.checkpoint.digests`), config and tokenizer (SHA-256),
-which are compared at every read; a file of data positions holds its own. Files are parsed as data: nothing is unpickled
-or executed.
+A checkpoint stores model, optimizer, data positions and config as separate items, so decoding reads only model and
+config. The item ``checksums`` holds the digests of arrays (`layerskip_jax.checkpoint.digests`), config and tokenizer
+(SHA-256), which every read compares; a file of data positions holds its own. Files are parsed as data: nothing is
+unpickled or executed.
 """
 
 import contextlib
@@ -74,6 +74,9 @@ class RunFolder:
     checkpoint: epath.Path
     """``RUN/checkpoints/STEP``."""
 
+    def __str__(self) -> str:
+        return str(self.checkpoint)
+
     @property
     def model_folder(self) -> epath.Path:
         """The folder of the tokenizer and of the swept settings: ``RUN/checkpoints``."""
@@ -87,11 +90,15 @@ class RunFolder:
     @cached_property
     def config(self) -> Config:
         """The config of the run, as stored in the checkpoint."""
-        return read_config(self.checkpoint)
+        return read_config(self.checkpoint, self._checksums)
+
+    @cached_property
+    def _checksums(self) -> dict[str, Any]:
+        return read_checksums(self.checkpoint)
 
     @property
     def tokenizer(self) -> epath.Path:
-        """The tokenizer's file. A path in the config is never followed, for the checkpoint may be a stranger's."""
+        """The tokenizer's file. A path in the config is never followed, because anyone may have written it."""
         return find_tokenizer(self.model_folder) or self.model_folder / TOKENIZER
 
     def check(self) -> None:
@@ -105,8 +112,7 @@ class RunFolder:
         Each process reads only the shards of its devices. Raises `UserError` for weights that do not match their config
         and `DamagedCheckpoint` for weights or a tokenizer that were changed after the save.
         """
-        folder = self.checkpoint
-        checksums = read_checksums(folder)
+        folder, checksums = self.checkpoint, self._checksums
         check_shapes(folder, {name: leaf.shape for name, leaf in target.items()})
         arrays = read_arrays(folder / "model", target)
         problem = corrupted_array(folder, checksums["arrays"], prefix_names("model", arrays))
@@ -130,6 +136,11 @@ class RunFolder:
 def checkpoint_folder(config: Config) -> epath.Path:
     """Return the folder of a run's checkpoints: ``RUN_DIR/checkpoints``."""
     return locate(config.train.run_dir) / "checkpoints"
+
+
+def newest_step(folder: epath.Path) -> int | None:
+    """Return the step of the newest complete checkpoint in a folder, or None."""
+    return next((found.step for found in CheckpointNames().find_all(folder)), None)
 
 
 def checkpoint_steps(folder: epath.Path) -> list[int]:
@@ -157,9 +168,12 @@ def find_checkpoint(path: str) -> epath.Path:
     return newest
 
 
-def read_config(checkpoint: epath.Path) -> Config:
-    """Read the config that is stored in a checkpoint; raises `DamagedCheckpoint` if it was changed after the save."""
-    values, digest = _read_json(checkpoint, "config"), read_checksums(checkpoint)["config"]
+def read_config(checkpoint: epath.Path, checksums: dict[str, Any] | None = None) -> Config:
+    """Read the config that is stored in a checkpoint; raises `DamagedCheckpoint` if it was changed after the save.
+
+    ``checksums`` is the result of `read_checksums`, if the caller has it.
+    """
+    values, digest = _read_json(checkpoint, "config"), (checksums or read_checksums(checkpoint))["config"]
     try:
         if json_sha256(values) == digest:
             return from_dict(values, Config)

@@ -1,4 +1,4 @@
-"""Decoding settings that ``layerskip sweep`` found fastest, stored next to a model's tokenizer."""
+"""Store and read the decoding settings that ``layerskip sweep`` found fastest, next to a model's tokenizer."""
 
 import json
 from collections.abc import Collection
@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from layerskip_jax.checkpoint.reading import open_model_folder
+from layerskip_jax.checkpoint.reading import ModelFolder, open_model_folder
 from layerskip_jax.config import Config, DecodeConfig
 from layerskip_jax.config_dict import apply_overrides, from_dict
 from layerskip_jax.errors import UserError
@@ -18,7 +18,7 @@ DEPENDENT = {"mode", "policy", "exit_layer", "draft_length", "lookup_length", "c
 """Settings that the sweep chose together, so they are used together or not at all."""
 
 
-def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:
+def store_swept(path: str | ModelFolder, settings: dict[str, Any], measured: dict[str, Any]) -> epath.Path:
     """Store `DecodeConfig` fields for the model at ``path``, with their measurements; return the file.
 
     Raises `UserError` if the file is a link out of the folder.
@@ -28,7 +28,7 @@ def store_swept(path: str, settings: dict[str, Any], measured: dict[str, Any]) -
     return file
 
 
-def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
+def swept_settings(path: str | ModelFolder, given: Collection[str]) -> dict[str, Any]:
     """Return the stored settings, without those that the user has ``given``.
 
     If one of `DEPENDENT` is given, all of them are left out. Raises `UserError` for a file that `store_swept` did not
@@ -46,7 +46,7 @@ def swept_settings(path: str, given: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in left_out and hasattr(known, name)}
 
 
-def decode_settings(path: str, config: Config, given: dict[str, Any] | None = None) -> DecodeConfig:
+def decode_settings(path: str | ModelFolder, config: Config, given: dict[str, Any] | None = None) -> DecodeConfig:
     """Return how to decode the model at ``path``: ``given`` overrides swept settings, which override ``config``'s.
 
     Raises `UserError` as `swept_settings` does, and for a setting that is not valid.

@@ -7,14 +7,14 @@ from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.data.tokenizer_json import JsonTokenizer
 from layerskip_jax.data.tokenizer_settings import TokenizerSettings
 from layerskip_jax.errors import UserError
-from layerskip_jax.locations import file_inside, file_size, is_regular, locate_file
+from layerskip_jax.locations import file_inside, file_size, is_regular, locate
 
 TOKENIZER_BYTES = 1 << 29
 
 
 def load_tokenizer(path: str) -> Tokenizer:
     """Load a SentencePiece ``.model`` or a ``.json``, local or gs://; raises `UserError` if it cannot be used."""
-    file = locate_file(path)
+    file = locate(path)  # a link keeps its own name and suffix, which tell its kind
     if not is_regular(file):
         if other := find_tokenizer(file.parent):
             raise UserError(f"no tokenizer at {path}: set --data.tokenizer {other}")

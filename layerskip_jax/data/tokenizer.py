@@ -2,6 +2,7 @@
 
 import abc
 import codecs
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -20,6 +21,11 @@ def valid_text(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+@functools.cache  # warns once: a corpus can have many such texts
+def _warn_two_bos() -> None:
+    warn("a text starts with BOS twice, because it spells the BOS that the tokenizer adds: leave it out of the text")
+
+
 class Tokenizer(abc.ABC):
     """Maps text to token ids and back. Pickles with the content of its files, so worker processes read no files."""
 
@@ -29,12 +35,19 @@ class Tokenizer(abc.ABC):
     @property
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
-        """Names and contents of the files that decide its token ids, which are stored with checkpoints."""
+        """Names and contents of the tokenizer's own files, which are stored with checkpoints.
+
+        The settings next to them, which can add BOS and EOS, are among the `companions`.
+        """
 
     @property
     def companions(self) -> dict[str, bytes]:
         """The other files that checkpoints and exports keep: chat template, end tokens."""
         return {name: content for name, content in self.settings.kept(self.eos_id).items() if name not in self.files}
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each of its `files`; checkpoints store it."""
+        return {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of its `files`; a pretokenized corpus stores it."""
@@ -82,6 +95,11 @@ class Tokenizer(abc.ABC):
                 f"--model.vocab_size {self.vocab_size}, or train a tokenizer of {model_vocab_size} pieces"
             )
 
+    def check_decodes(self, model_vocab_size: int) -> None:
+        """Raise `UserError` if the vocabulary is too large for the model's own tokenizer with a few tokens added."""
+        if self.vocab_size > 2 * model_vocab_size:
+            self.check_vocabulary(model_vocab_size, padded=True)
+
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without BOS and EOS."""
@@ -97,15 +115,8 @@ class Tokenizer(abc.ABC):
         """
         ids = self._encode_with_special_tokens(text)
         if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
-            _ = self._two_bos
+            _warn_two_bos()
         return ids
-
-    @cached_property
-    def _two_bos(self) -> None:
-        """Warn at the first access only: a corpus can have many such texts."""
-        warn(
-            "a text starts with BOS twice, because it spells the BOS that the tokenizer adds: leave it out of the text"
-        )
 
     def _encode_with_special_tokens(self, text: str) -> list[int]:
         before = [] if self.bos_id is None or self.settings.flag("add_bos_token") is False else [self.bos_id]

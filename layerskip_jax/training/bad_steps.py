@@ -1,8 +1,8 @@
 """Handle bad steps: store their batches, and stop the run after too many in a row.
 
-A step is bad, and is not applied, if its objective or its gradient norm is not finite, if no token of its batch counts,
-or if `Recipe.is_spike` is True. The default `LossSpike` is True if the objective exceeds ``train.skip_spikes`` times
-its moving average; 0 turns it off.
+A step is bad, and is not applied, if its objective or its gradient norm is not finite, if no token of its batch has a
+loss, or if `Recipe.is_spike` is True. The default `LossSpike` is True if the objective exceeds ``train.skip_spikes``
+times its moving average; 0 turns it off.
 """
 
 import io
@@ -44,7 +44,7 @@ class BadSteps:
         self.in_a_row += 1
         loss, norm = float(metrics.objective), float(metrics.gradient_norm)
         finite = math.isfinite(loss) and math.isfinite(norm)
-        reason = "not finite" if not finite else "a loss spike" if metrics.tokens else "no token counts"
+        reason = "not finite" if not finite else "a loss spike" if metrics.tokens else "no token has a loss"
         stored = self._store(done, batch)
         if jax.process_index() == 0:
             line = (
@@ -54,10 +54,13 @@ class BadSteps:
         if self.in_a_row < self._limit:
             return
         step = self._latest_checkpoint()
-        where = f"the checkpoint of step {step} in {self._checkpoint_folder} is good" if step else "nothing is saved"
+        where = f"the newest checkpoint in {self._checkpoint_folder} is of step {step}" if step else "nothing is saved"
+        remedy = "lower optimizer.learning_rate or check the data"
+        if not metrics.tokens:
+            remedy = "check data.prompt_key, or raise data.sequence_length so that responses have room"
         raise Diverged(
-            f"{self.in_a_row} steps in a row were not applied (train.bad_steps): the loss is {loss} and the gradient "
-            f"norm {norm} at step {done}; {where}: lower optimizer.learning_rate or check the data, and restart"
+            f"{self.in_a_row} steps in a row were not applied (train.bad_steps): {reason}; the loss is {loss} and the "
+            f"gradient norm {norm} at step {done}; {where}: {remedy}, and restart"
         )
 
     def _store(self, done: int, batch: dict[str, np.ndarray]) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: asynchronous saves, retention, and restoring the newest intact one.
+"""Save the checkpoints of a run asynchronously, delete old ones, and restore the newest intact one.
 
 orbax saves model, optimizer, data position and config as one atomic checkpoint.
 """
@@ -29,6 +29,7 @@ from layerskip_jax.checkpoint.run_folder import (
     checkpoint_folder,
     checkpoint_steps,
     json_sha256,
+    newest_step,
     read_checksums,
     read_config,
     read_data_positions,
@@ -70,7 +71,7 @@ class Checkpoints:
         self.folder = checkpoint_folder(config)
         self._config = config
         self._lock = RunLock(config)
-        self._tokenizer: dict[str, bytes] = {}
+        self._tokenizer_digests: dict[str, str] = {}
         self.resumed = ""
         """Describes the restored checkpoint, and the settings and data that changed after it."""
 
@@ -117,21 +118,28 @@ class Checkpoints:
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise `UserError` if the run was started with another tokenizer; restore its stored files if they changed."""
-        if self._saved_digests() == {name: sha256(content) for name, content in tokenizer.files.items()}:
+        given, saved = tokenizer.digests(), self._saved_digests()
+        if saved == given:
             self._restore_tokenizer(tokenizer)
             return
         path = find_tokenizer(self.folder)
-        if path and load_tokenizer(str(path)).files != tokenizer.files:
-            raise UserError(
-                f"the run {self._config.train.run_dir} was trained with another tokenizer than "
-                f"{self._config.data.tokenizer}: continue with --data.tokenizer {path}, or start a new --train.run_dir"
-            )
+        if path and not saved:
+            saved = load_tokenizer(str(path)).digests()
+        if saved in ({}, given):
+            return
+        remedy = "give the --data.tokenizer that it was trained with"
+        if path and saved.get(path.name) == sha256(path.read_bytes()):
+            remedy = f"continue with --data.tokenizer {path}"
+        raise UserError(
+            f"the run {self._config.train.run_dir} was trained with another tokenizer than "
+            f"{self._config.data.tokenizer}: {remedy}, or start a new --train.run_dir"
+        )
 
     def _saved_digests(self) -> dict[str, str]:
         """Return the digests of the tokenizer in the newest checkpoint; none without one, or if it is damaged."""
-        steps = checkpoint_steps(self.folder)
+        newest = newest_step(self.folder)
         with contextlib.suppress(DamagedCheckpoint):  # `restore` reports it
-            return read_checksums(self.folder / str(steps[0]))["tokenizer"] if steps else {}
+            return {} if newest is None else read_checksums(self.folder / str(newest))["tokenizer"]
         return {}
 
     def _restore_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -143,7 +151,7 @@ class Checkpoints:
 
     def save_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Copy the tokenizer's files to the folder of the checkpoints, so that they need no others."""
-        self._tokenizer = tokenizer.files
+        self._tokenizer_digests = tokenizer.digests()
         files = tokenizer.companions | tokenizer.files
         for name, content in files.items() if jax.process_index() == 0 else ():
             if not (self.folder / name).exists():
@@ -154,7 +162,7 @@ class Checkpoints:
 
         ``train.failed_save`` decides whether a failure, now or later in the background, raises `UserError` or (with one
         process only) prints a warning. The ``last`` save blocks, and its failure always raises: no save follows.
-        Raises `UserError` for parameters that are not finite, and if another process has taken the run over.
+        Raises `UserError` for a state that is not finite, and if another process has taken the run over.
         """
         self._lock.check(int(state.step), now=True)
         model, optimizer = named_arrays(state.model), named_arrays(_optimizer_item(state))
@@ -165,12 +173,11 @@ class Checkpoints:
             if newest is not None:
                 there = f"the newest checkpoint in {self.folder} is of step {newest}"
             raise UserError(
-                f"parameters are not finite after step {int(state.step)}, so they are not saved; {there}: lower "
-                "optimizer.learning_rate and restart"
+                f"parameters or optimizer state are not finite after step {int(state.step)}, so they are not saved; "
+                f"{there}: lower optimizer.learning_rate and restart"
             )
         config = saved_settings(self._config)
-        tokenizer = {name: sha256(content) for name, content in self._tokenizer.items()}
-        checksums = {"arrays": sums, "config": json_sha256(config), "tokenizer": tokenizer}
+        checksums = {"arrays": sums, "config": json_sha256(config), "tokenizer": self._tokenizer_digests}
         try:
             self._manager.save(
                 int(state.step),
@@ -209,7 +216,7 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # the next start tries again
                 self._remove_unfinished()
             self._manager = self._open()  # the old one would raise the same error at every later save
-        earlier = f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
+        earlier = "there is no earlier one" if newest is None else f"the newest complete one is of step {newest}"
         line = f"a checkpoint could not be written to {self.folder}: {summarize(error)}; {earlier}"
         if last:
             raise UserError(f"{line}; fix this and restart") from error
@@ -226,7 +233,7 @@ class Checkpoints:
         """Return the step of the newest complete checkpoint, or None; waits for a save in progress."""
         with contextlib.suppress(Exception):  # `check` reports failures
             self._manager.wait_until_finished()
-        return max(checkpoint_steps(self.folder), default=None)
+        return newest_step(self.folder)
 
     def restore(self, abstract: TrainState, data: DataPosition) -> TrainState | None:
         """Restore the newest checkpoint into the shapes and shardings of ``abstract``, and its position into ``data``.
@@ -259,9 +266,9 @@ class Checkpoints:
         positions: dict[int, Any] = {}
         corpus = None
         try:
-            saved = read_config(folder)
+            checksums = read_checksums(folder)
+            saved, sums = read_config(folder, checksums), checksums["arrays"]
             self._check_config(folder, saved)
-            sums = read_checksums(folder)["arrays"]
             positions, corpus = read_data_positions(folder)
             model = read_arrays(folder / "model", named_arrays(abstract.model))
             optimizer = read_arrays(folder / "optimizer", named_arrays(_optimizer_item(abstract)))

@@ -1,4 +1,4 @@
-"""The optax optimizer that a config names."""
+"""Build the optax optimizer that a config names."""
 
 import re
 from typing import Any

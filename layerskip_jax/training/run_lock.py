@@ -1,11 +1,11 @@
-"""One writer for a run folder: a lock that names its process, shows signs of life, and is taken over when stale.
+"""Let only one process write to a run folder, with a lock that another process takes over when it is stale.
 
 ``RUN_DIR/writer.json`` names the process and its last step. The process rewrites the file every few seconds and removes
-it at the end. Another process takes the lock over at once if the first one ran on this kernel and has ended. It is
-refused at once if the first one still runs and has rewritten this file within ``train.hang_seconds``. Otherwise it
-watches the file: for a few beats if the lock names this host (a restarted container, a copied folder, a process that
-hangs), or until the file is ``train.hang_seconds`` old if it names another. If the file changes, its process is alive.
-The clocks of two hosts may differ, so the age of the file only shortens the wait.
+it at the end. A second process takes the lock over at once if the first one ran on this kernel and has ended. The
+second process is refused at once if the first one still runs and has rewritten this file within ``train.hang_seconds``.
+Otherwise it watches the file: for a few beats if the lock names this host (a restarted container, a copied folder, a
+process that hangs), or until the file is ``train.hang_seconds`` old if it names another. If the file changes, its
+process is alive. The clocks of two hosts may differ, so the age of the file only shortens the wait.
 """
 
 import contextlib
@@ -92,22 +92,22 @@ class RunLock:
             if (now := self._read()) and not (stale and now == found):
                 raise self._refusal(now)
             self._write()
-        if is_remote(self._file):
-            time.sleep(SETTLE_SECONDS)
-            if (now := self._read()) and not self._is_ours(now):
-                raise self._refusal(now)
-        if stale:
-            warn(f"{stale}: its run folder {self._run_dir} is taken over")
-        self._thread.start()
+        try:
+            if is_remote(self._file):
+                time.sleep(SETTLE_SECONDS)
+                if (now := self._read()) and _parse(now).token != self._me.token:
+                    raise self._refusal(now)
+            if stale:
+                warn(f"{stale}: its run folder {self._run_dir} is taken over")
+            self._thread.start()
+        except BaseException:  # do not leave a lock that the next start would wait for
+            self._remove()
+            raise
 
     def _wait(self, found: Sign) -> str:
         """Return why the lock ``found`` is stale, or "" if it is removed while this waits.
 
-        Raises `UserError` if its process is alive. Two cases are decided at once: a process of this kernel that has
-        ended (stale), and one that runs and wrote the lock of this very folder within ``train.hang_seconds`` (alive).
-        Otherwise this waits for the file to change, which shows that the process is alive. If the lock names this host,
-        it waits 2.5 beats: the container may have restarted, the folder may be a copy, or the process may hang. For
-        another host it waits until the file is ``train.hang_seconds`` old, and at least 2.5 beats.
+        Raises `UserError` if its process is alive. The module's docstring names the cases; "a few beats" are 2.5.
         """
         holder, silent = _parse(found), time.time() - found[0]
         one_kernel = (holder.host, holder.system) == (self._me.host, self._me.system)
@@ -152,11 +152,11 @@ class RunLock:
             self._me = dataclasses.replace(self._me, step=step, time=time.time())
         if now and self._thread.is_alive():
             with contextlib.suppress(Exception):
-                self._refresh_holder()
+                self._still_ours()
         if self._taken_over:
             raise UserError(
                 f"{self._taken_over} has taken the run folder {self._run_dir} over, because this process showed no "
-                "sign of life: it stops and saves no more"
+                "sign of life; this process stops without saving"
             )
 
     def release(self) -> None:
@@ -165,26 +165,27 @@ class RunLock:
         if self._thread.ident is None:  # not process 0, or not acquired
             return
         self._thread.join(BEAT_SECONDS)
+        self._remove()
+
+    def _remove(self) -> None:
         with contextlib.suppress(Exception), _alone(self._file.parent):  # the network may be down
-            if self._refresh_holder():
+            if self._still_ours():
                 self._file.unlink()
 
     def _beat(self) -> None:
         while not self._taken_over and not self._ended.wait(self._me.every):
             with contextlib.suppress(Exception), _alone(self._file.parent):  # the network may be down
-                if self._refresh_holder():
+                if self._still_ours():
                     self._write()
 
-    def _refresh_holder(self) -> bool:
-        """Return whether the lock is ours or missing; remember who has taken it over."""
+    def _still_ours(self) -> bool:
+        """Return whether no other process has taken the lock over; remember which one has."""
         now = self._read()
-        ours = now is None or self._is_ours(now)
-        if now and not ours and (holder := _parse(now)).token:  # a damaged file names no process
+        holder = _parse(now) if now else self._me  # the next beat writes a missing file
+        ours = holder.token in ("", self._me.token)  # a damaged file has no token
+        if not ours:
             self._taken_over = str(holder)
         return ours
-
-    def _is_ours(self, found: Sign) -> bool:
-        return _parse(found).token == self._me.token
 
     def _read(self) -> Sign | None:
         try:
@@ -241,7 +242,7 @@ def _started(process: int) -> str:
 
 
 def _parse(found: Sign) -> Holder:
-    """Return what a lock says; an unknown process if its content is not a lock's."""
+    """Parse a lock file; returns an unknown process if the file is damaged."""
     holder = Holder()
     with contextlib.suppress(ValueError, RecursionError, UserError):
         holder = from_dict(json.loads(found[1]), Holder)

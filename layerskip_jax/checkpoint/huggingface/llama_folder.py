@@ -26,6 +26,9 @@ class LlamaFolder:
 
     root: epath.Path
 
+    def __str__(self) -> str:
+        return str(self.root)
+
     @property
     def model_folder(self) -> epath.Path:
         """The folder of the tokenizer and of the swept settings: the folder itself."""
@@ -35,7 +38,7 @@ class LlamaFolder:
     def config(self) -> Config:
         """The config of the model; all other settings have their defaults.
 
-        A ``config.json`` that ties a head which the files store with other values is wrong: the files decide.
+        If ``config.json`` ties the head but the files store a different head, use the head of the files.
         """
         model = read_model_config(self.root)
         if model.tied_embedding and self._files.has_own_head():

@@ -44,8 +44,9 @@ class StepFlops(NamedTuple):
     The skipping form saves less, since it rounds up to row groups."""
     recomputed: float
     """Forward FLOPs that the backward pass repeats with ``train.remat`` full or offload. It repeats each block that is
-    not skipped, without its down projection (``2 D F`` per position), whose output no gradient needs. With none it
-    repeats nothing, and with dots no matmul."""
+    not skipped, without its down projection (``2 D F`` per position), whose output no gradient needs. With dots it
+    repeats no matmul with weights. Not counted: the two attention matmuls that dots repeats if XLA runs the attention;
+    the kernels for TPUs and GPUs save their output."""
 
     @property
     def hardware(self) -> float:

@@ -1,7 +1,6 @@
-"""Metrics of a run: JSON lines, TensorBoard, and optionally Weights & Biases."""
+"""Write the metrics of a run as JSON lines, for TensorBoard, and optionally for Weights & Biases."""
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -21,9 +20,11 @@ import numpy as np
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.errors import UserError, warn
-from layerskip_jax.locations import is_regular, is_remote, locate
+from layerskip_jax.locations import is_regular, is_remote, locate, read_limited, write_file
 
 METRICS = "metrics.jsonl"
+WANDB_ID = "wandb_id"
+"""File in the run folder with the ID of its W&B run."""
 FLUSH_SECONDS = 30
 """Seconds that TensorBoard may lag behind metrics.jsonl, which is written line by line."""
 
@@ -54,13 +55,17 @@ class MetricsWriter:
             if is_remote(self._folder):
                 self._spool = tempfile.TemporaryDirectory(prefix="metrics-")
             folder = Path(self._spool.name if self._spool else str(self._folder))
+            makers: dict[str, Callable[[], Sink]] = {
+                METRICS: partial(JsonLinesSink, folder, self._folder),
+                "TensorBoard": partial(TensorBoardSink, folder),
+            }
             if config.train.wandb_project:
-                self._try("Weights & Biases", lambda: self._open("Weights & Biases", WandbSink(config)))
-            self._try(METRICS, lambda: self._open(METRICS, JsonLinesSink(folder, self._folder)))
-            self._try("TensorBoard", lambda: self._open("TensorBoard", TensorBoardSink(folder)))
+                makers = {"Weights & Biases": partial(WandbSink, config), **makers}
+            for name, make in makers.items():
+                self._try(name, partial(self._open, name, make))
 
-    def _open(self, name: str, sink: Sink) -> None:
-        self._sinks[name] = sink
+    def _open(self, name: str, make: Callable[[], Sink]) -> None:
+        self._sinks[name] = make()
 
     def _try(self, name: str, act: Callable[[], object]) -> None:
         try:
@@ -111,8 +116,13 @@ class MetricsWriter:
             self._spool.cleanup()
 
 
+def _is_json(value: Any) -> bool:
+    """Return whether JSON has the value: it has no NaN and no infinity."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 class JsonLinesSink:
-    """Appends a JSON line to `METRICS` in ``folder`` for each `write`.
+    """Appends a JSON line to `METRICS` in ``folder`` for each `write`, with null for numbers that are not finite.
 
     A new file starts as a copy of the one in ``earlier``.
     """
@@ -122,11 +132,13 @@ class JsonLinesSink:
         if not (folder / METRICS).exists() and (earlier / METRICS).exists():
             (folder / METRICS).write_bytes((earlier / METRICS).read_bytes())
         self._file = (folder / METRICS).open("a", buffering=1)
-        if (folder / METRICS).read_bytes()[-1:] not in (b"", b"\n"):  # a killed process left half a line
-            self._file.write("\n")
+        with (folder / METRICS).open("rb") as written:
+            if written.seek(0, os.SEEK_END) and written.seek(-1, os.SEEK_END) >= 0 and written.read(1) != b"\n":
+                self._file.write("\n")  # a killed process left half a line
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        known = {name: value if _is_json(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **known}) + "\n")
 
     def flush(self) -> None:
         self._file.flush()
@@ -142,7 +154,7 @@ class TensorBoardSink:
         from tensorboardX.proto.event_pb2 import Event  # importing takes a second
         from tensorboardX.record_writer import RecordWriter
 
-        # SummaryWriter does not fit: after an error such as a full disk its thread is dead, and the next write blocks.
+        # Do not use SummaryWriter: after an error such as a full disk its thread is dead, and the next write blocks.
         (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
         # Make the name unique: a restart within a second, or after the clock was set back, would overwrite the file.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
@@ -158,7 +170,7 @@ class TensorBoardSink:
         from tensorboardX.summary import scalar, text
 
         for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
+            if not _is_json(value):
                 continue  # tensorboardX prints a warning for each
             summary = text(name, value) if isinstance(value, str) else scalar(name, value)
             self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
@@ -182,10 +194,13 @@ class WandbSink:
         except ImportError:
             raise UserError("train.wandb_project needs wandb: pip install 'layerskip-jax[wandb]'") from None
         folder = locate(config.train.run_dir)
+        # A resumed run continues the same W&B run. The path cannot be the ID: a folder may be removed and used again.
+        if not is_regular(folder / WANDB_ID):
+            write_file(folder / WANDB_ID, uuid.uuid4().hex)
         self._run = wandb.init(
             project=config.train.wandb_project,
             name=folder.name,
-            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],  # a resumed run continues the same W&B run
+            id=read_limited(folder / WANDB_ID).decode().strip(),
             resume="allow",
             config=saved_settings(config),
         )

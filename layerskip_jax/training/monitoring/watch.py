@@ -33,7 +33,7 @@ class Profiler:
 
     def __exit__(self, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, self._former)
+            signal.signal(signal.SIGUSR1, self._former or signal.SIG_DFL)  # None: not a handler of Python
         if self._until:
             jax.profiler.stop_trace()
             print(f"profile of the last steps: {self._folder}", flush=True)
