@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from models import tiny_model
 
 from layerskip_jax.commands import decode
-from layerskip_jax.commands.terminal import Report
+from layerskip_jax.commands.terminal import summary_text
 from layerskip_jax.config import (
     DecodeConfig,
     ModelConfig,
@@ -28,6 +28,7 @@ from layerskip_jax.decoding.policies import Fixed, Plan
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
 from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.decoding.summary import Summary
 from layerskip_jax.decoding.text import Answer, TextGenerator, encode
 from layerskip_jax.errors import UserError
 
@@ -113,10 +114,10 @@ def test_rates_include_the_tokens_after_a_stop_string(model, tokenizer):
     free = generator(model, tokenizer, ignore_eos=True).generate(["x"]).completions[0]
     plain = generator(model, tokenizer, ignore_eos=True, mode="autoregressive", stop=(free.text[1:3],))
     answer = plain.generate(["x"])
-    report = Report.from_answers([answer], model.config, plain.config)
-    assert report.new_tokens == len(answer.completions[0].tokens) < report.rounds
-    assert report.tokens_per_round == 1
-    assert report.predicted_speedup == pytest.approx(1)
+    summary = Summary.from_answers([answer], model.config, plain.config)
+    assert summary.new_tokens == len(answer.completions[0].tokens) < summary.rounds
+    assert summary.tokens_per_round == 1
+    assert summary.predicted_speedup == pytest.approx(1)
 
 
 def test_streaming_compiles_nothing(model, tokenizer):
@@ -169,9 +170,9 @@ def test_equal_prompts_in_several_batches_get_different_samples(run_folder, caps
 def test_early_exits_are_counted_in_every_row(model, tokenizer):
     config = DecodeConfig(mode="early_exit", exit_layer=2, max_new_tokens=5, ignore_eos=True)
     answer = TextGenerator(model, tokenizer, config).generate(["x", "y"])
-    report = Report.from_answers([answer], model.config, config)
-    assert report.exit_rounds == {2: 10}
-    assert "tokens exited after layer 2 of 4 (10)" in report.text()
+    summary = Summary.from_answers([answer], model.config, config)
+    assert summary.exit_rounds == {2: 10}
+    assert "tokens exited after layer 2 of 4 (10)" in summary_text(summary)
 
 
 def test_engine_refuses_bad_prompts(model):
@@ -225,34 +226,36 @@ def test_a_report_predicts_the_cost_of_the_measured_rounds(model):
     assert generation.exit_rounds == {
         exit_layer: sum(d > 0 for e, d in kinds if e == exit_layer) for exit_layer in (1, 3)
     }
-    report = Report.from_answers([Answer([], generation)], model.config, config)
+    summary = Summary.from_answers([Answer([], generation)], model.config, config)
     undrafted = sum(d == 0 for _, d in kinds)
     assert (
         f"exit 1 of 4 ({kinds.count((1, 2))}), 3 of 4 ({kinds.count((3, 1))}), no draft ({undrafted}): "
-        in report.text()
+        in summary_text(summary)
     )
-    assert report.predicted_speedup == pytest.approx(generation.tokens_per_round / cost)
+    assert summary.predicted_speedup == pytest.approx(generation.tokens_per_round / cost)
 
 
 def test_a_report_counts_the_heads_of_a_confident_exit(model, tokenizer):
     """All tokens exit at the third exit of 1, 2, 4, which takes all blocks and three heads."""
     config = DecodeConfig(mode="early_exit", exit_threshold=1.0, exits=(1, 2), max_new_tokens=5)
-    report = Report.from_answers([TextGenerator(model, tokenizer, config).generate(["x"])], model.config, config)
+    summary = Summary.from_answers([TextGenerator(model, tokenizer, config).generate(["x"])], model.config, config)
     h = head_share(model.config)
-    assert report.predicted_speedup == pytest.approx(1 / (1 - h + 3 * h))
+    assert summary.predicted_speedup == pytest.approx(1 / (1 - h + 3 * h))
 
 
 def test_report_says_when_speculation_does_not_pay(model, tokenizer):
     config = DecodeConfig(exit_layer=3, draft_length=8, max_new_tokens=24)
     answers = [TextGenerator(model, tokenizer, config).generate(["x"])]
-    report = Report.from_answers(answers, model.config, config)
-    assert report.predicted_speedup < 1
-    assert re.search("speculation does not pay here .* try --policy adaptive", report.text())
+    summary = Summary.from_answers(answers, model.config, config)
+    assert summary.predicted_speedup < 1
+    assert re.search("speculation does not pay here .* try --policy adaptive", summary_text(summary))
+    adaptive = dataclasses.replace(summary, policy="adaptive")
+    assert re.search("try other --exits, or --mode", summary_text(adaptive))
     # The adaptive policy refuses several choices.
-    assert "try --choices 1, another" in dataclasses.replace(report, choices=4).text()
-    assert "does not pay" not in dataclasses.replace(report, speedup=1.4, plain_tokens_per_second=1.0).text()
-    assert not any(isinstance(v, float) and math.isnan(v) for v in report.as_dict().values())
-    assert sum(report.accepted_histogram) == report.rounds
+    assert "try --choices 1, another" in summary_text(dataclasses.replace(summary, choices=4))
+    assert "does not pay" not in summary_text(dataclasses.replace(summary, speedup=1.4, plain_tokens_per_second=1.0))
+    assert not any(isinstance(v, float) and math.isnan(v) for v in summary.as_dict().values())
+    assert sum(summary.accepted_histogram) == summary.rounds
 
 
 # The command
@@ -273,7 +276,9 @@ def test_decode_needs_only_a_checkpoint_and_a_prompt(run_folder, capsys):
     assert out.startswith("def x")
     assert "self-speculative, exit 2 of 4 (" in out
     assert "drafts a round, acceptance" in out
-    assert re.search(r"reading the weights from memory at \d+\.\d GB/s allows \d+ tokens/s; this is \d+% of it", out)
+    assert re.search(
+        r"reading the weights from memory at \d+\.\d GB/s allows \d+ tokens/s; the measured speed is \d+% of that", out
+    )
     assert "tokens/s" in out
 
 
@@ -350,13 +355,13 @@ def test_every_mode_and_policy_is_a_setting(model, tokenizer):
         one = generator(model, tokenizer, **values)
         answer = one.generate(PROMPTS)
         assert answer.completions == full
-        json.dumps(Report.from_answers([answer], model.config, one.config).as_dict(), allow_nan=False)
+        json.dumps(Summary.from_answers([answer], model.config, one.config).as_dict(), allow_nan=False)
     lossy = generator(model, tokenizer, mode="early_exit", exit_threshold=1e-6, exits=(1,))
     answer = lossy.generate(PROMPTS)
     assert set(answer.generation.exit_rounds) == {1, 4}
-    report = Report.from_answers([answer], model.config, lossy.config)
-    assert "lossy" in report.text()
-    assert report.predicted_speedup > 1
+    summary = Summary.from_answers([answer], model.config, lossy.config)
+    assert "lossy" in summary_text(summary)
+    assert summary.predicted_speedup > 1
 
 
 def test_exits_are_checked(model, tokenizer):

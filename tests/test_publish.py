@@ -55,7 +55,7 @@ def test_the_card_of_a_checkpoint_has_its_own_losses(trained_run, tmp_path):
 
 def test_the_card_shows_no_path_of_a_mixture():
     config = Config(data=DataConfig(mixture=("1=text:private/corpus",)))
-    assert "private" not in model_card("m", config, 3, ExitTable({}, {}), draft_exit=1)
+    assert "private" not in model_card("m", config, 3, ExitTable({}, {}), draft_exit=1, draft_length=4)
 
 
 def test_the_command_measures_agreement(trained_run, tmp_path, capsys):

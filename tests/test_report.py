@@ -1,6 +1,7 @@
 """The report of a run, its plot of exits and tokens, and the sinks of metrics."""
 
 import base64
+import contextlib
 import dataclasses
 import html.parser
 import json
@@ -64,7 +65,7 @@ def test_the_settling_exit_is_the_earliest_from_which_all_agree(next_LT):
 def test_each_exit_predicts_like_the_truncated_model(corpus):
     tokenizer = load_tokenizer(corpus.tokenizer)
     model = tiny_model(4, vocab_size=tokenizer.vocab_size, num_layers=2).unstacked()
-    figure = token_exits(model, tokenizer, "def x", 5)
+    figure = token_exits(model, tokenizer, DecodeConfig(), "def x", 5)
     assert len(figure.settled) == len(figure.predicted) <= 5
     forward = jax.jit(lambda model, tokens: model(tokens)[0].argmax(-1))
     prompt = [tokenizer.bos_id, *tokenizer.encode("def x")]
@@ -111,7 +112,7 @@ def test_a_report_is_one_self_contained_page(trained_run, tmp_path, capsys):
     run = shutil.copytree(trained_run, tmp_path / "run").as_posix()
     shutil.copytree(trained_run, tmp_path / "run_plain")
     measurement = sweep.Measurement({"exit_layer": 1}, 10.0, 1.5, 0.5, 2.0, 2.0, 1.0, True, 1.2)
-    sweep.plot([measurement, measurement], [1], [2], Path(run, "plots", "sweep.png"))
+    sweep.save_picture([measurement, measurement], [1], [2], Path(run, "plots", "sweep.png"))
     store_swept(run, {"exit_layer": 1}, {"tokens_per_second": 10.0})
     report.main([run, "--new_tokens", "6", "--batches", "1", "--prompt", "def <x>"])
     text = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
@@ -316,7 +317,7 @@ def test_missing_text_is_reported_on_the_page(trained_run, tmp_path, monkeypatch
     assert "Not swept yet" in page
     monkeypatch.setattr(report, "read_prompts", no_text)
     page = report.write_report((tmp_path / "run").as_posix(), None, 2, 1).read_text()
-    assert "Not shown: no corpus at &lt;gone&gt;; --prompt TEXT names a text" in page
+    assert "Not shown: no corpus at &lt;gone&gt;; give a prompt with --prompt TEXT" in page
     with pytest.raises(UserError, match="no checkpoint at"):
         report.main([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="--batches: must be at least 1, not 0"):
@@ -352,8 +353,17 @@ def test_metrics_go_to_wandb(tmp_path, monkeypatch, capsys):
         writer.close()
     assert [run.logged for _, run in runs] == [[(step, {"train/loss": 2.5, "sample": "def"})] for step in (1, 2)]
     assert all(run.finished for _, run in runs)
-    assert runs[0][0] == runs[1][0]
     assert [record["step"] for record in read_records(str(tmp_path / "run"))] == [1, 2]
+    assert runs[0][0] == runs[1][0]
+    shutil.rmtree(tmp_path / "run")
+    MetricsWriter(config).close()
+    assert runs[2][0] != runs[0][0]  # another run in a folder of the same name
+    runs.clear()
+    for step in (1, 2):
+        with contextlib.closing(MetricsWriter(config)) as writer:
+            writer.write(step, {"train/loss": math.nan})
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines][-1] == {"step": 2, "train/loss": None}
 
     def refuse(**_):
         raise RuntimeError("no API key")
@@ -381,6 +391,6 @@ def test_schedules_show_a_few_rotations_or_else_the_whole_run_and_count_from_1(t
         weight_LN = np.ma.filled(image.get_array(), 0)
         np.testing.assert_allclose(weight_LN.sum(axis=0), 1, rtol=1e-5)
         assert weight_LN[1].max() > 0  # also the early exits of the gradual curriculum, which start late
-        assert run.trained_exits == list(range(2, 13))  # e(1) = 0
+        assert run.exits_with_loss == list(range(2, 13))  # e(1) = 0
     few, whole = [0.5, 12.5, 0.5, 12.5], [0.5, 1000.5, 0.5, 12.5]
     assert shown == [((12, 12), few), ((12, 200), whole), ((12, 200), whole)]

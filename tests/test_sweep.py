@@ -71,7 +71,7 @@ def test_sweep_recommends_lossless_settings_and_reports_that_it_cannot_store(run
     def read_only(*_):
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(sweep, "plot", read_only)
+    monkeypatch.setattr(sweep, "save_picture", read_only)
     with pytest.raises(UserError, match="cannot be stored: read-only file system; --no_store stores nothing"):
         sweep.main(request)
 

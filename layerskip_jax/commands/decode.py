@@ -3,9 +3,7 @@
 import argparse
 import dataclasses
 import json
-import statistics
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerskip_jax.command_line import (
     OneLineParser,
@@ -21,17 +19,11 @@ from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from layerskip_jax.decoding.text import TextGenerator
-
-REPEATS = 3
-"""``--compare`` reports medians over this many timed runs."""
-
 
 def _parser() -> OneLineParser:
     parser = make_parser(
-        "Generate text from a run of layerskip train or a Hugging Face Llama. The default settings are those that "
-        "layerskip sweep stored with the checkpoint, or else those of the checkpoint's own config.",
+        "Generate text from a run of layerskip train or a Hugging Face Llama. The default settings are those of "
+        "the run's config, with those that layerskip sweep stored on top.",
         "decode",
     )
     parser.add_argument(
@@ -72,17 +64,21 @@ def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> Non
     from layerskip_jax.checkpoint.swept import decode_settings
     from layerskip_jax.commands import terminal
     from layerskip_jax.data.load_tokenizer import load_tokenizer
+    from layerskip_jax.decoding.configure import check_exits
     from layerskip_jax.decoding.cost import measured_bandwidth
     from layerskip_jax.decoding.quantization import with_weights
+    from layerskip_jax.decoding.summary import Summary, compare
     from layerskip_jax.decoding.text import TextGenerator, encode
 
-    config = open_model_folder(run).config  # check the input before the weights, which take a while
-    settings = decode_settings(run, config, given)
+    folder = open_model_folder(run)
+    config = folder.config
+    settings = decode_settings(folder, config, given)
+    check_exits(settings, config.model.num_layers)
     prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
-    model, config, tokenizer_path = load_model(run, unstacked=True)
     terminal.warn_untrained_exit(config, settings)
-    tokenizer = load_tokenizer(str(tokenizer_path))
-    model = with_weights(model, settings.weights)
+    tokenizer = load_tokenizer(str(folder.tokenizer))
+    # The input is checked: now read the weights, which takes a while.
+    model = with_weights(load_model(folder, unstacked=True)[0], settings.weights)
     longest = max(len(encode(tokenizer, settings, prompt)) for prompt in prompts)
     generator = TextGenerator(model, tokenizer, settings, longest)
     warn_beyond_context(config, longest + settings.max_new_tokens, "the longest prompt and max_new_tokens are")
@@ -95,42 +91,13 @@ def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> Non
             answers.append(terminal.stream(generator, batch[0], settings))
         else:
             answers.append(generator.generate(batch, first=number * options.batch_size))
-            for completion in [] if options.quiet else answers[-1].completions:
-                print(
-                    json.dumps(dataclasses.asdict(completion))
-                    if options.json
-                    else terminal.shown(completion, settings.chat)
-                )
-                sys.stdout.flush()
+            if not options.quiet:
+                for completion in answers[-1].completions:
+                    text = terminal.format_completion(completion, settings.chat)
+                    print(json.dumps(dataclasses.asdict(completion)) if options.json else text, flush=True)
     bandwidth = measured_bandwidth() * options.tensor_parallel
-    report = terminal.Report.from_answers(answers, model.config, settings, bandwidth)
+    summary = Summary.from_answers(answers, model.config, settings, bandwidth)
     if options.compare:
         plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"), longest)
-        report = dataclasses.replace(report, **compare(generator, plain, batches))
-    print(json.dumps(report.as_dict()) if options.json else report.text())
-
-
-def compare(generator: "TextGenerator", plain: "TextGenerator", batches: list[list[str]]) -> dict[str, Any]:
-    """Time both generators alternately over all prompts; return medians and whether all texts are identical.
-
-    ``generator`` has generated these batches before, so it is compiled. Sampled texts are not compared: the two modes
-    consume random numbers differently.
-    """
-    from layerskip_jax.decoding.request import Generation
-
-    ours: list[float] = []
-    theirs: list[float] = []
-    identical = True
-    for batch in batches:
-        plain.generate(batch)  # compiles
-    for _ in range(REPEATS):
-        own, other = ([g.generate(batch) for batch in batches] for g in (generator, plain))
-        for speeds, answers in ((ours, own), (theirs, other)):
-            speeds.append(Generation.total([answer.generation for answer in answers]).tokens_per_second)
-        identical &= all(a.completions == b.completions for a, b in zip(own, other, strict=True))
-    return {
-        "tokens_per_second": statistics.median(ours),
-        "plain_tokens_per_second": statistics.median(theirs),
-        "speedup": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
-        "identical": None if generator.config.temperature > 0 else identical,
-    }
+        summary = dataclasses.replace(summary, **compare(generator, plain, batches))
+    print(json.dumps(summary.as_dict()) if options.json else terminal.summary_text(summary))

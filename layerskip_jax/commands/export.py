@@ -15,10 +15,10 @@ from layerskip_jax.checkpoint.huggingface.tokenizer_files import tokenizer_files
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
 from layerskip_jax.checkpoint.reading import context_length, open_model_folder
 from layerskip_jax.checkpoint.run_folder import RunFolder
+from layerskip_jax.checkpoint.swept import decode_settings
 from layerskip_jax.checks import require
 from layerskip_jax.command_line import add_run, make_parser, not_negative, typed
 from layerskip_jax.commands.model_card import CARD, ExitTable, model_card
-from layerskip_jax.config import Config
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import resolve_exit_layer
 from layerskip_jax.errors import UserError
@@ -30,12 +30,13 @@ from layerskip_jax.training.monitoring.metrics import read_records
 DType = Literal["float32", "bfloat16", "float16"]
 
 
-def export_model(run: str, folder: str, dtype: DType = "float32", batches: int = 0) -> Config:
+def export_model(run: str, folder: str, dtype: DType = "float32", batches: int = 0) -> int:
     """Write the newest checkpoint of a run, or one checkpoint, as a new ``folder`` that transformers opens.
 
     ``dtype`` is that of the files; checkpoints hold float32. The model card shows the loss of each exit that the run
     recorded, or with ``batches`` the loss and agreement measured on that many held-out batches. The folder gets its
-    name when it is complete. Returns the config of the run. Raises `UserError` if ``folder`` exists.
+    name when it is complete. transformers then drafts from the exit, and with the draft length, of `decode_settings`,
+    if these choose self-speculation. Returns the exit. Raises `UserError` if ``folder`` exists.
     """
     target = locate(folder)
     require(not is_remote(target), f"export writes to a local disk, not to {folder}: copy the folder afterwards")
@@ -44,6 +45,11 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
     opened = open_model_folder(run)
     config = opened.config
     trained = opened if isinstance(opened, RunFolder) and opened.checkpoint.name.isdigit() else None
+    require(trained is not None or not batches, "--batches measures a checkpoint of a run: RUN or RUN/checkpoints/STEP")
+    decode = decode_settings(opened, config)
+    if decode.mode != "self_speculative":  # the sweep found something faster, which transformers does not have
+        decode = config.decode_settings
+    draft_exit = resolve_exit_layer(decode, config.model.num_layers)
     model, tokenizer = opened.model(), load_tokenizer(str(opened.tokenizer))
     table = _exit_table(trained, batches, model) if trained else ExitTable({}, {})
     files = tokenizer.companions | tokenizer_files(tokenizer)
@@ -53,7 +59,7 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
         "bos_token_id": bos,
         "eos_token_id": [eos, *others] if others else eos,
         # transformers reads the draft length for generate(assistant_early_exit=E) only from this file.
-        "num_assistant_tokens": config.decode_settings.draft_length,
+        "num_assistant_tokens": decode.draft_length,
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
@@ -62,18 +68,17 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
         "generation_config.json": json.dumps(generation).encode(),
     }
     steps = int(trained.checkpoint.name) if trained else None
-    draft_exit = resolve_exit_layer(config.decode_settings, config.model.num_layers)
-    files[CARD] = model_card(target.name, config, steps, table, draft_exit).encode()
+    files[CARD] = model_card(target.name, config, steps, table, draft_exit, decode.draft_length).encode()
     with new_folder(target) as partial:
         write_weights(partial, config.model, named_arrays(model), jnp.dtype(dtype))
         for name, content in files.items():
             (partial / name).write_bytes(content)
-    return config
+    return draft_exit
 
 
 def _exit_table(run: RunFolder, batches: int, model: Transformer) -> ExitTable:
     if batches:
-        quality = checkpoint_quality(str(run.checkpoint), batches, loaded=(model, run.config, run.tokenizer))
+        quality = checkpoint_quality(run, batches, loaded=(model, run.config, run.tokenizer))
         return ExitTable(*(dict(enumerate(map(float, row), 1)) for row in (quality.loss_L, quality.agreement_L)))
     prefix, loss = "validation/exit_loss/", dict[int, float]()
     for record in read_records(str(run.root), last_step=int(run.checkpoint.name)):
@@ -101,7 +106,6 @@ def main(argv: list[str] | None = None) -> None:
         help="held-out batches to measure every exit on, for the model card; 0: use the losses that the run recorded",
     )
     options = parser.parse_known_options(argv)
-    config = export_model(options.run, options.folder, options.dtype, options.batches)
-    exit_layer = resolve_exit_layer(config.decode_settings, config.model.num_layers)
+    exit_layer = export_model(options.run, options.folder, options.dtype, options.batches)
     print(f"{options.folder}: open it with transformers' AutoModelForCausalLM.from_pretrained")
     print(f"and draft with generate(..., assistant_early_exit={exit_layer})")

@@ -3,7 +3,13 @@
 import argparse
 import json
 
-from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder, warn_beyond_context
+from layerskip_jax.checkpoint.reading import (
+    ModelFolder,
+    context_length,
+    load_model,
+    open_model_folder,
+    warn_beyond_context,
+)
 from layerskip_jax.checkpoint.swept import decode_settings
 from layerskip_jax.command_line import (
     OneLineParser,
@@ -15,6 +21,7 @@ from layerskip_jax.command_line import (
     positive,
     typed,
 )
+from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.errors import UserError
@@ -65,12 +72,13 @@ def _parser() -> OneLineParser:
 
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_known_options(argv)
-    open_model_folder(options.run)  # fails early: importing lm-eval takes a while
+    folder = open_model_folder(options.run)
+    settings = decode_settings(folder, folder.config)  # before importing lm-eval, which takes a while
     with tensor_parallel(options.tensor_parallel):
-        _run_tasks(options)
+        _run_tasks(options, folder, settings)
 
 
-def _run_tasks(options: argparse.Namespace) -> None:
+def _run_tasks(options: argparse.Namespace, folder: ModelFolder, settings: DecodeConfig) -> None:
     try:
         from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
@@ -80,23 +88,22 @@ def _run_tasks(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"{error}: pip install 'layerskip-jax[lm-eval]'") from None
 
-    model, config, tokenizer_path = load_model(options.run, unstacked=True)
+    manager = TaskManager(include_path=options.include_path)
+    unknown = [task for task in options.task if not manager.match_tasks([task])]
+    if unknown:
+        raise UserError(f"lm-eval has no task {', '.join(unknown)}")
+    config = folder.config
     max_length = options.max_length or context_length(config)
     warn_beyond_context(config, max_length, "--max_length allows")
-    settings = decode_settings(options.run, config)
     lm = LayerSkipLM(
-        with_weights(model, settings.weights),
-        load_tokenizer(str(tokenizer_path)),
+        with_weights(load_model(folder, unstacked=True)[0], settings.weights),
+        load_tokenizer(str(folder.tokenizer)),
         settings,
         max_length=max_length,
         exit_layer=options.exit_layer,
         batch_size=options.batch_size,
         bos=BosPolicy(options.add_bos_token, options.score_bos),
     )
-    manager = TaskManager(include_path=options.include_path)
-    unknown = [task for task in options.task if not manager.match_tasks([task])]
-    if unknown:
-        raise UserError(f"lm-eval has no task {', '.join(unknown)}")
     results = evaluator.simple_evaluate(
         lm,
         tasks=options.task,

@@ -38,9 +38,11 @@ class ExitTable:
         return "\n".join(lines)
 
 
-def model_card(name: str, config: Config, steps: int | None, exits: ExitTable, draft_exit: int) -> str:
+def model_card(
+    name: str, config: Config, steps: int | None, exits: ExitTable, draft_exit: int, draft_length: int
+) -> str:
     """Return the card of the exported folder ``name``; ``steps`` is None for a model that was not trained here."""
-    model, draft_length = config.model, config.decode_settings.draft_length
+    model = config.model
     trained = steps is not None and config.early_exit.curriculum != "none"
     sections = [
         f"{FRONT_MATTER}\n# {name}",

@@ -61,7 +61,7 @@ def command(parts: Iterable[str]) -> str:
     return '<pre class="command">' + " ".join(f"<span>{html.escape(part)}</span>" for part in parts) + "</pre>"
 
 
-def folded(title: str, text: str) -> str:
+def details_html(title: str, text: str) -> str:
     """Return HTML that shows ``text`` after a click on ``title``."""
     return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from layerskip_jax.checkpoint.run_folder import checkpoint_steps, find_checkpoint, read_config
+from layerskip_jax.checkpoint.run_folder import RunFolder, find_checkpoint, newest_step
 from layerskip_jax.checkpoint.swept import decode_settings
 from layerskip_jax.checks import require
 from layerskip_jax.command_line import OneLineParser, add_run, make_parser
@@ -43,9 +43,9 @@ def read_metrics(run_dir: str, last_step: float = math.inf) -> dict[str, dict[in
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run that is read: a checkpoint, its config, metrics, and decode settings."""
+    """The stored results of a run: one checkpoint with its config, the metrics, and the decode settings."""
 
-    checkpoint: epath.Path
+    source: RunFolder
     config: Config
     metrics: dict[str, dict[int, float]]
     decode: DecodeConfig
@@ -59,13 +59,17 @@ class Run:
         checkpoint = find_checkpoint(path)
         require(checkpoint.name.isdigit(), f"{path} is not in a run folder: give the run, or RUN/checkpoints/STEP")
         last_step = int(checkpoint.name) if checkpoint == locate(path) else math.inf
-        config = read_config(checkpoint)
-        decode = decode_settings(str(checkpoint), config)
-        return cls(checkpoint, config, read_metrics(str(checkpoint.parent.parent), last_step), decode)
+        source = RunFolder(checkpoint)
+        config, metrics = source.config, read_metrics(str(source.root), last_step)
+        return cls(source, config, metrics, decode_settings(source, config))
+
+    @property
+    def checkpoint(self) -> epath.Path:
+        return self.source.checkpoint
 
     @property
     def folder(self) -> epath.Path:
-        return self.checkpoint.parent.parent
+        return self.source.root
 
     @property
     def layers(self) -> int:
@@ -86,8 +90,8 @@ class Run:
         return np.asarray(jax.vmap(Recipe.from_config(config).exit_weights, out_axes=1)(shown)), shown
 
     @cached_property
-    def trained_exits(self) -> list[int]:
-        """The exits that had a loss in training."""
+    def exits_with_loss(self) -> list[int]:
+        """The exits that had a loss in training, the last included."""
         return (np.flatnonzero(self.exit_weights[0].max(axis=1) > 0) + 1).tolist()
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -104,25 +108,27 @@ class Run:
     def measured_quality(
         self, batches: int, loaded: tuple[Transformer, Config, epath.Path] | None = None
     ) -> tuple[ExitQuality, str]:
-        """Return `checkpoint_quality` and ""; if the text is missing, `last_quality` and the reason."""
+        """Return `checkpoint_quality` and ""; if the measurement fails, `last_quality` and the reason."""
         try:
-            return checkpoint_quality(str(self.checkpoint), batches, loaded=loaded), ""
+            return checkpoint_quality(self.source, batches, loaded=loaded), ""
         except UserError as error:
             return self.last_quality(), str(error)
 
 
 def find_plain(run: str, given: str | None) -> str:
     """Return the run of the plain model: ``given``, else ``RUN_plain`` if it has metrics and a checkpoint, else ""."""
-    beside = f"{locate(run)}_plain"
-    usable = (locate(beside) / METRICS).exists() and checkpoint_steps(locate(beside) / "checkpoints")
-    return given or (beside if usable else "")
+    if given:
+        return given
+    plain = f"{locate(run)}_plain"
+    usable = (locate(plain) / METRICS).exists() and newest_step(locate(plain) / "checkpoints") is not None
+    return plain if usable else ""
 
 
 def open_runs(run_dir: str, plain_dir: str | None) -> tuple[Run, Run | None]:
     """Open a run and the plain model's, see `find_plain`."""
     run = Run.open(run_dir)
-    beside = find_plain(str(run.folder), plain_dir)
-    return run, Run.open(beside) if beside else None
+    plain = find_plain(str(run.folder), plain_dir)
+    return run, Run.open(plain) if plain else None
 
 
 def plot_run(run_dir: str, plain_dir: str | None = None, measure: bool = False) -> list[epath.Path]:
@@ -150,8 +156,8 @@ def plot_run(run_dir: str, plain_dir: str | None = None, measure: bool = False) 
 
 
 def loss_picture(run: Run, plain: Run | None = None) -> Picture:
-    """Plot the training loss, smoothed, and the held-out loss of a few exits, and those of a plain model."""
-    trained, layers = run.trained_exits, run.layers
+    """Return a picture of the training loss, smoothed, and the held-out loss of a few exits and of a plain model."""
+    trained, layers = run.exits_with_loss, run.layers
     wanted = (run.draft_exit, max(1, layers // 2), layers)
     shown = sorted({min(trained, key=lambda e: abs(e - exit_layer)) for exit_layer in wanted} | {layers})
     notes = {layers: ", full model"} | ({run.draft_exit: ", drafts"} if run.draft_exit != layers else {})
@@ -197,7 +203,7 @@ def loss_picture(run: Run, plain: Run | None = None) -> Picture:
 def exits_picture(
     run: Run, quality: ExitQuality, plain: ExitQuality | None = None, acceptance_L: np.ndarray | None = None
 ) -> Picture:
-    """Plot loss and agreement by exit, with the draft exit marked, and the acceptance and a plain model if given.
+    """Return a picture of loss and agreement by exit, with the acceptance and a plain model if given.
 
     If neither agreement nor acceptance is known, as at the end of training, the picture has the loss only.
     """
@@ -228,7 +234,8 @@ def exits_picture(
     at = run.draft_exit - 1
     agreed = quality.agreement_L[at]
     described = "" if np.isnan(agreed) else f", the full model's next token in {agreed:.0%} of the cases"
-    described += "" if acceptance_L is None else f", {acceptance_L[at]:.0%} of its drafts accepted"
+    if acceptance_L is not None and not np.isnan(acceptance_L[at]):
+        described += f", {acceptance_L[at]:.0%} of its drafts accepted"
     return Picture(
         draw,
         f"Loss{' and agreement' * has_agreement} by exit. Draft exit {run.draft_exit}: loss {quality.loss_L[at]:.2f}"
@@ -239,7 +246,10 @@ def exits_picture(
 
 
 def schedules_picture(run: Run) -> Picture:
-    """Plot drop rates by block, and exit weights over steps. Blocks count from 1, so that exit E follows block E."""
+    """Return a picture of the drop rates by block, and of the exit weights over steps.
+
+    Blocks count from 1, so that exit E follows block E.
+    """
     recipe, layers = Recipe.from_config(run.config), run.layers
     (weight_LN, steps), counted = run.exit_weights, range(1, layers + 1)
     whole = run.config.train.steps == steps[-1] + 1
@@ -266,7 +276,7 @@ def schedules_picture(run: Run) -> Picture:
     return Picture(
         draw,
         f"Drop rates by block, up to {float(np.max(rates)):.0%} at the last step, and the weights of the exits over "
-        f"steps. Exits with a loss: {' '.join(map(str, run.trained_exits))}.",
+        f"steps. Exits with a loss: {' '.join(map(str, run.exits_with_loss))}.",
     )
 
 

@@ -15,13 +15,13 @@ def read_prompts(given: list[str] | None, file: str | None, held_out: int | None
         raise UserError("give the prompts in one way: --prompt TEXT (once or more), --prompts FILE or --held_out N")
     if held_out is not None:
         return _held_out(config, held_out)
-    prompts = given if file is None else _read_file(file)
-    for number, prompt in enumerate(prompts or [], start=1):
+    prompts = (given or []) if file is None else _read_file(file)
+    for number, prompt in enumerate(prompts, start=1):
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"prompt {number} is not Unicode text: it has {error.object[error.start]!r}") from error
-    return prompts or []
+    return prompts
 
 
 def _read_file(file: str) -> list[str]:
@@ -29,7 +29,7 @@ def _read_file(file: str) -> list[str]:
         # Not `str.splitlines`: it also splits at characters such as U+2028, which JSON text may contain.
         lines = re.split(r"\r\n|[\r\n]", decode_text(locate(file).read_bytes(), f"the prompts file {file}"))
     except OSError as error:
-        raise UserError(f"cannot read the prompts file {file} as UTF-8 text: {error}") from error
+        raise UserError(f"cannot read the prompts file {file}: {error}") from error
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise UserError(f"{file} has no prompts: write one a line, or JSON lines with a 'prompt' text each")
@@ -50,8 +50,14 @@ def _read_json_line(file: str, number: int, line: str) -> str:
     return prompt
 
 
-def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
-    """Return ``count`` prompts from held-out documents: the prompt of a pair, or up to half of a text.
+PROMPT_CHARACTERS = 200
+"""Most characters of a text that ``--held_out`` uses as a prompt."""
+
+
+def _held_out(config: Config, count: int) -> list[str]:
+    """Return ``count`` prompts from held-out documents: the prompt of a pair, or the first half of a text.
+
+    The half of a text is cut to `PROMPT_CHARACTERS`.
 
     If there are fewer documents, cut each text into parts, and take a prompt from each part.
     """
@@ -59,21 +65,21 @@ def _held_out(config: Config, count: int, characters: int = 200) -> list[str]:
     from layerskip_jax.data.sources import open_documents
     from layerskip_jax.data.tokenizer import valid_text
 
+    if any(data.source == "tokens" for data in config.data.components.values()):
+        raise UserError("--held_out needs a corpus of text, and that of this checkpoint holds tokens: use --prompt")
     prompts: list[str] = []
     documents = open_documents(config.data, config.data.validation_split, prepare=False)
     parts = -(-count // len(documents))
     for index in range(len(documents)):
         text = documents[index]
-        if not isinstance(text, str):
-            raise UserError("--held_out needs a corpus of text, and that of this checkpoint holds tokens: use --prompt")
+        assert isinstance(text, str)  # other sources hold text
         if isinstance(text, Pair):
             prompts.append(text.prompt)
         else:
             ends = [len(text) * part // parts for part in range(parts + 1)]
             spans = [(_word_start(text, start) if start else 0, end) for start, end in itertools.pairwise(ends)]
-            prompts += [
-                text[at : min(at + characters, (at + end) // 2)] for at, end in spans if end - at > 1 or parts == 1
-            ]
+            halves = [(at, (at + end) // 2) for at, end in spans if end - at > 1 or parts == 1]
+            prompts += [text[at : min(half, at + PROMPT_CHARACTERS)] for at, half in halves]
         if len(prompts) >= count:
             return [*map(valid_text, prompts[:count])]
     raise UserError(f"the held-out split gives only {len(prompts)} prompts, fewer than --held_out {count}")

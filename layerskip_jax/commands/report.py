@@ -13,8 +13,7 @@ from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint, read_config
 from layerskip_jax.checkpoint.swept import SWEPT
 from layerskip_jax.command_line import add_prompt_options, add_run, make_parser, positive
-from layerskip_jax.commands import page, terminal
-from layerskip_jax.commands.decode import compare
+from layerskip_jax.commands import page
 from layerskip_jax.commands.plots import (
     Run,
     add_plain,
@@ -30,11 +29,12 @@ from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.configure import resolve_exits
 from layerskip_jax.decoding.quantization import with_weights
+from layerskip_jax.decoding.summary import Summary, compare
 from layerskip_jax.decoding.text import Piece, TextGenerator, encode
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation import token_exits
 from layerskip_jax.evaluation.exits import ExitQuality
-from layerskip_jax.evaluation.pictures import Picture, embedded, smooth
+from layerskip_jax.evaluation.pictures import Picture, image_html, smooth
 from layerskip_jax.locations import write_file
 from layerskip_jax.mixture import mixture_shares
 from layerskip_jax.model import Transformer, parameter_count
@@ -57,7 +57,7 @@ def train_command(config: Config) -> list[str]:
 class Decoded:
     """Speed of greedy decoding on held-out prompts, and the share of accepted drafts of each exit."""
 
-    report: terminal.Report
+    summary: Summary
     acceptance_L: np.ndarray
 
 
@@ -68,11 +68,11 @@ def decode_prompts(run: Run, model: Transformer, tokenizer: Tokenizer, prompts: 
     plain = TextGenerator(model, tokenizer, dataclasses.replace(settings, mode="autoregressive"), longest)
     drafting, batches = TextGenerator(model, tokenizer, settings, longest), [[prompt] for prompt in prompts]
     answers = [drafting.generate(batch) for batch in batches]
-    report = terminal.Report.from_answers(answers, model.config, settings)
-    report = dataclasses.replace(report, **compare(drafting, plain, batches))
+    total = Summary.from_answers(answers, model.config, settings)
+    total = dataclasses.replace(total, **compare(drafting, plain, batches))
     new = [answer.completions[0].tokens for answer in answers]
     continuations = token_exits.predict_continuations(model, ids, new)
-    return Decoded(report, token_exits.acceptance_by_exit(continuations, settings.draft_length))
+    return Decoded(total, token_exits.acceptance_by_exit(continuations, settings.draft_length))
 
 
 def write_report(
@@ -86,7 +86,7 @@ def write_report(
     run, plain = open_runs(run_dir, plain_dir)
     batches = batches or run.config.train.evaluate_batches  # as in training, so that the numbers agree
     plain_quality, plain_problem = plain.measured_quality(batches) if plain else (None, "")
-    model, config, tokenizer_path = load_model(str(run.checkpoint))
+    model, config, tokenizer_path = load_model(run.source)
     quality, problem = run.measured_quality(batches, (model, config, tokenizer_path))
     problems = [text for text in (problem, plain_problem and f"the plain model: {plain_problem}") if text]
     missing = "".join(f"<p>Not measured: {html.escape(text)}</p>" for text in problems)
@@ -103,7 +103,7 @@ def write_report(
     }
     for name, picture in pictures.items():
         picture.save(run.folder / "plots" / f"{name}.png")
-    figures = [token_exits.token_exits(model, tokenizer, prompt, new_tokens) for prompt in shown]
+    figures = [token_exits.token_exits(model, tokenizer, run.decode, prompt, new_tokens) for prompt in shown]
 
     sections = {
         "": page.tiles(summary(run, quality, plain_quality, decoded)) + page.command(train_command(run.config)),
@@ -113,7 +113,7 @@ def write_report(
         "Schedules": pictures["schedules"].html(),
         "A sample": _sample(run, model, tokenizer, shown[0]) if shown else no_prompt,
         "Which layer first predicts each token": _tokens(run, figures) if shown else no_prompt,
-        "Settings": page.folded("All settings of the run", json.dumps(saved_settings(run.config), indent=1)),
+        "Settings": page.details_html("All settings of the run", json.dumps(saved_settings(run.config), indent=1)),
     }
     file = run.folder / "report.html"
     title = f"{run.folder.name}: step {run.checkpoint.name}"
@@ -124,7 +124,7 @@ def write_report(
 def opening_sentence(run: Run) -> str:
     """Say in one sentence what was trained, on what, and what for."""
     config, dropout = run.config, run.config.layer_dropout.p_max
-    inner = [exit_layer for exit_layer in run.trained_exits if exit_layer < run.layers]
+    inner = [exit_layer for exit_layer in run.exits_with_loss if exit_layer < run.layers]
     parts = [f"layer dropout up to {dropout:.0%}"] * (dropout > 0)
     parts += [f"a loss at exit{'s' * (len(inner) > 1)} {_ranges(inner)}"] * bool(inner)
     kind = f"with LayerSkip ({' and '.join(parts)})" if parts else "without layer dropout and early-exit losses"
@@ -144,17 +144,17 @@ def summary(
     """Return the numbers at the head of the page, as `page.tiles` takes them."""
     config, at = run.config, run.draft_exit - 1
     rates, goodput = run.series("train/tokens_per_second")[1], run.series("run/goodput")[1]
-    beside = f"; plain model {plain.loss_L[-1]:.3f}" if plain else ""
+    compared = f"; plain model {plain.loss_L[-1]:.3f}" if plain else ""
     values = {
         "Parameters": (_short(parameter_count(config.model)), f"{run.layers} layers of width {config.model.dim}"),
         "Tokens": (_short(_tokens_seen(run)), f"{run.checkpoint.name} steps of {config.train.batch_size} sequences"),
-        "Held-out loss": (f"{quality.loss_L[-1]:.3f}", f"exit {run.draft_exit}: {quality.loss_L[at]:.3f}{beside}"),
+        "Held-out loss": (f"{quality.loss_L[-1]:.3f}", f"exit {run.draft_exit}: {quality.loss_L[at]:.3f}{compared}"),
     }
-    if decoded and not math.isnan(decoded.report.acceptance):
-        values["Acceptance"] = (f"{decoded.report.acceptance:.0%}", f"of the {_draft_source(run)}")
+    if decoded and not math.isnan(decoded.summary.acceptance):
+        values["Acceptance"] = (f"{decoded.summary.acceptance:.0%}", f"of the {_draft_source(run)}")
     if decoded:
-        speedup = f"{decoded.report.speedup:.2f}x plain decoding on this machine"
-        values["Decoding"] = (f"{decoded.report.tokens_per_second:,.0f} tokens/s", speedup)
+        speedup = f"{decoded.summary.speedup:.2f}x plain decoding on this machine"
+        values["Decoding"] = (f"{decoded.summary.tokens_per_second:,.0f} tokens/s", speedup)
     if len(rates):
         kept = f"{goodput[-1]:.0%} of the time in training steps" if len(goodput) else ""
         values["Training"] = (f"{np.median(rates):,.0f} tokens/s", kept)
@@ -162,7 +162,7 @@ def summary(
 
 
 def speed_picture(run: Run, decoded: Decoded | None) -> Picture:
-    """Plot the tokens/s of training over steps, and those of decoding with and without drafts."""
+    """Return a picture of the tokens/s of training over steps, and of decoding with and without drafts."""
     steps, rates = run.series("train/tokens_per_second")
 
     def draw(axes: np.ndarray) -> None:
@@ -172,7 +172,7 @@ def speed_picture(run: Run, decoded: Decoded | None) -> Picture:
         axes[0].set(title="Training", xlabel="optimizer step", ylabel="tokens/s", ylim=(0, None))
         if decoded:
             names = ["plain", _draft_source(run)]
-            values = [decoded.report.plain_tokens_per_second, decoded.report.tokens_per_second]
+            values = [decoded.summary.plain_tokens_per_second, decoded.summary.tokens_per_second]
             bars = axes[1].barh(names, values, color=["C9", "C0"], height=0.55)
             axes[1].bar_label(bars, fmt="{:,.0f}", padding=4)
             axes[1].set(title="Decoding", xlabel="tokens/s")
@@ -180,9 +180,8 @@ def speed_picture(run: Run, decoded: Decoded | None) -> Picture:
             axes[1].grid(visible=False, axis="y")
             axes[1].invert_yaxis()
 
-    return Picture(
-        draw, "Tokens per second of training over optimizer steps, and of decoding.", 1 + bool(decoded), (11, 3)
-    )
+    alt = f"Tokens per second of training over optimizer steps{', and of decoding' * bool(decoded)}."
+    return Picture(draw, alt, 1 + bool(decoded), (11, 3))
 
 
 def _draft_source(run: Run) -> str:
@@ -230,7 +229,7 @@ def _prompts(config: Config, given: list[str] | None) -> tuple[list[str], list[s
         try:
             held_out = read_prompts(None, None, count, config)
         except UserError as error:
-            problem = f"<p>Not shown: {html.escape(str(error))}; --prompt TEXT names a text</p>"
+            problem = f"<p>Not shown: {html.escape(str(error))}; give a prompt with --prompt TEXT</p>"
         else:
             return sample or held_out[:1], held_out, ""
     return sample, sample, problem
@@ -263,28 +262,29 @@ def _explained(run: Run, decoded: Decoded | None) -> str:
 def _speed(run: Run, decoded: Decoded | None) -> str:
     if not decoded:
         return ""
-    report = decoded.report
-    acceptance = "" if math.isnan(report.acceptance) else f"{report.acceptance:.1%}"
+    total = decoded.summary
+    acceptance = "" if math.isnan(total.acceptance) else f"{total.acceptance:.1%}"
     rows = [
-        ["plain decoding", f"{report.plain_tokens_per_second:,.0f}", "1.00x", "", "1.00"],
-        [_draft_source(run), f"{report.tokens_per_second:,.0f}", f"{report.speedup:.2f}x", acceptance,
-         f"{report.tokens_per_round:.2f}"],
+        ["plain decoding", f"{total.plain_tokens_per_second:,.0f}", "1.00x", "", "1.00"],
+        [_draft_source(run), f"{total.tokens_per_second:,.0f}", f"{total.speedup:.2f}x", acceptance,
+         f"{total.tokens_per_round:.2f}"],
     ]  # fmt: skip
-    same = "the same texts" if report.identical else "other texts, in which rounding decided a token"
+    same = "both gave the same texts" if total.identical else "the texts differ, because rounding changed a token"
     return (
         page.table(["decoding", "tokens/s", "speedup", "acceptance", "tokens a round"], rows)
-        + f'<p class="note">Greedy decoding of {report.prompts} prompts, one at a time, on this machine; both gave '
+        + f'<p class="note">Greedy decoding of {total.prompts} prompts, one at a time, on this machine; '
         f"{same}. Where reading the weights takes all the time, as in large models, the speedup would be "
-        f"{report.predicted_speedup:.2f}x.</p>"
+        f"{total.predicted_speedup:.2f}x.</p>"
     )
 
 
 def _swept(run: Run, run_dir: str) -> str:
     plot, stored = run.folder / "plots" / "sweep.png", run.checkpoint.parent / SWEPT
-    if not plot.exists():
+    if not stored.exists():
         return f"<p>Not swept yet: <code>layerskip sweep {html.escape(run_dir)}</code> finds the fastest exit.</p>"
-    result = page.folded("Result of layerskip sweep", stored.read_text()) if stored.exists() else ""
-    return embedded(plot.read_bytes(), "Tokens per second and acceptance over exit and draft length") + result
+    alt = "Tokens per second and acceptance over exit and draft length"
+    picture = image_html(plot.read_bytes(), alt) if plot.exists() else ""
+    return picture + page.details_html("Result of layerskip sweep", stored.read_text())
 
 
 def _sample(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str) -> str:
@@ -303,7 +303,7 @@ def _sample(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str) -> 
 
 
 def _tokens(run: Run, figures: list[token_exits.TokenExits]) -> str:
-    untrained = [exit_layer for exit_layer in range(1, run.layers + 1) if exit_layer not in run.trained_exits]
+    untrained = [exit_layer for exit_layer in range(1, run.layers + 1) if exit_layer not in run.exits_with_loss]
     note = (
         f"<p>Exit{'s' * (len(untrained) > 1)} {_ranges(untrained)} (&dagger;) had no loss in training: the head never "
         "learned to read these layers, so do not expect good predictions there.</p>"
@@ -322,11 +322,11 @@ def main(argv: list[str] | None = None) -> None:
     add_plain(parser)
     add_prompt_options(parser)
     parser.add_argument(
-        "--max_new_tokens", "--new_tokens", metavar="N", type=positive, default=24, help="tokens shown (default: 24)"
+        "--new_tokens", metavar="N", type=positive, default=24, help="tokens in the table of exits (default: 24)"
     )
     parser.add_argument("--batches", metavar="N", type=positive, help="held-out batches (default: those of the run)")
     options = parser.parse_known_options(argv)
     sources, prompts = (options.prompt, options.prompts, options.held_out), None
     if any(source is not None for source in sources):
         prompts = read_prompts(*sources, read_config(find_checkpoint(options.run)))
-    print(write_report(options.run, prompts, options.max_new_tokens, options.batches, options.plain))
+    print(write_report(options.run, prompts, options.new_tokens, options.batches, options.plain))

@@ -1,7 +1,7 @@
 """``layerskip sweep RUN`` finds the fastest exit and draft length of a checkpoint.
 
 It times every pair alternately on the same prompts, prints and plots the result, and stores the recommended settings
-with the checkpoint, where ``layerskip decode`` finds them.
+in the run's folder of checkpoints, where ``layerskip decode`` finds them.
 """
 
 import argparse
@@ -31,7 +31,6 @@ from layerskip_jax.command_line import (
     whole,
 )
 from layerskip_jax.commands.prompts import read_prompts
-from layerskip_jax.commands.terminal import mean_round_cost
 from layerskip_jax.config import DecodeConfig, ModelConfig
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -40,7 +39,8 @@ from layerskip_jax.decoding.cost import Overhead, round_cost
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.request import Generation
-from layerskip_jax.decoding.text import TextGenerator
+from layerskip_jax.decoding.summary import mean_round_cost
+from layerskip_jax.decoding.text import encode
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.pictures import Picture, ink_on
 from layerskip_jax.model import Transformer
@@ -118,7 +118,7 @@ def _measurement(
         speedup=speedup,
         acceptance=last.acceptance,
         tokens_per_round=last.tokens_per_round,
-        drafted_per_round=last.drafted / last.rounds,
+        drafted_per_round=last.drafted_per_round,
         round_cost=last.tokens_per_round / speedup,
         identical=None if config.temperature else all(run.tokens == plain[0].tokens for run in runs),
         predicted_speedup=last.tokens_per_round / mean_round_cost(last, model, config),
@@ -160,9 +160,9 @@ def sweep(
 ) -> tuple[list[Measurement], list[Measurement], Overhead]:
     """Measure plain decoding and every pair of exit and draft length, then plain decoding and six finalists.
 
-    The finalists are the fastest pair; the adaptive policy over the same exits, up to the largest length; prompt lookup
-    of the largest length; the fastest pair with lookups of that length; and the fastest pair with `CHOICES`. Returns
-    both lists of measurements and the measured overhead.
+    The finalists are the fastest pair alone, with lookups, and with `CHOICES`; the adaptive policy over the same exits,
+    alone and with lookups; and prompt lookup. The adaptive policy drafts up to the largest length, and lookups have
+    that length. Returns both lists of measurements and the measured overhead.
     """
     fixed = dataclasses.replace(settings, mode="self_speculative", policy="fixed", lookup_length=0, choices=1)
     pairs = [dataclasses.replace(fixed, exit_layer=e, draft_length=d) for e in exits for d in draft_lengths]
@@ -207,16 +207,16 @@ def table(grid: list[Measurement], finals: list[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def plot(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[int], file: epath.Path) -> None:
-    """Plot tokens/s and acceptance over exit and draft length."""
+def save_picture(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[int], file: epath.Path) -> None:
+    """Save a picture of tokens/s and acceptance over exit and draft length."""
 
     def draw(axes: np.ndarray) -> None:
         plain = f"{grid[0].tokens_per_second:,.0f}"
         names = {"tokens_per_second": f"Tokens/s (plain decoding: {plain})", "acceptance": "Accepted drafts / drafts"}
         for axis, (name, title) in zip(axes, names.items(), strict=True):
-            value_Ed = np.array([getattr(m, name) for m in grid[1:]]).reshape(len(exits), len(draft_lengths))
-            image = axis.imshow(value_Ed, aspect="auto", origin="lower")
-            for (row, column), value in np.ndenumerate(value_Ed):
+            value_Xd = np.array([getattr(m, name) for m in grid[1:]]).reshape(len(exits), len(draft_lengths))
+            image = axis.imshow(value_Xd, aspect="auto", origin="lower")
+            for (row, column), value in np.ndenumerate(value_Xd):
                 text = f"{value:.2f}" if name == "acceptance" else f"{value:,.0f}"
                 axis.text(column, row, text, ha="center", va="center", color=ink_on(image.to_rgba(value)))
             axis.set(title=title, xlabel="draft length d", ylabel="draft exit E")
@@ -229,8 +229,8 @@ def plot(grid: list[Measurement], exits: Sequence[int], draft_lengths: Sequence[
 
 def _parser() -> OneLineParser:
     parser = make_parser(
-        "Time exits and draft lengths of a checkpoint on prompts, and store the fastest lossless settings with it. "
-        "Default prompts: --held_out 8.",
+        "Time exits and draft lengths of a checkpoint on prompts, and store the fastest lossless settings with its "
+        "run. Default prompts: --held_out 8.",
         "sweep",
     )
     add_run(parser)
@@ -243,7 +243,12 @@ def _parser() -> OneLineParser:
         help="exits (default: L/8, L/4, 3L/8, L/2, and the trained exits of the run)",
     )
     parser.add_argument(
-        "--try_lengths", metavar="D", type=whole(1, 63), nargs="+", default=[2, 4, 6, 8], help="draft lengths"
+        "--try_lengths",
+        metavar="D",
+        type=whole(1, 63),
+        nargs="+",
+        default=[2, 4, 6, 8],
+        help="draft lengths (default: 2 4 6 8)",
     )
     parser.add_argument("--repeats", metavar="N", type=positive, default=3, help="timed runs of each (default: 3)")
     add_tensor_parallel(parser)
@@ -261,7 +266,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     given = given_settings(options, DecodeConfig)
-    config = open_model_folder(options.run).config  # check the input before the weights, which take a while
+    folder = open_model_folder(options.run)
+    config = folder.config
     settings = apply_overrides(config.decode_settings, given)
     layers = config.model.num_layers
     default = [*(max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4)), *config.early_exit.trained_exits]
@@ -272,13 +278,14 @@ def _sweep(options: argparse.Namespace) -> None:
     sources = (options.prompt, options.prompts, options.held_out)
     held_out = 8 if all(source is None for source in sources) else options.held_out
     texts = read_prompts(options.prompt, options.prompts, held_out, config)
-    model, config, tokenizer_path = load_model(options.run, unstacked=True)
-    tokenizer = load_tokenizer(str(tokenizer_path))
-    prompts = [*map(TextGenerator(model, tokenizer, settings).encode, texts)]  # with the chat template, if it is on
+    tokenizer = load_tokenizer(str(folder.tokenizer))
+    tokenizer.check_decodes(config.model.vocab_size)
+    prompts = [encode(tokenizer, settings, text) for text in texts]  # with the chat template, if it is on
     longest = max(map(len, prompts))
     warn_beyond_context(config, longest + settings.max_new_tokens, "the longest prompt and max_new_tokens are")
     eos = () if settings.ignore_eos else tokenizer.end_tokens(config.model.vocab_size)
-    model = with_weights(model, settings.weights)
+    # The input is checked: now read the weights, which takes a while.
+    model = with_weights(load_model(folder, unstacked=True)[0], settings.weights)
     grid, finals, overhead = sweep(model, prompts, settings, exits, lengths, options.repeats, eos)
 
     lossless = [m for m in finals if m.identical is not False]  # this includes plain decoding
@@ -296,21 +303,11 @@ def _sweep(options: argparse.Namespace) -> None:
         listed = ", ".join(f"{name} {value}" for name, value in chosen.items())
         print(f"recommended: {listed} ({winner.speedup:.2f}x plain decoding)")
     if not options.no_store:
-        _store(options, grid, (exits, lengths), chosen, measured)
-
-
-def _store(
-    options: argparse.Namespace,
-    grid: list[Measurement],
-    axes: tuple[list[int], list[int]],
-    chosen: dict[str, Any],
-    measured: dict[str, Any],
-) -> None:
-    picture = open_model_folder(options.run).root / "plots" / "sweep.png"
-    try:
-        plot(grid, *axes, picture)
-        file = store_swept(options.run, chosen, measured)
-    except (OSError, UserError) as error:
-        raise UserError(f"the result cannot be stored: {error}; --no_store stores nothing") from error
-    if not options.json:
-        print(f"plot: {picture}\nstored: {file}; layerskip decode uses it by default")
+        picture = folder.root / "plots" / "sweep.png"
+        try:
+            save_picture(grid, exits, lengths, picture)
+            file = store_swept(folder, chosen, measured)
+        except (OSError, UserError) as error:
+            raise UserError(f"the result cannot be stored: {error}; --no_store stores nothing") from error
+        if not options.json:
+            print(f"plot: {picture}\nstored: {file}; layerskip decode uses it by default")

@@ -12,7 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from layerskip_jax.checkpoint.reading import context_length, load_model, open_model_folder, warn_beyond_context
+from layerskip_jax.checkpoint.reading import (
+    ModelFolder,
+    context_length,
+    load_model,
+    open_model_folder,
+    warn_beyond_context,
+)
 from layerskip_jax.checkpoint.swept import decode_settings
 from layerskip_jax.command_line import (
     OneLineParser,
@@ -218,19 +224,21 @@ def _read_tasks(options: argparse.Namespace) -> list[tuple[str, Task, TaskExampl
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_known_options(argv)
     given = given_settings(options, DecodeConfig)
-    open_model_folder(options.run)  # fails early: reading examples may take a while
+    folder = open_model_folder(options.run)
+    settings = decode_settings(folder, folder.config, given)
+    settings = dataclasses.replace(settings, exit_layer=resolve_exit_layer(settings, folder.config.model.num_layers))
     with tensor_parallel(options.tensor_parallel):
-        _run_tasks(options, given, _read_tasks(options))
+        _run_tasks(options, folder, settings, _read_tasks(options))
 
 
 def _run_tasks(
-    options: argparse.Namespace, given: dict[str, Any], tasks: Sequence[tuple[str, Task, TaskExamples]]
+    options: argparse.Namespace,
+    folder: ModelFolder,
+    settings: DecodeConfig,
+    tasks: Sequence[tuple[str, Task, TaskExamples]],
 ) -> None:
-    model, config, tokenizer_path = load_model(options.run, unstacked=True)
-    settings = decode_settings(options.run, config, given)
-    tokenizer = load_tokenizer(str(tokenizer_path))
-    model = with_weights(model, settings.weights)
-    settings = dataclasses.replace(settings, exit_layer=resolve_exit_layer(settings, config.model.num_layers))
+    config, tokenizer = folder.config, load_tokenizer(str(folder.tokenizer))
+    model = with_weights(load_model(folder, unstacked=True)[0], settings.weights)
     results = {}
     for name, task, examples in tasks:
         results[name], answered = run_task(

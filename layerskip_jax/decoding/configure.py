@@ -40,6 +40,12 @@ def resolve_exits(config: DecodeConfig, num_layers: int) -> tuple[int, ...]:
     return exits
 
 
+def check_exits(config: DecodeConfig, num_layers: int) -> None:
+    """Raise `UserError` if ``exit_layer`` or ``exits`` is not in 1..L, even if the mode does not use it."""
+    resolve_exit_layer(config, num_layers)
+    resolve_exits(config, num_layers)
+
+
 def make_policy(config: DecodeConfig, num_layers: int) -> DraftPolicy:
     """Return the draft policy that ``config`` names."""
     exit_layer, length = resolve_exit_layer(config, num_layers), config.draft_length
@@ -53,8 +59,7 @@ def make_policy(config: DecodeConfig, num_layers: int) -> DraftPolicy:
 def configure(config: DecodeConfig, model: Transformer) -> tuple[Transformer, Strategy]:
     """Return the model to decode with and the strategy that ``config`` asks for. ``model`` is an `unstacked` one."""
     sampler, num_layers = make_sampler(config), model.config.num_layers
-    for check in (resolve_exit_layer, resolve_exits):  # also if the mode does not use them
-        check(config, num_layers)
+    check_exits(config, num_layers)
     if config.mode == "self_speculative" and config.choices > 1:
         exit_layer = resolve_exit_layer(config, num_layers)
         if isinstance(sampler, Greedy):

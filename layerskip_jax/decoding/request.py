@@ -208,11 +208,16 @@ class Generation:
 
     @classmethod
     def from_state(
-        cls, state: DecodeState, prompts: Sequence[Sequence[int]], exits: Sequence[int], **seconds: float
+        cls,
+        state: DecodeState,
+        prompts: Sequence[Sequence[int]],
+        exits: Sequence[int],
+        seconds: float,
+        prefill_seconds: float,
     ) -> Self:
         """Read the result of ``prompts`` from the state after the last round.
 
-        ``exits`` are the strategy's exits, or L alone if it has none. ``seconds`` are the two times.
+        ``exits`` are the strategy's exits, or L alone if it has none.
         """
         statistics, known = jax.device_get(state.statistics), known_tokens(fetch_text(state))
         histogram = statistics.accepted_histogram_Q.tolist()
@@ -225,7 +230,8 @@ class Generation:
             exit_rounds=dict(zip(exits, statistics.exit_rounds_X.tolist(), strict=True)),
             exit_drafts=dict(zip(exits, statistics.drafted_X.tolist(), strict=True)),
             exit_accepted=dict(zip(exits, statistics.accepted_X.tolist(), strict=True)),
-            **seconds,
+            seconds=seconds,
+            prefill_seconds=prefill_seconds,
         )
 
     @classmethod
@@ -265,3 +271,8 @@ class Generation:
     def tokens_per_round(self) -> float:
         """New tokens per round and row: 1 for plain decoding, at most d+1 with drafts; NaN without a round."""
         return self.new_tokens / self.row_rounds if self.row_rounds else float("nan")
+
+    @property
+    def drafted_per_round(self) -> float:
+        """Drafts per round and row; NaN without a round."""
+        return self.drafted / self.row_rounds if self.row_rounds else float("nan")

@@ -63,15 +63,14 @@ class TextGenerator:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: DecodeConfig, longest_prompt: int = 0):
         vocabulary = model.config.vocab_size
-        if tokenizer.vocab_size > 2 * vocabulary:  # too large to be the model's tokenizer with a few tokens added
-            tokenizer.check_vocabulary(vocabulary, padded=True)
+        tokenizer.check_decodes(vocabulary)
         self.tokenizer, self.config, self._longest = tokenizer, config, longest_prompt
         self._ends = () if config.ignore_eos else tokenizer.end_tokens(vocabulary)
         self._marks, self._stops = _mark_special_tokens(tokenizer, config.stop)
         self.model, self.strategy = configure(config, model)
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, as `encode` does."""
+        """Encode a prompt with this generator's tokenizer and settings; a subclass may shorten it."""
         return encode(self.tokenizer, self.config, prompt)
 
     def generate(self, prompts: Sequence[str], show: Callable[[Piece], None] | None = None, first: int = 0) -> Answer:

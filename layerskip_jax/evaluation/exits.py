@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from layerskip_jax.checkpoint.reading import load_model, warn_beyond_context
+from layerskip_jax.checkpoint.reading import ModelFolder, load_model, warn_beyond_context
 from layerskip_jax.checks import require
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import apply_overrides
@@ -190,7 +190,7 @@ def with_small_batches(config: Config, devices: int) -> Config:
 
 
 def checkpoint_quality(
-    checkpoint: str,
+    checkpoint: str | ModelFolder,
     batches: int,
     data: dict[str, Any] | None = None,
     loaded: tuple[Transformer, Config, epath.Path] | None = None,

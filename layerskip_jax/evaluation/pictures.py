@@ -68,10 +68,10 @@ class Picture:
     def html(self) -> str:
         """Return the light and the dark picture as HTML that needs no other file."""
         source = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(self._png("dark"))}">'
-        return f"<picture>{source}{embedded(self.light, self.alt)}</picture>"
+        return f"<picture>{source}{image_html(self.light, self.alt)}</picture>"
 
 
-def embedded(png: bytes, alt: str) -> str:
+def image_html(png: bytes, alt: str) -> str:
     """Return a picture as HTML that needs no other file."""
     return f'<img alt="{html.escape(alt)}" src="{_data(png)}">'
 

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.request import round_up
 from layerskip_jax.decoding.rounds import Autoregressive
 from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.decoding.text import encode
 from layerskip_jax.evaluation.exits import exit_predictions
 from layerskip_jax.evaluation.pictures import exit_color, ink_on
 from layerskip_jax.model import Transformer
@@ -57,7 +59,7 @@ def visible(text: str, keep: str = "") -> str:
         shown = character in keep or unicodedata.category(character)[0] not in "ZC"
         return character if shown else NAMES.get(character, f"\u27e8U+{ord(character):04X}\u27e9")
 
-    joins = bool(text) and unicodedata.category(text[0])[0] == "M"  # a mark, which would join what stands before it
+    joins = bool(text) and unicodedata.category(text[0])[0] == "M"  # a mark combines with the character before it
     return ("\u25cc" if joins else "") + "".join(map(sign, text))
 
 
@@ -99,9 +101,14 @@ def acceptance_by_exit(continuations: Sequence[np.ndarray], draft_length: int) -
     return np.where(sums_L2[:, 1] > 0, sums_L2[:, 0] / np.maximum(sums_L2[:, 1], 1), np.nan)
 
 
-def token_exits(model: Transformer, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> TokenExits:
-    """Continue ``prompt`` greedily with an unstacked model, and predict every new token from every exit."""
-    ids = tokenizer.encode_prompt(prompt)
+def token_exits(
+    model: Transformer, tokenizer: Tokenizer, config: DecodeConfig, prompt: str, new_tokens: int
+) -> TokenExits:
+    """Continue ``prompt`` greedily with an unstacked model, and predict every new token from every exit.
+
+    ``config.chat`` decides how the prompt is encoded.
+    """
+    ids = encode(tokenizer, config, prompt)
     ends = tokenizer.end_tokens(model.config.vocab_size)
     result = generate(model, [ids], new_tokens, Autoregressive(Greedy()), eos=ends)
     (next_LT,) = predict_continuations(model, [ids], result.tokens)
