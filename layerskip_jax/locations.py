@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import fcntl
 import functools
 import importlib
 import importlib.util
@@ -153,6 +154,30 @@ def write_file(path: epath.Path, content: bytes | str) -> None:
         if not isinstance(error, OSError) and bucket_error(error) is None:
             raise
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextlib.contextmanager
+def folder_lock(folder: epath.Path, wait: bool) -> Iterator[bool]:
+    """Hold an exclusive lock on a local ``folder`` of this machine, and yield True.
+
+    If another process holds it, ``wait``, or yield False. In a bucket, or on a file system that has no locks, yield
+    True without a lock.
+    """
+    handle, held = -1, True
+    try:
+        with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+        try:
+            if handle >= 0:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            held = False
+        except OSError:
+            pass  # no locks here
+        yield held
+    finally:
+        if handle >= 0:
+            os.close(handle)
 
 
 @contextlib.contextmanager

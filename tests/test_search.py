@@ -10,15 +10,16 @@ import pytest
 from corpora import VOCABULARY
 
 from layerskip_jax.command_line import load_config_file
-from layerskip_jax.commands import search
+from layerskip_jax.commands import search, search_report
 from layerskip_jax.commands.search import proxy_config
 from layerskip_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.decoding.cost import best_speedup, predicted_speedup
 from layerskip_jax.errors import UserError
+from layerskip_jax.locations import folder_lock
 from layerskip_jax.presets import pretraining, trained_to_draft
 from layerskip_jax.training.bad_steps import Diverged
-from layerskip_jax.training.search_space import RECOMMENDED, Found, default_space, frontier
+from layerskip_jax.training.search_space import RECOMMENDED, RecipeQuality, default_space, frontier
 
 SPACE = """
 def get_space():
@@ -77,7 +78,7 @@ def test_a_search_writes_the_best_recipe_and_resumes(options, tmp_path, capsys, 
     assert all(config.model.dim == 8 and config.model.num_layers == 4 for config in trained)
 
     rows = json.loads((tmp_path / "study/search.json").read_text())
-    scores = [Found(row["loss_increase"], row["agreement"], row["speedup"]).score(0.005) for row in rows]
+    scores = [RecipeQuality(row["loss_increase"], row["agreement"], row["speedup"]).score(0.005) for row in rows]
     assert scores == sorted(scores, reverse=True)
     assert any(row["frontier"] for row in rows)
     assert (tmp_path / "study/frontier.png").read_bytes().startswith(b"\x89PNG")
@@ -93,7 +94,7 @@ def test_a_search_writes_the_best_recipe_and_resumes(options, tmp_path, capsys, 
     before = len(trained)
     search.main([*options, "--json"])  # all three trials are there
     assert len(trained) == before
-    assert json.loads(capsys.readouterr().out) == rows
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
 
     with pytest.raises(UserError, match="belongs to another config"):
         search.main([*options, "--steps", "18"])
@@ -123,7 +124,10 @@ def test_an_error_in_the_space_is_one_line(options, tmp_path, monkeypatch, funct
 
 def test_a_folder_has_one_search_at_a_time(options, tmp_path):
     (tmp_path / "study").mkdir()
-    with search._locked(tmp_path / "study"), pytest.raises(UserError, match="another layerskip search runs in"):
+    with (
+        folder_lock(tmp_path / "study", wait=False),
+        pytest.raises(UserError, match="another layerskip search runs in"),
+    ):
         search.main(options)
     assert not list((tmp_path / "study").iterdir())
 
@@ -166,7 +170,8 @@ def test_a_proxy_has_rows_for_every_device(devices, rows, monkeypatch):
     ("more", "message"),
     [
         (["--draft_exits", "4"], "--draft_exits must be in 1..3, not 4"),
-        (["--width", "7"], "--width must be even"),
+        (["--width", "7"], "--width must be a multiple of 2, or 0"),
+        (["--width", "130"], "--width must be a multiple of 4, or 0"),
         (["--loss_tolerance", "nan"], "nan"),
     ],
 )
@@ -244,10 +249,48 @@ def test_a_proxy_of_a_valid_config_is_valid(corpus, length, chunk):
 
 
 def test_scores_and_the_best_draft_length():
-    assert Found(0.004, 0.7, 1.5).score(0.005) == 1.5
-    assert Found(math.nan, 1.0, 3.0).score(0.005) == -math.inf
-    assert Found(0.007, 0.7, 1.5).score(0.005) == pytest.approx(1.3)
+    assert RecipeQuality(0.004, 0.7, 1.5).score(0.005) == 1.5
+    assert RecipeQuality(math.nan, 1.0, 3.0).score(0.005) == -math.inf
+    assert RecipeQuality(0.007, 0.7, 1.5).score(0.005) == pytest.approx(1.3)
     config = ModelConfig(num_layers=8)
     assert best_speedup(config, 2, 0.0) == 1  # drafts nothing
     assert best_speedup(config, 2, 1.0) == pytest.approx(predicted_speedup(config, 2, 12, 13))
-    assert frontier([Found(0, 0.5, 1), Found(0, 0.5, 1)]) == [True, True]
+    assert frontier([RecipeQuality(0, 0.5, 1), RecipeQuality(0, 0.5, 1)]) == [True, True]
+
+
+def test_progress_goes_to_stderr_if_the_result_is_json(options, capsys):
+    search.main([*options, "--json"])
+    printed = capsys.readouterr()
+    assert {"trial", "loss_increase", "frontier"} <= json.loads(printed.out.splitlines()[0]).keys()
+    assert "plain: loss" in printed.err
+    assert "trial 0:" in printed.err
+
+
+def test_a_wrong_space_can_be_corrected(options, tmp_path, monkeypatch):
+    """A study stores its space from its first whole trial on."""
+    monkeypatch.setattr(search.Search, "train_plain", lambda self: None)
+    space, tried = tmp_path / "space.py", []
+    correct = space.read_text()
+    space.write_text(correct.replace("(weight,)", "1 / 0"))
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        search.main(options)
+
+    def stop(config, **more):
+        tried.append(config)
+        raise UserError("stopped")
+
+    space.write_text(correct)
+    monkeypatch.setattr(search, "train", stop)
+    with pytest.raises(UserError, match="stopped"):
+        search.main(options)
+    assert len(tried) == 1
+
+
+def test_a_note_says_that_the_best_recipe_exceeds_the_tolerance(capsys):
+    good, better = (RecipeQuality(0.004, 0.7, 1.45), {}, 1), (RecipeQuality(0.006, 0.8, 1.6), {}, 2)
+    search_report._note_tolerance([better, good], 0.005)
+    assert "exceeds the loss tolerance of 0.50 % by 0.10 %; trial 1 is the best within it" in capsys.readouterr().err
+    search_report._note_tolerance([better], 0.005)
+    assert "no recipe is within it" in capsys.readouterr().err
+    search_report._note_tolerance([good], 0.005)
+    assert not capsys.readouterr().err

@@ -8,12 +8,12 @@ import numpy as np
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
 from layerskip_jax.data.corpus import describe_splits
-from layerskip_jax.data.documents import Document, components_of
+from layerskip_jax.data.documents import components_of
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import make_batches
 from layerskip_jax.data.pretokenize import pretokenize
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
-from layerskip_jax.data.sources import open_documents
+from layerskip_jax.data.sources import open_documents, open_splits
 from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.locations import locate
 
@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="tokenizer: replace an existing one")
     parser.add_argument("--out", metavar="FOLDER", help="pretokenize: the folder to write")
     config, options = parse_config(parser, argv)
+    for option, command in (("overwrite", "tokenizer"), ("out", "pretokenize")):
+        if getattr(options, option) and options.command != command:
+            raise UserError(f"--{option} is an option of layerskip data {command}, not of {options.command}")
     if options.command == "prepare":
         _prepare(config)
     elif options.command == "tokenizer":
@@ -40,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         if not options.out:
             raise UserError("pretokenize needs --out FOLDER")
         counts = pretokenize(config.data, options.out)
-        print(f"{options.out}: {counts['splits']}, {counts['tokens_per_second']:,.0f} tokens/s")
+        for split, count in counts["splits"].items():
+            print(f"{split}: {count['documents']:,} documents, {count['tokens']:,} tokens")
+        print(f"{options.out}: {counts['tokens_per_second']:,.0f} tokens/s")
         print(f"use it with --data.source tokens --data.path {options.out}")
     elif options.command == "show":
         _show(config)
@@ -50,35 +55,35 @@ def main(argv: list[str] | None = None) -> None:
 
 def _prepare(config: Config) -> None:
     names = (config.data.train_split, config.data.validation_split)
-    splits = [open_documents(config.data, split) for split in names]
+    splits = open_splits(config.data)
     for split, documents in zip(names, splits, strict=True):
         for name, part in components_of(documents).items():
-            unit = "bytes" if isinstance(part[0], str) else "tokens"
-            total = sum(_size(part[i]) for i in range(len(part)))
-            print(f"{split}{f' of {name}' * bool(name)}: {len(part):,} documents, {total:,} {unit}")
+            # Known for files and for tokens. All other documents would have to be read.
+            size = f", {int(np.sum(part.sizes)):,} bytes" if hasattr(part, "sizes") else ""
+            size = f", {part.tokens:,} tokens" if hasattr(part, "tokens") else size
+            print(f"{split}{f' of {name}' * bool(name)}: {len(part):,} documents{size}")
     for line in describe_splits(config.data, *splits):
         print(line)
-
-
-def _size(document: Document) -> int:
-    """Return the bytes of a text, or the number of tokens."""
-    return len(document.encode("utf-8", "replace")) if isinstance(document, str) else len(document)
 
 
 def _tokenizer(config: Config, overwrite: bool) -> None:
     path = config.data.tokenizer
     if path.endswith(".json"):
         raise UserError(
-            f"this trains a SentencePiece model, and {path} would name another kind: name it {path[:-5]}.model"
+            f"this command trains a SentencePiece model, not {path}: set --data.tokenizer {path[:-5]}.model"
         )
     if locate(path).exists() and not overwrite:
-        load_tokenizer(path).check_vocabulary(config.model.vocab_size)
-        print(f"{path} exists, with {config.model.vocab_size} pieces; --overwrite replaces it")
+        existing = load_tokenizer(path)
+        existing.check_vocabulary(config.model.vocab_size)
+        print(f"{path} exists, with {existing.vocab_size} pieces; --overwrite replaces it")
         return
     documents = open_documents(config.data, config.data.train_split)
     tokenizer = train_tokenizer(documents, path, config.model.vocab_size)
     sample = [str(documents[i]) for i in np.linspace(0, len(documents) - 1, 20).astype(int)]
-    bytes_, tokens = sum(map(_size, sample)), sum(len(tokenizer.encode(text)) for text in sample)
+    bytes_, tokens = (
+        sum(len(text.encode("utf-8", "replace")) for text in sample),
+        sum(len(tokenizer.encode(text)) for text in sample),
+    )
     print(f"{path}: {tokenizer.vocab_size} pieces, {bytes_ / tokens:.2f} bytes a token")
 
 

@@ -1,5 +1,6 @@
 """``layerskip evaluate RUN [RUN ...]`` measures every exit on held-out text."""
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,10 @@ from layerskip_jax.config import DataConfig
 
 if TYPE_CHECKING:
     from layerskip_jax.evaluation.exits import ExitQuality
+
+
+SETTINGS = {field.name for field in dataclasses.fields(DataConfig)} - {"tokenizer", "shuffle_window", "workers"}
+"""The settings of the held-out text. The tokenizer is the run's own."""
 
 
 def table(qualities: "dict[str, ExitQuality]") -> str:
@@ -22,11 +27,12 @@ def table(qualities: "dict[str, ExitQuality]") -> str:
             for q in qualities.values()
         )
         lines.append(f"{row + 1:>4} " + "".join(f"{cell:>{width}}" for cell in cells))
-    lines.append("(perplexity; how often the exit predicts the same token as the last exit)")
+    lines.append("(ppl: perplexity; %: how often the exit predicts the same token as the last exit)")
     for name, quality in qualities.items():
         middle = max(1, len(quality.loss_L) // 2)
         excess = quality.loss_L[middle - 1] / quality.loss_L[-1] - 1
-        lines.append(f"{name}: the loss at exit {middle} is {excess:+.1%} relative to the last exit")
+        compared = "higher" if excess >= 0 else "lower"
+        lines.append(f"{name}: the loss at exit {middle} is {abs(excess):.1%} {compared} than at the last exit")
     return "\n".join(lines)
 
 
@@ -39,16 +45,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--batches", metavar="N", type=positive, default=32, help="held-out batches (default: 32)")
     add_json(parser, "one per run")
-    add_settings(parser, DataConfig(), "data.")
+    add_settings(parser, DataConfig(), "data.", names=SETTINGS)
     options = parser.parse_known_options(argv)
 
     # Imported after parsing, so that --help and errors are immediate.
     from layerskip_jax.evaluation.exits import checkpoint_quality
 
     data = {name.removeprefix("data."): value for name, value in vars(options).items() if name.startswith("data.")}
-    qualities = {run: checkpoint_quality(run, options.batches, data) for run in options.runs}
-    if options.json:
-        for run, quality in qualities.items():
-            print(json.dumps({"run": run} | quality.as_dict()))
-    else:
+    qualities = {}
+    for run in options.runs:
+        qualities[run] = checkpoint_quality(run, options.batches, data)
+        if options.json:
+            print(json.dumps({"run": run} | qualities[run].as_dict()), flush=True)
+    if not options.json:
         print(table(qualities))

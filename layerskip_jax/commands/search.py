@@ -8,23 +8,31 @@ stopped resumes.
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from etils import epath
 
-from layerskip_jax.command_line import errors_in, make_parser, number, parse_config, positive, run_file
-from layerskip_jax.commands.search_report import Result, report, shown
+from layerskip_jax.command_line import (
+    add_json,
+    errors_in,
+    make_parser,
+    not_negative,
+    number,
+    parse_config,
+    positive,
+    run_file,
+)
+from layerskip_jax.commands.search_report import Result, format_recipe, write_result
 from layerskip_jax.config import Config, MeshConfig
 from layerskip_jax.config_dict import apply_overrides, saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -32,13 +40,14 @@ from layerskip_jax.decoding.configure import default_exit
 from layerskip_jax.decoding.cost import best_speedup
 from layerskip_jax.errors import UserError
 from layerskip_jax.evaluation.exits import ExitQuality, HostBatches, exit_quality
+from layerskip_jax.locations import folder_lock
 from layerskip_jax.model import Transformer
 from layerskip_jax.presets import without_layerskip
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.training.bad_steps import Diverged
 from layerskip_jax.training.loop import OnEvaluation, train
-from layerskip_jax.training.search_space import RECOMMENDED, Found, Overrides, SearchSpace, default_space
+from layerskip_jax.training.search_space import RECOMMENDED, Overrides, RecipeQuality, SearchSpace, default_space
 from layerskip_jax.training.step import Trainer
 
 if TYPE_CHECKING:
@@ -68,6 +77,9 @@ def proxy_config(config: Config, width: int, steps: int) -> Config:
         "train.evaluate_every": evaluate_every,
         "train.checkpoint_every": evaluate_every,
         "train.sample_every": 0,
+        "train.keep_every": 0,
+        "train.profile_step": 0,
+        "train.wandb_project": "",
         "optimizer.warmup_steps": min(config.optimizer.warmup_steps, steps // 10, int(steps * (1 - decay))),
     }
     if width:
@@ -101,20 +113,6 @@ def check(config: Config) -> None:
     Trainer(config, recipe, make_mesh(config)).abstract_state()
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on ``folder``; raise `UserError` if another process of this machine holds it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another layerskip search runs in {folder}: wait, or choose another FOLDER") from error
-        yield
-    finally:
-        os.close(handle)
-
-
 class Search:
     """One study: the proxy, the plain model's losses, and the folder with the database and the runs of the trials."""
 
@@ -141,7 +139,8 @@ class Search:
             raise UserError("layerskip search needs optuna: pip install 'layerskip-jax[search]'") from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_locked(self.folder))
+        if not stack.enter_context(folder_lock(epath.Path(self.folder), wait=False)):
+            raise UserError(f"another layerskip search runs in {self.folder}: wait, or choose another FOLDER")
         try:
             study = optuna.create_study(
                 storage=f"sqlite:///{self.folder}/study.db",
@@ -165,10 +164,13 @@ class Search:
         if self.options.space:
             mine["space"] = hashlib.sha256(Path(self.options.space).read_bytes()).hexdigest()
         stored = study.user_attrs.get("config", mine)
+        if not any(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials):
+            # Until a trial ends, the user may correct the file of the space.
+            stored = {**stored, "space": mine["space"]} if self.options.space else stored
         if stored != mine:
             raise UserError(f"{self.folder}/study.db belongs to another config or other options; choose another FOLDER")
         study.set_user_attr("config", mine)
-        for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # stopped: take it up first
+        for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # resume interrupted trials first
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
         if not study.trials and self.space is default_space:
@@ -187,7 +189,11 @@ class Search:
             self.study.set_user_attr("plain_loss", self.plain_loss)
 
         self.train(without_layerskip(self.run_config({}, "plain")), record)
-        print(f"plain: loss {self.plain_loss[self.proxy.train.steps]:.3f}", flush=True)
+        self.report(f"plain: loss {self.plain_loss[self.proxy.train.steps]:.3f}")
+
+    def report(self, line: str) -> None:
+        """Print progress; with ``--json``, stdout is for the result."""
+        print(line, file=sys.stderr if self.options.json else sys.stdout, flush=True)
 
     def run_config(self, overrides: Overrides, folder: str) -> Config:
         return apply_overrides(self.proxy, overrides | {"train.run_dir": str(self.folder / "trials" / folder)})
@@ -206,7 +212,11 @@ class Search:
         trial = self.study.ask()
         folder = str(trial.user_attrs.get("folder", trial.number))
         trial.set_user_attr("folder", folder)
-        overrides = self.overrides(trial)
+        try:
+            overrides = self.overrides(trial)
+        except BaseException:  # an error in the user's file ends the search
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            raise
         try:
             config = self.run_config(overrides, folder)
             check(config)
@@ -219,9 +229,9 @@ class Search:
         def judge(step: int, model: Transformer, batches: HostBatches, loss_L: np.ndarray) -> None:
             # Use the loss that training measured, as for the plain model.
             quality = dataclasses.replace(exit_quality(model, config, batches), loss_L=loss_L)
-            found = self.found(config, step, quality)
-            trial.report(found.score(self.options.loss_tolerance), step)
-            trial.set_user_attr("found", found)
+            measured = self.recipe_quality(config, step, quality)
+            trial.report(measured.score(self.options.loss_tolerance), step)
+            trial.set_user_attr("found", measured)
             if step < config.train.steps and trial.should_prune():
                 raise optuna.TrialPruned
 
@@ -233,12 +243,12 @@ class Search:
             shutil.rmtree(config.train.run_dir)
         # Read the stored value. If the trial was stopped after its last evaluation, the resumed run evaluates nothing,
         # so `judge` is not called.
-        found = Found(*trial.user_attrs.get("found", Found(math.inf, 0, 0)))
+        measured = RecipeQuality(*trial.user_attrs.get("found", RecipeQuality(math.inf, 0, 0)))
         if ends:
             self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
-            self.study.tell(trial, found.score(self.options.loss_tolerance))
-        print(f"trial {trial.number}: {ends}{shown(found, overrides)}", flush=True)
+            self.study.tell(trial, measured.score(self.options.loss_tolerance))
+        self.report(f"trial {trial.number}: {ends}{format_recipe(measured, overrides)}")
         return True
 
     def overrides(self, trial: "optuna.Trial") -> Overrides:
@@ -251,19 +261,21 @@ class Search:
             raise UserError(f"the function of {self.options.space} returned a {type(overrides).__name__}, not a dict")
         return overrides
 
-    def found(self, config: Config, step: int, quality: ExitQuality) -> Found:
+    def recipe_quality(self, config: Config, step: int, quality: ExitQuality) -> RecipeQuality:
         """Return the quality of the last exit and of the drafting exit."""
         exit_layer = config.trained_draft_exit or self.exits[0]
         agreement = float(quality.agreement_L[exit_layer - 1])
         increase = float(quality.loss_L[-1]) / self.plain_loss[step] - 1
-        return Found(increase, agreement, best_speedup(self.config.model, exit_layer, agreement))
+        return RecipeQuality(increase, agreement, best_speedup(self.config.model, exit_layer, agreement))
 
     def results(self) -> list[Result]:
         """Return the recipes that trained to the end, the best score first."""
         import optuna
 
         trials = self.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
-        rows = [(Found(*trial.user_attrs["found"]), trial.user_attrs["overrides"], trial.number) for trial in trials]
+        rows = [
+            (RecipeQuality(*trial.user_attrs["found"]), trial.user_attrs["overrides"], trial.number) for trial in trials
+        ]
         finite = [row for row in rows if math.isfinite(row[0].loss_increase)]
         return sorted(finite, key=lambda row: -row[0].score(self.options.loss_tolerance))
 
@@ -280,7 +292,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--steps", metavar="N", type=positive, default=450, help="steps of a whole trial (default: 450)"
     )
-    parser.add_argument("--width", metavar="D", type=int, default=64, help="width of the proxy; 0 keeps the config's")
+    parser.add_argument(
+        "--width", metavar="D", type=not_negative, default=64, help="width of the proxy; 0 keeps the config's"
+    )
     parser.add_argument(
         "--draft_exits", metavar="E", type=positive, nargs="+", help="exits that may draft (default: L/4)"
     )
@@ -294,15 +308,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--space", metavar="FILE", help="Python file with get_space() -> function, see docs/training.md"
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(parser, "one per recipe, the best first")
     config, options = parse_config(parser, argv)
-    if options.width < 0 or options.width % 2:
-        raise UserError(f"--width must be even, or 0 for the config's own, not {options.width}")
+    multiple = 2 * max(1, options.width // 64)  # heads of 64, with an even width for rotary positions
+    if options.width % multiple:
+        raise UserError(f"--width must be a multiple of {multiple}, or 0 for the config's own, not {options.width}")
     space = run_file(options.space, "get_space", FunctionType, "search space") if options.space else default_space
     with contextlib.ExitStack() as stack:
         search = Search(config, options, space, stack)
         run(search)
-        report(search.results(), search.proxy, options)
+        write_result(search.results(), search.proxy, options)
 
 
 def run(search: Search) -> None:

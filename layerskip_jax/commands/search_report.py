@@ -1,4 +1,4 @@
-"""The result of ``layerskip search``: a table, ``search.json``, ``frontier.png`` and the config file ``best.py``."""
+"""Write the result of ``layerskip search``: a table, ``search.json``, ``frontier.png`` and ``best.py``, a config."""
 
 import argparse
 import json
@@ -9,20 +9,20 @@ import numpy as np
 from etils import epath
 
 from layerskip_jax.config import Config
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, note
 from layerskip_jax.evaluation.pictures import Picture
 from layerskip_jax.locations import write_file
-from layerskip_jax.training.search_space import Found, Overrides, frontier
+from layerskip_jax.training.search_space import Overrides, RecipeQuality, frontier
 
-Result = tuple[Found, Overrides, int]
+Result = tuple[RecipeQuality, Overrides, int]
 """The quality of a recipe, its settings, and the number of its trial."""
 
 
-def shown(found: Found, overrides: Overrides) -> str:
+def format_recipe(quality: RecipeQuality, overrides: Overrides) -> str:
     settings = " ".join(f"{name} {_word(value)}" for name, value in overrides.items())
     return (
-        f"loss {100 * found.loss_increase:+.2f} %, agreement {100 * found.agreement:.1f} %, "
-        f"speedup by bytes {found.speedup:.2f}x: {settings}"
+        f"loss {100 * quality.loss_increase:+.2f} %, agreement {100 * quality.agreement:.1f} %, "
+        f"predicted speedup {quality.speedup:.2f}x: {settings}"
     )
 
 
@@ -36,7 +36,8 @@ def config_source(options: argparse.Namespace, trained: str, result: Result) -> 
 
     The recipe's learning rate is left out if the proxy has another width.
     """
-    found, overrides, trial = result
+    quality, overrides, trial = result
+    increase, agreement = 100 * quality.loss_increase, 100 * quality.agreement
     left_out = "optimizer.learning_rate" if options.width else ""
     given = {name: value for name, value in vars(options).items() if "." in name}
     recipe = {name: value for name, value in overrides.items() if name != left_out}
@@ -48,7 +49,7 @@ def config_source(options: argparse.Namespace, trained: str, result: Result) -> 
     imports = "from layerskip_jax.command_line import load_config_file" if file else "from layerskip_jax import Config"
     return f'''"""The recipe that layerskip search found on {trained}.
 
-Last exit: loss {100 * found.loss_increase:+.2f} % relative to the plain model; agreement {100 * found.agreement:.1f} %.
+Last exit: loss {increase:+.2f} % relative to the plain model; agreement {agreement:.1f} %.
 """
 
 {imports}
@@ -68,10 +69,11 @@ def plot(results: list[Result], file: epath.Path) -> None:
     """Plot agreement against loss, with the frontier."""
 
     def draw(axes: np.ndarray) -> None:
-        found = [one for one, _, _ in results]
-        axis, best = axes[0], frontier(found)
-        axis.scatter([100 * one.loss_increase for one in found], [100 * one.agreement for one in found], color="C9")
-        front = sorted(one for one, is_best in zip(found, best, strict=True) if is_best)
+        qualities = [one for one, _, _ in results]
+        axis, best = axes[0], frontier(qualities)
+        points = [(100 * one.loss_increase, 100 * one.agreement) for one in qualities]
+        axis.scatter(*zip(*points, strict=True), color="C9")
+        front = sorted(one for one, is_best in zip(qualities, best, strict=True) if is_best)
         axis.plot([100 * one.loss_increase for one in front], [100 * one.agreement for one in front], "o-", color="C0")
         for one, _, trial in results:
             axis.annotate(str(trial), (100 * one.loss_increase, 100 * one.agreement), fontsize="small")
@@ -85,31 +87,39 @@ def plot(results: list[Result], file: epath.Path) -> None:
     Picture(draw, "agreement against loss of all recipes", panels=1, size=(7, 4.5)).save(file)
 
 
-def report(results: list[Result], proxy: Config, options: argparse.Namespace) -> None:
+def write_result(results: list[Result], proxy: Config, options: argparse.Namespace) -> None:
     """Print the ``results``, best first, and write ``search.json``, ``frontier.png`` and ``best.py``."""
     if not results:
         raise UserError(
             "no trial was trained to the end: allow more --minutes or more --trials, or lower optimizer.learning_rate "
             "if they diverged"
         )
-    on_frontier = frontier([found for found, _, _ in results])
+    on_frontier = frontier([quality for quality, _, _ in results])
     rows = [
-        {"trial": trial, **found._asdict(), "frontier": best, "settings": overrides}
-        for (found, overrides, trial), best in zip(results, on_frontier, strict=True)
+        {"trial": trial, **quality._asdict(), "frontier": best, "settings": overrides}
+        for (quality, overrides, trial), best in zip(results, on_frontier, strict=True)
     ]
-    best = results[0][0]
     folder = epath.Path(options.folder)
     trained = f"{proxy.model.num_layers} blocks x {proxy.model.dim}, {proxy.train.steps} steps"
     write_file(folder / "search.json", json.dumps(rows, indent=1) + "\n")
     write_file(folder / "best.py", config_source(options, trained, results[0]))
     plot(results, folder / "frontier.png")
     if options.json:
-        print(json.dumps(rows))
+        for row in rows:
+            print(json.dumps(row))
         return
-    for (found, settings, trial), is_best in zip(results, on_frontier, strict=True):
-        print(f"{'frontier' if is_best else '':8} trial {trial:3}: {shown(found, settings)}")
-    tolerance = options.loss_tolerance
-    if best.loss_increase > tolerance:
-        print(f"note: no recipe is within the loss tolerance of {100 * tolerance:.2f} %")
+    for (quality, settings, trial), is_best in zip(results, on_frontier, strict=True):
+        print(f"{'frontier' if is_best else '':8} trial {trial:3}: {format_recipe(quality, settings)}")
+    _note_tolerance(results, options.loss_tolerance)
     print(f"best: {folder}/best.py; picture: {folder}/frontier.png")
     print(f"next: layerskip train --config {folder}/best.py")
+
+
+def _note_tolerance(results: list[Result], tolerance: float) -> None:
+    """Print a note if the best recipe exceeds the tolerance of the loss, which only lowers its score."""
+    excess = 100 * (results[0][0].loss_increase - tolerance)
+    if excess <= 0:
+        return
+    within = next((trial for quality, _, trial in results if quality.loss_increase <= tolerance), None)
+    best = "no recipe is within it" if within is None else f"trial {within} is the best within it"
+    note(f"the best recipe exceeds the loss tolerance of {100 * tolerance:.2f} % by {excess:.2f} %; {best}")

@@ -23,8 +23,8 @@ TOKENS_PER_SHARD = 50_000_000
 def pretokenize(config: DataConfig, out: str) -> dict[str, Any]:
     """Write both splits of ``config``'s corpus to ``out/SPLIT/*.array_record`` and return its metadata.
 
-    A record is one document: BOS, tokens, EOS. ``out`` appears only when it is complete: until then the files are in
-    ``out.partial``.
+    A record holds the ids of one document (`Tokenizer.encode_document`). ``out`` appears only when it is complete:
+    until then the files are in ``out.partial``.
     """
     if config.mixture:
         raise UserError(
@@ -63,13 +63,15 @@ def _write_split(
     folder.mkdir(parents=True, exist_ok=True)
     documents, total, shard, in_shard = open_documents(config, split), 0, 0, 0
     writer = ArrayRecordWriter(str(folder / f"{shard:05d}.array_record"), "group_size:1")
-    for index in tqdm(range(len(documents)), desc=split, unit="document", disable=None):
-        if in_shard >= TOKENS_PER_SHARD:
-            writer.close()
-            shard, in_shard = shard + 1, 0
-            writer = ArrayRecordWriter(str(folder / f"{shard:05d}.array_record"), "group_size:1")
-        tokens = document_tokens(tokenizer, str(documents[index]))
-        writer.write(tokens.astype(dtype).tobytes())
-        total, in_shard = total + len(tokens), in_shard + len(tokens)
-    writer.close()
+    try:
+        for index in tqdm(range(len(documents)), desc=split, unit="document", disable=None):
+            if in_shard >= TOKENS_PER_SHARD:
+                writer.close()
+                shard, in_shard = shard + 1, 0
+                writer = ArrayRecordWriter(str(folder / f"{shard:05d}.array_record"), "group_size:1")
+            tokens = document_tokens(tokenizer, str(documents[index]))
+            writer.write(tokens.astype(dtype).tobytes())
+            total, in_shard = total + len(tokens), in_shard + len(tokens)
+    finally:
+        writer.close()
     return {"documents": len(documents), "tokens": total}

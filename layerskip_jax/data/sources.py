@@ -4,12 +4,13 @@ A source has ``__len__`` and ``__getitem__``, which grain needs, and can be pick
 """
 
 import codecs
+import contextlib
 import functools
 import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -193,8 +194,18 @@ def _data_source(builder: Any, config: DataConfig, split: str, keys: dict[str, s
     return _Fields(records, list(keys.values()))
 
 
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """Open a file of the corpus to read bytes; raises `UserError` if it cannot be read."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
 class _Texts:
-    """Text files, or pieces of them: path, and the first byte and the end, or None for the whole file."""
+    """Text files or pieces of them, as ``(path, first byte, end)``; the end None is that of the file."""
 
     def __init__(self, pieces: list[tuple[str, int, int | None]], sizes: list[int], files: CorpusFiles, cut: int):
         self._pieces, self.sizes, self.files, self.cut = pieces, sizes, files, cut
@@ -204,12 +215,9 @@ class _Texts:
 
     def __getitem__(self, index: int) -> str:
         path, start, end = self._pieces[index]
-        try:
-            with epath.Path(path).open("rb") as file:
-                file.seek(start)
-                content = file.read(-1 if end is None else end - start)
-        except OSError as error:
-            raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
+        with _opened(path) as file:
+            file.seek(start)
+            content = file.read(-1 if end is None else end - start)
         return decode_text(content, path)
 
 
@@ -253,12 +261,9 @@ class _JsonLines:
     def __getitem__(self, index: int) -> str:
         file_index, number, offset, size = self._lines[index].item()
         path = self.files.files[file_index].path
-        try:
-            with epath.Path(path).open("rb") as file:
-                file.seek(offset)
-                line = file.read(size)
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error}") from error
+        with _opened(path) as file:
+            file.seek(offset)
+            line = file.read(size)
         texts: list[str] = []
         try:
             record = json.loads(line)
@@ -297,7 +302,7 @@ def _find_lines(file: File) -> np.ndarray:
     """Return the lines of a JSON lines file that are not blank, with any line end: JSON text contains no raw CR."""
     numbers, offsets, sizes = array("i"), array("q"), array("q")
     offset, number = 0, 0
-    with epath.Path(file.path).open("rb") as opened:
+    with _opened(file.path) as opened:
         for line in opened:
             if not offset:
                 check_encoding(line[:4096], file.path)
@@ -328,8 +333,10 @@ METADATA = "metadata.json"
 
 
 class _Tokens:
-    def __init__(self, shards: list[str], dtype: str):
-        self._records, self._dtype = grain.sources.ArrayRecordDataSource(shards), dtype
+    """Documents that `layerskip_jax.data.pretokenize` wrote; ``tokens`` counts their tokens."""
+
+    def __init__(self, shards: list[str], dtype: str, tokens: int):
+        self._records, self._dtype, self.tokens = grain.sources.ArrayRecordDataSource(shards), dtype, tokens
 
     def __len__(self) -> int:
         return len(self._records)
@@ -342,7 +349,7 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
     """Read the metadata of a pretokenized corpus (`layerskip_jax.data.pretokenize`)."""
     try:
         metadata = json.loads((folder / METADATA).read_bytes())
-        counts = [part["documents"] for part in metadata["splits"].values()]
+        counts = [part[name] for part in metadata["splits"].values() for name in ("documents", "tokens")]
         np.dtype(metadata["dtype"])
         if isinstance(metadata["tokenizer_sha256"], str) and all(isinstance(count, int) for count in counts):
             return metadata
@@ -367,8 +374,9 @@ def _open_tokens(config: DataConfig, split: str) -> Documents:
     if split not in metadata["splits"]:
         raise UserError(f"{config.path} has no split {split!r}: it has {', '.join(metadata['splits'])}")
     found = [name for name in names_in(folder / split) if re.fullmatch(r"\d+\.array_record", name)]
-    shards, wanted = [str(folder / split / name) for name in sorted(found)], metadata["splits"][split]["documents"]
-    documents: Documents = _Tokens(shards, metadata["dtype"]) if shards else []
+    shards, counts = [str(folder / split / name) for name in sorted(found)], metadata["splits"][split]
+    wanted = counts["documents"]
+    documents: Documents = _Tokens(shards, metadata["dtype"], counts["tokens"]) if shards else []
     if len(documents) != wanted:
         raise UserError(
             f"the {split!r} split of {config.path} has {len(documents)} documents in {len(shards)} shards, but "

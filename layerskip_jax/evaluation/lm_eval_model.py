@@ -66,6 +66,8 @@ class LayerSkipLM(TemplateLM):
             self.settings = dataclasses.replace(
                 settings, mode="early_exit", exit_layer=exit_layer, exit_threshold=0.0, choices=1
             )
+        elif settings.mode == "early_exit":  # lossy, and the scores are those of the last exit
+            self.settings = dataclasses.replace(settings, mode="autoregressive")
 
     @property
     def eot_token_id(self) -> int:

@@ -45,10 +45,12 @@ def runs_to_its_end(program: str, seconds: int = 10, megabytes: int = 512) -> bo
             env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder},
             start_new_session=True,
         )
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=seconds)
-        with contextlib.suppress(ProcessLookupError):  # also the processes that it started
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=seconds)
+        finally:  # also after Ctrl-C, which a session of its own does not receive
+            with contextlib.suppress(ProcessLookupError):  # also the processes that it started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         written.seek(0)
         return written.read().endswith(nonce.encode())

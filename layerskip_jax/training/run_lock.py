@@ -10,7 +10,6 @@ process is alive. The clocks of two hosts may differ, so the age of the file onl
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import socket
@@ -18,17 +17,15 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from etils import epath
 
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.config_dict import from_dict
 from layerskip_jax.distributed import agree
 from layerskip_jax.errors import UserError, warn
-from layerskip_jax.locations import is_remote, locate, modified_time, write_file
+from layerskip_jax.locations import folder_lock, is_remote, locate, modified_time, write_file
 
 LOCK = "writer.json"
 BEAT_SECONDS, LOCAL_BEAT_SECONDS = 10.0, 2.0
@@ -88,7 +85,7 @@ class RunLock:
     def _acquire(self) -> None:
         found = self._read()
         stale = self._wait(found) if found else ""
-        with _alone(self._file.parent):
+        with folder_lock(self._file.parent, wait=True):
             if (now := self._read()) and not (stale and now == found):
                 raise self._refusal(now)
             self._write()
@@ -168,13 +165,13 @@ class RunLock:
         self._remove()
 
     def _remove(self) -> None:
-        with contextlib.suppress(Exception), _alone(self._file.parent):  # the network may be down
+        with contextlib.suppress(Exception), folder_lock(self._file.parent, wait=True):  # the network may be down
             if self._still_ours():
                 self._file.unlink()
 
     def _beat(self) -> None:
         while not self._taken_over and not self._ended.wait(self._me.every):
-            with contextlib.suppress(Exception), _alone(self._file.parent):  # the network may be down
+            with contextlib.suppress(Exception), folder_lock(self._file.parent, wait=True):  # the network may be down
                 if self._still_ours():
                     self._write()
 
@@ -201,20 +198,6 @@ class RunLock:
             if self._me.beats == 1 or is_remote(self._file):
                 raise
             os.utime(self._file)
-
-
-@contextlib.contextmanager
-def _alone(folder: epath.Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``folder``, so that other processes of this machine wait; does nothing in a bucket."""
-    handle = -1
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if handle >= 0:
-            os.close(handle)
 
 
 def _this_process() -> tuple[str, str, int, str]:

@@ -59,7 +59,7 @@ def default_space(trial: Trial, config: Config, exits: Sequence[int]) -> Overrid
     return settings
 
 
-class Found(NamedTuple):
+class RecipeQuality(NamedTuple):
     """The measured quality of one trained recipe."""
 
     loss_increase: float
@@ -80,16 +80,18 @@ class Found(NamedTuple):
         return self.speedup - 100 * max(0.0, self.loss_increase - tolerance)
 
 
-def frontier(found: Sequence[Found]) -> list[bool]:
-    """Return which recipes no other one beats in both loss and agreement.
+def frontier(qualities: Sequence[RecipeQuality]) -> list[bool]:
+    """Return for each recipe whether it is on the frontier.
 
-    >>> frontier([Found(0.0, 0.6, 1.0), Found(0.01, 0.7, 1.0), Found(0.01, 0.5, 1.0)])
+    It is if no other recipe has a loss as low and an agreement as high, and is better in one of them.
+
+    >>> frontier([RecipeQuality(0.0, 0.6, 1.0), RecipeQuality(0.01, 0.7, 1.0), RecipeQuality(0.01, 0.5, 1.0)])
     [True, True, False]
     """
     return [
         not any(
             other.loss_increase <= one.loss_increase and other.agreement >= one.agreement and other[:2] != one[:2]
-            for other in found
+            for other in qualities
         )
-        for one in found
+        for one in qualities
     ]
