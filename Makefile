@@ -53,9 +53,9 @@ quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: $(BIN)/.installed  ## train a small LayerSkip model and generate text (BASELINE=1: also train a plain model)
 	$(LAYERSKIP) data prepare --config $(CONFIG)
 	$(LAYERSKIP) data tokenizer --config $(CONFIG)
-	$(LAYERSKIP) train --config $(CONFIG)
+	$(LAYERSKIP) train --config $(CONFIG) --train.run_dir $(RUN)
 ifdef BASELINE
-	$(LAYERSKIP) train --config $(CONFIG) --early_exit.curriculum none --early_exit.exits --early_exit.agreement_weight 0 --layer_dropout.p_max 0 --train.run_dir $(RUN)_plain
+	$(LAYERSKIP) train --config $(CONFIG) --early_exit.curriculum none --early_exit.exits --early_exit.exit_weights --early_exit.agreement_weight 0 --layer_dropout.p_max 0 --train.run_dir $(RUN)_plain
 endif
 	$(LAYERSKIP) evaluate $(RUN) $(if $(BASELINE),$(RUN)_plain)
 	$(LAYERSKIP) plots $(RUN)

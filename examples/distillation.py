@@ -1,4 +1,4 @@
-"""A teacher of your own: each exit also learns the last exit's probabilities, computed without layer dropout.
+"""A custom teacher: each exit, the last one too, also learns the last exit's probabilities without layer dropout.
 
 The setting ``early_exit.distillation kl`` needs no second forward pass, but layer dropout changes its teacher.
 
@@ -39,10 +39,10 @@ def distilled(
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = parse_config(make_parser("Train with a distillation term from the last exit to the others."), argv)
+    config, _ = parse_config(make_parser("Train every exit to predict the last exit's probabilities too."), argv)
     recipe = Recipe.from_config(config)
-    # `distillation` is the loss of a teacher in the same pass; this example has its own.
-    recipe = dataclasses.replace(recipe, exit_loss=distilled, teacher=last_hidden, distillation=None)
+    # `distillation` and `agreement` are losses with a teacher in the same pass. This example has its own teacher.
+    recipe = dataclasses.replace(recipe, exit_loss=distilled, teacher=last_hidden, distillation=None, agreement=None)
     train(config, recipe=recipe)
 
 

@@ -73,9 +73,10 @@ def _check_number(name: str, number: float, within: str) -> None:
         return
     if high < math.inf:
         expected = f"in {low:.0f}..{high:.0f}" if isinstance(number, int) else f"in {within}"
+    elif isinstance(number, int) and above:
+        expected = f"at most {INT32_MAX}"
     elif above or math.isnan(number):
-        limit = INT32_MAX if isinstance(number, int) else f"{FLOAT32_MAX:g}"
-        expected = f"at most {limit}" if math.isfinite(number) else EXPECTED[float]
+        expected = f"at most {FLOAT32_MAX:g}" if math.isfinite(number) else EXPECTED[float]
     else:
         expected = f"at least {low:g}" if within[0] == "[" else f"more than {low:g}"
     raise UserError(f"{name} must be {expected}, not {number}")

@@ -172,7 +172,10 @@ def load_config_file(path: str) -> Config:
 
 
 def run_file(path: str, function: str, kind: type[T], what: str) -> T:
-    """Execute the Python file ``path``, a ``what``; return the ``kind`` that its ``function()`` returns."""
+    """Execute the Python file ``path``; return the ``kind`` that its ``function()`` returns.
+
+    ``what`` names the kind of file in errors, such as "config".
+    """
     file = Path(path)
     if not file.is_file():
         others = sorted(str(other) for other in (file.parent if file.parent.is_dir() else Path("configs")).glob("*.py"))
@@ -185,8 +188,9 @@ def run_file(path: str, function: str, kind: type[T], what: str) -> T:
     sys.modules[module.__name__] = module  # dataclasses looks up the annotations of a class there
     with errors_in(path, what):
         exec(compile(file.read_bytes(), path, "exec"), module.__dict__)
-        value = getattr(module, function)() if hasattr(module, function) else None
-    if not hasattr(module, function):
+        make = getattr(module, function, None)
+        value = make() if make else None
+    if make is None:
         raise UserError(f"{what} file {path} has no {function}() -> {kind.__name__}")
     if not isinstance(value, kind):
         raise UserError(
@@ -197,21 +201,21 @@ def run_file(path: str, function: str, kind: type[T], what: str) -> T:
 
 @contextlib.contextmanager
 def errors_in(path: str, what: str) -> Iterator[None]:
-    """Raise an error of the body as a `UserError` that names the file ``path``, a ``what``, and the line."""
+    """Raise an error of the body as a `UserError` that names the file and the line; ``what`` is as in `run_file`."""
     try:
         yield
     except (Exception, SystemExit) as error:
         raise _at_line(f"{what} file {path}", path, error) from error
 
 
-def _at_line(what: str, path: str, error: BaseException) -> UserError:
+def _at_line(label: str, path: str, error: BaseException) -> UserError:
     """Say in one line what the Python file ``path`` raised, and where."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     line, said = (lines or [None])[-1], str(error)
     if isinstance(error, SyntaxError) and error.filename == path:
         line, said = error.lineno, error.msg
     kind, said = "" if isinstance(error, UserError) else type(error).__name__, " ".join(said.split())
-    return UserError(": ".join(filter(None, [what if line is None else f"{what}, line {line}", kind, said])))
+    return UserError(": ".join(filter(None, [label if line is None else f"{label}, line {line}", kind, said])))
 
 
 def add_config_option(parser: OneLineParser) -> None:

@@ -1,4 +1,4 @@
-"""XLA options of the training step on each kind of TPU, and of decoding on a CPU.
+"""XLA options of the training step on each kind of TPU, and of decoding on a CPU and a TPU v5e.
 
 An option of these tables is dropped if the installed compiler rejects it. The options for TPUs overlap collectives with
 matmuls and enlarge tiles. Async collective fusion (``xla_tpu_enable_async_collective_fusion``) is left out: libtpu

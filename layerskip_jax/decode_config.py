@@ -24,7 +24,7 @@ class DecodeConfig:
     )
     exit_layer: int = setting(
         0,
-        "E: blocks that draft (early_exit: all that run), 1..L; 0: the trained exit nearest to L/4, or L/4",
+        "E: number of blocks that draft (mode early_exit: that run), 1..L; 0: the trained exit nearest to L/4, or L/4",
         "[0, inf)",
     )
     draft_length: int = setting(4, "d: at most this many tokens are drafted in a round", "[1, 63]")
@@ -40,7 +40,7 @@ class DecodeConfig:
     lookup_length: int = setting(
         0,
         "self_speculative: where the text repeats, a round may draft this many tokens by prompt lookup instead of from "
-        "the exit; 0: never",
+        "the exit; 0: off",
         "[0, 63]",
     )
     draft_threshold: float = setting(0.5, "policy confidence: probability below which drafting stops", "[0, 1]")
@@ -53,12 +53,14 @@ class DecodeConfig:
         "model]; a longer one: in proportion to the last entry; sweep measures it",
         "[0, inf)",
     )
-    weights: Literal["full", "int8"] = setting("full", "int8: round the weights to 8 bits, which changes the text")
+    weights: Literal["full", "int8"] = setting(
+        "full", "int8: round the weights to 8 bits, which changes the text; samples in training use the full weights"
+    )
     max_new_tokens: int = setting(128, "at most this many new tokens for each prompt")
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy", "[0, 1e6]")
-    top_k: int = setting(0, "sample only among the k most likely tokens; 0 is all", "[0, inf)")
+    top_k: int = setting(0, "sample only among the k most likely tokens; 0: all", "[0, inf)")
     top_p: float = setting(
-        1.0, "sample only among the most likely tokens with this total probability; 1 is all", "(0, 1]"
+        1.0, "sample only among the most likely tokens with this total probability; 1: all", "(0, 1]"
     )
     seed: int = setting(
         0, "seed of sampling; every batch of prompts gets its own random numbers", "[-2147483648, 4294967295]"
@@ -66,7 +68,7 @@ class DecodeConfig:
     ignore_eos: bool = setting(False, "do not stop at the tokens that end a text (for benchmarks)")
     stop: tuple[str, ...] = setting((), "the text ends before the first of these strings; special tokens are allowed")
     chat: bool = setting(False, "take each prompt as a user's message, and render the model's chat template")
-    stream_every: int = setting(1, "streaming: rounds between updates of the text [rounds]")
+    stream_every: int = setting(1, "streaming: rounds between updates of the text")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -14,7 +14,7 @@ SPLASH_TILE = 128
 """Splash attention needs tiles of a multiple of 128 positions, the number of lanes of a TPU vector register."""
 
 LARGEST_TILE = 512
-"""Of splash attention. ``python -m benchmarks.splash_tiles`` compares others."""
+"""The largest tile that splash attention uses; ``python -m benchmarks.splash_tiles`` compares others."""
 
 SAVED_OUTPUT = "attention output"
 """Checkpoint name of splash attention's output and log-sum-exp, for remat policies that save them."""

@@ -95,7 +95,7 @@ def report(error: BaseException) -> int:
     elif refused := disk_error(error):
         line, status = f"error: {' '.join(refused.split())}", 2
     elif isinstance(error, KeyboardInterrupt):
-        line, status = "interrupted; the last complete checkpoint, if any, is intact", 130
+        line, status = "interrupted", 130
     else:
         raise error
     print(line, file=sys.stderr, flush=True)

@@ -40,7 +40,7 @@ def parse_mixture(words: Sequence[str]) -> dict[str, Component]:
             if location
             else f"data.mixture {word}: {source} has no place to name: write {weight}={source}",
         )
-        require(name not in components, f"data.mixture has {name} twice: add its weights up in one word")
+        require(name not in components, f"data.mixture has {name} twice: name it once, with the sum of its weights")
         components[name] = Component(
             _weight(weight, word), {"source": source} | ({location: place} if location else {})
         )
@@ -57,7 +57,9 @@ def _weight(text: str, word: str) -> float:
     except ValueError:
         raise UserError(f"data.mixture {word}: the weight {text!r} is not a number; {FORM}") from None
     if not (math.isfinite(weight) and weight > 0):
-        raise UserError(f"data.mixture {word}: a weight must be finite and more than 0: leave out what is not read")
+        raise UserError(
+            f"data.mixture {word}: a weight must be finite and more than 0: leave out a corpus that should not be read"
+        )
     return weight
 
 

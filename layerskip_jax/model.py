@@ -11,10 +11,10 @@ Legend of shape suffixes:
     1  an axis of size one, kept for broadcasting                           I  groups of J rows (recipe/skipping.py)
     C also: choices at a position (decoding/branching.py)                   M also: lengths of a match (hybrid.py)
 
-Modules hold `nnx.Param`s and nothing else, so they are plain pytrees: `jax.jit`, `jax.grad`, `lax.scan` and
-`lax.while_loop` take them directly. `Transformer.blocks` has two forms. For training it is one `Block` whose parameters
-have a leading layer axis: a scan over it compiles once for all depths. For decoding, `unstacked` makes it a list of
-blocks, because slicing a stack would copy weights.
+The arrays of a module are `nnx.Param`s, and its other attributes are static, so modules are plain pytrees: `jax.jit`,
+`jax.grad`, `lax.scan` and `lax.while_loop` take them directly. `Transformer.blocks` has two forms. For training it is
+one `Block` whose parameters have a leading layer axis: a scan over it compiles once for all depths. For decoding,
+`unstacked` makes it a list of blocks, because slicing a stack would copy weights.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        position: RotaryTables,
+        rotary: RotaryTables,
         segments_BT: jax.Array | None = None,
         cache: LayerCache | None = None,
         filled: int | None = None,
@@ -105,12 +105,12 @@ class Block(nnx.Module):
         """
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
         q_BTNH, k_BTKH, v_BTKH = self.queries_keys_values(h_BTD)
-        q_BTNH, k_BTKH = rotate(q_BTNH, position), rotate(k_BTKH, position)
+        q_BTNH, k_BTKH = rotate(q_BTNH, rotary), rotate(k_BTKH, rotary)
         if cache is None:
             assert segments_BT is not None
             attended_BTNH = attend_documents(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.attention)
         else:
-            attended_BTNH, cache = cache.attend(q_BTNH, k_BTKH, v_BTKH, position.index_BT, filled)
+            attended_BTNH, cache = cache.attend(q_BTNH, k_BTKH, v_BTKH, rotary.index_BT, filled)
         if target_platform() == "tpu":
             # The kernel's output has heads before positions. Contracting over N and H reads it without a transpose.
             attention_BTD = project("BTNH,NHD->BTD", attended_BTNH, self.output_NHD[...])
@@ -123,14 +123,14 @@ class Block(nnx.Module):
         ffn_BTD = project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...])
         return attention_BTD + ffn_BTD, cache
 
-    def propagate(self, x_BTD: jax.Array, position: RotaryTables, cache: LayerCache) -> LayerCache:
+    def propagate(self, x_BTD: jax.Array, rotary: RotaryTables, cache: LayerCache) -> LayerCache:
         """Write the keys and values of ``x``, and compute nothing else (state propagation: CALM, arXiv 2207.07061).
 
         Later tokens can then attend, in this block, to a token that exited before it.
         """
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
         _, k_BTKH, v_BTKH = self.queries_keys_values(h_BTD)
-        return write_cache(cache, rotate(k_BTKH, position), v_BTKH, position.index_BT[:, 0])
+        return write_cache(cache, rotate(k_BTKH, rotary), v_BTKH, rotary.index_BT[:, 0])
 
     def queries_keys_values(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return ``q_BTNH, k_BTKH, v_BTKH``, not yet rotated."""
@@ -195,8 +195,9 @@ def run_layers(
     """Run blocks [first, last): ``x, outputs_l = block_fn(block_l, x, inputs_l)`` for each.
 
     This is the one forward pass. Training calls it on stacked blocks. Then ``inputs`` and the returned outputs have a
-    leading layer axis: dropout masks and exit weights go in, exit losses come out. Decoding calls it on a list of
-    blocks, and both are lists of caches. The draft runs [0, E), the verification [E, L). ``inputs`` may be None.
+    leading layer axis: dropout masks and exit weights go in, and in evaluation exit losses come out. Decoding calls it
+    on a list of blocks, and both are lists of caches. The draft runs [0, E), the verification [E, L). ``inputs`` may be
+    None.
     """
     if isinstance(blocks, Block):
         if (first, last) != (0, None):
@@ -273,10 +274,10 @@ class Transformer(nnx.Module):
         self, tokens_BT: jax.Array, segments_BT: jax.Array, read: Callable[[jax.Array], Any] = lambda x_BTD: None
     ) -> tuple[jax.Array, Any]:
         """Run all blocks without a cache; return ``x_BTD`` after the last one, and ``read(x_BTD)`` after each one."""
-        position = self.rotary_tables(jnp.arange(tokens_BT.shape[1])[None])
+        rotary = self.rotary_tables(jnp.arange(tokens_BT.shape[1])[None])
 
         def block_fn(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, Any]:
-            x_BTD = x_BTD + block(x_BTD, position, segments_BT)[0]
+            x_BTD = x_BTD + block(x_BTD, rotary, segments_BT)[0]
             return x_BTD, read(x_BTD)
 
         return run_layers(self.blocks, self.embed(tokens_BT), block_fn, None)
@@ -284,20 +285,20 @@ class Transformer(nnx.Module):
     def run_cached(
         self,
         x_BTD: jax.Array,
-        position: RotaryTables,
+        rotary: RotaryTables,
         cache: list[LayerCache],
         first: int,
         last: int,
         *,
         filled: int | None = None,
     ) -> tuple[jax.Array, list[LayerCache]]:
-        """Run blocks [first, last) of an `unstacked` model at ``position``, and update their caches.
+        """Run blocks [first, last) of an `unstacked` model at the positions of ``rotary``, and update their caches.
 
         ``cache`` and the returned list have one entry for each block of the whole model. ``filled`` as in `Block`.
         """
 
         def block_fn(block: Block, x_BTD: jax.Array, layer: LayerCache) -> tuple[jax.Array, LayerCache]:
-            delta_BTD, written = block(x_BTD, position, cache=layer, filled=filled)
+            delta_BTD, written = block(x_BTD, rotary, cache=layer, filled=filled)
             assert written is not None
             return x_BTD + delta_BTD, written
 
@@ -312,6 +313,14 @@ def unembed(config: ModelConfig, head: Head, x_BTD: jax.Array) -> jax.Array:
     equation = "BTD,VD->BTV" if config.tied_embedding else "BTD,DV->BTV"
     logits_BTV = project(equation, h_BTD, matrix[...], preferred_element_type=jnp.float32)
     return constrain(logits_BTV, "batch", "length", "vocab")
+
+
+def negative_log_likelihood(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    """Return ``-log softmax(logits)[target]`` of each position [nats]."""
+    # Compare instead of gathering: this fuses, and it also works on a vocabulary that is split over devices.
+    is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[:, :, None]
+    target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
+    return jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int) -> list[LayerCache]:

@@ -101,7 +101,9 @@ def _tokens(tokenizer: str) -> DataConfig:
         path="gs://your-bucket/tokens",
         tokenizer=tokenizer,
         sequence_length=4096,
-        workers=4,  # so that no step waits for a bucket; a host of the largest slices has 4 rows
+        # Workers read ahead, so that no step waits for a bucket. A worker needs a row, and a host of the largest slices
+        # has 4.
+        workers=4,
     )
 
 

@@ -53,7 +53,7 @@ class RotaryTables(NamedTuple):
         return RotaryTables(*(array[:, :count] for array in self))
 
 
-def rotate(x_BTNH: jax.Array, position: RotaryTables) -> jax.Array:
+def rotate(x_BTNH: jax.Array, rotary: RotaryTables) -> jax.Array:
     """Apply rotary positions (RoFormer, eq. 34). Dimension i pairs with i + H/2, as in Llama checkpoints."""
     half = x_BTNH.shape[-1] // 2
     if target_platform() == "tpu":
@@ -62,5 +62,5 @@ def rotate(x_BTNH: jax.Array, position: RotaryTables) -> jax.Array:
         swapped_BTNH = jnp.matmul(x_BTNH, swap_HH, precision=jax.lax.Precision.HIGHEST)  # exact in float32
     else:
         swapped_BTNH = jnp.roll(x_BTNH, half, axis=-1)
-    rotated_BTNH = x_BTNH.astype(jnp.float32) * position.cos_BT1H + swapped_BTNH.astype(jnp.float32) * position.sin_BT1H
+    rotated_BTNH = x_BTNH.astype(jnp.float32) * rotary.cos_BT1H + swapped_BTNH.astype(jnp.float32) * rotary.sin_BT1H
     return rotated_BTNH.astype(x_BTNH.dtype)

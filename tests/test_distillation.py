@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from models import tiny_model
 
 from layerskip_jax.data.batch import Batch
+from layerskip_jax.model import negative_log_likelihood
 from layerskip_jax.recipe.distillation import (
     LOSSES,
     SelfDistillation,
@@ -16,7 +17,6 @@ from layerskip_jax.recipe.distillation import (
     kl_divergence,
     negative_log_acceptance,
 )
-from layerskip_jax.recipe.early_exit import negative_log_likelihood
 from layerskip_jax.recipe.exit_loss import Teaching, exit_losses
 
 

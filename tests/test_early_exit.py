@@ -123,11 +123,11 @@ def test_custom_exit_weights():
         ({"exit_scale": lambda L: 1.0}, "recipe's exit_scale must return 4 numbers"),
         ({"time_scale": lambda step, total: jnp.ones(2)}, "recipe's time_scale must return one number"),
         ({"layer_scale": lambda L: 7.0 * jnp.arange(L)}, r"drop rates must be in \[0, 1\), not .* at step"),
-        ({"exit_scale": lambda L: 1 - jnp.arange(L)}, "exit weights must not be negative"),
+        ({"exit_scale": lambda L: 1 - jnp.arange(L)}, "exit weights must be finite and at least 0"),
         ({"curriculum": lambda t, T, L: (t != 3) * jnp.ones(L)}, "curriculum leaves no exit with a loss at step 3"),
         (
             {"curriculum": lambda t, total, L: jnp.where(t == 5, -1.0, 1.0) * (jnp.arange(L) % 2)},
-            r"exit weights must not be negative: .* step 5",
+            r"exit weights must be finite and at least 0, .* step 5",
         ),
         ({"agreement": SelfDistillation(kl_divergence)}, r"agreement_exit must be in 1..3, not 0"),
         ({"agreement": SelfDistillation(kl_divergence), "agreement_exit": 4}, r"agreement_exit must be in 1..3, not 4"),

@@ -9,11 +9,10 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -29,14 +28,14 @@ from layerskip_jax.data.mixing import MixRows, choose_components, label, report_
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.distributed import local_rows
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, note
 from layerskip_jax.mixture import mixture_shares
 from layerskip_jax.sharding import batch_sharding
 
 PACKING_BINS = 32
 """Number of open rows in first-fit packing: each prompt with its response goes into the first open row with room."""
 
-NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=4)
+NO_THREADS = grain.ReadOptions(num_threads=0)
 """Without workers nothing is read ahead: on a small machine the threads would compete with the compiler."""
 
 READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
@@ -47,6 +46,13 @@ PAIRS_CHECKED = 2000
 """Number of pairs, spread evenly over a split, to tokenize to count those without room for a response."""
 
 
+class OpenSplit(NamedTuple):
+    """A split of a corpus, and the tokenizer of its run."""
+
+    documents: Documents
+    tokenizer: Tokenizer
+
+
 def make_batches(
     config: Config,
     split: str,
@@ -55,7 +61,7 @@ def make_batches(
     rows: Sequence[int] | None = None,
     in_order: bool = False,
     seed: int = 0,
-    documents: Documents | None = None,
+    opened: OpenSplit | None = None,
 ) -> grain.IterDataset:
     """Return an iterable of ``{"inputs_BT", "targets_BT", "segments_BT", "mask_BT"}``, B = ``batch_size`` rows.
 
@@ -70,7 +76,7 @@ def make_batches(
     ``mask_BT`` is 1.0 where the next token belongs to the same segment (and, with prompts, to a response or its EOS).
     `layerskip_jax.data.position` saves and restores the position of an iterator.
 
-    ``documents`` are those of the split if they are open already: opening a large corpus takes a while.
+    ``opened`` is the split if it is open already: opening a large corpus takes a while.
 
     With ``data.mixture``, every row takes its next sequence from the component that `choose_components` names. It reads
     the same sequences of a component as in a run on that component alone. In evaluation, every component yields its
@@ -78,7 +84,7 @@ def make_batches(
     are left out; raises `UserError` if no pair of a sample has room.
     """
     rows = range(batch_size) if rows is None else rows
-    tokenizer, documents = load_tokenizer(config.data.tokenizer), documents or open_documents(config.data, split)
+    documents, tokenizer = opened or (open_documents(config.data, split), load_tokenizer(config.data.tokenizer))
     components = {
         name: _Component(name, dataclasses.replace(config, data=config.data.components[name]), part, tokenizer)
         for name, part in components_of(documents).items()
@@ -234,7 +240,7 @@ def _shuffle(window: dict[str, np.ndarray], generator: np.random.Generator) -> d
 
 
 def local_batches(
-    config: Config, split: str, mesh: Mesh, *, in_order: bool = False, documents: Documents | None = None
+    config: Config, split: str, mesh: Mesh, *, in_order: bool = False, opened: OpenSplit | None = None
 ) -> grain.IterDataset:
     """Return the local rows of the batches, see `make_batches`: shuffled and endless, or ``in_order`` and once."""
     size = config.train.batch_size
@@ -245,7 +251,7 @@ def local_batches(
         rows=local_rows(batch_sharding(mesh), size),
         in_order=in_order,
         seed=config.train.seed,
-        documents=documents,
+        opened=opened,
     )
 
 
@@ -309,7 +315,7 @@ def _report_pairs_without_room(pairs: Documents, tokenize: _TokenizePair, split:
     if without == checked:
         raise UserError(f"{line}: raise data.sequence_length")
     if without and jax.process_index() == 0:
-        print(f"note: {line}", file=sys.stderr, flush=True)
+        note(line)
 
 
 def document_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:

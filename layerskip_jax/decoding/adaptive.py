@@ -41,7 +41,7 @@ class AdaptiveSpeculative(SelfSpeculative):
         return finish_round(state, drafts, verdict, plan.exit_index, jnp.any(drafts.count_B > 0))
 
     def early_blocks(
-        self, model: Transformer, plan: Plan, position: RotaryTables, x_B1D: jax.Array, layers: list[LayerCache]
+        self, model: Transformer, plan: Plan, rotary: RotaryTables, x_B1D: jax.Array, layers: list[LayerCache]
     ) -> tuple[list[jax.Array], list[LayerCache]]:
         """Run the blocks up to the planned exit; return the hidden state at each candidate exit, and the caches.
 
@@ -50,7 +50,7 @@ class AdaptiveSpeculative(SelfSpeculative):
         queries = []
         for index, blocks in enumerate(itertools.pairwise((0, *self.exits))):
             runs = index == 0 or plan.exit_index >= index
-            x_B1D, layers = run_blocks_if(runs, model, position, blocks, (x_B1D, layers))
+            x_B1D, layers = run_blocks_if(runs, model, rotary, blocks, (x_B1D, layers))
             queries.append(x_B1D)
         return queries, layers
 
@@ -59,13 +59,13 @@ class AdaptiveSpeculative(SelfSpeculative):
     ) -> tuple[KVQCache, Verdict, Probe]:
         """Verify at the narrowest compiled width that holds every row's drafts and the token before them."""
         token_B, start_B = state.last_token()
-        position = model.rotary_tables(start_B[:, None] + jnp.arange(self.draft_length + 1)[None])
+        rotary = model.rotary_tables(start_B[:, None] + jnp.arange(self.draft_length + 1)[None])
 
         def verify(width: int, before: tuple[KVQCache, Verdict, Probe]) -> tuple[KVQCache, Verdict, Probe]:
-            cache, _, probe = before
-            query_BWD, logits_BWV, layers = self.late_blocks(model, plan, position.first(width), token_B, cache)
+            cache, _, _ = before
+            query_BWD, logits_BWV, layers = self.late_blocks(model, plan, rotary.first(width), token_B, cache)
             verdict = self.sampler.verify(logits_BWV, drafts.first(width - 1), key)
-            probe = self.probe(model, state, verdict, query_BWD, logits_BWV, probe)
+            probe = self.probe(model, state, verdict, query_BWD, logits_BWV)
             return dataclasses.replace(cache, layers=layers), verdict, probe
 
         none_B, needed = jnp.zeros_like(state.length_B), jnp.max(drafts.count_B) + 1
@@ -77,23 +77,23 @@ class AdaptiveSpeculative(SelfSpeculative):
         return result
 
     def late_blocks(
-        self, model: Transformer, plan: Plan, position: RotaryTables, token_B: jax.Array, cache: KVQCache
+        self, model: Transformer, plan: Plan, rotary: RotaryTables, token_B: jax.Array, cache: KVQCache
     ) -> tuple[list[jax.Array], jax.Array, list[LayerCache]]:
-        """Run the W positions of ``position`` through the blocks after the planned exit, from their exit queries.
+        """Run the W positions of ``rotary`` through the blocks after the planned exit, from their exit queries.
 
         With W = 1, nothing was drafted and no block has run, so run all blocks from the embedding. Returns ``x_BWD`` at
         every candidate exit, the full model's ``logits_BWV``, and the caches. At exits up to the planned one, ``x_BWD``
         is the exit query, unless W = 1.
         """
-        width, layers = position.index_BT.shape[1], cache.layers
-        plain = width == 1  # nothing was drafted, so no block has run yet: this is a round of plain decoding
+        width, layers = rotary.index_BT.shape[1], cache.layers
+        plain = width == 1
         query_BWD = [query_BQD[:, :width] for query_BQD in cache.exit_query_BQD]
         x_BWD = model.embed(token_B[:, None]) if plain else query_BWD[0]
         for index, blocks in enumerate(itertools.pairwise((0, *self.exits))):
             runs = plain or (index > 0 and plan.exit_index < index)
-            x_BWD, layers = run_blocks_if(runs, model, position, blocks, (x_BWD, layers))
+            x_BWD, layers = run_blocks_if(runs, model, rotary, blocks, (x_BWD, layers))
             query_BWD[index] = x_BWD = x_BWD if plain else jnp.where(runs, x_BWD, query_BWD[index])
-        x_BWD, layers = model.run_cached(x_BWD, position, layers, self.exits[-1], model.config.num_layers)
+        x_BWD, layers = model.run_cached(x_BWD, rotary, layers, self.exits[-1], model.config.num_layers)
         return query_BWD, model.unembed(x_BWD), layers
 
     def probe(
@@ -103,14 +103,13 @@ class AdaptiveSpeculative(SelfSpeculative):
         verdict: Verdict,
         query_BWD: Sequence[jax.Array],
         logits_BWV: jax.Array,
-        none: Probe,
     ) -> Probe:
-        """Compare all candidate exits with the full model, if the policy asks for it; else return ``none``."""
+        """Compare all candidate exits with the full model, if the policy asks for it; else return `Probe.none`."""
         width = logits_BWV.shape[1]
         # Positions after the first rejected draft follow a wrong token, so they do not count.
         valid_BW = (jnp.arange(width)[None] <= verdict.accepted_B[:, None]) & ~state.done_B[:, None]
 
-        def compare(none: Probe) -> Probe:
+        def compare(_: Probe) -> Probe:
             agreed, reached = [], []
             for x_BWD in query_BWD:
                 agrees_BW = jnp.where(valid_BW, self.sampler.agreement(model.unembed(x_BWD), logits_BWV), 0)
@@ -123,7 +122,8 @@ class AdaptiveSpeculative(SelfSpeculative):
         probes = self.policy.probes(state.policy_state)
         # Not `run_if`, which is a loop of at most one iteration: the logits of the exits do not depend on its carry, so
         # XLA would move their matmuls in front of the loop and run them in every round.
-        return none if probes is False else jax.lax.cond(probes, compare, lambda none: none, none)
+        nothing = Probe.none(len(self.exits))
+        return nothing if probes is False else jax.lax.cond(probes, compare, lambda same: same, nothing)
 
 
 def checked_widths(policy: DraftPolicy, plan: Plan) -> Sequence[int]:

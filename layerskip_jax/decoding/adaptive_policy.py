@@ -17,8 +17,8 @@ from layerskip_jax.decoding.cost import (
     checked_overhead,
     expected_tokens,
     head_share,
-    overhead_of,
     round_cost,
+    round_overhead,
 )
 from layerskip_jax.decoding.policies import Outcome, Plan, log_probability, spaced_widths
 
@@ -57,7 +57,7 @@ class Counts(NamedTuple):
         return Counts(*(old * kept + added for old, kept, added in zip(self, keep, new, strict=True)))
 
 
-class Choice(NamedTuple):
+class Decision(NamedTuple):
     """What `Adaptive` decides before a round."""
 
     plan: Plan
@@ -69,7 +69,7 @@ class AdaptiveState(NamedTuple):
     """The policy state of `Adaptive`."""
 
     counts: Counts
-    choice: Choice  # follows from the counts
+    choice: Decision  # follows from the counts
     spent: jax.Array  # cost of the rounds since the last probe
     probe_after: jax.Array  # the next probe is due when ``spent`` reaches this
     cost_XQ: jax.Array  # of a round from each exit with 0..d drafts [passes of the full model for one token]
@@ -129,7 +129,7 @@ class Adaptive:
     def init_state(self, model: ModelConfig) -> Any:
         # A round pays the overhead of the width that it runs, which can be wider than its drafts need.
         width_Q = [next(width for width in self.verify_widths if width > n) for n in range(self.draft_length + 1)]
-        overhead_Q = [overhead_of(width - 1, self.overhead) for width in width_Q]
+        overhead_Q = [round_overhead(width - 1, self.overhead) for width in width_Q]
         cost_XQ = jnp.array([
             [round_cost(model, exit_layer, n) + overhead for n, overhead in enumerate(overhead_Q)]
             for exit_layer in self.exits
@@ -139,7 +139,7 @@ class Adaptive:
         # A probe is due in the first round.
         return AdaptiveState(counts, self.choose(counts, cost_XQ), probe_after, probe_after, cost_XQ)
 
-    def choose(self, counts: Counts, cost_XQ: jax.Array) -> Choice:
+    def choose(self, counts: Counts, cost_XQ: jax.Array) -> Decision:
         """Return the exit with the best rate, and when to stop drafting from it."""
         acceptance_X = (counts.agreed_X + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (counts.reached_X + PRIOR_WEIGHT)
         # A bin of which little is known has the acceptance of its exit.
@@ -159,7 +159,7 @@ class Adaptive:
         least_chance_Q = jnp.min(jnp.where(possible_QQ, least_chance_QQ, jnp.inf), axis=1)
         # Without a draft, the chance is 1. `keep_drafting` ends a round that drafts.
         plan = Plan(exit_index, jnp.where(least_chance_Q[0] <= 1, self.draft_length, 0))
-        return Choice(plan, acceptance_XK[exit_index], least_chance_Q)
+        return Decision(plan, acceptance_XK[exit_index], least_chance_Q)
 
     def plan(self, policy_state: Any) -> Plan:
         return policy_state.choice.plan
@@ -188,7 +188,7 @@ class Adaptive:
         before, probe, drafts = policy_state, outcome.probe, jnp.max(outcome.drafted_B)
         spent = jnp.where(probe.done, 0.0, before.spent) + before.cost_XQ[outcome.plan.exit_index, drafts]
 
-        def learn(counts: Counts, choice: Choice) -> tuple[Counts, Choice]:
+        def learn(counts: Counts, choice: Decision) -> tuple[Counts, Decision]:
             counts = counts.add(self.round_counts(outcome), self.horizon)
             return counts, self.choose(counts, before.cost_XQ)
 

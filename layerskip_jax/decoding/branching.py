@@ -31,7 +31,7 @@ from layerskip_jax.decoding.state import DecodeState
 from layerskip_jax.model import Transformer
 
 
-class Choice(NamedTuple):
+class BranchVerdict(NamedTuple):
     """The result of a verification, per row."""
 
     accepted_B: jax.Array  # drafted positions whose token is emitted, 0..d
@@ -45,7 +45,7 @@ class BranchSampler(Protocol):
     def propose(self, logits_BV: jax.Array, choices: int, key: jax.Array) -> tuple[jax.Array, Any]:
         """Return C distinct tokens ``token_BC``, and what `verify` needs. The first one continues the draft."""
 
-    def verify(self, logits_BQCV: jax.Array, token_BdC: jax.Array, probs: Any, key: jax.Array) -> Choice:
+    def verify(self, logits_BQCV: jax.Array, token_BdC: jax.Array, probs: Any, key: jax.Array) -> BranchVerdict:
         """Accept or reject the choices, given the full model's logits at every node.
 
         ``probs`` is what `propose` returned, stacked to [B, d, ...].
@@ -59,13 +59,13 @@ class GreedyBranches:
     def propose(self, logits_BV: jax.Array, choices: int, key: jax.Array) -> tuple[jax.Array, Any]:
         return jax.lax.top_k(logits_BV, choices)[1], ()
 
-    def verify(self, logits_BQCV: jax.Array, token_BdC: jax.Array, probs: Any, key: jax.Array) -> Choice:
+    def verify(self, logits_BQCV: jax.Array, token_BdC: jax.Array, probs: Any, key: jax.Array) -> BranchVerdict:
         full_BQC = argmax(logits_BQCV)
         right_BdC = token_BdC == full_BQC[:, :-1, :1]
         # At most one choice of a position is right, because they are different.
         branch_Bd = jnp.where(jnp.any(right_BdC, axis=2), jnp.argmax(right_BdC, axis=2), -1)
         accepted_B, branch_B = follow(branch_Bd)
-        return Choice(accepted_B, branch_B, full_BQC[jnp.arange(len(accepted_B)), accepted_B, branch_B])
+        return BranchVerdict(accepted_B, branch_B, full_BQC[jnp.arange(len(accepted_B)), accepted_B, branch_B])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class StochasticBranches:
         noise_BV = jax.random.gumbel(key, q_BV.shape)
         return jax.lax.top_k(jnp.log(q_BV) + noise_BV, choices)[1], q_BV
 
-    def verify(self, logits_BQCV: jax.Array, token_BdC: jax.Array, probs: Any, key: jax.Array) -> Choice:
+    def verify(self, logits_BQCV: jax.Array, token_BdC: jax.Array, probs: Any, key: jax.Array) -> BranchVerdict:
         accept_key, draw_key = jax.random.split(key)
         # The first choices continue the draft, so only their nodes have the distributions to compare with.
         p_BdV, q_BdV = self.sampler.probabilities(logits_BQCV[:, :-1, 0]), probs
@@ -109,7 +109,7 @@ class StochasticBranches:
         p_BV = self.sampler.probabilities(logits_BQCV[row_B, accepted_B, branch_B])
         residual_BV = p_BdV[row_B, jnp.minimum(accepted_B, d - 1)]
         rejected_B1 = ((branch_B == 0) & (accepted_B < d))[:, None]
-        return Choice(accepted_B, branch_B, draw_from(jnp.where(rejected_B1, residual_BV, p_BV), draw_key))
+        return BranchVerdict(accepted_B, branch_B, draw_from(jnp.where(rejected_B1, residual_BV, p_BV), draw_key))
 
 
 def _normalized(probs: jax.Array, otherwise: jax.Array) -> jax.Array:
@@ -121,7 +121,7 @@ def _normalized(probs: jax.Array, otherwise: jax.Array) -> jax.Array:
 def follow(branch_Bd: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Follow the first choices while they are accepted, and then at most one other choice.
 
-    ``branch_Bd`` is the accepted choice of each position, or -1. Returns ``accepted_B, branch_B`` of `Choice`.
+    ``branch_Bd`` is the accepted choice of each position, or -1. Returns ``accepted_B, branch_B`` of `BranchVerdict`.
 
     >>> [a.tolist() for a in follow(jnp.array([[0, 0, 2, 0], [0, -1, 0, 0], [0, 0, 0, 0]]))]
     [[3, 1, 4], [2, 0, 0]]
@@ -240,24 +240,24 @@ class Branching:
         text = state.cache.layers[: self.exit_layer]
         empty = [NodeCache.empty(layer, start_B, (d + 1) * C, C) for layer in text]
         # The scan carries only the nodes. If it also carried the text's cache, it would have to copy or alias it.
-        nodes_of = lambda early: [(nodes.k_BKMH, nodes.v_BKMH) for nodes in early]  # noqa: E731
+        node_arrays = lambda early: [(nodes.k_BKMH, nodes.v_BKMH) for nodes in early]  # noqa: E731
 
         def run_group(slot: jax.Array, token_BC: jax.Array, nodes: Any) -> tuple[jax.Array, Any]:
             early: Any = [
                 dataclasses.replace(one, k_BKMH=k, v_BKMH=v, first=slot * C)
                 for one, (k, v) in zip(empty, nodes, strict=True)
             ]
-            position = model.rotary_tables(jnp.broadcast_to((start_B + slot)[:, None], token_BC.shape))
-            return model.run_cached(model.embed(token_BC), position, early, 0, self.exit_layer)
+            rotary = model.rotary_tables(jnp.broadcast_to((start_B + slot)[:, None], token_BC.shape))
+            return model.run_cached(model.embed(token_BC), rotary, early, 0, self.exit_layer)
 
         def draft_position(carry: tuple[jax.Array, Any], slot: jax.Array) -> tuple[Any, Any]:
             token_BC, nodes = carry
             x_BCD, early = run_group(slot, token_BC, nodes)
             logits_BV = model.unembed(x_BCD[:, :1])[:, 0]
             token_BC, probs = self.sampler.propose(logits_BV, C, jax.random.fold_in(key, slot))
-            return (token_BC, nodes_of(early)), (token_BC, probs, x_BCD)
+            return (token_BC, node_arrays(early)), (token_BC, probs, x_BCD)
 
-        start = jnp.broadcast_to(start_token_B[:, None], (len(start_token_B), C)), nodes_of(empty)
+        start = jnp.broadcast_to(start_token_B[:, None], (len(start_token_B), C)), node_arrays(empty)
         (token_BC, nodes), outputs = jax.lax.scan(draft_position, start, jnp.arange(d))
         token_BdC, probs, x_BdCD = jax.tree.map(lambda stacked: jnp.moveaxis(stacked, 0, 1), outputs)
         x_BCD, early = run_group(jnp.int32(d), token_BC, nodes)
@@ -267,8 +267,8 @@ class Branching:
     def run_late_blocks(self, model: Transformer, state: DecodeState, tree: Tree) -> tuple[jax.Array, list[NodeCache]]:
         """Run all nodes through the blocks after the exit in one pass; return ``logits_BMV`` and their caches."""
         C, M, (_, start_B) = self.choices, tree.query_BMD.shape[1], state.last_token()
-        position = model.rotary_tables(start_B[:, None] + jnp.arange(M)[None] // C)
+        rotary = model.rotary_tables(start_B[:, None] + jnp.arange(M)[None] // C)
         late = [NodeCache.empty(layer, start_B, M, C) for layer in state.cache.layers[self.exit_layer :]]
         caches: Any = [*tree.early, *late]
-        x_BMD, caches = model.run_cached(tree.query_BMD, position, caches, self.exit_layer, model.config.num_layers)
+        x_BMD, caches = model.run_cached(tree.query_BMD, rotary, caches, self.exit_layer, model.config.num_layers)
         return model.unembed(x_BMD), caches[self.exit_layer :]

@@ -27,7 +27,7 @@ def run_if(condition: bool | jax.Array, run: Callable[[Carry], Carry], carry: Ca
 
 
 def run_blocks_if(
-    condition: bool | jax.Array, model: Transformer, position: RotaryTables, blocks: tuple[int, int], carry: Hidden
+    condition: bool | jax.Array, model: Transformer, rotary: RotaryTables, blocks: tuple[int, int], carry: Hidden
 ) -> Hidden:
     """Run blocks [first, last) on ``(x_BTD, layers)`` if ``condition`` is true, else return them unchanged."""
-    return run_if(condition, lambda carry: model.run_cached(carry[0], position, carry[1], *blocks), carry)
+    return run_if(condition, lambda carry: model.run_cached(carry[0], rotary, carry[1], *blocks), carry)

@@ -57,15 +57,15 @@ class ConfidentExit:
 
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         token_B, position_B = state.last_token()
-        position = model.rotary_tables(position_B[:, None])
+        rotary = model.rotary_tables(position_B[:, None])
         key, draw_key = jax.random.split(state.key)
         # Rows that are done count as exited. Their exit index is out of range, so `finish_round` does not count them.
         no_exit_B = jnp.full_like(token_B, len(self.exits))
         tokens = _Tokens(model.embed(token_B[:, None]), state.cache.layers, state.done_B, token_B, no_exit_B)
         for index, blocks in enumerate(itertools.pairwise((0, *self.exits))):
             all_exited = jnp.all(tokens.exited_B)
-            run = partial(self._run, model, position, blocks, index, jax.random.fold_in(draw_key, index))
-            tokens = run_if(all_exited, partial(_propagate, model, position, blocks), tokens)
+            run = partial(self._run, model, rotary, blocks, index, jax.random.fold_in(draw_key, index))
+            tokens = run_if(all_exited, partial(_propagate, model, rotary, blocks), tokens)
             tokens = run_if(~all_exited, run, tokens)
         state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=tokens.layers))
         return finish_round(state, *no_drafts(tokens.next_B), tokens.exit_B)
@@ -73,7 +73,7 @@ class ConfidentExit:
     def _run(
         self,
         model: Transformer,
-        position: RotaryTables,
+        rotary: RotaryTables,
         blocks: tuple[int, int],
         index: int,
         key: jax.Array,
@@ -83,7 +83,7 @@ class ConfidentExit:
         first, last = blocks
 
         def block_fn(block: Block, x_B1D: jax.Array, layer: LayerCache) -> tuple[jax.Array, LayerCache]:
-            delta_B1D, written = block(x_B1D, position, cache=layer)
+            delta_B1D, written = block(x_B1D, rotary, cache=layer)
             assert written is not None
             return jnp.where(tokens.exited_B[:, None, None], x_B1D, x_B1D + delta_B1D), written
 
@@ -101,9 +101,9 @@ class ConfidentExit:
         )
 
 
-def _propagate(model: Transformer, position: RotaryTables, blocks: tuple[int, int], tokens: _Tokens) -> _Tokens:
+def _propagate(model: Transformer, rotary: RotaryTables, blocks: tuple[int, int], tokens: _Tokens) -> _Tokens:
     """Write the keys and values of blocks [first, last) without running them."""
     first, last = blocks
     skipped = zip(model.blocks[first:last], tokens.layers[first:last], strict=True)
-    written = [block.propagate(tokens.x_B1D, position, layer) for block, layer in skipped]
+    written = [block.propagate(tokens.x_B1D, rotary, layer) for block, layer in skipped]
     return tokens._replace(layers=[*tokens.layers[:first], *written, *tokens.layers[last:]])

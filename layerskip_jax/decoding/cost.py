@@ -36,10 +36,10 @@ def checked_overhead(overhead: Sequence[float]) -> Overhead:
     return costs
 
 
-def overhead_of(drafted: float | jax.Array, overhead: Overhead) -> Any:
+def round_overhead(drafted: float | jax.Array, overhead: Overhead) -> Any:
     """Return the overhead of a round with ``drafted`` tokens, interpolated between whole numbers of drafts.
 
-    >>> [overhead_of(drafts, (0.5, 0.75)) for drafts in (0, 1.5, 4)]
+    >>> [round_overhead(drafts, (0.5, 0.75)) for drafts in (0, 1.5, 4)]
     [0.0, 0.625, 1.5]
     """
     numpy = jnp if isinstance(drafted, jax.Array) else np
@@ -88,7 +88,7 @@ def round_cost(
     """
     h = head_share(config)
     weights = (1 - h) * (1 + drafted * exit_layer / config.num_layers) + h * (1 + drafted)
-    return weights + overhead_of(drafted, overhead)
+    return weights + round_overhead(drafted, overhead)
 
 
 def predicted_speedup(

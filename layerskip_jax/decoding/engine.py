@@ -34,9 +34,9 @@ def prefill(strategy: Strategy, model: Transformer, request: Request, width: int
     B, S = request.tokens_BS.shape
     layers = empty_cache(model.config, B, S)
     if width:
-        position = model.rotary_tables(jnp.tile(jnp.arange(width), (B, 1)))
+        rotary = model.rotary_tables(jnp.tile(jnp.arange(width), (B, 1)))
         x_BPD = model.embed(request.tokens_BS[:, :width])
-        _, layers = model.run_cached(x_BPD, position, layers, 0, model.config.num_layers, filled=width)
+        _, layers = model.run_cached(x_BPD, rotary, layers, 0, model.config.num_layers, filled=width)
     query_BQD = jnp.zeros((B, strategy.draft_length + 1, model.config.dim), compute_dtype(model.config))
     zero_X = jnp.zeros(max(1, len(strategy.exits)), jnp.int32)
     return DecodeState(
@@ -102,7 +102,7 @@ def begin(
     max_length = check_request(model, prompts, max_new_tokens, max_length, strategy, eos, seed)
     # d+1 extra slots: a round writes d+1 tokens after the known ones, even where the row's limit cuts most of them off.
     capacity = round_up(max_length + strategy.draft_length + 1)
-    width = min(round_up(max(map(len, prompts)) - 1), capacity)
+    width = round_up(max(map(len, prompts)) - 1)  # at most the capacity, which rounds up a larger number
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt

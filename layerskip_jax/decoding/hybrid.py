@@ -17,8 +17,8 @@ from layerskip_jax.decoding.cost import (
     Overhead,
     checked_overhead,
     expected_tokens,
-    overhead_of,
     round_cost,
+    round_overhead,
 )
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative
@@ -88,7 +88,7 @@ class Hybrid:
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         (gains, _), active_B = state.policy_state, ~state.done_B
         draft_Bd, match_B = self.lookup.look_up(state)
-        lookup_cost = 1 + overhead_of(self.lookup.draft_length, self.overhead)
+        lookup_cost = 1 + round_overhead(self.lookup.draft_length, self.overhead)
         tokens_B = jnp.where(match_B > 0, self.lookup_tokens(gains)[match_B - 1], 1)
         lookup_rate = jnp.sum(tokens_B * active_B) / jnp.maximum(jnp.sum(active_B), 1) / lookup_cost
         exit_rate = gains.tokens / gains.cost

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from layerskip_jax.checks import require, require_positive
 from layerskip_jax.config import ModelConfig
-from layerskip_jax.recipe.early_exit import negative_log_likelihood
+from layerskip_jax.model import negative_log_likelihood
 
 
 class Plan(NamedTuple):
@@ -160,8 +160,8 @@ def checked_plan(policy: DraftPolicy, policy_state: Any, least: int) -> Plan:
 def spaced_widths(draft_length: int) -> Sequence[int]:
     """Return ``DraftPolicy.verify_widths`` for a policy that varies the draft length, from 1 to d+1.
 
-    Each is a fifth, rounded up, below the next. So a round verifies few positions that it does not need, which take
-    time on a CPU, and the number of programs grows with the logarithm of d.
+    Each width is four fifths of the next, rounded down. So a round verifies few positions that it does not need, which
+    take time on a CPU, and the number of programs grows with the logarithm of d.
 
     >>> spaced_widths(6), spaced_widths(1), spaced_widths(15)
     ((1, 2, 3, 4, 5, 7), (1, 2), (1, 2, 3, 4, 5, 7, 9, 12, 16))

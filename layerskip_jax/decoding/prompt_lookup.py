@@ -80,10 +80,8 @@ class PromptLookup:
         probs = self.sampler.deterministic_draft_probs(draft_Bd, model.config.vocab_size)
         drafts = Drafts(draft_Bd, jnp.where(state.done_B | (match_B == 0), 0, self.draft_length), probs)
         token_BQ = jnp.concatenate([token_B[:, None], draft_Bd], axis=1)
-        position = model.rotary_tables(position_B[:, None] + jnp.arange(self.draft_length + 1)[None])
-        x_BQD, layers = model.run_cached(
-            model.embed(token_BQ), position, state.cache.layers, 0, model.config.num_layers
-        )
+        rotary = model.rotary_tables(position_B[:, None] + jnp.arange(self.draft_length + 1)[None])
+        x_BQD, layers = model.run_cached(model.embed(token_BQ), rotary, state.cache.layers, 0, model.config.num_layers)
         verdict = self.sampler.verify(model.unembed(x_BQD), drafts, verify_key)
         state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=layers))
         return finish_round(state, drafts, verdict, exit_index)

@@ -53,8 +53,8 @@ class Autoregressive:
     def __call__(self, model: Transformer, state: DecodeState) -> DecodeState:
         token_B, position_B = state.last_token()
         key, draw_key = jax.random.split(state.key)
-        position, depth = model.rotary_tables(position_B[:, None]), model.config.num_layers
-        x_B1D, layers = model.run_cached(model.embed(token_B[:, None]), position, state.cache.layers, 0, depth)
+        rotary, depth = model.rotary_tables(position_B[:, None]), model.config.num_layers
+        x_B1D, layers = model.run_cached(model.embed(token_B[:, None]), rotary, state.cache.layers, 0, depth)
         next_B = self.sampler.draw(model.unembed(x_B1D)[:, 0], draw_key)
         state = dataclasses.replace(state, key=key, cache=dataclasses.replace(state.cache, layers=layers))
         return finish_round(state, *no_drafts(next_B))
@@ -113,8 +113,8 @@ class SelfSpeculative:
         def draft_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             slot, _, cache, *drafted = carry
             drafting_B, token_B, *_ = drafted
-            position = model.rotary_tables((start_B + slot)[:, None])
-            queries, layers = self.early_blocks(model, plan, position, model.embed(token_B[:, None]), cache.layers)
+            rotary = model.rotary_tables((start_B + slot)[:, None])
+            queries, layers = self.early_blocks(model, plan, rotary, model.embed(token_B[:, None]), cache.layers)
             pairs = zip(cache.exit_query_BQD, queries, strict=True)
             cache = KVQCache(layers, [jax.lax.dynamic_update_slice(q_BQD, x, (0, slot, 0)) for q_BQD, x in pairs])
 
@@ -137,10 +137,10 @@ class SelfSpeculative:
         return cache, drafts, notes
 
     def early_blocks(
-        self, model: Transformer, plan: Plan, position: RotaryTables, x_B1D: jax.Array, layers: list[LayerCache]
+        self, model: Transformer, plan: Plan, rotary: RotaryTables, x_B1D: jax.Array, layers: list[LayerCache]
     ) -> tuple[list[jax.Array], list[LayerCache]]:
         """Run the blocks that draft; return the hidden state at each exit, and the caches."""
-        x_B1D, layers = model.run_cached(x_B1D, position, layers, 0, self.exits[0])
+        x_B1D, layers = model.run_cached(x_B1D, rotary, layers, 0, self.exits[0])
         return [x_B1D], layers
 
     def verify(
@@ -148,9 +148,9 @@ class SelfSpeculative:
     ) -> tuple[KVQCache, Verdict]:
         """Run all d+1 positions through blocks [E, L) in one pass, from their exit queries, and judge the drafts."""
         _, start_B = state.last_token()
-        position = model.rotary_tables(start_B[:, None] + jnp.arange(self.draft_length + 1)[None])
+        rotary = model.rotary_tables(start_B[:, None] + jnp.arange(self.draft_length + 1)[None])
         query_BQD, first, last = cache.exit_query_BQD[0], self.exits[0], model.config.num_layers
-        x_BQD, layers = model.run_cached(query_BQD, position, cache.layers, first, last)
+        x_BQD, layers = model.run_cached(query_BQD, rotary, cache.layers, first, last)
         verdict = self.sampler.verify(model.unembed(x_BQD), drafts, key)
         return dataclasses.replace(cache, layers=layers), verdict
 

@@ -18,13 +18,13 @@ from layerskip_jax.checks import require
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.data.batch import Batch
-from layerskip_jax.data.pipeline import local_batches, to_devices
+from layerskip_jax.data.load_tokenizer import load_tokenizer
+from layerskip_jax.data.pipeline import OpenSplit, local_batches, to_devices
 from layerskip_jax.data.sources import check_place, open_documents
 from layerskip_jax.distributed import agree
 from layerskip_jax.errors import UserError
 from layerskip_jax.mixture import mixture_shares
-from layerskip_jax.model import Transformer
-from layerskip_jax.recipe.early_exit import negative_log_likelihood
+from layerskip_jax.model import Transformer, negative_log_likelihood
 from layerskip_jax.recipe.fused_exit_loss import chunked_exit_losses
 from layerskip_jax.sharding import auto_mesh, named_shardings
 
@@ -159,8 +159,9 @@ def exit_scores(model: Transformer, batch: Batch) -> jax.Array:
 def exit_quality(model: Transformer, config: Config, batches: HostBatches | None = None) -> ExitQuality:
     """Measure every exit on the first ``train.evaluate_batches`` batches of the validation split.
 
-    Uses data parallelism over as many devices as divide the batch size. ``batches``, if given, replace
-    them, and are not split into smaller ones. Prepares no corpus. Call it in a run of one process.
+    ``model`` is stacked. The sequences of a batch are sharded over gcd(batch_size, devices) devices. If ``batches`` is
+    given, they are used as they are, and nothing is read. Otherwise the corpus must be prepared already. Only for a run
+    of one process.
     """
     devices = jax.devices()[: math.gcd(config.train.batch_size, jax.device_count())]
     mesh = auto_mesh(np.reshape(devices, (-1, 1, 1, 1)))
@@ -168,7 +169,8 @@ def exit_quality(model: Transformer, config: Config, batches: HostBatches | None
     if batches is None:
         small, split = with_small_batches(config, len(devices)), config.data.validation_split
         documents = open_documents(config.data, split, prepare=False)  # a checkpoint's config must not write files
-        batches = held_out_batches(local_batches(small, split, mesh, in_order=True, documents=documents), small)
+        opened = OpenSplit(documents, load_tokenizer(config.data.tokenizer))
+        batches = held_out_batches(local_batches(small, split, mesh, in_order=True, opened=opened), small)
 
     def summed(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
         return np.asarray(exit_scores(model, to_devices(batch, mesh)), np.float64), float(batch["mask_BT"].sum())
@@ -230,9 +232,9 @@ def token_scores(
     early = model.first_layers(exit_layer)
 
     def score(x_BD: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_p_BV = jax.nn.log_softmax(early.unembed(x_BD[:, None])[:, 0], axis=-1)
-        picked_B = jnp.take_along_axis(log_p_BV, target_B[:, None], axis=-1)[:, 0]
-        return picked_B, jnp.argmax(log_p_BV, axis=-1) == target_B
+        logits_B1V = early.unembed(x_BD[:, None])
+        loss_B1 = negative_log_likelihood(logits_B1V, target_B[:, None])
+        return -loss_B1[:, 0], jnp.argmax(logits_B1V[:, 0], axis=-1) == target_B
 
     x_BTD, _ = early.run_uncached(tokens_BT, jnp.ones_like(tokens_BT))
     return over_positions(score, x_BTD, targets_BT)

@@ -132,13 +132,21 @@ class ExitContext(NamedTuple):
         gathered_matrix = jax.lax.stop_gradient(gather(jax.tree.map(lambda leaf: leaf.astype(dtype), matrix)))
         return cls(chunked, (batch.targets_BT, batch.mask_BT, teacher), gathered_matrix)
 
-    def taught_by(self, exit_loss: ExitLoss, x_BTD: jax.Array | None, share: ArrayLike) -> "ExitContext":
-        """Return a copy with another loss, whose teacher is ``(x, share)``; if ``x`` is None, the last exit."""
+    def taught_by_last(self, exit_loss: ExitLoss, share: ArrayLike) -> "ExitContext":
+        """Return a copy with another loss, whose teacher is ``(x_L, share)``."""
+        return self._taught(exit_loss, LastExit(self._by_token(share)))
+
+    def taught_by(self, exit_loss: ExitLoss, x_BTD: jax.Array, share: ArrayLike) -> "ExitContext":
+        """Return a copy with another loss, whose teacher is ``(x, share)``."""
+        return self._taught(exit_loss, (x_BTD, self._by_token(share)))
+
+    def _taught(self, exit_loss: ExitLoss, teacher: Any) -> "ExitContext":
         targets_BT, mask_BT, _ = self.labels
-        share_BT = jnp.broadcast_to(jnp.asarray(share, jnp.float32), mask_BT.shape)
-        teacher = LastExit(share_BT) if x_BTD is None else (x_BTD, share_BT)
         chunked = dataclasses.replace(self.chunked, loss=Taught(exit_loss))
         return self._replace(chunked=chunked, labels=(targets_BT, mask_BT, teacher))
+
+    def _by_token(self, share: ArrayLike) -> jax.Array:
+        return jnp.broadcast_to(jnp.asarray(share, jnp.float32), self.labels[1].shape)
 
     def with_last(self, last: "ExitContext") -> "ExitContext":
         """Return the context of this inner exit and of the ``last`` exit, which it teaches, in one loop over chunks."""
@@ -149,7 +157,7 @@ class ExitContext(NamedTuple):
 
 
 class LastExit(NamedTuple):
-    """Stands for the teacher ``(x_L, share)``: the forward pass comes to an inner exit before it knows x_L."""
+    """A placeholder for the teacher ``(x_L, share)``: the forward pass reaches an inner exit before x_L exists."""
 
     share_BT: jax.Array
 
@@ -191,8 +199,8 @@ class Passed(NamedTuple):
     head: Head
     """The parameters of the head. No exit reads the matrix; each adds its gradient to the cotangent."""
     last_x_BTD: jax.Array | None
-    """Zeros, or None if the last exit teaches no other. `losses_and_gradients` sets the cotangent to x_L, so that the
-    backward pass can read x_L at the inner exits."""
+    """Zeros, or None if the inner exits do not learn from the last exit. `losses_and_gradients` sets the cotangent to
+    x_L, so that the backward pass can read x_L at the inner exits."""
 
 
 def exit_in_backward_pass(

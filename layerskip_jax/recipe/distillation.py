@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from layerskip_jax.recipe.early_exit import ExitLoss, Unembed, negative_log_likelihood
+from layerskip_jax.model import negative_log_likelihood
+from layerskip_jax.recipe.early_exit import ExitLoss, Unembed
 
 ExitTeacher = tuple[jax.Array, jax.Array]
 """``(x_BCD, share_BC)``: the detached hidden state of the exit that teaches, and the share of its loss."""

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from layerskip_jax.model import negative_log_likelihood
+
 Curriculum = Callable[[ArrayLike, int, int], jax.Array]
 """``(step t, total_steps T, num_layers L) -> C_L``, 1 where the exit after block l has a loss at step t, else 0."""
 
@@ -39,14 +41,6 @@ def cross_entropy(
 ) -> jax.Array:
     """``CE(g(x), Y)`` of eq. 5: the sum over counted positions of ``-log softmax(g(x))[target]`` [nats]."""
     return jnp.sum(negative_log_likelihood(g(x_BCD), targets_BC) * mask_BC)
-
-
-def negative_log_likelihood(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
-    """Return ``-log softmax(logits)[target]`` of each position [nats]."""
-    # Compare instead of gathering: this fuses, and it also works on a vocabulary that is split over devices.
-    is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[:, :, None]
-    target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
-    return jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC
 
 
 @dataclasses.dataclass(frozen=True)

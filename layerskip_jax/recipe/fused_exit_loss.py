@@ -37,7 +37,10 @@ OFFLOAD_BLOCK_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names
 
 
 def save_matmuls(primitive: Any, *operands: Any, **parameters: Any) -> Any:
-    """Save the outputs of matmuls and attention kernels, and recompute the rest: the policy of ``remat = "dots"``."""
+    """The policy of ``remat = "dots"``: save the outputs of matmuls with weights and of attention kernels.
+
+    The backward pass recomputes the rest, also the batched matmuls of attention if XLA runs it.
+    """
     policies = jax.checkpoint_policies
     matmul_or_splash = policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED_OUTPUT)
@@ -115,9 +118,9 @@ def losses_and_gradients(
         context = ExitContext.create(model, batch, ChunkedLoss(model.config, settings.loss, settings.chunk), teacher)
         inner = last = context
         if settings.distillation is not None:
-            inner = context.taught_by(settings.distillation, None, shares.distillation)
+            inner = context.taught_by_last(settings.distillation, shares.distillation)
         passed, agreement_x_BTD = run_blocks(model, batch, settings, dropout_mask, inner, alone_L, loss_slot_L)
-        if settings.agreement is not None:
+        if settings.agreement is not None and agreement_x_BTD is not None:
             last = context.taught_by(settings.agreement, agreement_x_BTD, shares.agreement)
             two = passed._replace(x_BTD=(passed.x_BTD, agreement_x_BTD))
             two = exit_in_backward_pass(inner.with_last(last), TWO_EXITS, pair_weights, two, loss_slot_L[pair])
@@ -154,24 +157,24 @@ def run_blocks(
         carry: tuple[Passed, jax.Array | None],
         inputs: tuple[jax.Array, jax.Array, jax.Array, DropoutMask | None],
     ) -> tuple[Any, None]:
-        (passed, kept_BTD), (weight, loss_slot, is_kept, mask) = carry, inputs
+        (passed, agreement_x_BTD), (weight, loss_slot, is_agreement_exit, mask) = carry, inputs
         passed = passed._replace(x_BTD=checkpoint_name(row_major(passed.x_BTD), BLOCK_INPUT))
-        if kept_BTD is not None:
-            kept_BTD = jnp.where(is_kept, passed.x_BTD, kept_BTD)
+        if agreement_x_BTD is not None:
+            agreement_x_BTD = jnp.where(is_agreement_exit, passed.x_BTD, agreement_x_BTD)
         passed = exit_in_backward_pass(context, INNER_EXIT, weight, passed, loss_slot)
-        return (passed._replace(x_BTD=run_block(block, passed.x_BTD, mask)), kept_BTD), None
+        return (passed._replace(x_BTD=run_block(block, passed.x_BTD, mask)), agreement_x_BTD), None
 
     if settings.recompute:
         block_fn = jax.checkpoint(block_fn, policy=settings.policy, prevent_cse=False)
     # Iteration l holds exit l, which reads the input of block l: with full remat, this is the array that is saved.
     # Exit l+1 would read the output of block l, so full remat would also recompute the block's down projection.
     weight_before_L = jnp.roll(alone_L, 1).at[0].set(0)  # no exit comes before block 0
-    is_kept_L = jnp.arange(len(alone_L)) == settings.agreement_exit
+    is_agreement_exit_L = jnp.arange(len(alone_L)) == settings.agreement_exit
     x_BTD = model.embed(batch.inputs_BT)
     start = Passed(x_BTD, model.head(), None if settings.distillation is None else jnp.zeros_like(x_BTD))
-    kept_BTD = None if settings.agreement is None else jnp.zeros_like(x_BTD)
-    inputs = weight_before_L, jnp.roll(loss_slot_L, 1), is_kept_L, dropout_mask
-    return run_layers(model.blocks, (start, kept_BTD), block_fn, inputs)[0]
+    agreement_x_BTD = None if settings.agreement is None else jnp.zeros_like(x_BTD)
+    inputs = weight_before_L, jnp.roll(loss_slot_L, 1), is_agreement_exit_L, dropout_mask
+    return run_layers(model.blocks, (start, agreement_x_BTD), block_fn, inputs)[0]
 
 
 def block_with_dropout(

@@ -142,7 +142,10 @@ class Recipe:
             allowed = np.all((rates_L >= 0) & (rates_L < 1))
             require(bool(allowed), f"the recipe's drop rates must be in [0, 1), not {rates_L.tolist()} at step {step}")
             allowed = np.all((weights_L >= 0) & np.isfinite(weights_L))
-            require(bool(allowed), f"the recipe's exit weights must not be negative: {weights_L.tolist()}, step {step}")
+            require(
+                bool(allowed),
+                f"the recipe's exit weights must be finite and at least 0, not {weights_L.tolist()}: step {step}",
+            )
             require(bool(np.any(weights_L > 0)), f"the recipe's curriculum leaves no exit with a loss at step {step}")
         for name, share_S in zip(("distillation_share", "agreement_share"), shares, strict=True):
             wrong = share_S[~((share_S >= 0) & (share_S <= 1))].tolist()
@@ -150,7 +153,7 @@ class Recipe:
         if self.agreement is not None:
             inner = 1 <= self.agreement_exit < L
             require(inner, f"the recipe's agreement_exit must be in 1..{L - 1}, not {self.agreement_exit}")
-            require(share_S.max() > 0, "the recipe's agreement_share must be positive at some step")
+            require(shares[1].max() > 0, "the recipe's agreement_share must be positive at some step")
 
     def check_rows(self, rows: int) -> None:
         """Raise `UserError` if dropout cannot split ``rows``, the sequences of a microbatch on one device."""

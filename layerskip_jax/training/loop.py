@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import grain
 import jax
@@ -11,14 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from layerskip_jax.checkpoint.reading import initial_model
-from layerskip_jax.checkpoint.run_folder import checkpoint_folder, checkpoint_steps
+from layerskip_jax.checkpoint.run_folder import checkpoint_folder, newest_step
 from layerskip_jax.checks import require
 from layerskip_jax.config import Config, TrainConfig
 from layerskip_jax.config_dict import saved_settings
-from layerskip_jax.data.corpus import Corpus, identify_corpus
+from layerskip_jax.data.corpus import identify_corpus
 from layerskip_jax.data.documents import Documents
 from layerskip_jax.data.load_tokenizer import load_tokenizer
-from layerskip_jax.data.pipeline import local_batches, to_devices
+from layerskip_jax.data.pipeline import OpenSplit, local_batches, to_devices
 from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.sources import open_splits
 from layerskip_jax.data.tokenizer import Tokenizer
@@ -49,22 +50,20 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
     if a corpus, tokenizer, mesh or checkpoint does not fit, or after too many bad steps in a row
     (`layerskip_jax.training.bad_steps`); `Interrupted` after SIGTERM or SIGINT, once the current step is saved.
     """
-    began = steady_time()
-    mesh = make_mesh(config)
+    began, mesh = steady_time(), make_mesh(config)
     trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
-    trainer.recipe.check()
-
     with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
         profiler = stack.enter_context(Profiler(config.train))  # first: SIGUSR1 would end a process without a handler
-        tokenizer, data, held_out, corpus, corpus_lines = _open_data(config, mesh)
-        position = DataPosition(data, local_rows(batch_sharding(mesh), config.train.batch_size), corpus)
-        checkpoints = _open_checkpoints(config, tokenizer, stack)
-        state, first, start = _restore_or_init(trainer, checkpoints, position, tokenizer)
+        opened = _open_data(config, trainer.recipe, mesh)
+        checkpoints = _open_checkpoints(config, opened.tokenizer, stack)
+        state, first, start = _restore_or_init(trainer, checkpoints, opened)
         goodput = Goodput(read_records(config.train.run_dir), first, since=began)
         progress = stack.enter_context(Progress(config, trainer.recipe, first, goodput, peak_flops()))
         bad_steps = BadSteps(config, checkpoints.latest)
-        progress.log("\n".join([opening_line(config, mesh, trainer.recipe, start), *corpus_lines]))
-        step_fn = trainer.compile_step() if first < config.train.steps else trainer.step
+        progress.log("\n".join([opening_line(config, mesh, trainer.recipe, start), *opened.corpus_lines]))
+        if first >= config.train.steps:
+            return state
+        step_fn = trainer.compile_step()
 
         def report_step(done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:
             metrics = jax.device_get(metrics)
@@ -76,7 +75,7 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
         for done in range(first + 1, config.train.steps + 1):
             profiler.before_step(done, state)
             with progress.during("data"):
-                batch = next(data)
+                batch = next(opened.batches)
             state, metrics = step_fn(state, to_devices(batch, mesh))
             if pending is not None:  # the device computes this step while the host reports the previous one
                 report_step(done - 1, *pending)
@@ -88,35 +87,44 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
                 pending = None
             if evaluates:
                 with progress.during("evaluating"):
-                    progress.after_evaluation(done, losses := component_losses(state.model, held_out(), config, mesh))
-                    on_evaluation(done, state.model, held_out(), losses[""])
+                    losses = component_losses(state.model, opened.held_out(), config, mesh)
+                    progress.after_evaluation(done, losses)
+                    on_evaluation(done, state.model, opened.held_out(), losses[""])
             last = bool(stopped) or done == config.train.steps
             # After bad steps the parameters may be bad too: do not push out the good checkpoint.
             if saves and (last or not bad_steps.in_a_row):
                 with progress.during("saving"):
-                    checkpoints.save(state, position, last)
+                    checkpoints.save(state, opened.position, last)
                 progress.after_save(done)
             if samples:
                 with progress.during("sampling"):
-                    progress.after_sample(done, _sample(config, state.model, tokenizer, mesh))
+                    progress.after_sample(done, _sample(config, state.model, opened.tokenizer, mesh))
             if stopped:
                 raise Interrupted(stopped, f"stopped after step {done}, which is saved; restart to resume")
     return state
 
 
-def _open_data(
-    config: Config, mesh: Mesh
-) -> tuple[Tokenizer, grain.DatasetIterator, Callable[[], HostBatches], Corpus, list[str]]:
-    """Open the tokenizer, an iterator of the training data, and the validation data; identify and describe the corpus.
+class _Data(NamedTuple):
+    tokenizer: Tokenizer
+    batches: grain.DatasetIterator
+    held_out: Callable[[], HostBatches]
+    """Reads the held-out batches at the first call, which all processes make together."""
+    position: DataPosition
+    """The position of ``batches``, and the corpus that it counts."""
+    corpus_lines: list[str]
 
-    The third result reads the held-out batches at its first call, which all processes make together. Raises `UserError`
-    unless all processes have the same settings and files.
+
+def _open_data(config: Config, recipe: Recipe, mesh: Mesh) -> _Data:
+    """Open the tokenizer and the corpus, after checks of the recipe and of the settings that belong to them.
+
+    Raises `UserError` unless all processes have the same settings and files.
     """
 
     def open_files() -> tuple[Tokenizer, tuple[Documents, Documents]]:
-        resumes = bool(checkpoint_steps(checkpoint_folder(config)))
+        resumes = newest_step(checkpoint_folder(config)) is not None
         if not resumes:
             config.early_exit.check_trained()
+        recipe.check()
         tokenizer = load_tokenizer(config.data.tokenizer)
         # The vocabulary of a Llama can be padded. A resumed run ignores `init_from`, so it need not be given again.
         tokenizer.check_vocabulary(config.model.vocab_size, padded=bool(config.train.init_from) or resumes)
@@ -125,14 +133,18 @@ def _open_data(
             require(bool(prompt), "train.sample_prompt has no token: set it to a text, or train.sample_every to 0")
         return tokenizer, open_splits(config.data)
 
-    def read() -> tuple[grain.DatasetIterator, Callable[[], HostBatches], Corpus, list[str]]:
-        data = iter(local_batches(config, config.data.train_split, mesh, documents=splits[0]))
-        held_out = local_batches(config, config.data.validation_split, mesh, in_order=True, documents=splits[1])
+    def read() -> _Data:
+        training, validation = (OpenSplit(documents, tokenizer) for documents in splits)
+        batches = iter(local_batches(config, config.data.train_split, mesh, opened=training))
+        held_out = local_batches(config, config.data.validation_split, mesh, in_order=True, opened=validation)
         read_once = functools.cache(partial(held_out_batches, held_out, config))
-        return data, read_once, *identify_corpus(config, tokenizer, *splits)
+        corpus, lines = identify_corpus(config, tokenizer, *splits)
+        position = DataPosition(batches, local_rows(batch_sharding(mesh), config.train.batch_size), corpus)
+        return _Data(tokenizer, batches, read_once, position, lines)
 
     tokenizer, splits = agree("settings", open_files, lambda _: saved_settings(config))
-    return tokenizer, *agree("tokenizer and corpus", read, lambda found: (tokenizer.fingerprint(), *found[2:]))
+    same = lambda data: (tokenizer.fingerprint(), data.position.corpus, data.corpus_lines)  # noqa: E731
+    return agree("tokenizer and corpus", read, same)
 
 
 def _open_checkpoints(config: Config, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> Checkpoints:
@@ -143,19 +155,17 @@ def _open_checkpoints(config: Config, tokenizer: Tokenizer, stack: contextlib.Ex
     return checkpoints
 
 
-def _restore_or_init(
-    trainer: Trainer, checkpoints: Checkpoints, position: DataPosition, tokenizer: Tokenizer
-) -> tuple[TrainState, int, str]:
+def _restore_or_init(trainer: Trainer, checkpoints: Checkpoints, data: _Data) -> tuple[TrainState, int, str]:
     """Return the state to start from, its step, and a description of where it comes from.
 
     In this order: the newest checkpoint of the run, the weights of ``train.init_from``, random initialization.
     """
     config, abstract = trainer.config, trainer.abstract_state()
-    state = checkpoints.restore(abstract, position)
+    state = checkpoints.restore(abstract, data.position)
     if state is not None:
         return state, int(state.step), checkpoints.resumed
     if config.train.init_from:
-        load = agree("initial weights", partial(initial_model, config, tokenizer, abstract.model))
+        load = agree("initial weights", partial(initial_model, config, data.tokenizer, abstract.model))
         return trainer.init(load()), 0, f"from {config.train.init_from}"
     return trainer.init(), 0, "from scratch"
 
@@ -166,8 +176,10 @@ def _due(train: TrainConfig, done: int, stopped: bool) -> tuple[bool, bool, bool
     def every(steps: int) -> bool:
         return done % steps == 0 or done == train.steps
 
-    sample = train.sample_every > 0 and done % train.sample_every == 0
-    return not stopped and every(train.evaluate_every), stopped or every(train.checkpoint_every), not stopped and sample
+    evaluates = not stopped and every(train.evaluate_every)
+    saves = stopped or every(train.checkpoint_every)
+    samples = not stopped and train.sample_every > 0 and done % train.sample_every == 0
+    return evaluates, saves, samples
 
 
 def _sample(config: Config, model: Transformer, tokenizer: Tokenizer, mesh: Mesh) -> str:

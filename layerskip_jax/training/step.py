@@ -1,4 +1,4 @@
-"""One optimizer step as a pure function: everything that training compiles."""
+"""The optimizer step as a pure function."""
 
 import dataclasses
 from functools import partial
@@ -129,9 +129,8 @@ class Trainer:
             tokens=tokens,
             applied=applied,
         )
-        mean = state.loss_ema
-        mean = jnp.where(mean == 0, value, 0.98 * mean + 0.02 * value)
-        new = optax.apply_updates(state.model, updates), opt_state, mean
+        loss_ema = jnp.where(state.loss_ema == 0, value, 0.98 * state.loss_ema + 0.02 * value)
+        new = optax.apply_updates(state.model, updates), opt_state, loss_ema
         old = state.model, state.opt_state, state.loss_ema
         # lax.cond would keep old and new in memory at once; a select fuses into the update.
         chosen = jax.tree.map(lambda new, old: jnp.where(applied, new, old), new, old)

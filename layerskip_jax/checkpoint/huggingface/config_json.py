@@ -118,7 +118,7 @@ def _rotary(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"rotary scaling {_shown(kind)} is not supported: it must be default, linear or llama3")
     settings |= {"rope_scaling": kind, "rope_factor": _number(given, "factor")}
     if kind == "llama3":
-        # transformers prefers the top level, and takes the whole context if the length is nowhere.
+        # transformers prefers the top level, and takes the whole context if no key gives the length.
         length = _whole(given, "original_max_position_embeddings", _whole(values, "max_position_embeddings", 2048))
         settings |= {
             "rope_low_freq_factor": _number(given, "low_freq_factor"),

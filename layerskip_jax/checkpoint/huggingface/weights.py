@@ -215,7 +215,7 @@ class WeightFiles:
 
 
 def _read_headers(folder: epath.Path) -> dict[str, TensorHeader]:
-    """Return the headers of all tensors, from the only file or else from the files of the index, as transformers.
+    """Return the headers of all tensors, from the only file or else from the files of the index, as transformers does.
 
     The headers decide which tensors a file has, not the index: an index can be older than its files.
     """

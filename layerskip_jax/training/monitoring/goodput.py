@@ -14,12 +14,12 @@ _START = time.time() - time.monotonic()
 
 
 def steady_time() -> float:
-    """Return the time of day [seconds] by a clock that nobody sets while the process runs."""
+    """Return the time of day [seconds] from a monotonic clock, which changes of the system clock do not affect."""
     return _START + time.monotonic()
 
 
 class Goodput:
-    """Books every second of the training thread to one phase.
+    """Assigns every second of the training thread to one phase.
 
     *training* is the time of steps that were kept, without those that a resume repeats. *starting* lasts from a start
     to the end of its first step: reading the checkpoint, compiling. *data* is waiting for a batch. *evaluating*,
@@ -46,29 +46,29 @@ class Goodput:
         self._seconds["training"] = float(before[-1]) if before else 0.0
         self._phase: Phase = "starting"
 
-    def _book(self) -> None:
+    def _assign(self) -> None:
         since, self._since = self._since, self._now()
         self._seconds[self._phase] += self._since - since
 
     def end_start(self) -> None:
-        """Book the time from here on to training; call it after the first step."""
-        self._book()
+        """Assign the time from here on to training; call it after the first step."""
+        self._assign()
         self._phase = "training"
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Book the time of the body to ``phase``."""
-        self._book()
+        """Assign the time of the body to ``phase``."""
+        self._assign()
         outer, self._phase = self._phase, phase
         try:
             yield
         finally:
-            self._book()
+            self._assign()
             self._phase = outer
 
     def values(self) -> dict[str, float]:
         """Return ``run/goodput``, a fraction, and the seconds of each phase, for a `MetricsWriter`."""
-        self._book()
+        self._assign()
         spent = sum(self._seconds.values())
         total = max(self._since - self._began, spent, 1e-9)  # the clock may have been set back between two starts
         lost = total - spent
