@@ -40,12 +40,14 @@ from layerskip_jax.config import Config, DataConfig, ModelConfig, OptimizerConfi
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.sentencepiece_tokenizer import TOKENIZER, train_tokenizer
 from layerskip_jax.data.sources import open_documents
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.training.loop import train
 
 HANG_SECONDS = 60
 CURRENT = "seed"
-"""The file of the seed that is tried."""
+"""Name of the file with the seed of the current input, which a process that dies leaves for its parent."""
+FOUND = 3
+"""Exit status of a process with findings. Python and faulthandler use 1 and 2 themselves."""
 MEMORY = 64 << 30
 """Limit on a process's address space. An array whose size comes from the damage exceeds it."""
 
@@ -57,6 +59,7 @@ VALUES: list[Any] = [
     *("http://localhost:1/x", "1", "true"),
     *([], {}, [[]], [None], [1], ["x"], {"": None}, {"x": {"y": []}}, DEEP),
 ]
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EXECUTES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 PIECES = ("", "\0", " ", "<0x41>", "<0xZZ>", "<s>", "\u2581")
@@ -203,7 +206,7 @@ class Victim:
         tokenizer.decode(tokenizer.encode_prompt(TEXT))
 
     def _signed_config(self, checkpoint: Path) -> None:
-        """Read a changed config whose digest was changed too, as a stranger would."""
+        """Read a changed config whose stored digest was changed to match, as in a malicious checkpoint."""
         try:
             digest = json_sha256(json.loads((checkpoint / "config" / "metadata").read_bytes()))
         except (ValueError, RecursionError):
@@ -236,12 +239,12 @@ def split_weights(folder: Path, files: int = 2) -> dict[str, str]:
 
 
 class Audit:
-    """Raises `Escape` where code opens files outside the allowed folders or starts something, while ``active``."""
+    """Notes in ``found`` where code opens files outside the allowed folders or starts something, while ``active``."""
 
     def __init__(self) -> None:
         self.active, self.found, self.inside = False, "", ""
         paths = {*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, str(Path(__file__).parent.parent)}
-        self._libraries = (*paths, "/proc/", "/sys/", "/dev/")
+        self._libraries = {*paths, *map(os.path.realpath, paths), "/proc", "/sys", "/dev"}
         sys.addaudithook(self._check)
 
     def _check(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -251,9 +254,9 @@ class Audit:
             self.found = f"{event} {str(arguments)[:200]}"
         elif event == "open" and isinstance(arguments[0], str | bytes):
             path = os.path.realpath(os.fsdecode(arguments[0]))
-            writes = isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-            if writes or not path.startswith((self.inside, *self._libraries)):
-                self.found = f"opens {path} {arguments[1]}"
+            writes = arguments[2] & WRITING
+            if writes or not any(Path(path).is_relative_to(folder) for folder in (self.inside, *self._libraries)):
+                self.found = f"opens {path}{' for writing' * bool(writes)}"
 
 
 AUDIT = Audit()
@@ -309,16 +312,17 @@ def try_inputs(run: Path, name: str, seeds: range, deadline: float) -> tuple[int
     victim = Victim(work / "run", work)
     if name == "index":
         split_weights(victim.llama)
-    victim.files[name][2]()  # imports what it needs
+    _, _, read = victim.files[name]
+    read()  # imports its modules before the audit
     with open(run.parent / CURRENT, "wb") as current:
         for seed in seeds:
             if time.monotonic() > deadline:
                 break
             os.pwrite(current.fileno(), f"{seed:20}".encode(), 0)
             faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-            finding, no = try_input(victim, name, seed)
+            finding, was_refused = try_input(victim, name, seed)
             faulthandler.cancel_dump_traceback_later()
-            refused, done, findings = refused + no, done + 1, findings + bool(finding)
+            refused, done, findings = refused + was_refused, done + 1, findings + bool(finding)
             if finding:
                 print(f"FINDING {name} seed {seed}: {finding}", flush=True)
     print(f"{name}: {done} inputs, {refused} refused, {findings} findings", flush=True)
@@ -336,7 +340,7 @@ def main() -> None:
     if args.run:
         seeds = range(args.seed, args.seed + args.inputs)
         _, found = try_inputs(Path(args.run), args.only, seeds, time.monotonic() + args.seconds)
-        sys.exit(found > 0)
+        sys.exit(FOUND if found else 0)
     found = False
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(Path(folder))
@@ -348,15 +352,19 @@ def main() -> None:
                 own = {"run": run, "only": name, "seed": seed, "inputs": last - seed}
                 own["seconds"] = max(1.0, deadline - time.monotonic())
                 options = [f"--{key}={value}" for key, value in own.items()]
+                current = run.parent / CURRENT
+                current.unlink(missing_ok=True)
                 status = subprocess.run([sys.executable, "-m", "benchmarks.fuzz", *options], check=False).returncode
                 found |= status != 0
-                if status in (0, 1):
+                if status in (0, FOUND):
                     break
-                seed = int((run.parent / CURRENT).read_bytes())
+                if not current.exists():
+                    raise UserError(f"{name}: the process ended with status {status} before its first input")
+                seed = int(current.read_bytes())
                 print(f"FINDING {name} seed {seed}: the process ended with status {status}", flush=True)
                 seed += 1
     sys.exit(found)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
