@@ -40,6 +40,8 @@ from layerskip_jax.training.monitoring.flops import (
 )
 from layerskip_jax.training.step import Trainer
 
+jax.config.update("jax_platforms", "cpu")  # the variable comes too late where jax was imported before this module
+
 
 class Chip(NamedTuple):
     """The data sheet of a chip from cloud.google.com/tpu/docs; `flops.PEAK_FLOPS` has its peak FLOP/s.
