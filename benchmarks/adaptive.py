@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.common import add_json_option, header, write_json
 from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.command_line import positive
 from layerskip_jax.commands.sweep import Measurement, adaptive_config, measure, measured_overhead
 from layerskip_jax.config import Config, DecodeConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of each kind")
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--exits", type=int, nargs="+", help="candidates (default: L/8, 3L/16, L/4, 3L/8)")
     add_json_option(parser)
     parser.add_argument("--no_curve", action="store_true", help="skip early exit by confidence")

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -22,6 +23,7 @@ from layerskip_jax.decoding import engine
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.errors import run_command
 from layerskip_jax.model import Transformer
 
 CONFIG = ModelConfig(8, 128, 4, 2, 352, 512, compute_dtype="bfloat16")
@@ -54,6 +56,7 @@ def differing(a: Texts, b: Texts) -> int:
 
 
 def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=500, help="prompts; each gives a text for every draft length")
     options = parser.parse_args()
@@ -80,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

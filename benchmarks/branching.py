@@ -12,6 +12,7 @@ import dataclasses
 
 from benchmarks.common import header
 from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.command_line import positive
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.commands.sweep import measure
 from layerskip_jax.config import DecodeConfig
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--draft_lengths", type=int, nargs="+", default=[2, 4, 8], metavar="D")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=positive, default=1)
     options = parser.parse_args()
     header()
     model, config, tokenizer_path = load_model(options.run, unstacked=True)

@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks.common import MODELS, add_json_option, called_in_turn, header, model_with_tail, write_json
 from layerskip_jax import compiler_options
 from layerskip_jax.cache import LayerCache
+from layerskip_jax.command_line import positive
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.adaptive_policy import Adaptive
@@ -340,7 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all but int8)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["small", "large"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="PNG file for the plot of the batch part")
     options = parser.parse_args()

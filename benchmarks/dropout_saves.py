@@ -14,7 +14,9 @@ import jax
 
 from benchmarks.common import header
 from benchmarks.step_cost import random_batch
+from layerskip_jax.command_line import positive
 from layerskip_jax.config import Config, DataConfig, LayerDropoutConfig, ModelConfig, OptimizerConfig, TrainConfig
+from layerskip_jax.errors import run_command
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.training.monitoring.flops import flops_per_token
@@ -35,7 +37,7 @@ def config(p_max: float, form: str, remat: str) -> Config:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=8, help="timed steps of each")
+    parser.add_argument("--rounds", type=positive, default=8, help="timed steps of each")
     parser.add_argument("--p_max", type=float, nargs="+", default=[0.6, 0.8])
     parser.add_argument("--remat", nargs="+", default=["none", "dots", "full"], choices=["none", "dots", "full"])
     options = parser.parse_args()
@@ -87,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

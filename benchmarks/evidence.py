@@ -33,7 +33,7 @@ from benchmarks.evidence_page import fastest_fixed, write_page
 from benchmarks.step_cost import time_steps
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint, json_sha256, read_checksums
-from layerskip_jax.command_line import make_parser, parse_config
+from layerskip_jax.command_line import make_parser, parse_config, positive
 from layerskip_jax.commands.plots import read_metrics
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.commands.sweep import measure
@@ -264,7 +264,9 @@ def parse(argv: list[str]) -> tuple[Config, argparse.Namespace]:
         "--decoded", nargs="+", choices=VARIANTS, help="variants whose decoding is timed (default: all)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of each variant (default: 0)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed repeats of each decoding strategy (default: 3)")
+    parser.add_argument(
+        "--repeats", type=positive, default=3, help="timed repeats of each decoding strategy (default: 3)"
+    )
     parser.add_argument("--again", choices=VARIANTS, help="train this variant twice, to compare the runs bit for bit")
     parser.add_argument(
         "--no_measuring", action="store_true", help="only train, for example several variants in parallel"

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.common import add_json_option, header, write_json
 from layerskip_jax.compiler_options import compile_step
 from layerskip_jax.config import ModelConfig
+from layerskip_jax.errors import run_command
 from layerskip_jax.model import Transformer
 from layerskip_jax.recipe.chunked_loss import ChunkedLoss
 from layerskip_jax.recipe.early_exit import cross_entropy
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

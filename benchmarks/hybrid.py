@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from benchmarks.adaptive import prompts_of_kinds
 from benchmarks.common import header
 from layerskip_jax.checkpoint.reading import load_model
+from layerskip_jax.command_line import positive
 from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.commands.sweep import measure
 from layerskip_jax.config import Config, DecodeConfig
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of each kind (default: 4)")
     parser.add_argument("--new_tokens", type=int, default=128, help="new tokens for each prompt (default: 128)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each way (default: 3)")
+    parser.add_argument("--repeats", type=positive, default=3, help="timed runs of each way (default: 3)")
     parser.add_argument("--temperature", type=float, default=0.0, help="sample with this temperature and top-p 0.95")
     options = parser.parse_args()
     header()

@@ -25,6 +25,7 @@ from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.config import DataConfig, ModelConfig
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
+from layerskip_jax.errors import run_command
 from layerskip_jax.model import Transformer, parameter_count
 
 MODEL = ModelConfig(24, 512, 8, 8, 1536, 16_384)
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

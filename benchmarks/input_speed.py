@@ -34,6 +34,7 @@ from layerskip_jax.data.pipeline import local_batches
 from layerskip_jax.data.pretokenize import TOKENS_PER_SHARD
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import METADATA, open_splits
+from layerskip_jax.errors import run_command
 from layerskip_jax.locations import locate
 from layerskip_jax.sharding import make_mesh
 
@@ -180,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

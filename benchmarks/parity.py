@@ -23,6 +23,7 @@ from layerskip_jax.checkpoint.reading import load_model, open_model_folder
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.rounds import Autoregressive
 from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.errors import run_command
 
 try:
     import torch
@@ -177,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -28,12 +28,14 @@ from benchmarks.common import MODELS, add_json_option, header, model_with_tail, 
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
+from layerskip_jax.command_line import positive
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.decoding.policies import Fixed
 from layerskip_jax.decoding.prompt_lookup import PromptLookup
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.rounds import Autoregressive, SelfSpeculative, Strategy
 from layerskip_jax.decoding.sampling import Greedy
+from layerskip_jax.errors import run_command
 from layerskip_jax.model import Transformer
 
 try:
@@ -169,7 +171,7 @@ def main() -> None:
     parser.add_argument(
         "--tails", nargs="+", type=float, default=[0.0, BAR_TAIL], help="scales of the later blocks' outputs"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="timings of each alternative")
+    parser.add_argument("--repeats", type=positive, default=3, help="timings of each alternative")
     add_json_option(parser)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # where torch runs
@@ -185,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,6 +10,7 @@ from hlo import Program, shares_by_scope
 from benchmarks.common import header
 from benchmarks.step_cost import PLAIN
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig
+from layerskip_jax.errors import run_command
 from layerskip_jax.recipe.chunked_loss import INNER_EXIT
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
@@ -43,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

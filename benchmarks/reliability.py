@@ -33,6 +33,7 @@ from layerskip_jax.data.pipeline import local_batches
 from layerskip_jax.data.position import DataPosition
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
+from layerskip_jax.errors import run_command
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.training.checkpoints import Checkpoints
@@ -345,4 +346,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -42,6 +42,7 @@ from layerskip_jax.data.pipeline import local_batches, to_devices
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import open_documents
 from layerskip_jax.decoding.text import TextGenerator
+from layerskip_jax.errors import run_command
 from layerskip_jax.model import Transformer
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
@@ -228,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.accelerator_sizes import seconds_of
 from benchmarks.common import add_json_option, header, write_json
 from layerskip_jax.document_attention import LARGEST_TILE, SPLASH_TILE, attend_splash
+from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.sharding import AXES
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -64,7 +65,7 @@ def find_devices(options: argparse.Namespace) -> list[Any]:
 
         return [topology_devices(topology, 1)[0] for topology in options.topologies]
     if jax.default_backend() != "tpu":
-        raise SystemExit(f"error: --time needs a TPU, and this machine has {jax.default_backend()}: leave --time out")
+        raise UserError(f"--time needs a TPU, and this machine has {jax.default_backend()}: leave --time out")
     return jax.devices()[:1]
 
 
@@ -94,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -27,7 +27,9 @@ from benchmarks.common import add_json_option, header, write_json
 from benchmarks.maxtext_tpu import model_settings
 from benchmarks.step_cost import PLAIN, random_batch
 from layerskip_jax.checkpoint.huggingface.config_json import config_json
+from layerskip_jax.command_line import positive
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig
+from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.recipe.recipe import Recipe
 from layerskip_jax.sharding import make_mesh
 from layerskip_jax.training.step import Trainer
@@ -161,16 +163,16 @@ def maxtext_plain(python: str, config: Config, steps: int) -> float:
         )  # fmt: skip
     seconds = [float(number) for number in re.findall(r"completed step: \d+, seconds: ([\d.]+)", completed.stderr)]
     if len(seconds) != steps + 4:
-        raise SystemExit(
-            f"MaxText ended early: {(completed.stderr.strip() or completed.stdout.strip()).splitlines()[-1]}"
-        )
+        last = (completed.stderr.strip() or completed.stdout.strip() or "no output").splitlines()[-1]
+        raise UserError(f"MaxText ended early: {last}")
     return statistics.median(seconds[-steps:])
 
 
 def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # where torch and MaxText run
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=4, help="turns of each (default: 4)")
-    parser.add_argument("--steps", type=int, default=8, help="steps in a turn (default: 8, a rotation)")
+    parser.add_argument("--turns", type=positive, default=4, help="turns of each (default: 4)")
+    parser.add_argument("--steps", type=positive, default=8, help="steps in a turn (default: 8, a rotation)")
     parser.add_argument("--maxtext", metavar="PYTHON", help="a Python that has MaxText (0.2.5), to compare with too")
     add_json_option(parser)
     options = parser.parse_args()
@@ -206,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
