@@ -1,7 +1,8 @@
-"""Speed and memory of decoding: ``python -m benchmarks.decoding [PART ...] [--json FILE]``.
+"""Measure the speed and memory of decoding: ``python -m benchmarks.decoding [PART ...] [--json FILE]``.
 
 Random Llama-shaped models in float32, prompts of 64 tokens, greedy. ``tail`` scales what the blocks after the exit add
-to the residual stream, and so sets the acceptance. Alternatives run in turn; figures are medians over ``--repeats``:
+to the residual stream, and so sets the acceptance. Alternatives run in turn; figures are medians over ``--repeats``.
+``memory`` runs nothing, and ``length`` times each loop once, so ``--repeats`` does not affect them:
 
     cost        speedup of self-speculation against the cost model, with and without reuse of the exit queries
     verify      time of a pass over 2 to 8 positions against one position
@@ -243,7 +244,6 @@ def length(name: str, repeats: int, new_tokens: int = 10_000) -> list[Row]:
         return (time.perf_counter() - began) / (new - skip), state.tokens_BS[0, : len(prompt) + new].tolist()
 
     timed(prompt, 2, 1)  # compiles
-    _, text = timed(prompt, new_tokens - tenth, 1)  # the text, in one loop
     first, _ = timed(prompt, tenth, 1)
     last, text = timed(prompt, new_tokens, new_tokens - tenth)
     fresh, again = timed(text[: total - tenth], tenth, 1)
