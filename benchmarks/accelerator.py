@@ -38,7 +38,7 @@ from benchmarks.accelerator_decoding import decoding, trained
 from benchmarks.accelerator_page import page
 from benchmarks.accelerator_sizes import FULL, TINY, Bench, ImpossibleHereError, Measured
 from benchmarks.accelerator_training import BACKENDS, attention, memory_of, rates, training
-from benchmarks.common import commit, replace_text, uncommitted_changes
+from benchmarks.common import commit, replace_text, uncommitted_changes, without_nan
 from layerskip_jax.command_line import make_parser, number
 from layerskip_jax.errors import UserError, run_command
 
@@ -118,9 +118,8 @@ class Results:
 
     def keep(self, part: str, outcome: Measured) -> None:
         self.kept["parts"][part] = outcome
-        # JSON has no NaN; the acceptance is NaN if nothing was drafted.
-        strict = json.loads(json.dumps(self.kept), parse_constant=lambda _: None)
-        replace_text(self.file, json.dumps(strict, indent=1, allow_nan=False) + "\n")
+        strict = without_nan(self.kept)  # the acceptance is NaN if nothing was drafted
+        replace_text(self.file, json.dumps(strict, indent=1) + "\n")
         replace_text(self.file.with_suffix(".md"), page(strict))
 
 

@@ -3,12 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.common import markdown_table
+
 Measured = dict[str, Any]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(value: float | None, form: str = ",.0f", unit: str = "") -> str:
@@ -37,7 +34,7 @@ def device_section(device: Measured) -> str:
         ["date", device["date"]],
         ["command", f"`{device['command']}`"],
     ]
-    return table(["", ""], rows)
+    return markdown_table(["", ""], rows)
 
 
 def rates_section(parts: dict[str, Measured]) -> str:
@@ -56,7 +53,7 @@ def rates_section(parts: dict[str, Measured]) -> str:
         share = rate[name] / rate[sheet] if rate[sheet] else None
         data_sheet = cell(rate[sheet] and rate[sheet] / 1e12, ",.3f", f" {unit}")
         rows.append([operation, f"{rate[name] / 1e12:,.3f} {unit}", data_sheet, cell(share, ".0%")])
-    return "One device, fastest of five repeats.\n\n" + table(["", "measured", "data sheet", "share"], rows)
+    return "One device, fastest of five repeats.\n\n" + markdown_table(["", "measured", "data sheet", "share"], rows)
 
 
 def attention_section(parts: dict[str, Measured]) -> str:
@@ -74,7 +71,9 @@ def attention_section(parts: dict[str, Measured]) -> str:
     return (
         f"In bfloat16: {shape}; {one['documents']} packed documents. Each error is the largest difference from XLA's "
         "float32 attention over the largest value; the errors of `xla` are due to bfloat16 alone.\n\n"
-        + table(["backend", "error of the output", "error of the gradients", "forward and backward [ms]"], rows)
+        + markdown_table(
+            ["backend", "error of the output", "error of the gradients", "forward and backward [ms]"], rows
+        )
     )
 
 
@@ -97,7 +96,7 @@ def training_section(parts: dict[str, Measured]) -> str:
         f"{step['model']} ({step['parameters'] / 1e9:.2f}B parameters), {step['batch_size']} x {step['length']} random "
         f"tokens, AdamW, remat {step['remat']}, attention {step['attention']}; {mesh}. {step['steps']} steps of each "
         f"recipe, in turn; target: at most {step['bar']}x the plain step. Peak memory of a device so far: "
-        f"{cell(peak and peak / 2**30, '.1f', ' GiB')}.\n\n{table(head, rows)}{refused}"
+        f"{cell(peak and peak / 2**30, '.1f', ' GiB')}.\n\n{markdown_table(head, rows)}{refused}"
     )
 
 
@@ -131,9 +130,9 @@ def decoding_section(parts: dict[str, Measured]) -> str:
         f"({one['weight_bytes'] / 1e9:.3f} GB); a cache of {one['cache']} positions, {one['prompt']} prompt tokens and "
         f"{one['new_tokens']} new tokens, greedy. The limit assumes that each pass only reads all weights at the "
         "measured bandwidth.\n\n"
-        + table(["rows", "plain tokens/s", "limit", "share of the limit", "expected text"], plain)
+        + markdown_table(["rows", "plain tokens/s", "limit", "share of the limit", "expected text"], plain)
         + f"\n\nSelf-speculative decoding from exit {one['exit_layer']} with {one['draft_length']} drafts per round; "
-        "the acceptance is forced.\n\n" + table(["rows", "forced acceptance", *SPECULATION], forced)
+        "the acceptance is forced.\n\n" + markdown_table(["rows", "forced acceptance", *SPECULATION], forced)
     )
 
 
@@ -155,9 +154,9 @@ def trained_section(parts: dict[str, Measured]) -> str:
         f"{run['shape']['num_layers']} layers x {run['shape']['dim']}, {run['steps']} steps of "
         f"{run['batch_size']} x {run['length']} tokens in {run['seconds']:.0f} s ({run['tokens_per_second']:,.0f} "
         f"tokens/s); the corpus has about {run['corpus_tokens'] / 1e6:.1f}M tokens.\n\n"
-        + table(["exit", "held-out loss", "agreement with the last exit"], by_exit)
+        + markdown_table(["exit", "held-out loss", "agreement with the last exit"], by_exit)
         + f"\n\n{run['prompts']} held-out prompts, one at a time, {run['new_tokens']} new tokens each, greedy.\n\n"
-        + table(["setting", "plain tokens/s", *SPECULATION], settings)
+        + markdown_table(["setting", "plain tokens/s", *SPECULATION], settings)
     )
 
 

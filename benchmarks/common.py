@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,11 +171,29 @@ def model_with_tail(config: ModelConfig, exit_layer: int, tail: float) -> Transf
 
     This sets the acceptance of drafts from that exit: with 0, those blocks are identities.
     """
-    model = Transformer(config, rngs=nnx.Rngs(0))
-    scale_L = jnp.where(jnp.arange(config.num_layers) < exit_layer, 1.0, tail)
+    return scale_tail(Transformer(config, rngs=nnx.Rngs(0)), exit_layer, tail)
+
+
+def scale_tail(model: Transformer, exit_layer: int, tail: float) -> Transformer:
+    """Scale in place what the blocks after the exit add to the residual stream, and return the model."""
+    scale_L = jnp.where(jnp.arange(model.config.num_layers) < exit_layer, 1.0, tail)
     model.blocks.output_NHD[...] *= scale_L[:, None, None, None]
     model.blocks.down_FD[...] *= scale_L[:, None, None]
     return model
+
+
+def equal_tokens(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the number of equal leading tokens.
+
+    >>> equal_tokens([1, 2, 3], [1, 2, 4]), equal_tokens([1], [1, 2])
+    (2, 1)
+    """
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -183,10 +201,14 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def write_json(file: Path | None, about: Mapping[str, Any], results: Any) -> None:
-    """Write the `header` and the results to the file of ``--json``; NaN, which JSON lacks, becomes null."""
+    """Write the `header` and the results to the file of ``--json``."""
     if file is not None:
-        strict = json.loads(json.dumps({"about": about, "results": results}), parse_constant=lambda _: None)
-        replace_text(file, json.dumps(strict, indent=1, allow_nan=False) + "\n")
+        replace_text(file, json.dumps(without_nan({"about": about, "results": results}), indent=1) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """Return a value as JSON stores it, with null in place of NaN and infinity, which JSON lacks."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -1,7 +1,6 @@
 """The tables and plots of docs/results/evidence.md, from the measurements of `benchmarks.evidence`."""
 
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from etils import epath
 from matplotlib.ticker import LogFormatter
 
+from benchmarks.common import markdown_table, replace_text, without_nan
 from layerskip_jax.config import Config
 from layerskip_jax.evaluation.pictures import PLAIN, Picture, exit_color, ticks
 
@@ -19,11 +19,6 @@ END = "<!-- end -->"
 def measured(parts: Parts, prefix: str) -> dict[str, Any]:
     """Return the measurements whose names start with ``prefix``, by the rest of the name."""
     return {name.removeprefix(prefix): part["measured"] for name, part in parts.items() if name.startswith(prefix)}
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def by_variant(parts: Parts) -> dict[str, list[dict[str, Any]]]:
@@ -73,7 +68,7 @@ def exits_table(parts: Parts) -> str:
         )
     middle = layers // 2
     head = ["variant", *(f"exit {exit_layer}" for exit_layer in shown)]
-    return table(
+    return markdown_table(
         [*head, f"perplexity of {middle}", f"plain's over it, at {middle}", "last loss, change from plain"], rows
     )
 
@@ -88,7 +83,7 @@ def middle_table(parts: Parts) -> str:
         each = [np.mean([one["held_out_loss"][str(step)] for one in seeds], axis=0) for step in points]
         rows.append([name, *(f"{np.exp(loss[layers // 2 - 1]):.1f}" for loss in each)])
         tokens = [seeds[0]["tokens"] * step / last / 1e6 for step in points]
-    return table(["variant", *(f"{millions:.1f}M tokens" for millions in tokens)], rows)
+    return markdown_table(["variant", *(f"{millions:.1f}M tokens" for millions in tokens)], rows)
 
 
 def steps_table(parts: Parts) -> str:
@@ -96,7 +91,7 @@ def steps_table(parts: Parts) -> str:
         [name, f"{row['of_plain']:.3f}x", f"{row['tokens_per_second']:,.0f}"]
         for name, row in measured(parts, "steps")[""].items()
     ]
-    return table(["variant", "step time over plain", "tokens/s"], rows)
+    return markdown_table(["variant", "step time over plain", "tokens/s"], rows)
 
 
 def decoding_table(parts: Parts) -> str:
@@ -115,7 +110,7 @@ def decoding_table(parts: Parts) -> str:
                 ]
             )  # fmt: skip
     head = ["variant", "prompts", "plain tokens/s", "fastest fixed", "acceptance", "speedup", "cost model"]
-    return table([*head, "adaptive", "confidence", "prompt lookup", "same text"], rows)
+    return markdown_table([*head, "adaptive", "confidence", "prompt lookup", "same text"], rows)
 
 
 def adaptive_table(parts: Parts) -> str:
@@ -125,7 +120,7 @@ def adaptive_table(parts: Parts) -> str:
         last = one["summary"][-1]
         values = (last["speedup"], last["adaptive"], last["adaptive/one_fixed"])
         rows.append([name, last["one_fixed_for_all"], *(f"{value:.2f}x" for value in values)])
-    return table(["variant", "best fixed for all", "its speedup", "adaptive speedup", "ratio"], rows)
+    return markdown_table(["variant", "best fixed for all", "its speedup", "adaptive speedup", "ratio"], rows)
 
 
 def temperature_table(parts: Parts) -> str:
@@ -136,7 +131,7 @@ def temperature_table(parts: Parts) -> str:
         rows.append([name, setting, *cells, f"{one['reuse']['with/without']:.2f}x"])
         temperatures = [row["temperature"] for row in one["temperature"]]
     head = [f"temperature {temperature:g}" for temperature in temperatures]
-    return table(["variant", "setting", *head, "with over without exit query reuse"], rows)
+    return markdown_table(["variant", "setting", *head, "with over without exit query reuse"], rows)
 
 
 def runs_table(parts: Parts) -> str:
@@ -153,7 +148,7 @@ def runs_table(parts: Parts) -> str:
             )  # fmt: skip
     head = ["variant-seed", "tokens", "training", "last exit's loss", "SHA-256 of all arrays", "commit"]
     machines = sorted({part["about"]["machine"] for part in parts.values()})
-    return table(head, rows) + "\n\nMeasured on: " + "; ".join(machines) + "."
+    return markdown_table(head, rows) + "\n\nMeasured on: " + "; ".join(machines) + "."
 
 
 TABLES = {
@@ -254,13 +249,12 @@ def write_page(page: Path, study: str, config: Config, parts: Parts) -> list[Pat
         if marker in text:
             before, rest = text.split(marker, 1)
             text = f"{before}{marker}\n\n{made[name]}\n\n{END}{rest.split(END, 1)[1]}"
-    page.write_text(text, encoding="utf-8")
+    replace_text(page, text)
     folder = page.parent
     pictures = [folder / f"{study}_{name}.png" for name in ("training", "exits", "speed")]
     draw_training(pictures[0], config, parts)
     draw_exits(pictures[1], config, parts)
     draw_speedups(pictures[2], parts)
     published = folder / f"{study}.json"
-    strict = json.loads(json.dumps(parts), parse_constant=lambda _: None)  # JSON has no NaN
-    published.write_text(json.dumps(strict, allow_nan=False) + "\n", encoding="utf-8")
+    replace_text(published, json.dumps(without_nan(parts)) + "\n")
     return [page, *pictures, published]

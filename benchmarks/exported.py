@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.common import add_json_option, header, write_json
+from benchmarks.common import add_json_option, equal_tokens, header, write_json
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.commands.export import export_model
 from layerskip_jax.commands.prompts import read_prompts
@@ -73,8 +73,7 @@ def compare(run: str, exit_layer: int, draft_length: int, prompts: int, tokens: 
             pad_token_id=0,
             assistant_early_exit=exit_layer,
         )
-        pairs = enumerate(zip(own.tokens[0], output[0, len(prompt) :].tolist(), strict=True))
-        equal.append(next((place for place, (a, b) in pairs if a != b), tokens))
+        equal.append(equal_tokens(own.tokens[0], output[0, len(prompt) :].tolist()))
     return {
         "exit_layer": exit_layer,
         "draft_length": draft_length,

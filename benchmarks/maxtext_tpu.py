@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 
 from hlo import Program, shares_by_scope
 
-from benchmarks.common import header, replace_text
+from benchmarks.common import header, markdown_table, replace_text
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.compiler_options import STEP_OPTIONS, WHOLE_MATMULS, Options, vmem_limit
 from layerskip_jax.config import Config, ModelConfig
@@ -273,13 +273,11 @@ def figures(result: Result) -> list[str]:
 def table(results: list[Result]) -> str:
     """Return a Markdown table of the results, and the options that libtpu refused."""
     heads = ["estimate [s]", "MFU", "peak [GB]", "received [GB]", "exposed bytes", "exposed time", "compile time [s]"]
-    lines = [["run", "step", *heads], ["---", "---", *["---:"] * len(heads)]]
-    lines += [[f"{one['config']}, {one['topology']}", one["step"], *figures(one)] for one in results]
-    refused = sorted({name for one in results for name in one.get("refused", [])})
-    rows = ["| " + " | ".join(cells) + " |" for cells in lines]
-    if refused:
-        rows += ["", f"Omitted from MaxText's recipes, because libtpu refuses them: {', '.join(refused)}."]
-    return "\n".join(rows)
+    rows = [[f"{one['config']}, {one['topology']}", one["step"], *figures(one)] for one in results]
+    text = markdown_table(["run", "step", *heads], rows)
+    if refused := sorted({name for one in results for name in one.get("refused", [])}):
+        text += f"\n\nOmitted from MaxText's recipes, because libtpu refuses them: {', '.join(refused)}."
+    return text
 
 
 def compile_one(python: str, row: Row, side: str, form: str) -> Result:

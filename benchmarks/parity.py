@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import add_json_option, header, write_json
+from benchmarks.common import add_json_option, equal_tokens, header, write_json
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
 from layerskip_jax.checkpoint.reading import load_model, open_model_folder
@@ -146,7 +146,7 @@ def compare(shape: dict[str, Any], tokens: int, dtype: str = "float32", **saving
             "shape": shape,
             "largest_logit": float(np.abs(expected).max()),
             "logit_difference": float(np.abs(ours - expected).max()),
-            "equal_tokens": next((i for i, (a, b) in enumerate(zip(new, text)) if a != b), len(text)),
+            "equal_tokens": equal_tokens(new, text),
             "tokens": tokens,
             "same_bytes": stored_tensors(str(back)) == stored_tensors(f"{folder}/theirs"),
         }

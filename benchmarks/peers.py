@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from benchmarks.common import MODELS, add_json_option, header, model_with_tail, write_json
+from benchmarks.common import MODELS, add_json_option, equal_tokens, header, model_with_tail, write_json
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
@@ -61,10 +61,10 @@ BARS = {"small": {"plain": 3.5, "speculative": 4.0}, "large": {"plain": 2.0, "sp
 BAR_TAIL = 0.02  # the tail for which speculation has a bar; at 0 every draft is accepted, as in no trained model
 
 
-def as_llama(model: Transformer, bos: int | None = None, eos: int | None = None) -> transformers.LlamaForCausalLM:
-    """Return a transformers model with the same weights that drafts as we do. Without ``eos``, no token ends a text."""
+def as_llama(model: Transformer) -> transformers.LlamaForCausalLM:
+    """Return a transformers model with the same weights that drafts as we do, and in which no token ends a text."""
     with tempfile.TemporaryDirectory() as folder:
-        config = config_json(model.config, CONTEXT, "float32", bos, eos)
+        config = config_json(model.config, CONTEXT, "float32", None, None)
         write_weights(epath.Path(folder), model.config, named_arrays(model), np.float32)
         (Path(folder) / CONFIG).write_text(json.dumps(config))
         llama = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -80,11 +80,6 @@ def _seconds(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
-
-
-def equal_tokens(a: list[int], b: list[int]) -> int:
-    """Return the number of equal leading tokens."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 @torch.no_grad()

@@ -224,8 +224,7 @@ def page(rows: list[Row]) -> str:
         recipes: dict[str, list[Row]] = {}
         for row in of_study:
             recipes.setdefault(row["name"], []).append(row)
-        lines = [HEAD, ["---"] * len(HEAD), *(table_line(same, plain) for same in recipes.values())]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        table = common.markdown_table(HEAD, [table_line(same, plain) for same in recipes.values()])
         commands = "\n".join(f"    {same[0]['command']}" for same in recipes.values())
         machines = ", ".join(sorted({row["machine"] for row in of_study}))
         parts.append(f"## {study}\n\n{machines}\n\n{table}\n\n{commands}\n")

@@ -212,13 +212,12 @@ def train_variant(run: Run, documents: Documents, held_out: list[Batch]) -> Resu
 def table(results: dict[str, Result]) -> str:
     """Return the results as a Markdown table; the last exit of ``exit_block`` is that of ``plain``."""
     plain = results.get("plain", results.get("exit_block"))
-    lines = ["| variant | exit E: loss | last exit: loss | against plain | agreement |", "|---|---|---|---|---|"]
+    rows = []
     for name, result in results.items():
         cost = f"{100 * (result.last_loss / plain.last_loss - 1):+.1f} %" if plain else ""
-        lines.append(
-            f"| {name} | {result.exit_loss:.3f} | {result.last_loss:.3f} | {cost} | {100 * result.agreement:.1f} % |"
-        )
-    return "\n".join(lines)
+        losses = f"{result.exit_loss:.3f}", f"{result.last_loss:.3f}"
+        rows.append([name, *losses, cost, f"{100 * result.agreement:.1f} %"])
+    return common.markdown_table(["variant", "exit E: loss", "last exit: loss", "against plain", "agreement"], rows)
 
 
 def parse(argv: list[str]) -> tuple[Config, list[str], Path | None]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from models import tiny_model
 
+from benchmarks.common import scale_tail
 from layerskip_jax import cache
 from layerskip_jax.decoding.adaptive import AdaptiveSpeculative
 from layerskip_jax.decoding.adaptive_policy import Adaptive
@@ -44,10 +45,7 @@ def test_there_are_2000_cases():
 
 def with_tail(model, exit_layer, scale):
     """Scale what the blocks after the exit add to the residual stream; 0 makes them identities."""
-    scale_L = jnp.where(jnp.arange(model.config.num_layers) < exit_layer, 1.0, scale)
-    model.blocks.output_NHD[...] *= scale_L[:, None, None, None]
-    model.blocks.down_FD[...] *= scale_L[:, None, None]
-    return model.unstacked()
+    return scale_tail(model, exit_layer, scale).unstacked()
 
 
 @dataclasses.dataclass(frozen=True)
