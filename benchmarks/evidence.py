@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from benchmarks import common
 from benchmarks.adaptive import candidates, compare, prompts_of_kinds
@@ -169,11 +168,11 @@ def step_times(config: Config) -> Measured:
     """Time the steps of all variants in turn, at the middle of training."""
     configs = {name: variant_config(config, name, 0) for name in VARIANTS}
     configs["decaying_skipping"] = apply_overrides(configs["decaying"], {"layer_dropout.form": "skipping"})
-    steps = time_steps(configs, turns=2 * (config.model.num_layers - 1), first=config.train.steps // 2)
+    timings, _ = time_steps(configs, turns=2 * (config.model.num_layers - 1), first=config.train.steps // 2)
     tokens = config.train.batch_size * config.data.sequence_length
     return {
-        name: {"of_plain": steps.ratio_to_first(name), "tokens_per_second": tokens / float(np.median(seconds))}
-        for name, seconds in steps.seconds.items()
+        name: {"of_plain": timings.ratio(name, "plain"), "tokens_per_second": tokens / timings.median(name)}
+        for name in configs
     }
 
 

@@ -1,4 +1,4 @@
-"""Our decoding against transformers' on CPU: ``python -m benchmarks.peers [--models small] [--json FILE]``.
+"""Compare our decoding with transformers' on a CPU: ``python -m benchmarks.peers [--models small] [--json FILE]``.
 
 Same random weights, prompt and machine; float32, greedy, batch 1, 64 tokens in and 256 out, no EOS. Compares plain
 decoding, self-speculation from exit 4 with 6 drafts (ours, and transformers' ``assistant_early_exit``), and prompt
@@ -11,7 +11,6 @@ them down a lot.
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from benchmarks.common import MODELS, add_json_option, equal_tokens, header, model_with_tail, write_json
+from benchmarks.common import (
+    MODELS,
+    Timings,
+    add_json_option,
+    called_in_turn,
+    equal_tokens,
+    header,
+    model_with_tail,
+    write_json,
+)
 from layerskip_jax.checkpoint.arrays import named_arrays
 from layerskip_jax.checkpoint.huggingface.config_json import CONFIG, config_json
 from layerskip_jax.checkpoint.huggingface.weights import write_weights
@@ -103,48 +111,42 @@ def compare(name: str, tail: float, repeats: int) -> list[dict[str, Any]]:
             trials[count] = min(_seconds(trial) for _ in range(3))
         threads[decoding] = min(trials, key=lambda count: trials[count])
 
-    def theirs(decoding: str) -> tuple[list[int], float]:
+    texts: dict[str, list[int]] = {}
+    generations: dict[str, Generation] = {}
+
+    def theirs(decoding: str) -> float:
         torch.set_num_threads(threads[decoding])
         began = time.perf_counter()
         output_BT = llama.generate(tokens_BT, max_new_tokens=NEW_TOKENS, **THEIR_OPTIONS[decoding])
-        return output_BT[0, PROMPT:].tolist(), NEW_TOKENS / (time.perf_counter() - began)
+        texts[decoding] = output_BT[0, PROMPT:].tolist()
+        return (time.perf_counter() - began) / NEW_TOKENS
 
-    def ours(strategy: Strategy) -> tuple[Generation, float]:
-        generation = generate(model, [prompt], NEW_TOKENS, strategy)
-        return generation, generation.new_tokens / (generation.seconds + generation.prefill_seconds)
+    def ours(decoding: str) -> float:
+        generations[decoding] = one = generate(model, [prompt], NEW_TOKENS, STRATEGIES[decoding])
+        return (one.seconds + one.prefill_seconds) / one.new_tokens
 
-    their_speeds: dict[str, list[float]] = {decoding: [] for decoding in STRATEGIES}
-    our_speeds: dict[str, list[float]] = {decoding: [] for decoding in STRATEGIES}
-    texts, generations = {}, {}
-    for _ in range(repeats + 1):  # the first repeat is the warm-up
-        for decoding in STRATEGIES:
-            texts[decoding], speed = theirs(decoding)
-            their_speeds[decoding].append(speed)
-        for decoding, strategy in STRATEGIES.items():
-            generations[decoding], speed = ours(strategy)
-            our_speeds[decoding].append(speed)
+    ways = {f"their {decoding}": partial(theirs, decoding) for decoding in STRATEGIES}
+    ways |= {f"our {decoding}": partial(ours, decoding) for decoding in STRATEGIES}
+    timings = Timings(called_in_turn(ways, repeats))  # seconds per token
 
-    rows = []
-    for decoding, generation in generations.items():
-        pairs = list(zip(our_speeds[decoding], their_speeds[decoding], strict=True))[1:]
-        rows.append(
-            {
-                "model": name,
-                "tail": tail,
-                "their_threads": threads[decoding],
-                "decoding": decoding,
-                "their_tokens_per_second": statistics.median(their_speed for _, their_speed in pairs),
-                "our_tokens_per_second": statistics.median(our_speed for our_speed, _ in pairs),
-                "ratio": statistics.median(our_speed / their_speed for our_speed, their_speed in pairs),
-                "bar": BARS[name].get(decoding) if decoding == "plain" or tail == BAR_TAIL else None,
-                "our_acceptance": generation.acceptance if generation.drafted else None,
-                # Equal leading tokens. Near-ties may separate the two libraries, but not a library from itself.
-                "ours_is_theirs": equal_tokens(generation.tokens[0], texts[decoding]),
-                "theirs_is_their_plain": equal_tokens(texts[decoding], texts["plain"]),
-                "ours_is_our_plain": equal_tokens(generation.tokens[0], generations["plain"].tokens[0]),
-            }
-        )
-    return rows
+    return [
+        {
+            "model": name,
+            "tail": tail,
+            "their_threads": threads[decoding],
+            "decoding": decoding,
+            "their_tokens_per_second": 1 / timings.median(f"their {decoding}"),
+            "our_tokens_per_second": 1 / timings.median(f"our {decoding}"),
+            "ratio": timings.ratio(f"their {decoding}", f"our {decoding}"),
+            "bar": BARS[name].get(decoding) if decoding == "plain" or tail == BAR_TAIL else None,
+            "our_acceptance": generation.acceptance if generation.drafted else None,
+            # Equal leading tokens. Near-ties may separate the two libraries, but not a library from itself.
+            "ours_is_theirs": equal_tokens(generation.tokens[0], texts[decoding]),
+            "theirs_is_their_plain": equal_tokens(texts[decoding], texts["plain"]),
+            "ours_is_our_plain": equal_tokens(generation.tokens[0], generations["plain"].tokens[0]),
+        }
+        for decoding, generation in generations.items()
+    ]
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

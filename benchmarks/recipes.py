@@ -135,9 +135,8 @@ def pair_of(measured: Measurement) -> list[int]:
 def step_cost(config: Config) -> Row:
     """Return time and temporary memory of a step, relative to the plain step; medians of pairs in turn."""
     configs = {"plain": without_layerskip(config), "recipe": config}
-    steps = time_steps(configs, turns=12, first=config.train.steps // 2)
-    memory = steps.temporary_bytes
-    return {"step_time": steps.ratio_to_first("recipe"), "step_memory": memory["recipe"] / memory["plain"]}
+    timings, memory = time_steps(configs, turns=12, first=config.train.steps // 2)
+    return {"step_time": timings.ratio("recipe", "plain"), "step_memory": memory["recipe"] / memory["plain"]}
 
 
 def check_unchanged(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Our optimizer step against other projects' on CPU: ``python -m benchmarks.train_peers [--turns 4] [--json FILE]``.
+"""Compare our training step with other projects' on a CPU: ``python -m benchmarks.train_peers [--turns 4]``.
 
 The plain step is compared with a transformers Llama in PyTorch, and the LayerSkip step with torchtune (layer dropout
 0.2, rotational exits with R = 8). All use the same model (12 layers x 256, vocabulary 4,096), batch (8 x 256 random
@@ -18,21 +18,19 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.common import add_json_option, header, write_json
+from benchmarks.common import Timings, add_json_option, called_in_turn, header, write_json
 from benchmarks.maxtext_tpu import model_settings
-from benchmarks.step_cost import PLAIN, random_batch
+from benchmarks.step_cost import PLAIN, CompiledStep, random_batch
 from layerskip_jax.checkpoint.huggingface.config_json import config_json
 from layerskip_jax.command_line import positive
 from layerskip_jax.config import Config, EarlyExitConfig, LayerDropoutConfig
 from layerskip_jax.errors import UserError, run_command
-from layerskip_jax.recipe.recipe import Recipe
-from layerskip_jax.sharding import make_mesh
-from layerskip_jax.training.step import Trainer
 
 try:
     import torch
@@ -66,20 +64,8 @@ BARS = [
     ("ours LayerSkip", "torchtune LayerSkip", 1.1),
     ("ours LayerSkip, skipping", "torchtune LayerSkip", 1.1),
 ]
-Step = Callable[[], None]
-
-
-def ours(config: Config) -> Step:
-    trainer = Trainer(config, Recipe.from_config(config), make_mesh(config))
-    batch = random_batch(config)
-    state, compiled = trainer.init(), trainer.compile_step()
-
-    def step() -> None:
-        nonlocal state
-        state, metrics = compiled(state, batch)
-        jax.block_until_ready(metrics)
-
-    return step
+Step = Callable[[], Any]
+"""Runs a training step, and may return metrics to wait for."""
 
 
 def in_torch(config: Config, model: torch.nn.Module, loss_of: Callable[..., torch.Tensor]) -> Step:
@@ -133,6 +119,14 @@ def torchtune_layerskip(config: Config) -> Step:
     return in_torch(config, decoder.train(), loss_of)
 
 
+def seconds_per_step(step: Step, steps: int) -> float:
+    jax.block_until_ready(step())  # lets the threads of the previous framework go idle
+    began = time.perf_counter()
+    for _ in range(steps):
+        jax.block_until_ready(step())
+    return (time.perf_counter() - began) / steps
+
+
 def maxtext_plain(python: str, config: Config, steps: int) -> float:
     """Return the median seconds of MaxText's last ``steps`` steps, from its log; the first steps compile.
 
@@ -178,30 +172,22 @@ def main() -> None:
     options = parser.parse_args()
     about = header("torch", "transformers", "torchtune")
     print(f"{torch.get_num_threads()} threads for torch")
-    ways: dict[str, Step] = {
+    steps: dict[str, Step] = {
         "transformers plain": transformers_plain(PLAIN),
-        "ours plain": ours(PLAIN),
+        "ours plain": CompiledStep(PLAIN),
         "torchtune LayerSkip": torchtune_layerskip(LAYERSKIP),
-        "ours LayerSkip": ours(LAYERSKIP),
-        "ours LayerSkip, skipping": ours(SKIPPING),
+        "ours LayerSkip": CompiledStep(LAYERSKIP),
+        "ours LayerSkip, skipping": CompiledStep(SKIPPING),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}  # of a turn
-    for turn in range(options.turns + 1):
-        for name, step in ways.items():
-            step()  # lets the threads of the previous framework go idle
-            began = time.perf_counter()
-            for _ in range(options.steps):
-                step()
-            if turn:
-                seconds[name].append((time.perf_counter() - began) / options.steps)
-        if turn and options.maxtext:
-            seconds.setdefault(MAXTEXT, []).append(maxtext_plain(options.maxtext, PLAIN, options.steps))
-    per_step = PLAIN.train.batch_size * PLAIN.data.sequence_length
-    rows: dict[str, Any] = {name: {"tokens_per_second": per_step / statistics.median(s)} for name, s in seconds.items()}
+    ways = {name: partial(seconds_per_step, step, options.steps) for name, step in steps.items()}
+    if options.maxtext:
+        ways[MAXTEXT] = partial(maxtext_plain, options.maxtext, PLAIN, options.steps)
+    timings = Timings(called_in_turn(ways, options.turns))
+    tokens = PLAIN.train.batch_size * PLAIN.data.sequence_length
+    rows: dict[str, Any] = {name: {"tokens_per_second": tokens / timings.median(name)} for name in ways}
     for name, peer, bar in BARS:
-        if peer in seconds:
-            ratio = statistics.median(b / a for a, b in zip(seconds[name], seconds[peer], strict=True))
-            rows[name][f"of {peer}, bar {bar}"] = ratio
+        if peer in ways:
+            rows[name][f"of {peer}, bar {bar}"] = timings.ratio(peer, name)
     write_json(options.json, about, rows)
     for name, row in rows.items():
         print(f"{name:26}" + "  ".join(f"{key} {value:,.2f}" for key, value in row.items()))
