@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from chips import CHIPS
 
 from benchmarks.accelerator_sizes import Bench, ImpossibleHereError, Measured, seconds_of
 from benchmarks.common import Timings, timed_in_turn
@@ -28,12 +29,8 @@ from layerskip_jax.training.step import Trainer
 
 PEAK_BANDWIDTH = {
     # bytes/s between a JAX device and its memory, from the data sheet
-    "TPU v4": 1.2e12,
-    "TPU v5 lite": 0.819e12,
-    "TPU v5p": 2.765e12,
-    "TPU v5": 2.765e12,
-    "TPU v6 lite": 1.64e12,
-    "TPU7x": 7.37e12 / 2,  # JAX sees a chip as two devices
+    **{chip.kind: chip.hbm_bandwidth for chip in CHIPS.values()},
+    "TPU v5": CHIPS["v5p"].hbm_bandwidth,  # another name of a v5p
     "NVIDIA A100-SXM4-80GB": 2.04e12,
     "NVIDIA H100 80GB HBM3": 3.35e12,
     "NVIDIA H200": 4.8e12,

@@ -1,4 +1,4 @@
-"""Two forms of the attention output's projection on a TPU: ``python -m benchmarks.output_projection``.
+"""Compile two forms of the attention output's projection for a TPU: ``python -m benchmarks.output_projection``.
 
     python -m benchmarks.output_projection --config configs/scratch_1b5.py --topology v6e:4x8 --mesh.fsdp 32
 
@@ -12,13 +12,14 @@ from typing import Any
 from unittest import mock
 
 import jax
+from chips import CHIPS
 
 from benchmarks.common import add_json_option, header, write_json
 from layerskip_jax import model
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.errors import run_command
 from layerskip_jax.training.monitoring.flops import PEAK_FLOPS
-from tpu.compile_ahead import CHIPS, compile_step, report, topology_devices
+from tpu.compile_ahead import compile_step, report, topology_devices
 
 PROJECT = model.project
 

@@ -3,12 +3,13 @@
     python tpu/compile_ahead.py --config configs/scratch_1b5.py --topology v5e:4x8
 
 Prints the memory of a chip, the FLOPs of the step (compiled, and by formula), the communication between chips, a lower
-bound on the step's time from the chip's data sheet, and an estimate from the compiler's cost model, by which it chooses
-its tiles. ``--operations`` lists the operations that take most of the estimate. Nothing runs: no figure is a measured
+bound on the step's time from the chip's data sheet, and an estimate from the cost model with which the compiler chooses
+tile sizes. ``--operations`` lists the operations that take most of the estimate. Nothing runs: no figure is a measured
 time. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU. The exit status is 2 if the step does not fit.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
 import jax
 import numpy as np
+from chips import CHIPS, Chip
 from hlo import Program, Work, shares_by_scope
 from jax.experimental import topologies
 
@@ -41,29 +43,6 @@ from layerskip_jax.training.monitoring.flops import (
 from layerskip_jax.training.step import Trainer
 
 jax.config.update("jax_platforms", "cpu")  # the variable comes too late where jax was imported before this module
-
-
-class Chip(NamedTuple):
-    """The data sheet of a chip from cloud.google.com/tpu/docs; `flops.PEAK_FLOPS` has its peak FLOP/s.
-
-    Networks as in "How to scale your model" (2025), ch. 2. JAX shows a tpu7x chip as two devices, so its figures are
-    half of the chip's.
-    """
-
-    hbm: float  # [bytes]
-    hbm_bandwidth: float  # [bytes/s]
-    clock: float  # peak FLOP/s over the FLOPs of the matrix units per cycle [Hz]
-    ici: float  # all links to neighbors together, in one direction [bytes/s]
-    dcn: float  # a chip's share of the network to other slices [bytes/s]
-
-
-CHIPS = {
-    "v4": Chip(32e9, 1.2e12, 1.05e9, 6 * 45e9, 3.1e9),
-    "v5e": Chip(16e9, 0.81e12, 1.5e9, 4 * 45e9, 3.1e9),
-    "v5p": Chip(95e9, 2.8e12, 1.75e9, 6 * 90e9, 6.25e9),
-    "v6e": Chip(32e9, 1.6e12, 1.75e9, 4 * 90e9, 12.5e9),
-    "tpu7x": Chip(96e9, 3.7e12, 2.2e9, 300e9, 6.25e9),
-}
 
 SHOWN = 24  # operations in the list of --operations
 
@@ -123,7 +102,7 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
         raise UserError(f"does not fit: {line.strip()}") from error
     memory, text = step.memory_analysis(), step.as_text()
     peak = getattr(memory, "peak_memory_in_bytes", 0) or memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    weights_L, rates_L = typical_step(config, recipe)
+    weights_L, rates_L = typical_step(config)
     # On average, the loop of the skipping form runs once for each kept row group.
     kept_groups = config.layer_dropout.row_groups * (1 - float(rates_L.mean()))
     # The shares of the conditionals that take the true branch. The scan over L blocks has one conditional of an inner
@@ -137,8 +116,10 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
     )  # fmt: skip
 
 
-def typical_step(config: Config, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+@functools.cache
+def typical_step(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Return the exit weights of the step with the median number of exits, and the mean drop rates of the run."""
+    recipe = Recipe.from_config(config)
     steps = np.linspace(0, config.train.steps - 1, 97).astype(int)
     weights_SL = np.array([recipe.exit_weights(step) for step in steps])
     rates_SL = np.array([recipe.drop_rates(step) for step in steps])
@@ -148,8 +129,7 @@ def typical_step(config: Config, recipe: Recipe) -> tuple[np.ndarray, np.ndarray
 
 def report(config: Config, chip: Chip, peak: float, chips: int, compiled: Compiled) -> dict[str, Any]:
     """Return the compiler's figures with those of the formulas and the data sheet."""
-    recipe = Recipe.from_config(config)
-    formula = step_flops(config, recipe, *typical_step(config, recipe))
+    formula = step_flops(config, Recipe.from_config(config), *typical_step(config))
     positions = config.train.batch_size * config.data.sequence_length
     forward_passes = 4 / 3 if config.train.remat in ("full", "offload") else 1
     kernel_flops = positions * attention_flops(config) * forward_passes if compiled.kernels else 0.0

@@ -9,10 +9,10 @@ the operations and the time to read the weights and the cache at the chip's HBM 
 estimate omits the wait for prefetched weights. From these times follow the tokens/s if each draft is accepted with
 probability a, given that those before it were. With C choices at each position, the estimate of a draft is too high by
 the head of C - 1 nodes, which a round does not run, and too low by the selection of the best tokens. With several
-chips, a time includes the transfers at the bandwidth of the links. (JAX shows a tpu7x chip as two devices, and a
-"chip" here is one of them.) It does not include the latency of the collectives,
-which can take as long as the rest; their number is printed. The memory is that of a chip, by the compiler. The model
-never runs: only the time to compile is measured. Needs libtpu (``pip install -e '.[tpu]'``), but no TPU.
+chips, a time includes the transfers at the bandwidth of the links, but not the latency of the collectives, which can
+take as long as the rest; their number is printed. A tpu7x chip counts as the two devices that JAX shows. The memory is
+that of a chip, by the compiler. The model never runs: only the time to compile is measured. Needs libtpu
+(``pip install -e '.[tpu]'``), but no TPU.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compile_ahead import CHIPS, Chip, topology_devices  # sets the environment for libtpu
+from chips import CHIPS, Chip
+from compile_ahead import topology_devices  # sets the environment for libtpu
 from etils import epath
 from flax import nnx
 from hlo import Program, shares_by_scope
@@ -34,7 +35,7 @@ from jax.sharding import NamedSharding
 from layerskip_jax.cache import LayerCache
 from layerskip_jax.checkpoint.huggingface.config_json import read_model_config
 from layerskip_jax.checks import require
-from layerskip_jax.command_line import add_tensor_parallel, make_parser, parse_config, positive
+from layerskip_jax.command_line import make_parser, parse_config, positive
 from layerskip_jax.config import ModelConfig
 from layerskip_jax.decoding.branching import Branching, GreedyBranches
 from layerskip_jax.decoding.configure import default_exit
@@ -236,9 +237,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", help="take the model of this Hugging Face folder, not of the config")
     parser.add_argument("--chip", required=True, choices=CHIPS)
     parser.add_argument("--exit_layer", type=positive, help="E; by default a quarter of the layers")
-    parser.add_argument("--draft_length", type=positive, nargs="+", default=[4, 8], metavar="D", help="(default: 4 8)")
     parser.add_argument(
-        "--choices", type=positive, nargs="+", default=[1], metavar="C", help="verified at each position (default: 1)"
+        "--draft_length", type=positive, nargs="+", default=[4, 8], metavar="D", help="drafts (default: 4 8)"
+    )
+    parser.add_argument(
+        "--choices", type=positive, nargs="+", default=[1], metavar="C", help="tokens at each position (default: 1)"
     )
     parser.add_argument(
         "--rows", type=positive, default=1, metavar="N", help="texts that are decoded together (default: 1)"
@@ -249,7 +252,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--prompt_length", type=positive, metavar="N", help="positions of the prefill (default: half of --length)"
     )
-    add_tensor_parallel(parser)
+    parser.add_argument(
+        "--tensor_parallel", type=positive, default=1, metavar="N", help="chips per model, up to 8 (default: 1)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     config, options = parse_config(parser, argv)
     model = read_model_config(epath.Path(options.folder)) if options.folder else config.model
