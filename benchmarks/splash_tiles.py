@@ -1,4 +1,4 @@
-"""Tiles of the splash attention kernel by chip and head width: ``python -m benchmarks.splash_tiles``.
+"""Compile the splash attention kernel by chip, head width and tile: ``python -m benchmarks.splash_tiles``.
 
 Compiles the forward and backward pass for one chip with libtpu, which needs no TPU, and prints which tiles fit into the
 chip's vector memory, the temporaries and the compile time. The compiler estimates no time for a kernel. On a machine

@@ -21,7 +21,11 @@ BranchShares = Callable[[str, int], Sequence[float]]
 
 
 def shares_by_scope(shares: Mapping[str, float]) -> BranchShares:
-    """Take the true branch of ``shares[scope]`` of the conditionals traced in ``scope``; split all others equally."""
+    """Return the shares of the branches of each conditional.
+
+    A conditional traced in ``scope`` takes its true branch in the share ``shares[scope]`` of its runs; any other takes
+    each branch equally often.
+    """
 
     def branch_shares(op_name: str, branches: int) -> Sequence[float]:
         for scope, share in shares.items():
