@@ -1,4 +1,4 @@
-"""Our training step against MaxText's, by the TPU's compiler: ``python -m benchmarks.maxtext_tpu --maxtext PYTHON``.
+"""Compile our training step and MaxText's for TPUs: ``python -m benchmarks.maxtext_tpu --maxtext PYTHON``.
 
 On any machine, one libtpu compiles both steps for the same topology: same model, global batch, sequence length and mesh
 (fsdp = chips), bfloat16 compute, float32 parameters, AdamW, splash attention, remat full. One parser (tpu/hlo.py) and
@@ -29,8 +29,8 @@ most of MaxText's dependencies:
       wadler-lindig xprof
 
 "Exposed bytes" is the share of the received bytes that no computation hides, "exposed time" the share of the estimate
-that they take. A step compiles in 2 to 15 minutes. ``--json FILE`` stores every result; the next call compiles only
-the missing steps.
+that they take. A step compiles in 2 to 15 minutes. ``--json FILE`` stores every result; the next call with the same
+versions and commit compiles only the missing steps.
 """
 
 import argparse
@@ -48,9 +48,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from chips import CHIPS
 from hlo import Program, shares_by_scope
 
-from benchmarks.common import header, markdown_table, replace_text
+from benchmarks.common import header, markdown_table, write_json
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.compiler_options import STEP_OPTIONS, WHOLE_MATMULS, Options, vmem_limit
 from layerskip_jax.config import Config, ModelConfig
@@ -91,8 +92,8 @@ FORMS = ("shipped", "recipe", "whole", "vmem", "both", "ours")
 """MaxText's steps; the docstring of this module explains them."""
 
 RECIPES = {"v5e": "v5e/llama2_7b.sh", "v5p": "v5p/llama2_7b.sh", "v6e": "v6e/llama2_7b_4096.sh"}
-KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite"}
-"""``device_kind`` of each chip."""
+STATE = ("versions", "maxtext", "commit", "changes")
+"""Fields of ``about`` in the results file that must be equal for a second call to add to its results."""
 
 Result = dict[str, Any]
 
@@ -175,7 +176,7 @@ def extra_options(form: str, chip: str) -> Options:
     >>> extra_options("whole", "v6e")
     {'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}
     """
-    options = {"whole": WHOLE_MATMULS, "vmem": vmem_limit(96 * 1024), "ours": STEP_OPTIONS[KINDS[chip]]}
+    options = {"whole": WHOLE_MATMULS, "vmem": vmem_limit(96 * 1024), "ours": STEP_OPTIONS[CHIPS[chip].kind]}
     return options["whole"] | options["vmem"] if form == "both" else options.get(form, {})
 
 
@@ -203,11 +204,11 @@ def compile_maxtext(python: str, row: Row, form: str) -> Result:
 
 def read_step(folder: Path, config: Config, topology: str) -> Result:
     """Return the figures of the step that benchmarks/maxtext_driver.py has written to ``folder``."""
-    ahead, chip = compile_ahead(), topology.split(":")[0]
+    ahead, chip = compile_ahead(), CHIPS[topology.split(":")[0]]
     step, text = json.loads((folder / "step.json").read_text()), (folder / "step.hlo").read_text()
     memory = step["peak_bytes"], step["argument_bytes"], step["temporary_bytes"]
     compiled = ahead.Compiled(*memory, Program(text).work(shares_by_scope({})), "splash" in text, step["seconds"])
-    found = ahead.report(config, ahead.CHIPS[chip], PEAK_FLOPS[KINDS[chip]], chip_count(topology), compiled)
+    found = ahead.report(config, chip, PEAK_FLOPS[chip.kind], chip_count(topology), compiled)
     return found | {name: step[name] for name in ("options", "refused", "maxtext", "jax", "libtpu")}
 
 
@@ -236,8 +237,11 @@ def last_error(done: subprocess.CompletedProcess[str]) -> str:
     return [f"ended with status {done.returncode}", *lines, *used][-1][:300]
 
 
-def find_maxtext(program: str) -> str:
-    """Return the path of a Python with MaxText and our version of libtpu. Raises `UserError` if it lacks one."""
+def find_maxtext(program: str) -> tuple[str, str]:
+    """Return the path of a Python with MaxText and our version of libtpu, and MaxText's version.
+
+    Raises `UserError` if it lacks one.
+    """
     python = shutil.which(program)
     if python is None:
         raise UserError(f"--maxtext must be a Python that has MaxText, but there is no program {program}")
@@ -246,12 +250,12 @@ def find_maxtext(program: str) -> str:
     if done.returncode:
         raise UserError(f"--maxtext must be a Python that has MaxText and libtpu, not {program}: {last_error(done)}")
     try:
-        ours, theirs = version("libtpu"), done.stdout.split()[-1]
+        ours, (maxtext, theirs) = version("libtpu"), done.stdout.split()[-2:]
     except PackageNotFoundError as error:
         raise UserError("this needs libtpu, the TPU's compiler: pip install -e '.[tpu]'") from error
     if theirs != ours:
         raise UserError(f"both steps need the same libtpu, but {program} has {theirs}, and this Python has {ours}")
-    return os.path.abspath(python)  # without resolving links: the Python of a virtual environment is a link
+    return os.path.abspath(python), maxtext  # without resolving links: the Python of a virtual environment is a link
 
 
 def figures(result: Result) -> list[str]:
@@ -278,6 +282,23 @@ def table(results: list[Result]) -> str:
     if refused := sorted({name for one in results for name in one.get("refused", [])}):
         text += f"\n\nOmitted from MaxText's recipes, because libtpu refuses them: {', '.join(refused)}."
     return text
+
+
+def read_results(file: Path, about: dict[str, Any]) -> dict[tuple[str, ...], Result]:
+    """Return the stored results by config, topology and step.
+
+    Raises `UserError` if the file is damaged, or if its results are not of ``about``'s versions and commit.
+    """
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        before = stored["about"]
+        results = {(one["config"], one["topology"], one["step"]): one for one in stored["results"]}
+        changed = [name for name in STATE if before.get(name) != about[name]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not a results file: {error!r}; delete it") from error
+    if changed:
+        raise UserError(f"{file} has results of other {', '.join(changed)}: delete it, or give another --json")
+    return results
 
 
 def compile_one(python: str, row: Row, side: str, form: str) -> Result:
@@ -308,10 +329,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    python = find_maxtext(options.maxtext)
-    header()
-    kept = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
-    known = {(one["config"], one["topology"], one["step"]): one for one in kept}
+    python, maxtext = find_maxtext(options.maxtext)
+    about = header() | {"maxtext": maxtext}
+    known = read_results(options.json, about) if options.json and options.json.exists() else {}
     shown = []
     for row in (ROWS[name] for name in options.rows):
         for side, form in [("MaxText", form) for form in options.forms] + [("ours", form) for form in options.ours]:
@@ -319,8 +339,7 @@ def main(argv: list[str] | None = None) -> None:
             if "error" in known.get(key, {"error": "not compiled yet"}):
                 known[key] = compile_one(python, row, side, form)
                 print(" ".join([*key, *figures(known[key])]), file=sys.stderr, flush=True)
-                if options.json:
-                    replace_text(options.json, json.dumps(list(known.values())))
+                write_json(options.json, about, list(known.values()))
             shown.append(known[key])
     print(table(shown))
 

@@ -1,11 +1,17 @@
 """benchmarks/common.py: the header, timing in turn, and the JSON file."""
 
 import argparse
+import doctest
 import json
 
 import pytest
 
-from benchmarks import common
+from benchmarks import common, recipes
+
+
+@pytest.mark.parametrize("module", [common, recipes], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module).failed == 0
 
 
 def test_the_header_identifies_the_measurement(capsys):

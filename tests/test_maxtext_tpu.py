@@ -99,7 +99,7 @@ def test_results_are_stored_and_only_errors_are_retried(tmp_path, monkeypatch, c
             raise UserError("Used 17.1G of 15.7G")
         return {name: value for name, value in RESULT.items() if name not in ("config", "topology", "step")}
 
-    monkeypatch.setattr(maxtext_tpu, "find_maxtext", lambda word: word)
+    monkeypatch.setattr(maxtext_tpu, "find_maxtext", lambda word: (word, "0.2.5"))
     monkeypatch.setattr(maxtext_tpu, "compile_maxtext", compile_maxtext)
     arguments = ["--maxtext", "python", "--rows", "7b-v6e", "--ours", "--json", str(tmp_path / "results.json")]
     tables = []
@@ -110,6 +110,18 @@ def test_results_are_stored_and_only_errors_are_retried(tmp_path, monkeypatch, c
     assert "MaxText shipped" in tables[0]
     main([*arguments, "--forms", "shipped", "vmem"])
     assert compiled == ["shipped", "whole", "whole", "vmem"]
+    monkeypatch.setattr(maxtext_tpu, "find_maxtext", lambda word: (word, "0.2.6"))
+    with pytest.raises(
+        UserError, match=r"json has results of other maxtext: delete it"
+    ):
+        main(arguments)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"about": [], "results": []}'])
+def test_a_damaged_results_file_is_named(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match=r"results\.json is not a results file: .*; delete it"):
+        maxtext_tpu.read_results(tmp_path / "results.json", {})
 
 
 def test_refused_options_are_omitted_and_listed():
