@@ -1,10 +1,10 @@
-"""The adaptive policy against fixed settings on three kinds of prompt: ``python -m benchmarks.adaptive RUN``.
+"""Compare the adaptive policy with fixed settings on three kinds of prompt: ``python -m benchmarks.adaptive RUN``.
 
 RUN is the run folder of a model of Python code (``make quickstart``). The kinds are code (beginnings of held-out
 documents), prose (docstrings of the documents) and tables (literals in a regular pattern). For each kind, all pairs of
 exit and draft length, the adaptive policy over the trained exits, alone and with lookups, the confidence policy and
-prompt lookup are timed in turn, and their texts compared with those of plain decoding. Then follows early exit by
-confidence, which is lossy: how often its next token is the full model's, and how fast it is.
+prompt lookup are timed in turn, and their texts compared with those of plain decoding. The last rows are of early exit
+by confidence, which is lossy: how often its next token is the full model's, and its speedup.
 """
 
 import argparse
@@ -55,6 +55,12 @@ def prompts_of_kinds(config: Config, per_kind: int) -> dict[str, list[str]]:
         "prose": prose[:per_kind],
         "tables": [f"TABLE = {{\n{t}" for t in TABLES[:per_kind]],
     }
+
+
+def greedy_drafts(settings: DecodeConfig) -> DecodeConfig:
+    """Return a run's settings for greedy drafts from one exit, without its lookups, choices and temperature."""
+    changes = {"mode": "self_speculative", "policy": "fixed", "lookup_length": 0, "choices": 1, "temperature": 0.0}
+    return dataclasses.replace(settings, **changes, ignore_eos=True)
 
 
 def exit_curve(model: Transformer, prompts: list[list[int]], config: DecodeConfig, repeats: int) -> list[dict]:
@@ -144,11 +150,12 @@ def compare(
     extremes = [config for config in fixed if config.exit_layer in (exits[0], exits[-1])]
     overhead = measured_overhead(model.config, measure(model, next(iter(prompts.values())), extremes, repeats)[1:])
     max_drafts = max(LENGTHS)
-    adaptive = adaptive_config(dataclasses.replace(base, exit_layer=0), base.exits or exits, max_drafts, overhead)
+    adaptive = adaptive_config(base, base.exits or exits, max_drafts, overhead)
+    second = exits[1] if len(exits) > 1 else exits[0]
     others = {
         "adaptive": adaptive,
         **({"adaptive_and_lookup": dataclasses.replace(adaptive, lookup_length=max_drafts)} if lookups else {}),
-        "confidence": dataclasses.replace(base, policy="confidence", exit_layer=exits[:2][-1], draft_length=max_drafts),
+        "confidence": dataclasses.replace(base, policy="confidence", exit_layer=second, draft_length=max_drafts),
         "prompt_lookup": dataclasses.replace(base, mode="prompt_lookup", draft_length=max_drafts),
     }  # fmt: skip
     names = [f"E={c.exit_layer} d={c.draft_length}" for c in fixed] + list(others)
@@ -178,13 +185,7 @@ def main() -> None:
             f"{options.run} was trained on {config.data.source}: this benchmark needs a model of Python code"
         )
     tokenizer = load_tokenizer(str(tokenizer_path))
-    base = dataclasses.replace(
-        config.decode_settings,
-        mode="self_speculative",
-        policy="fixed",
-        max_new_tokens=options.new_tokens,
-        ignore_eos=True,
-    )
+    base = dataclasses.replace(greedy_drafts(config.decode_settings), max_new_tokens=options.new_tokens)
     kinds = prompts_of_kinds(config, options.prompts)
     tokens = {kind: [tokenizer.encode_prompt(text) for text in texts] for kind, texts in kinds.items()}
     about = header()

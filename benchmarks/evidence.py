@@ -1,4 +1,4 @@
-"""LayerSkip's claims at small scale: ``python -m benchmarks.evidence [--prose FOLDER] [--group.setting VALUE ...]``.
+"""Test LayerSkip's claims at small scale: ``python -m benchmarks.evidence [--prose FOLDER] [--group.setting V ...]``.
 
 Trains the variants of ``--config`` (the paper's four and three more) on the same tokens in the same order, measures
 their exits, steps and decoding side by side, and writes the tables and plots of docs/results/evidence.md. A second call
@@ -26,12 +26,13 @@ from typing import Any
 import jax
 
 from benchmarks import common
-from benchmarks.adaptive import candidates, compare, prompts_of_kinds
+from benchmarks.adaptive import candidates, compare, greedy_drafts, prompts_of_kinds
 from benchmarks.decoding import WithoutQueries, one_pass_more, ratio, speed
 from benchmarks.evidence_page import fastest_fixed, write_page
 from benchmarks.step_cost import time_steps
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.checkpoint.run_folder import find_checkpoint, json_sha256, read_checksums
+from layerskip_jax.checks import require
 from layerskip_jax.command_line import make_parser, parse_config, positive
 from layerskip_jax.commands.plots import read_metrics
 from layerskip_jax.commands.prompts import read_prompts
@@ -113,8 +114,7 @@ def quality(run: str, config: Config) -> Measured:
 
 def decoder(run: str) -> tuple[Transformer, Tokenizer, DecodeConfig]:
     model, config, tokenizer = load_model(run, unstacked=True)
-    base = dataclasses.replace(config.decode_settings, mode="self_speculative", policy="fixed", ignore_eos=True)
-    return model, load_tokenizer(str(tokenizer)), base
+    return model, load_tokenizer(str(tokenizer)), greedy_drafts(config.decode_settings)
 
 
 def decoding(run: str, config: Config, repeats: int) -> Measured:
@@ -278,7 +278,10 @@ def parse(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     )
     page = Path("docs/results/evidence.md")
     parser.add_argument("--page", type=Path, default=page, help=f"the page whose tables are updated (default: {page})")
-    return parse_config(parser, ["--config", "configs/evidence.py", *argv])
+    config, options = parse_config(parser, ["--config", "configs/evidence.py", *argv])
+    untrained = [name for name in options.decoded or () if name not in options.variants]
+    require(not untrained, f"--decoded must be among --variants, and {', '.join(untrained)} is not")
+    return config, options
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The tables and plots of docs/results/evidence.md, from the measurements of `benchmarks.evidence`."""
+"""Write the tables and plots of docs/results/evidence.md from the measurements of `benchmarks.evidence`."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def exits_table(parts: Parts) -> str:
     middle = layers // 2
     head = ["variant", *(f"exit {exit_layer}" for exit_layer in shown)]
     return markdown_table(
-        [*head, f"perplexity of {middle}", f"plain's over it, at {middle}", "last loss, change from plain"], rows
+        [*head, f"perplexity at exit {middle}", "plain's perplexity / this", "last exit's loss against plain"], rows
     )
 
 
@@ -110,7 +110,7 @@ def decoding_table(parts: Parts) -> str:
                 ]
             )  # fmt: skip
     head = ["variant", "prompts", "plain tokens/s", "fastest fixed", "acceptance", "speedup", "cost model"]
-    return markdown_table([*head, "adaptive", "confidence", "prompt lookup", "same text"], rows)
+    return markdown_table([*head, "adaptive policy", "confidence policy", "prompt lookup", "same text"], rows)
 
 
 def adaptive_table(parts: Parts) -> str:
@@ -120,7 +120,7 @@ def adaptive_table(parts: Parts) -> str:
         last = one["summary"][-1]
         values = (last["speedup"], last["adaptive"], last["adaptive/one_fixed"])
         rows.append([name, last["one_fixed_for_all"], *(f"{value:.2f}x" for value in values)])
-    return markdown_table(["variant", "best fixed for all", "its speedup", "adaptive speedup", "ratio"], rows)
+    return markdown_table(["variant", "best fixed for all", "its speedup", "adaptive policy's speedup", "ratio"], rows)
 
 
 def temperature_table(parts: Parts) -> str:

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.evidence import VARIANTS, Results, held_out_losses, is_trained, study_config, variant_config
+from benchmarks.evidence import VARIANTS, Results, held_out_losses, is_trained, parse, study_config, variant_config
 from benchmarks.evidence_page import TABLES, write_page
 from configs.evidence import get_config
+from layerskip_jax.errors import UserError
 from layerskip_jax.recipe.recipe import Recipe
 
 
@@ -32,6 +33,12 @@ def test_prose_has_a_separate_folder_and_tokenizer():
     config = study_config(get_config(), "texts", [])
     assert (config.data.source, config.data.path) == ("text", "texts")
     assert config.data.tokenizer == "runs/evidence/prose/tokenizer.model"
+
+
+def test_a_variant_that_is_not_trained_cannot_be_decoded():
+    assert parse(["--variants", "plain", "tuned", "--decoded", "tuned"])[1].decoded == ["tuned"]
+    with pytest.raises(UserError, match="--decoded must be among --variants, and tuned is not"):
+        parse(["--variants", "plain", "--decoded", "plain", "tuned"])
 
 
 def test_a_variant_at_a_width_has_the_same_recipe_and_the_wider_model():

@@ -111,9 +111,7 @@ def test_results_are_stored_and_only_errors_are_retried(tmp_path, monkeypatch, c
     main([*arguments, "--forms", "shipped", "vmem"])
     assert compiled == ["shipped", "whole", "whole", "vmem"]
     monkeypatch.setattr(maxtext_tpu, "find_maxtext", lambda word: (word, "0.2.6"))
-    with pytest.raises(
-        UserError, match=r"json has results of other maxtext: delete it"
-    ):
+    with pytest.raises(UserError, match=r"json has results of other maxtext: delete it"):
         main(arguments)
 
 
