@@ -1,4 +1,4 @@
-"""Rows of the leaderboard of recipes: ``python -m benchmarks.recipes NAME [--config FILE] [--group.setting VALUE]``.
+"""Measure recipes for the leaderboard: ``python -m benchmarks.recipes NAME [--config FILE] [--group.setting VALUE]``.
 
 Trains the recipe once for each seed, measures its exits and what speculation gains from it, and adds the rows to
 docs/results/recipes.json and docs/results/recipes.md. NAME is your name for the recipe; ``plain`` trains without layer
@@ -47,7 +47,8 @@ DRAFT_LENGTHS = (2, 4, 8)
 ACCEPTANCE_LENGTH = 4
 """The draft length, one of `DRAFT_LENGTHS`, at which the acceptance is reported."""
 
-TRAINED = {"model", "data", "optimizer", "layer_dropout", "early_exit", "train.batch_size", "train.init_from"}
+TRAINED = {"model", "data", "optimizer", "layer_dropout", "early_exit"}
+TRAINED |= {"train.batch_size", "train.init_from", "train.skip_spikes", "train.steps"}
 """Settings, and groups of them, that must be the same when a run resumes or is measured again."""
 NOT_TRAINED = {"data.workers", "data.data_dir", "data.tokenizer"}
 """Settings in these groups that may differ. Training itself compares the tokenizer."""
@@ -77,15 +78,27 @@ def run_config(config: Config, name: str, seed: int) -> Config:
     return without_layerskip(config) if name == "plain" else config
 
 
+def check_corpus(config: Config) -> Path:
+    """Return the file that holds the path of a study's corpus.
+
+    Raises `UserError` if that is another path than ``config``'s: the name of a study has only the last part of a path.
+    """
+    file = Path(config.data.tokenizer).with_name("corpus.txt")
+    if file.exists() and (path := file.read_text()) != config.data.path:
+        raise UserError(f"{file.parent} was made for {path}, not for {config.data.path}: rename one of the two")
+    return file
+
+
 def make_tokenizer(config: Config) -> None:
     """Train the tokenizer of a study on its corpus, unless it exists."""
+    common.replace_text(check_corpus(config), config.data.path)
     if not Path(config.data.tokenizer).exists():
         documents = open_documents(config.data, config.data.train_split)
         train_tokenizer(documents, config.data.tokenizer, config.model.vocab_size)
 
 
 def repeated_share(tokens: Sequence[int], length: int = 8) -> float:
-    """Return the share of tokens in an n-gram of ``length`` that occurred before: how much of a text is loops.
+    """Return the share of the tokens that repeat, as in a loop: they are in an n-gram that occurred before.
 
     >>> repeated_share([1, 2, 3, 1, 2, 3, 1], length=3)
     0.5714285714285714
@@ -185,26 +198,31 @@ def mean_and_spread(values: Iterable[float], form: str) -> str:
     return f"{statistics.mean(values):{form}}{spread}"
 
 
+def distinct(values: Iterable[Any]) -> str:
+    """Return the different values in their order, as text."""
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
 def table_line(rows: list[Row], plain: dict[int, Row]) -> list[str]:
     """Return the cells of a recipe: means over its seeds, each compared with the plain model of the same seed."""
-    one = rows[0]
     losses = [row["loss_by_exit"][-1] for row in rows]
     pairs = [(row["loss_by_exit"][-1], plain[row["seed"]]["loss_by_exit"][-1]) for row in rows if row["seed"] in plain]
     cost = mean_and_spread([100 * (loss / base - 1) for loss, base in pairs], "+.2f") + " %" if pairs else "-"
     at_exit = [100 * row["agreement_by_exit"][row["exit"] - 1] for row in rows]
-    cells = [one["name"], str(len(rows)), mean_and_spread(losses, ".3f"), cost, str(one["exit"])]
+    exits = distinct(row["exit"] for row in rows)
+    cells = [rows[0]["name"], str(len(rows)), mean_and_spread(losses, ".3f"), cost, exits]
     cells.append(mean_and_spread(at_exit, ".1f") + " %")
     for mode in ("greedy", "sampled"):
         parts = [row[mode] for row in rows]
         accepted = [100 * part["acceptance"] for part in parts if not math.isnan(part["acceptance"])]
         cells.append(mean_and_spread(accepted, ".1f") + " %" if accepted else "-")
         cells.append(f"{100 * statistics.mean(part['loops'] for part in parts):.0f} %")
-        e, d = parts[0]["by_bytes_settings"]
-        cells.append(f"{mean_and_spread([part['by_bytes'] for part in parts], '.2f')}x (E={e} d={d})")
+        settings = distinct("E={} d={}".format(*part["by_bytes_settings"]) for part in parts)
+        cells.append(f"{mean_and_spread([part['by_bytes'] for part in parts], '.2f')}x ({settings})")
         cells.append(mean_and_spread([part["speedup"] for part in parts], ".2f") + "x")
     cells.append(f"{statistics.median(row['step_time'] for row in rows):.2f}x")
     cells.append(f"{max(row['step_memory'] for row in rows):.2f}x")
-    return [*cells, one["commit"]]
+    return [*cells, distinct(row["commit"] for row in rows)]
 
 
 HEAD = [
@@ -215,7 +233,7 @@ HEAD = [
 
 
 def page(rows: list[Row]) -> str:
-    """Return the tables of all studies, and the command of every recipe."""
+    """Return the tables of all studies, and the commands of their rows."""
     parts = []
     for study in sorted({row["study"] for row in rows}):
         of_study = [row for row in rows if row["study"] == study]
@@ -224,14 +242,14 @@ def page(rows: list[Row]) -> str:
         for row in of_study:
             recipes.setdefault(row["name"], []).append(row)
         table = common.markdown_table(HEAD, [table_line(same, plain) for same in recipes.values()])
-        commands = "\n".join(f"    {same[0]['command']}" for same in recipes.values())
+        commands = "\n".join(dict.fromkeys(f"    {row['command']}" for same in recipes.values() for row in same))
         machines = ", ".join(sorted({row["machine"] for row in of_study}))
         parts.append(f"## {study}\n\n{machines}\n\n{table}\n\n{commands}\n")
     return "\n".join(parts)
 
 
 def write_page(markdown: Path, rows: list[Row]) -> None:
-    """Write the rows as JSON beside the page, and replace what follows `ROWS_BELOW` in the page."""
+    """Write the rows to the page's .json file, and replace what follows `ROWS_BELOW` in the page."""
     common.replace_text(markdown.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
     text = markdown.read_text() if markdown.exists() else "# Recipes\n"
     common.replace_text(markdown, f"{text.partition(ROWS_BELOW)[0].rstrip()}\n\n{ROWS_BELOW}\n\n{page(rows)}")
@@ -257,6 +275,7 @@ def main() -> None:
     rows = {key_of(row): row for row in (json.loads(stored.read_text()) if stored.exists() else [])}
     for seed in options.seeds:
         run = run_config(config, options.name, seed)
+        check_corpus(run)
         key = (study_of(run), options.name, seed)
         if key in rows and not options.again:
             print(f"{' '.join(map(str, key))} is in {options.page}")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from corpora import VOCABULARY
@@ -30,6 +31,21 @@ def test_a_spread_is_half_the_distance_of_the_extremes():
     assert mean_and_spread([2.0], ".1f") == "2.0"
 
 
+def test_a_mean_names_the_settings_and_commits_of_all_seeds():
+    mode = {"acceptance": 0.5, "loops": 0.0, "by_bytes": 1.5, "speedup": 1.0}
+    rows = [
+        {"study": "s", "name": "fixed", "seed": seed, "exit": 3, "loss_by_exit": [2.0], "agreement_by_exit": [1, 1, 1],
+         "greedy": mode | {"by_bytes_settings": [3, d]}, "sampled": mode | {"by_bytes_settings": [3, 2]},
+         "step_time": 1.0, "step_memory": 1.0, "command": f"python {seed}", "commit": commit, "machine": "m"}
+        for seed, d, commit in ((0, 2, "abc"), (1, 4, "abc"), (2, 2, "def"))
+    ]  # fmt: skip
+    text = page(rows)
+    assert "1.50 ± 0.00x (E=3 d=2, E=3 d=4)" in text
+    assert "1.50 ± 0.00x (E=3 d=2) |" in text
+    assert "| abc, def |" in text
+    assert text.endswith("    python 0\n    python 1\n    python 2\n")
+
+
 def test_plain_has_no_exits_and_its_own_folder():
     config, _ = parse(["plain", "--early_exit.curriculum", "fixed", "--early_exit.exits", "3"])
     run = run_config(config, "plain", seed=2)
@@ -46,7 +62,7 @@ def test_a_name_that_is_no_folder_is_refused():
 
 
 def test_a_row_is_trained_measured_and_written(corpus, tmp_path, monkeypatch):
-    """Beside a stored row of the plain model; a second call trains nothing."""
+    """The page keeps a stored row of the plain model; a second call trains nothing."""
     model = {"num_layers": 2, "dim": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 24, "vocab_size": VOCABULARY}
     settings = {f"model.{name}": value for name, value in model.items()}
     settings |= {f"data.{name}": getattr(corpus, name) for name in ("source", "path", "sequence_length")}
@@ -76,11 +92,16 @@ def test_a_row_is_trained_measured_and_written(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "step_cost", lambda config: {"step_time": 1.5, "step_memory": 1.25})
     monkeypatch.setattr(sys, "argv", ["recipes", "fixed", "--page", str(file), *words])
     recipes.main()
-    again = [*sys.argv, "--again", "--early_exit.distillation", "none"]
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", again)
-        with pytest.raises(UserError, match=r"trained with another early_exit\.distillation: remove it"):
-            recipes.main()
+    namesake = str(tmp_path / Path(corpus.path).name)  # a corpus whose path ends with the same name
+    for changes, message in {
+        ("--early_exit.distillation", "none"): r"trained with another early_exit\.distillation: remove it",
+        ("--train.skip_spikes", "3"): r"trained with another train\.skip_spikes: remove it",
+        ("--data.path", namesake): "was made for .*: rename one",
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [*sys.argv, "--again", *changes])
+            with pytest.raises(UserError, match=message):
+                recipes.main()
     monkeypatch.setattr(recipes, "measured_row", None)
     recipes.main()
 
