@@ -1,6 +1,7 @@
-"""Long reliability tests, for docs/reliability.md: ``python -m benchmarks.reliability [kills damage buckets]``.
+"""Run long reliability tests, for docs/reliability.md: ``python -m benchmarks.reliability [kills damage buckets]``.
 
-They use real processes, signals and files. Without a name all tests run; the exit status is 1 if anything was lost.
+``kills`` and ``buckets`` kill processes that train; ``damage`` changes files and restores them in this process. Without
+a name all tests run. The exit status is 1 if anything was lost.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -120,7 +122,14 @@ class TrainingProcess:
         return any((self._run / "checkpoints").glob(UNFINISHED_SAVE))
 
     def finish(self) -> str:
-        self.output += self._process.communicate(timeout=600)[0]
+        """Wait for the run to end; return its output. Raises `RuntimeError` if it fails or takes ten minutes."""
+        timer = threading.Timer(600, self._process.kill)
+        timer.start()
+        try:
+            # With a timeout, communicate would lose the lines that `opening` has read ahead.
+            self.output += self._process.communicate()[0]
+        finally:
+            timer.cancel()
         if self._process.returncode:
             raise RuntimeError(f"the run ended with status {self._process.returncode}: {self.output[-2000:]}")
         return self.output
@@ -145,7 +154,8 @@ def kills(trials: int = 30, seed: int = 0, steps: int = 60) -> Counter[str]:
             while True:
                 process = TrainingProcess(settings, run, cache)
                 if count["kills"] < trials and moments.random() < 0.1:
-                    killed, saving = process.kill(moments.uniform(0, 6), in_a_save=False)  # while it starts
+                    killed, _ = process.kill(moments.uniform(0, 6), in_a_save=False)  # while it starts
+                    saving = False  # an unfinished save may be the previous process's
                 else:
                     opening = process.opening()
                     start = "from scratch" if complete is None else f"resuming after step {complete}"
@@ -313,8 +323,8 @@ def halve(folder: Path, chance: random.Random) -> None:
 
 
 DAMAGES = (flip, truncate, remove, halve)
-LONG: dict[str, Callable[[], Counter[str]]] = {"kills": kills, "damage": damage, "buckets": buckets}
-HARMLESS = {
+TESTS: dict[str, Callable[[], Counter[str]]] = {"kills": kills, "damage": damage, "buckets": buckets}
+EXPECTED_COUNTS = {
     "kills",
     "kills in a save",
     "faults",
@@ -331,17 +341,17 @@ HARMLESS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "names", nargs="*", choices=[[], *LONG], default=[], metavar="NAME", help="tests to run; by default all"
+        "names", nargs="*", choices=[[], *TESTS], default=[], metavar="NAME", help="tests to run; by default all"
     )
-    names = parser.parse_args().names or LONG
+    names = parser.parse_args().names or TESTS
     header()
     lost = 0
     for name in names:
         began = time.monotonic()
-        count = LONG[name]()
+        count = TESTS[name]()
         print(f"{name}: {', '.join(f'{value} {what}' for what, value in count.items())}", flush=True)
         print(f"  {time.monotonic() - began:.0f} s", flush=True)
-        lost += sum(value for what, value in count.items() if what not in HARMLESS)
+        lost += sum(value for what, value in count.items() if what not in EXPECTED_COUNTS)
     sys.exit(1 if lost else 0)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from corpora import VOCABULARY
 
-from benchmarks.reliability import HARMLESS, damage, kills, restored
+from benchmarks.reliability import EXPECTED_COUNTS, damage, kills, restored
 from layerskip_jax.checkpoint.arrays import DamagedCheckpoint
 from layerskip_jax.checkpoint.reading import load_model
 from layerskip_jax.commands import plots
@@ -97,7 +97,7 @@ def poisoned(batch):
 
 
 def losses(count):
-    return {what: value for what, value in count.items() if value and what not in HARMLESS}
+    return {what: value for what, value in count.items() if value and what not in EXPECTED_COUNTS}
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_parameters(capsys):
