@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import random
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 URL_VARIABLES = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
 """gcsfs, TensorStore and ArrayRecord read them, in this order, when they first open a bucket."""
@@ -84,7 +86,7 @@ class Proxy(BaseHTTPRequestHandler):
         source, move, target = self.path.partition("/moveTo/o/")
         if not move:
             return self._ask(self.command, self.path, body)
-        # Cloud Storage has moveTo and the server has not. gcsfs would print a traceback, and copy.
+        # The server lacks Cloud Storage's moveTo, so copy and delete. Otherwise gcsfs prints a traceback, and copies.
         bucket = source.split("/b/")[1].split("/")[0]
         done = self._ask("POST", f"{source}/copyTo/b/{bucket}/o/{target.partition('?')[0]}", body)
         if done.status != 200:
@@ -143,8 +145,10 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of clients that were killed."""
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print an exception, unless a client that was killed caused it."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 @contextlib.contextmanager

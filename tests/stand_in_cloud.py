@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -90,18 +91,19 @@ class Cloud:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         self.started.append(process)
         return process
 
     def end(self):
         """End every process that a failed test has left, so that it cannot fail a later test as well."""
-        self.kill_runs()
         for process in self.started:
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with its children
                 process.wait()
             process.stdout.close()
+        self.kill_runs()  # last, because `watch` starts new ones
 
     def pod(self, *words, status=0, **environment):
         process = self.start(*words, **environment)
