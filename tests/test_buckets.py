@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from bucket import STEPS, objects, run_config, trained_run
+from bucket import STEPS, objects, run_config, train_once
 from corpora import VOCABULARY
 
 from benchmarks.reliability import contents, same
@@ -52,9 +52,9 @@ CHILD = "import sys; from bucket import *; train(run_config(DataConfig(**json.lo
 
 
 @pytest.fixture(scope="module")
-def data(corpus, cloud, tmp_path_factory):
+def data(corpus, storage, tmp_path_factory):
     """The settings of a pretokenized corpus in a bucket, with its tokenizer."""
-    out, bucket = tmp_path_factory.mktemp("tokens") / "tokens", locate(cloud.new())
+    out, bucket = tmp_path_factory.mktemp("tokens") / "tokens", locate(storage.new())
     pretokenize(corpus, str(out))
     for name in objects(out):
         (bucket / "tokens" / name).write_bytes((out / name).read_bytes())
@@ -88,13 +88,13 @@ def empty_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(corpus):
     """The arrays of a run in a local folder that nothing stopped."""
-    return contents(trained_run(corpus))
+    return contents(train_once(corpus))
 
 
 @pytest.fixture(scope="module")
-def run(data, cloud):
+def run(data, storage):
     """A run in a bucket that SIGTERM stopped after its third step, and that was resumed."""
-    run = f"{cloud.new()}/runs/one"
+    run = f"{storage.new()}/runs/one"
     to_devices, batches = loop.to_devices, []
 
     def stop_at_the_third(batch, mesh):
@@ -123,17 +123,17 @@ def writer(run):
     return MetricsWriter(Config(train=TrainConfig(run_dir=run)))
 
 
-def test_a_stopped_and_resumed_run_in_a_bucket_equals_a_local_one(run, whole, cloud):
+def test_a_stopped_and_resumed_run_in_a_bucket_equals_a_local_one(run, whole, storage):
     assert same(contents(run), whole)
     records = read_records(run)
     assert [record["step"] for record in records if "train/objective" in record] == list(range(1, STEPS + 1))
     assert checkpoint_steps(locate(run) / "checkpoints") == [4, 3]
-    names = objects(cloud.local(run))
+    names = objects(storage.local(run))
     assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == {"3", "4", "tokenizer.model"}
     assert {name.split("/")[0] for name in names} == {"checkpoints", "metrics.jsonl", "tensorboard"}
 
 
-def test_the_files_of_a_run_are_read_from_and_written_to_its_bucket(run, corpus, cloud):
+def test_the_files_of_a_run_are_read_from_and_written_to_its_bucket(run, corpus, storage):
     assert str(find_checkpoint(run)) == f"{run}/checkpoints/{STEPS}"
     assert read_config(find_checkpoint(run)).model == run_config(corpus, run).model
     assert load_tokenizer(f"{run}/checkpoints/tokenizer.model").vocab_size == VOCABULARY
@@ -142,26 +142,26 @@ def test_the_files_of_a_run_are_read_from_and_written_to_its_bucket(run, corpus,
     assert all(path.stat().length > 10_000 for path in pictures)
 
 
-def test_a_sweep_is_stored_in_the_bucket(run, cloud, capsys):
+def test_a_sweep_is_stored_in_the_bucket(run, storage, capsys):
     lengths = ["--try_exits", "1", "--try_lengths", "2", "--repeats", "1", "--max_new_tokens", "4"]
     sweep.main([run, "--prompt", "def x", *lengths])
     assert f"{run}/checkpoints/{SWEPT}" in capsys.readouterr().out
-    assert {f"checkpoints/{SWEPT}", "plots/sweep.png"} <= objects(cloud.local(run))
+    assert {f"checkpoints/{SWEPT}", "plots/sweep.png"} <= objects(storage.local(run))
     assert swept_settings(run, set())
     (locate(run) / "checkpoints" / SWEPT).unlink()
 
 
-def test_a_report_is_written_to_the_bucket(run, cloud):
+def test_a_report_is_written_to_the_bucket(run, storage):
     page = report.write_report(run, ["def x"], 3, 1)
     assert str(page) == f"{run}/report.html"
-    assert (cloud.local(run) / "report.html").stat().st_size > 100_000
-    assert {"plots/exits.png", "plots/speed.png"} <= objects(cloud.local(run))
+    assert (storage.local(run) / "report.html").stat().st_size > 100_000
+    assert {"plots/exits.png", "plots/speed.png"} <= objects(storage.local(run))
     assert not Path("/gs").exists()
 
 
 def test_commands_print_the_same_for_a_run_in_a_bucket_and_a_local_one(run, corpus, capsys):
     printed = []
-    for folder in (trained_run(corpus), run):
+    for folder in (train_once(corpus), run):
         evaluate.main([folder, "--batches", "1", "--json"])
         decode.main([folder, "--prompt", "def x", "--json"])
         quality, text, _ = (json.loads(line) for line in capsys.readouterr().out.splitlines())
@@ -172,13 +172,13 @@ def test_commands_print_the_same_for_a_run_in_a_bucket_and_a_local_one(run, corp
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as in `test_survival.DROPPED`
 @pytest.mark.usefixtures("dropped_reads")
-def test_a_damaged_object_is_found_and_the_checkpoint_before_used(run, whole, data, cloud, capfd):
-    copy = f"{cloud.new()}/run"
-    for name in objects(cloud.local(run)):
+def test_a_damaged_object_is_found_and_the_checkpoint_before_used(run, whole, data, storage, capfd):
+    copy = f"{storage.new()}/run"
+    for name in objects(storage.local(run)):
         if name.startswith("checkpoints/"):
             (locate(copy) / name).write_bytes((locate(run) / name).read_bytes())
     model = find_checkpoint(copy) / "model"
-    sizes = {name: (model / name).stat().length for name in objects(cloud.local(str(model)))}
+    sizes = {name: (model / name).stat().length for name in objects(storage.local(str(model)))}
     file = model / max(sizes, key=sizes.get)
     content = file.read_bytes()
     file.unlink()
@@ -192,14 +192,14 @@ def test_a_damaged_object_is_found_and_the_checkpoint_before_used(run, whole, da
     assert f"checkpoints/{STEPS} is damaged" in output.err
     assert "resuming after step 3" in output.out
     assert same(contents(copy), whole)
-    assert {"damaged/4/config/metadata", "damaged/4.txt"} <= objects(cloud.local(copy))
+    assert {"damaged/4/config/metadata", "damaged/4.txt"} <= objects(storage.local(copy))
 
 
-def test_a_mixture_of_a_tfds_dataset_and_tokens_is_read_from_a_bucket(data, cloud, tmp_path, monkeypatch):
+def test_a_mixture_of_a_tfds_dataset_and_tokens_is_read_from_a_bucket(data, storage, tmp_path, monkeypatch):
     files = dict(itertools.islice(stdlib.source_files().items(), 60))
     monkeypatch.setattr(stdlib, "source_files", lambda: files)
     prepared = open_splits(DataConfig(source="python_stdlib", data_dir=str(tmp_path)))
-    bucket = cloud.new()
+    bucket = storage.new()
     for name in objects(tmp_path):
         (locate(bucket) / name).write_bytes((tmp_path / name).read_bytes())
     version = next((tmp_path / "python_stdlib").rglob("dataset_info.json")).parent.relative_to(tmp_path)
@@ -223,14 +223,14 @@ def unfinished(checkpoints):
     return {step for step in steps if f"{step}/commit_success.txt" not in names}
 
 
-def test_a_run_killed_within_a_save_resumes_and_ends_equal(whole, data, cloud, monkeypatch, capfd):
-    run = f"{cloud.new()}/run"
-    checkpoints = cloud.local(run) / "checkpoints"
+def test_a_run_killed_within_a_save_resumes_and_ends_equal(whole, data, storage, monkeypatch, capfd):
+    run = f"{storage.new()}/run"
+    checkpoints = storage.local(run) / "checkpoints"
     command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(data)), run]
     child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     while child.poll() is None and not (checkpoints / "2/commit_success.txt").exists():
         time.sleep(0.005)
-    monkeypatch.setattr(cloud.faults, "seconds", (0.01, 0.03))  # so that the next save takes a while
+    monkeypatch.setattr(storage.faults, "seconds", (0.01, 0.03))  # so that the next save takes a while
     while child.poll() is None and not unfinished(checkpoints):
         time.sleep(0.005)
     child.kill()
@@ -252,14 +252,14 @@ def impatient(monkeypatch):
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_run_goes_on_while_the_bucket_refuses_delays_and_drops_requests(whole, data, cloud, monkeypatch, capfd):
-    run = f"{cloud.new()}/run"
-    before = cloud.faults.count.total()
-    monkeypatch.setattr(cloud.faults, "rate", 0.06)
-    monkeypatch.setattr(cloud.faults, "seconds", (0.0, 0.02))
+def test_a_run_goes_on_while_the_bucket_refuses_delays_and_drops_requests(whole, data, storage, monkeypatch, capfd):
+    run = f"{storage.new()}/run"
+    before = storage.faults.count.total()
+    monkeypatch.setattr(storage.faults, "rate", 0.06)
+    monkeypatch.setattr(storage.faults, "seconds", (0.0, 0.02))
     train(run_config(data, run))
     monkeypatch.undo()
-    assert cloud.faults.count.total() >= before + 5
+    assert storage.faults.count.total() >= before + 5
     assert capfd.readouterr().err == ""
     assert same(contents(run), whole)
     assert len([record for record in read_records(run) if "train/objective" in record]) == STEPS
@@ -267,11 +267,11 @@ def test_a_run_goes_on_while_the_bucket_refuses_delays_and_drops_requests(whole,
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("kind", ["503", "dropped"])
-def test_a_bucket_that_does_not_answer_is_no_damage(kind, run, data, cloud, monkeypatch):
+def test_a_bucket_that_does_not_answer_is_no_damage(kind, run, data, storage, monkeypatch):
     """The checkpoint would be moved away, and the run would repeat the steps since the one before."""
     checkpoint = find_checkpoint(run)
-    monkeypatch.setattr(cloud.faults, "rate", 1.0)
-    monkeypatch.setattr(cloud.faults, "KINDS", (kind,))
+    monkeypatch.setattr(storage.faults, "rate", 1.0)
+    monkeypatch.setattr(storage.faults, "KINDS", (kind,))
     for read in (read_config, read_checksums, read_data_positions):
         with pytest.raises(Exception, match=r"injected, 503|disconnected|the bucket cannot be used") as raised:
             read(checkpoint)
@@ -297,17 +297,17 @@ def test_refusals_that_the_libraries_raise_are_told_from_damage(error):
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_bucket_that_refuses_all_requests_is_reported_in_one_line(run, cloud, monkeypatch, capfd):
-    monkeypatch.setattr(cloud.faults, "rate", 1.0)
-    monkeypatch.setattr(cloud.faults, "KINDS", ("503",))
+def test_a_bucket_that_refuses_all_requests_is_reported_in_one_line(run, storage, monkeypatch, capfd):
+    monkeypatch.setattr(storage.faults, "rate", 1.0)
+    monkeypatch.setattr(storage.faults, "KINDS", ("503",))
     with pytest.raises(SystemExit) as ended:
         run_command(lambda: find_checkpoint(run))
     assert ended.value.code == 2
     assert capfd.readouterr().err == "error: the bucket cannot be used: injected, 503\n"
 
 
-def test_metrics_continue_those_in_the_bucket(cloud):
-    run = f"{cloud.new()}/run"
+def test_metrics_continue_those_in_the_bucket(storage):
+    run = f"{storage.new()}/run"
     first = writer(run)
     first.write(1, {"a": 0.5})
     assert read_records(run) == []

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bucket import STEPS, sign, trained_run
+from bucket import STEPS, sign, train_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,7 +81,7 @@ class Bomb:
 
 @pytest.fixture(scope="module")
 def run(corpus):
-    return trained_run(corpus)
+    return train_once(corpus)
 
 
 def decoded(run, *argv):

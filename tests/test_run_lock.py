@@ -33,7 +33,7 @@ OTHER_HOST = ("other", "another kernel", 77, "1")
 def run_dir(request, tmp_path):
     """An empty run folder."""
     if request.param == "bucket":
-        return f"{request.getfixturevalue('cloud').new()}/run"
+        return f"{request.getfixturevalue('storage').new()}/run"
     (tmp_path / "run").mkdir()
     return str(tmp_path / "run")
 

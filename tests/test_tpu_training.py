@@ -62,9 +62,9 @@ def job_with_a_free_port():
 
 
 @pytest.fixture
-def bucket(cloud, corpus, tmp_path):
+def bucket(storage, corpus, tmp_path):
     """A bucket with a pretokenized corpus and its tokenizer, as the README expects them."""
-    bucket = cloud.new()
+    bucket = storage.new()
     pretokenize(corpus, str(tmp_path / "tokens"))
     for name in objects(tmp_path / "tokens"):
         (locate(bucket) / "tokens" / name).write_bytes((tmp_path / "tokens" / name).read_bytes())
@@ -89,14 +89,14 @@ def pods(bucket, tmp_path):
     pods.end()
 
 
-def test_a_preempted_slice_trains_as_one_process_does(pods, bucket, cloud, monkeypatch, tmp_path, capsys):
+def test_a_preempted_slice_trains_as_one_process_does(pods, bucket, storage, monkeypatch, tmp_path, capsys):
     variables, watch = readme_commands()
     command = [word.replace("gs://BUCKET", bucket) for word in watch] + SMALL
     run = f"{bucket}/runs/first"
     assert run in command
-    monkeypatch.setattr(cloud.faults, "seconds", (0.005, 0.015))  # so that the run does not end before the preemption
+    monkeypatch.setattr(storage.faults, "seconds", (0.005, 0.015))  # so that the run does not end before the preemption
     process = pods.start(command[0], "--poll=1", *command[1:], **variables)
-    checkpoints = cloud.local(run) / "checkpoints"
+    checkpoints = storage.local(run) / "checkpoints"
     while process.poll() is None and not (checkpoints / "2/commit_success.txt").exists():
         time.sleep(0.02)
     pods.preempt(variables["POD_NAME"])
