@@ -7,7 +7,7 @@ Sections, in this order:
     attention  every backend: its error against XLA's float32 attention, and its time
     training   the step of a 1.5B model, or of the largest that fits, with each recipe; on all devices
     decoding   a 1.5B model with random weights: plain, and self-speculative with forced acceptance; on one device
-    trained    12 layers x 768, trained on the standard library for the time that is left: its exits and speedup
+    trained    12 layers x 768, trained on the standard library for up to 40 % of the time left: its exits and speedup
 
 Each part is saved to FOLDER/<device>.json as soon as it is measured; FOLDER/<device>.md shows the tables. A second call
 with the same device, versions and commit measures only the missing parts. With others, it replaces the file, except

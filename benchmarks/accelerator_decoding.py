@@ -171,8 +171,8 @@ def same_share(ours: Generation, plain: Generation) -> float:
 def trained_config(sizes: Sizes, folder: str) -> Config:
     """Return the config of `trained`: the loss of one exit per step, in rotation.
 
-    This is the recipe ``tuned`` of docs/results/evidence.md. The run ends when its time is up, so no schedule may
-    depend on the number of steps.
+    This is the recipe ``tuned`` of docs/results/evidence.md, but with constant layer dropout: the run ends when its
+    time is up, so no schedule may depend on the number of steps.
     """
     layers = sizes.trained.num_layers
     return Config(

@@ -135,8 +135,8 @@ def called_in_turn(
 ) -> dict[str, list[T]]:
     """Call every function once per turn, in the order given; return the results of each over ``turns`` turns.
 
-    Run ``warm_up`` turns first and drop their results. Ask ``out_of_time`` after every later turn but the first, and
-    start no further turn once it returns True.
+    Run ``warm_up`` turns first and drop their results. After the second of the other turns and each later one, stop if
+    ``out_of_time`` returns True.
     """
     results: dict[str, list[T]] = {name: [] for name in functions}
     for turn in range(-warm_up, turns):

@@ -1,4 +1,4 @@
-"""Drafting by transformers with an exported run: ``python -m benchmarks.exported RUN [--exit_layer 3]``.
+"""Let transformers draft with an exported run: ``python -m benchmarks.exported RUN [--exit_layer 3]``.
 
 Exports the run, opens it with transformers, and continues the beginnings of held-out documents greedily in float32 with
 both libraries: ``generate(assistant_early_exit=E)`` there, self-speculation here. Prints the number of equal leading

@@ -2,6 +2,7 @@
 
 Each figure is the median of several processes, and includes Python's start, the imports, reading the checkpoint and
 compiling. "Warm" processes find their programs in a compilation cache of JAX, which one more process fills first.
+"Cold" ones have no such cache, even if JAX_COMPILATION_CACHE_DIR is set.
 """
 
 import os
@@ -21,6 +22,7 @@ PROMPT = "import os"
 def seconds_to_first_token(run: str, cache: str = "") -> float:
     """Start ``decode.py`` and return the seconds until it has printed more than the prompt."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     if cache:
         environment |= {
             "JAX_COMPILATION_CACHE_DIR": cache,

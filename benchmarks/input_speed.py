@@ -1,4 +1,4 @@
-"""How fast a host reads its part of the batches: ``python -m benchmarks.input_speed [disk bucket tokens lines]``.
+"""Time how a host reads its part of the batches: ``python -m benchmarks.input_speed [disk bucket tokens lines]``.
 
 - disk: tokens per second of a pretokenized corpus on local disk, with 2 worker processes.
 - bucket: the same from a bucket on loopback whose requests take 50 ms each, with 8 worker processes.

@@ -1,10 +1,10 @@
-"""Soak test for leaks: ``python -m benchmarks.soak [--seconds 3600] [--out runs/soak]``.
+"""Look for leaks in a loop: ``python -m benchmarks.soak [--seconds 3600] [--out runs/soak]``.
 
 Trains and generates in a loop in one process: ``train`` from scratch with evaluations, checkpoints and samples,
 ``train`` again to restore, and four ``decode`` commands. ``--kind loops`` runs steps and texts only, without
-checkpoints. Records memory, open files, threads, memory maps and compiled programs after every iteration. After the
-warm-up only memory may grow; its slope is the median of the slopes between all pairs of iterations (Theil-Sen).
-Prints a table, and writes ``soak.jsonl`` and ``soak.png`` to the folder.
+checkpoints. Records memory, open files, threads, memory maps and compiled programs after every iteration. Prints a
+table of the iterations after the warm-up, in which a leak shows as growth, and the slope of the memory: the median of
+the slopes between all pairs of iterations (Theil-Sen). Writes ``soak.jsonl`` and ``soak.png`` to the folder.
 """
 
 import argparse

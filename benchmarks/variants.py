@@ -7,8 +7,8 @@ early exit E and of the last exit, and their agreement. `VARIANTS` has the names
         --early_exit.curriculum fixed --early_exit.exits 3 --early_exit.distillation kl
 
 The training loop is simple: one device, no checkpoints, and the logits of both exits in memory at once. So
-``train.accumulate``, ``train.loss_chunk`` and ``layer_dropout.form`` have no effect. A variant that helps can become a
-setting.
+``train.accumulate``, ``train.remat``, ``train.loss_chunk`` and ``layer_dropout.form`` have no effect. A variant that
+helps can become a setting.
 """
 
 import dataclasses

@@ -173,7 +173,7 @@ def labels(axis):
     return [text.get_text() for text in axis.get_legend().get_texts()]
 
 
-def test_the_loss_of_a_few_exits_is_smoothed_and_beside_the_plain_model(trained_run):
+def test_the_loss_of_a_few_exits_is_smoothed_and_shown_with_the_plain_models(trained_run):
     run = Run.open(trained_run)
     steps = range(1, 101)
     noise = np.random.default_rng(0).normal(size=(16, 100))
@@ -249,7 +249,7 @@ def test_the_report_names_where_drafts_come_from(trained_run, settings, expected
     assert report._draft_source(run) == expected
 
 
-def test_a_plain_run_beside_is_found_and_a_given_one_must_exist(trained_run, tmp_path):
+def test_a_plain_run_in_the_same_folder_is_found_and_a_given_one_must_exist(trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run").as_posix()
     assert find_plain(run, None) == ""
     shutil.copytree(trained_run, tmp_path / "run_plain")
