@@ -1,7 +1,8 @@
 """Greedy speculation, under every policy, gives exactly the tokens of greedy autoregressive decoding, in float32.
 
-A case is one prompt in a batch, with its own length, model shape, exit, draft length, limit and EOS. There are at least
-2,000. Scaling the blocks after the exit varies how often drafts are accepted.
+A case is one prompt, decoded by every strategy. A combination of model shape, batch size, exit and draft length has 288
+cases or more, so there are 2,016 or more. A batch has its own weights, limit and EOS, and a prompt its own length.
+Scaling the blocks after the exit varies how often drafts are accepted.
 """
 
 import dataclasses
@@ -37,10 +38,6 @@ DRAFT_LENGTHS = [12, 8, 5, 3, 4, 2, 1]
 BATCHES = [1, 2, 4, 8]
 COMBINATIONS = 7
 CASES_EACH = 288
-
-
-def test_there_are_2000_cases():
-    assert COMBINATIONS * CASES_EACH >= 2000
 
 
 def with_tail(model, exit_layer, scale):

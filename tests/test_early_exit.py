@@ -148,19 +148,6 @@ def test_a_setting_turns_on_spike_skipping():
     assert Recipe.from_config(Config(train=TrainConfig(skip_spikes=3.0))).is_spike == LossSpike(3.0)
 
 
-@pytest.mark.parametrize("curriculum", ["rotational", "gradual", "all", "none"])
-def test_a_resumed_run_continues_the_curriculum(curriculum):
-    """The weights at step t depend on t alone, not on when the process started."""
-
-    def make():
-        exits = EarlyExitConfig(curriculum=curriculum, dilation=5, e_scale=0.2)
-        return Recipe.from_config(Config(ModelConfig(num_layers=9), early_exit=exits, train=TrainConfig(steps=400)))
-
-    whole_run = [make().exit_weights(t).tolist() for t in range(40)]
-    resumed = make()
-    assert [resumed.exit_weights(t).tolist() for t in range(17, 40)] == whole_run[17:]
-
-
 def recipe_with(**settings):
     return Recipe.from_config(Config(ModelConfig(num_layers=6), early_exit=EarlyExitConfig(**settings)))
 
