@@ -30,7 +30,7 @@ from benchmarks.common import add_json_option, header, write_json
 from layerskip_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from layerskip_jax.data.corpus import identify_corpus
 from layerskip_jax.data.load_tokenizer import load_tokenizer
-from layerskip_jax.data.pipeline import local_batches
+from layerskip_jax.data.pipeline import OpenSplit, local_batches
 from layerskip_jax.data.pretokenize import TOKENS_PER_SHARD
 from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer
 from layerskip_jax.data.sources import METADATA, open_splits
@@ -137,9 +137,9 @@ def bucket(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
 def _open(data: DataConfig) -> dict[str, float]:
     began = time.perf_counter()
-    config, splits = _config(data), open_splits(data)
-    next(iter(local_batches(config, "train", make_mesh(config), documents=splits[0])))
-    identify_corpus(config, load_tokenizer(data.tokenizer), *splits)
+    config, splits, tokenizer = _config(data), open_splits(data), load_tokenizer(data.tokenizer)
+    next(iter(local_batches(config, "train", make_mesh(config), opened=OpenSplit(splits[0], tokenizer))))
+    identify_corpus(config, tokenizer, *splits)
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": seconds, "peak_gb": peak * 1024 / 1e9}

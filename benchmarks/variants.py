@@ -32,15 +32,13 @@ from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.config import Config
 from layerskip_jax.config_dict import saved_settings
 from layerskip_jax.data.batch import Batch
-from layerskip_jax.data.documents import Documents
 from layerskip_jax.data.load_tokenizer import load_tokenizer
-from layerskip_jax.data.pipeline import make_batches
+from layerskip_jax.data.pipeline import OpenSplit, make_batches
 from layerskip_jax.data.sources import open_splits
 from layerskip_jax.errors import run_command
-from layerskip_jax.model import Block, Transformer, run_layers, unembed
+from layerskip_jax.model import Block, Transformer, negative_log_likelihood, run_layers, unembed
 from layerskip_jax.presets import without_layerskip
 from layerskip_jax.recipe.distillation import LOSSES, DistillationLoss, SelfDistillation, argmax_cross_entropy
-from layerskip_jax.recipe.early_exit import negative_log_likelihood
 from layerskip_jax.recipe.fused_exit_loss import FusedSettings, block_function, block_with_dropout
 from layerskip_jax.recipe.layer_dropout import DropoutMask
 from layerskip_jax.recipe.recipe import Recipe
@@ -195,12 +193,12 @@ def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
     return Batch(*(arrays[name] for name in Batch._fields))
 
 
-def train_variant(run: Run, documents: Documents, held_out: list[Batch]) -> Result:
-    """Train on ``documents``, and measure on ``held_out``."""
+def train_variant(run: Run, training: OpenSplit, held_out: list[Batch]) -> Result:
+    """Train on the documents of ``training``, and measure on ``held_out``."""
     state, steps = run.init(), run.config.train.steps
     size, seed = run.config.train.batch_size, run.config.train.seed
     train_split = run.config.data.train_split
-    batches = iter(make_batches(run.config, train_split, batch_size=size, seed=seed, documents=documents))
+    batches = iter(make_batches(run.config, train_split, batch_size=size, seed=seed, opened=training))
     for done in range(1, steps + 1):
         state, objective = run.step(state, to_batch(next(batches)))
         if done % max(steps // 20, 1) == 0:
@@ -246,17 +244,18 @@ def main(argv: list[str] | None = None) -> None:
     config, names, file = parse(sys.argv[1:] if argv is None else argv)
     about = common.header()
     make_tokenizer(config)
-    load_tokenizer(config.data.tokenizer).check_vocabulary(config.model.vocab_size)
-    documents, held_out_documents = open_splits(config.data)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer.check_vocabulary(config.model.vocab_size)
+    training, validation = (OpenSplit(documents, tokenizer) for documents in open_splits(config.data))
     split, size = config.data.validation_split, config.train.batch_size
-    batches = make_batches(config, split, batch_size=size, documents=held_out_documents, in_order=True)
+    batches = make_batches(config, split, batch_size=size, opened=validation, in_order=True)
     held_out = [to_batch(batch) for batch in itertools.islice(batches, HELD_OUT_BATCHES)]
     require(any(batch.mask_BT.any() for batch in held_out), "the held-out text has no token with a loss")
     print(f"{study_of(config)}, exit {config.trained_draft_exit}")
     results: dict[str, Result] = {}
     for name in names:
         print(name)
-        results[name] = train_variant(Run(VARIANTS[name], config), documents, held_out)
+        results[name] = train_variant(Run(VARIANTS[name], config), training, held_out)
         settings = {"study": study_of(config), "exit": config.trained_draft_exit, "settings": saved_settings(config)}
         variants = {name: result._asdict() for name, result in results.items()}
         common.write_json(file, about, settings | {"variants": variants})

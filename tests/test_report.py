@@ -65,7 +65,7 @@ def test_the_settling_exit_is_the_earliest_from_which_all_agree(next_LT):
 def test_each_exit_predicts_like_the_truncated_model(corpus):
     tokenizer = load_tokenizer(corpus.tokenizer)
     model = tiny_model(4, vocab_size=tokenizer.vocab_size, num_layers=2).unstacked()
-    figure = token_exits(model, tokenizer, DecodeConfig(), "def x", 5)
+    figure = token_exits(model, tokenizer, "def x", 5)
     assert len(figure.settled) == len(figure.predicted) <= 5
     forward = jax.jit(lambda model, tokens: model(tokens)[0].argmax(-1))
     prompt = [tokenizer.bos_id, *tokenizer.encode("def x")]

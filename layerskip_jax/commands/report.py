@@ -103,7 +103,7 @@ def write_report(
     }
     for name, picture in pictures.items():
         picture.save(run.folder / "plots" / f"{name}.png")
-    figures = [token_exits.token_exits(model, tokenizer, run.decode, prompt, new_tokens) for prompt in shown]
+    figures = [token_exits.token_exits(model, tokenizer, prompt, new_tokens, run.decode) for prompt in shown]
 
     sections = {
         "": page.tiles(summary(run, quality, plain_quality, decoded)) + page.command(train_command(run.config)),

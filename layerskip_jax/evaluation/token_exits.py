@@ -102,13 +102,13 @@ def acceptance_by_exit(continuations: Sequence[np.ndarray], draft_length: int) -
 
 
 def token_exits(
-    model: Transformer, tokenizer: Tokenizer, config: DecodeConfig, prompt: str, new_tokens: int
+    model: Transformer, tokenizer: Tokenizer, prompt: str, new_tokens: int, config: DecodeConfig | None = None
 ) -> TokenExits:
     """Continue ``prompt`` greedily with an unstacked model, and predict every new token from every exit.
 
-    ``config.chat`` decides how the prompt is encoded.
+    ``config`` decides whether the prompt is encoded as a chat.
     """
-    ids = encode(tokenizer, config, prompt)
+    ids = encode(tokenizer, config or DecodeConfig(), prompt)
     ends = tokenizer.end_tokens(model.config.vocab_size)
     result = generate(model, [ids], new_tokens, Autoregressive(Greedy()), eos=ends)
     (next_LT,) = predict_continuations(model, [ids], result.tokens)
