@@ -18,7 +18,7 @@ from layerskip_jax.errors import UserError, nearest
 from layerskip_jax.locations import locate
 
 COMMANDS = {
-    "prepare": "open both splits (preparing the default corpus) and count their documents",
+    "prepare": "open both splits, prepare the default corpus if needed, and count the documents",
     "tokenizer": "train a SentencePiece model of model.vocab_size pieces on the train split",
     "pretokenize": "store the corpus as tokens in --out FOLDER, for data.source tokens",
     "show": "print packed training rows, with || between documents",

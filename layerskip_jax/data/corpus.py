@@ -46,7 +46,7 @@ def identify_corpus(
         return _identify_mixture(config, tokenizer, training, held_out)
     sequences = count_sequences(config, tokenizer, training, config.train.batch_size)
     lines, window = describe_splits(config.data, training, held_out), config.data.shuffle_window
-    if sequences < window >= 2 * config.train.batch_size:
+    if window >= 2 * config.train.batch_size and sequences < window:
         lines.append(
             f"the corpus fills about {sequences:,} sequences of {config.data.sequence_length} tokens, so these are "
             f"shuffled together, not {window:,} (data.shuffle_window)"
@@ -106,16 +106,16 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
 
 
-GoOn = Literal["same rows", "next documents", "first document"]
+ResumeFrom = Literal["same rows", "next documents", "first document"]
 """Where a resumed run starts to read: the stored position, the documents after it, or the start of the corpus."""
 
 
 def resume_mixture(
     saved: Config, config: Config, before: Corpus | None, now: Corpus | None
-) -> tuple[dict[str, tuple[str, GoOn]], list[str]]:
+) -> tuple[dict[str, tuple[str, ResumeFrom]], list[str]]:
     """Match the components of this run with those of the checkpoint.
 
-    Returns ``{name: (stored name, GoOn)}``, and lines about all changes. A component continues the stored one that has
+    Returns ``{name: (stored name, ResumeFrom)}``, and lines about all changes. A component continues the stored one that has
     the same training documents; if several have, the one of its own name. If none has, it takes the stored component of
     its name, and starts over because the documents have changed. An older checkpoint has no `Corpus` to compare: its
     component of the same name is taken to be the same. A component without a match is not in the result. A corpus
@@ -123,7 +123,7 @@ def resume_mixture(
     """
     old = before.components or {"": before} if before else dict.fromkeys(saved.data.components)
     new = now.components or {"": now} if now else dict.fromkeys(config.data.components)
-    resumed: dict[str, tuple[str, GoOn]] = {}
+    resumed: dict[str, tuple[str, ResumeFrom]] = {}
     effects: dict[str, list[str]] = {}
     for name, corpus in new.items():
         source = _continued(old, name, corpus)
@@ -132,8 +132,8 @@ def resume_mixture(
             continue
         was = dataclasses.replace(saved, data=saved.data.components[source])
         becomes = dataclasses.replace(config, data=config.data.components[name])
-        go_on, notes = resume_data(was, becomes, old[source], corpus)
-        resumed[name] = source, go_on
+        resume_from, notes = resume_data(was, becomes, old[source], corpus)
+        resumed[name] = source, resume_from
         for note in notes:
             effects.setdefault(note, []).append(name)
     lines = [
@@ -158,8 +158,10 @@ def _continued(old: Mapping[str, Corpus | None], name: str, corpus: Corpus | Non
     return same[0] if same else None
 
 
-def resume_data(saved: Config, config: Config, before: Corpus | None, now: Corpus | None) -> tuple[GoOn, list[str]]:
-    """Return how a run with ``config`` reads on after a checkpoint, and what follows from each change.
+def resume_data(
+    saved: Config, config: Config, before: Corpus | None, now: Corpus | None
+) -> tuple[ResumeFrom, list[str]]:
+    """Return where a run with ``config`` resumes reading after a checkpoint, and a note about each changed setting.
 
     ``before`` and ``now`` are the corpus of the checkpoint, None if it is older than `Corpus`, and that of the run.
     """
@@ -174,30 +176,30 @@ def resume_data(saved: Config, config: Config, before: Corpus | None, now: Corpu
         packing_sizes(settings, settings.train.batch_size, corpus.sequences if corpus else settings.data.shuffle_window)
         for settings, corpus in ((saved, before), (config, now))
     ]
-    go_on: GoOn = "next documents" if rows or sizes[0] != sizes[1] else "same rows"
+    resume_from: ResumeFrom = "next documents" if rows or sizes[0] != sizes[1] else "same rows"
     if before is None or now is None:
         if changed("source", "name", "train_split", "prompt_key"):
-            go_on = "next documents"
+            resume_from = "next documents"
         effects.append(
             (documents or ["data"], "this checkpoint stores no digest of its corpus, which is taken to be the same")
         )
     elif before.training != now.training:
-        go_on = "first document"
+        resume_from = "first document"
         effects.append(
             (documents or ["the corpus has changed"], "other training documents, read from the first one on")
         )
     else:
         effects.append((documents, "the same training documents"))
-    if go_on != "first document" and (seed := changed("seed", group="train")):
-        go_on = "first document"
+    if resume_from != "first document" and (seed := changed("seed", group="train")):
+        resume_from = "first document"
         effects.append((seed, "another order of the training documents, read from the first one on"))
     order = rows + changed("shuffle_window")
-    if go_on == "next documents":
+    if resume_from == "next documents":
         effect = (
-            "every row continues after the documents that were read; those in its buffers may be lost or come twice"
+            "every row continues after the documents that were read; those in its buffers may be skipped or read twice"
         )
         effects.append((order or documents or ["the shuffle window"], effect))
-    elif go_on == "same rows":
+    elif resume_from == "same rows":
         effects.append((order, "the order of the data stays the same"))
     if before and now:
         same = before.held_out == now.held_out
@@ -213,4 +215,4 @@ def resume_data(saved: Config, config: Config, before: Corpus | None, now: Corpu
     effects.append((changed("sequence_length", "cross_document_attention"), "losses do not compare with earlier ones"))
     effects.append((changed("workers"), "the order of the data stays the same"))
     effects.append((changed("tokenizer"), "the same tokenizer"))
-    return go_on, [f"{', '.join(names)}: {effect}" for names, effect in effects if names]
+    return resume_from, [f"{', '.join(names)}: {effect}" for names, effect in effects if names]

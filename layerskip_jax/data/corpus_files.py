@@ -37,7 +37,7 @@ HELD_OUT_PERCENT = (1, 20)
 
 
 class File(NamedTuple):
-    """A file, with what shows that it has changed."""
+    """A file with its size [bytes] and modification time (ns; in a bucket s), which show that it has changed."""
 
     path: str
     size: int
@@ -67,25 +67,25 @@ def find_files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> Cor
     if not root.exists():
         others = [str(root.parent / other.name) for other in root.parent.iterdir()] if root.parent.is_dir() else []
         raise UserError(f"no corpus at {config.path} (data.path){nearest(str(root), others)}")
-    third = split not in (config.train_split, config.validation_split)
-    if third:
+    is_other_split = split not in (config.train_split, config.validation_split)
+    if is_other_split:
         config = dataclasses.replace(config, validation_split=split)
     entries, texts = _entries(root, suffixes) if root.is_dir() else ([], [])
     train, held_out, unused = _split_entries(texts, config)
-    own = bool(train or held_out)
-    if third and not own:
+    has_splits = bool(train or held_out)
+    if is_other_split and not has_splits:
         raise UserError(f"{config.path} has no split {split!r}: put the files into a folder of that name")
     if not root.is_dir():
         return CorpusFiles(_walk(root, (), set(), _real(root.parent)), [], [])
     if not train:
         named = {*held_out, *unused}
         train = [entry for entry in texts if entry not in named]
-    chosen = held_out if own and split == config.validation_split else train
+    chosen = held_out if has_splits and split == config.validation_split else train
     seen, folder = {_real(root)}, _real(texts[0].parent) if texts else ""
     files = [file for entry in chosen for file in _walk(entry, suffixes, seen, folder)]
     if not files:
         kinds = f" ending in {' or '.join(suffixes)}" if suffixes else ""
-        if not own:
+        if not has_splits:
             raise UserError(f"no files{kinds} under {config.path} (data.path)")
         if chosen:
             listed = ", ".join(entry.name for entry in chosen)
@@ -98,7 +98,7 @@ def find_files(config: DataConfig, split: str, suffixes: tuple[str, ...]) -> Cor
         )
     used = {*train, *held_out}
     left_out = [entry.name for entry in entries if entry not in used]
-    return CorpusFiles(files, [entry.name for entry in chosen] if own else [], left_out)
+    return CorpusFiles(files, [entry.name for entry in chosen] if has_splits else [], left_out)
 
 
 def _entries(folder: epath.Path, suffixes: tuple[str, ...]) -> tuple[list[epath.Path], list[epath.Path]]:
@@ -228,9 +228,12 @@ def hold_out(
 
 
 @functools.lru_cache(maxsize=256)
-def cut_file(file: File, own: bool) -> list[Span]:
-    """Return the spans [bytes] of the pieces of a text file: in text of 3,000 characters or more, about 15 or more if
-    some of them are to be held out."""
+def cut_file(file: File, has_splits: bool) -> list[Span]:
+    """Return the spans [bytes] of the pieces of a text file.
+
+    If the corpus names its splits, pieces have `CHARACTERS`. Otherwise some of them are held out, so pieces have a
+    twentieth of the file, between 200 characters and `CHARACTERS`.
+    """
     try:
         content = epath.Path(file.path).read_bytes()
     except OSError as error:
@@ -238,7 +241,7 @@ def cut_file(file: File, own: bool) -> list[Span]:
     text = decode_text(content, file.path)
     length = len(text) - text.count("\r\n")
     position, at, spans = len(content) - len(text.encode()), 0, []
-    for start, end in cut_text(text, CHARACTERS if own else min(CHARACTERS, max(200, length // 20))):
+    for start, end in cut_text(text, CHARACTERS if has_splits else min(CHARACTERS, max(200, length // 20))):
         first = position + len(text[at:start].encode())
         position, at = first + len(text[start:end].encode()), end
         spans.append((first, position))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 CHARACTERS = 4000
-"""The length of a piece; it ends at the first place to cut after so many characters."""
+"""A piece ends at the first place to cut after this many characters."""
 
 ENDS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # as `str.splitlines`
 # CR LF is one line end. Python 3.11.2 loops forever on possessive quantifiers and atomic groups, so use neither.

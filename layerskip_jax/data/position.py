@@ -9,7 +9,7 @@ from typing import Any
 import grain
 from etils import epath
 
-from layerskip_jax.data.corpus import Corpus, GoOn
+from layerskip_jax.data.corpus import Corpus, ResumeFrom
 from layerskip_jax.data.mixing import CHOICES, row_streams
 
 NEXT_DOCUMENT = "next_index"
@@ -39,12 +39,12 @@ class DataPosition:
         return json.dumps({"sha256": _sha256(text + corpus), "rows": text, "corpus": corpus}).encode()
 
     def set_state(
-        self, states: dict[int, Any], batch_size: int, resumed: Mapping[str, tuple[str, GoOn]] | None = None
+        self, states: dict[int, Any], batch_size: int, resumed: Mapping[str, tuple[str, ResumeFrom]] | None = None
     ) -> None:
         """Resume from the positions that `read_positions` returned.
 
         ``resumed`` maps each component of this run (``""`` without a mixture) to the stored component that it
-        continues, and to a `GoOn`. A component without an entry, or with ``"first document"``, starts at its first
+        continues, and to a `ResumeFrom`. A component without an entry, or with ``"first document"``, starts at its first
         document. Without ``resumed``, each component continues the stored component of its name.
 
         With ``"same rows"`` and the same batch size, every row continues where it stopped. Otherwise every row starts
@@ -55,17 +55,17 @@ class DataPosition:
         saved, iterator_state = {row: row_streams(state) for row, state in states.items()}, self._iterator.get_state()
         own = [row_streams(state) for state in _row_states(iterator_state)]
         for name in own[0]:
-            old, go_on = name, "same rows"
+            old, resume_from = name, "same rows"
             if resumed is not None and name != CHOICES:
-                old, go_on = resumed.get(name, ("", "first document"))
-            if go_on == "first document" or old not in saved[0]:
+                old, resume_from = resumed.get(name, ("", "first document"))
+            if resume_from == "first document" or old not in saved[0]:
                 continue
             # Add 1, because a row may have yielded a part of its next document.
             first = max(row + len(saved) * (_documents_read(streams[old]) + 1) for row, streams in saved.items())
             for row, streams in zip(self._rows, own, strict=True):
                 # Row r reads documents r, r + B, r + 2 B, ..., with the new batch size B. The number of them before
                 # `first` is (first - r) / B, rounded up.
-                same_rows = go_on == "same rows" and len(saved) == batch_size
+                same_rows = resume_from == "same rows" and len(saved) == batch_size
                 skipped = -((row - first) // batch_size)
                 new = saved[row][old] if same_rows else _skip_documents(streams[name], skipped)
                 streams[name].clear()

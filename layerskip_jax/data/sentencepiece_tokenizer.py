@@ -143,8 +143,8 @@ def train_tokenizer(documents: Documents, path: str, vocab_size: int, sample_byt
 
     Text is not normalized, and runs of spaces and newlines can be pieces, so code is restored exactly. The training
     text is ``sample_bytes`` of documents spread evenly over the corpus. Training is deterministic. If there are more
-    characters than pieces, the rare ones are left to the byte pieces, which a line on stdout says. Raises `UserError`
-    if the text is too small for ``vocab_size`` pieces.
+    characters than pieces, byte pieces spell the rare ones, and a line on stdout says how many. Raises `UserError` if
+    the text is too small for ``vocab_size`` pieces.
     """
     if vocab_size <= RESERVED:
         raise UserError(

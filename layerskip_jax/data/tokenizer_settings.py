@@ -107,7 +107,7 @@ class TokenizerSettings:
         return template
 
     def kept(self, eos_id: int) -> dict[str, bytes]:
-        """Return the files that a run keeps with its tokenizer. The end tokens in them then include ``eos_id``."""
+        """Return the files to store with a run's tokenizer. Their end tokens then include ``eos_id``."""
         kept = {n: self.contents[n] for n in (SETTINGS, SPECIAL_TOKENS, CHAT_TEMPLATE) if n in self.contents}
         generation = self._object(GENERATION)
         if self.end_ids:
