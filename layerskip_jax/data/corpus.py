@@ -115,9 +115,9 @@ def resume_mixture(
 ) -> tuple[dict[str, tuple[str, ResumeFrom]], list[str]]:
     """Match the components of this run with those of the checkpoint.
 
-    Returns ``{name: (stored name, ResumeFrom)}``, and lines about all changes. A component continues the stored one that has
-    the same training documents; if several have, the one of its own name. If none has, it takes the stored component of
-    its name, and starts over because the documents have changed. An older checkpoint has no `Corpus` to compare: its
+    Returns ``{name: (stored name, ResumeFrom)}``, and lines about all changes. A component continues the stored one
+    that has the same training documents; if several have, the one of its own name. If none has, it takes the stored
+    component of its name, and starts over because the documents have changed. An older checkpoint has no `Corpus`: its
     component of the same name is taken to be the same. A component without a match is not in the result. A corpus
     without a mixture is the component ``""``, so it keeps its position when it joins or leaves a mixture.
     """

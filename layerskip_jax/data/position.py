@@ -44,8 +44,8 @@ class DataPosition:
         """Resume from the positions that `read_positions` returned.
 
         ``resumed`` maps each component of this run (``""`` without a mixture) to the stored component that it
-        continues, and to a `ResumeFrom`. A component without an entry, or with ``"first document"``, starts at its first
-        document. Without ``resumed``, each component continues the stored component of its name.
+        continues, and to a `ResumeFrom`. A component without an entry, or with ``"first document"``, starts at its
+        first document. Without ``resumed``, each component continues the stored component of its name.
 
         With ``"same rows"`` and the same batch size, every row continues where it stopped. Otherwise every row starts
         after the last document that any stored row has begun to read, in the shuffled order of the corpus. Documents
