@@ -110,7 +110,7 @@ def decoding_table(parts: Parts) -> str:
                 ]
             )  # fmt: skip
     head = ["variant", "prompts", "plain tokens/s", "fastest fixed", "acceptance", "speedup", "cost model"]
-    return markdown_table([*head, "adaptive policy", "confidence policy", "prompt lookup", "same text"], rows)
+    return markdown_table([*head, "adaptive", "confidence", "prompt lookup", "same text"], rows)
 
 
 def adaptive_table(parts: Parts) -> str:
@@ -120,7 +120,9 @@ def adaptive_table(parts: Parts) -> str:
         last = one["summary"][-1]
         values = (last["speedup"], last["adaptive"], last["adaptive/one_fixed"])
         rows.append([name, last["one_fixed_for_all"], *(f"{value:.2f}x" for value in values)])
-    return markdown_table(["variant", "best fixed for all", "its speedup", "adaptive policy's speedup", "ratio"], rows)
+    return markdown_table(
+        ["variant", "best fixed setting", "fixed: speedup", "adaptive: speedup", "adaptive / fixed"], rows
+    )
 
 
 def temperature_table(parts: Parts) -> str:
@@ -131,7 +133,7 @@ def temperature_table(parts: Parts) -> str:
         rows.append([name, setting, *cells, f"{one['reuse']['with/without']:.2f}x"])
         temperatures = [row["temperature"] for row in one["temperature"]]
     head = [f"temperature {temperature:g}" for temperature in temperatures]
-    return markdown_table(["variant", "setting", *head, "with over without exit query reuse"], rows)
+    return markdown_table(["variant", "setting", *head, "speedup by exit queries"], rows)
 
 
 def runs_table(parts: Parts) -> str:

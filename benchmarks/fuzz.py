@@ -358,7 +358,7 @@ def main() -> None:
                 found |= status != 0
                 if status in (0, FOUND):
                     break
-                if not current.exists():
+                if not current.exists() or not current.read_bytes():
                     raise UserError(f"{name}: the process ended with status {status} before its first input")
                 seed = int(current.read_bytes())
                 print(f"FINDING {name} seed {seed}: the process ended with status {status}", flush=True)

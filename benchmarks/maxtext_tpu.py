@@ -295,7 +295,9 @@ def read_results(file: Path, about: dict[str, Any]) -> dict[tuple[str, ...], Res
         results = {(one["config"], one["topology"], one["step"]): one for one in stored["results"]}
         changed = [name for name in STATE if before.get(name) != about[name]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a results file: {error!r}; delete it") from error
+        raise UserError(
+            f"{file} is damaged or has the format of an earlier commit ({error!r}): give another --json"
+        ) from error
     if changed:
         raise UserError(f"{file} has results of other {', '.join(changed)}: delete it, or give another --json")
     return results

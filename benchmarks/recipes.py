@@ -38,6 +38,7 @@ from layerskip_jax.decoding.configure import configure, resolve_exit_layer
 from layerskip_jax.decoding.engine import generate
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.evaluation.exits import checkpoint_quality
+from layerskip_jax.locations import locate
 from layerskip_jax.presets import without_layerskip
 from layerskip_jax.training.loop import train
 
@@ -83,18 +84,19 @@ def check_corpus(config: Config) -> Path:
 
     Raises `UserError` if that is another path than ``config``'s: the name of a study has only the last part of a path.
     """
-    file = Path(config.data.tokenizer).with_name("corpus.txt")
-    if file.exists() and (path := file.read_text()) != config.data.path:
-        raise UserError(f"{file.parent} was made for {path}, not for {config.data.path}: rename one of the two")
+    file, mine = Path(config.data.tokenizer).with_name("corpus.txt"), str(locate(config.data.path))
+    if file.exists() and (stored := file.read_text()) != mine:
+        raise UserError(f"{file.parent} was made for {stored}, not for {mine}: rename one of the two")
     return file
 
 
 def make_tokenizer(config: Config) -> None:
     """Train the tokenizer of a study on its corpus, unless it exists."""
-    common.replace_text(check_corpus(config), config.data.path)
+    corpus = check_corpus(config)
     if not Path(config.data.tokenizer).exists():
         documents = open_documents(config.data, config.data.train_split)
         train_tokenizer(documents, config.data.tokenizer, config.model.vocab_size)
+    common.replace_text(corpus, str(locate(config.data.path)))  # last: the corpus can be read
 
 
 def repeated_share(tokens: Sequence[int], length: int = 8) -> float:

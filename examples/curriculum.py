@@ -1,4 +1,6 @@
-"""A custom curriculum: the early exits have a loss at every second step only, which saves half of their FLOPs.
+"""A custom curriculum: the early exits have a loss at every second step only, which halves their FLOPs.
+
+A `period` that has a common factor with the dilation of the paper's rotation would leave some exits without a loss.
 
 ``python examples/curriculum.py --config configs/quickstart.py --train.run_dir runs/every_second``
 """
@@ -31,7 +33,9 @@ class EveryNth:
 def main(argv: list[str] | None = None) -> None:
     config, _ = parse_config(make_parser("Train the early exits at every second step."), argv)
     recipe = Recipe.from_config(config)
-    train(config, recipe=dataclasses.replace(recipe, curriculum=EveryNth(recipe.curriculum, period=2)))
+    curriculum = EveryNth(recipe.curriculum, period=2)
+    # With an agreement, an early exit would teach the last exit at the other steps too.
+    train(config, recipe=dataclasses.replace(recipe, curriculum=curriculum, agreement=None))
 
 
 if __name__ == "__main__":

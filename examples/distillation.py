@@ -1,4 +1,5 @@
-"""A custom teacher: each exit, the last one too, also learns the last exit's probabilities without layer dropout.
+"""A custom teacher: each exit, the last one too, also learns the probabilities of the last exit,
+computed without layer dropout.
 
 The setting ``early_exit.distillation kl`` needs no second forward pass, but layer dropout changes its teacher.
 

@@ -160,8 +160,8 @@ def write_file(path: epath.Path, content: bytes | str) -> None:
 def folder_lock(folder: epath.Path, wait: bool) -> Iterator[bool]:
     """Hold an exclusive lock on a local ``folder`` of this machine, and yield True.
 
-    If another process holds it, ``wait``, or yield False. In a bucket, or on a file system that has no locks, yield
-    True without a lock.
+    If another process holds it, wait (with ``wait``) or yield False. In a bucket, or on a file system that has no
+    locks, yield True without a lock.
     """
     handle, held = -1, True
     try:

@@ -103,6 +103,7 @@ def test_speculation_equals_autoregressive_decoding(combination, monkeypatch):
     fixed = strategies[0].policy
     cases, drafted = 0, 0
     new_model = jax.jit(lambda key, scale: with_tail(tiny_model(key, **shape), fixed.exit_layer, scale))
+    assert COMBINATIONS * CASES_EACH >= 2000
     while cases < CASES_EACH:
         scale = random.choice([0.0, 0.02, 0.2, 1.0])
         model = new_model(jax.random.key(random.integers(1 << 30)), scale)

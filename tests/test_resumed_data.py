@@ -48,7 +48,7 @@ def resumed(saved, config, before=None):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "go_on", "effect"),
+    ("name", "value", "resume_from", "effect"),
     [
         ("source", "text", "first document", "data.source: other training documents, read from the first one on"),
         ("path", "b.jsonl", "first document", "data.path: other training documents, read from the first one on"),
@@ -76,7 +76,7 @@ def resumed(saved, config, before=None):
         ("workers", 1, "same rows", "data.workers: the order of the data stays the same"),
     ],
 )
-def test_every_data_setting_says_what_follows_from_its_change(lines, tmp_path, name, value, go_on, effect):
+def test_every_data_setting_says_what_follows_from_its_change(lines, tmp_path, name, value, resume_from, effect):
     folder = tmp_path / "splits"
     folder.mkdir()
     (tmp_path / "moved").mkdir()
@@ -89,7 +89,7 @@ def test_every_data_setting_says_what_follows_from_its_change(lines, tmp_path, n
     saved = dataclasses.replace(lines, data=dataclasses.replace(lines.data, path=path))
     value = str(tmp_path / value) if name in ("path", "tokenizer") else value
     how, notes = resumed(saved, dataclasses.replace(saved, data=dataclasses.replace(saved.data, **{name: value})))
-    assert how == go_on
+    assert how == resume_from
     assert any(note.startswith(effect) for note in notes), notes
     if name != "sequence_length":
         assert all(note.startswith(f"data.{name}: ") for note in notes)

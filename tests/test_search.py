@@ -267,23 +267,27 @@ def test_progress_goes_to_stderr_if_the_result_is_json(options, capsys):
 
 
 def test_a_wrong_space_can_be_corrected(options, tmp_path, monkeypatch):
-    """A study stores its space from its first whole trial on."""
-    monkeypatch.setattr(search.Search, "train_plain", lambda self: None)
+    """Until a trial ends. The trials of the wrong space are not resumed, but the plain model's losses are kept."""
+    monkeypatch.setattr(search.Search, "train_plain", lambda self: self.study.set_user_attr("plain_loss", {"9": 2.5}))
     space, tried = tmp_path / "space.py", []
-    correct = space.read_text()
-    space.write_text(correct.replace("(weight,)", "1 / 0"))
-    with pytest.raises(UserError, match="ZeroDivisionError"):
-        search.main(options)
 
     def stop(config, **more):
         tried.append(config)
         raise UserError("stopped")
 
-    space.write_text(correct)
     monkeypatch.setattr(search, "train", stop)
-    with pytest.raises(UserError, match="stopped"):
-        search.main(options)
-    assert len(tried) == 1
+    correct = space.read_text()
+    for text, message in [("1 / 0", "ZeroDivisionError"), ("2 * weight,", "stopped"), ("weight,", "stopped")]:
+        space.write_text(correct.replace("(weight,)", f"({text})"))
+        with pytest.raises(UserError, match=message):
+            search.main(options)
+    study = optuna.load_study(study_name="layerskip", storage=f"sqlite:///{tmp_path}/study/study.db")
+    assert [trial.user_attrs["overrides"]["early_exit.exit_weights"] for trial in study.trials] == [
+        [trial.params["weight"]] for trial in study.trials
+    ]
+    assert len(study.trials) == 1
+    assert study.user_attrs["plain_loss"] == {"9": 2.5}
+    assert len(tried) == 2
 
 
 def test_a_note_says_that_the_best_recipe_exceeds_the_tolerance(capsys):

@@ -24,7 +24,7 @@ def test_vocabularies_that_cannot_be_made(tmp_path):
 def test_a_sentencepiece_model_is_not_written_into_a_json_file(corpus, tmp_path):
     words = ["--data.source", corpus.source, "--data.path", corpus.path, "--data.tokenizer", str(tmp_path / "t.json")]
     (tmp_path / "t.json").write_text("somebody's tokenizer")
-    with pytest.raises(UserError, match=r"would name another kind: name it .*t\.model"):
+    with pytest.raises(UserError, match=r"set --data\.tokenizer .*t\.model"):
         data.main(["tokenizer", *words, "--overwrite"])
     assert (tmp_path / "t.json").read_text() == "somebody's tokenizer"
 

@@ -27,7 +27,7 @@ def open_model_folder(path: str | ModelFolder) -> ModelFolder:
     Returns ``path`` itself if it is an opened folder: functions that take a path take one too, so that a command reads
     a config once, and reads all of a model from one checkpoint. Raises `UserError` if ``path`` is none of them.
     """
-    if not isinstance(path, str):
+    if isinstance(path, RunFolder | LlamaFolder):
         return path
     root = locate(path)
     if not is_regular(root / CONFIG):

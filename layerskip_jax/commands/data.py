@@ -58,8 +58,9 @@ def _prepare(config: Config) -> None:
     splits = open_splits(config.data)
     for split, documents in zip(names, splits, strict=True):
         for name, part in components_of(documents).items():
-            # Known for files and for tokens. All other documents would have to be read.
-            size = f", {int(np.sum(part.sizes)):,} bytes" if hasattr(part, "sizes") else ""
+            # The size is known for files and for tokens. Other documents would have to be read.
+            unit = "bytes of JSON lines" if config.data.components[name].source == "jsonl" else "bytes"
+            size = f", {int(np.sum(part.sizes)):,} {unit}" if hasattr(part, "sizes") else ""
             size = f", {part.tokens:,} tokens" if hasattr(part, "tokens") else size
             print(f"{split}{f' of {name}' * bool(name)}: {len(part):,} documents{size}")
     for line in describe_splits(config.data, *splits):

@@ -77,9 +77,10 @@ def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> Non
     prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
     terminal.warn_untrained_exit(config, settings)
     tokenizer = load_tokenizer(str(folder.tokenizer))
+    tokenizer.check_decodes(config.model.vocab_size)
+    longest = max(len(encode(tokenizer, settings, prompt)) for prompt in prompts)
     # The input is checked: now read the weights, which takes a while.
     model = with_weights(load_model(folder, unstacked=True)[0], settings.weights)
-    longest = max(len(encode(tokenizer, settings, prompt)) for prompt in prompts)
     generator = TextGenerator(model, tokenizer, settings, longest)
     warn_beyond_context(config, longest + settings.max_new_tokens, "the longest prompt and max_new_tokens are")
     batches = [prompts[i : i + options.batch_size] for i in range(0, len(prompts), options.batch_size)]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 SETTINGS = {field.name for field in dataclasses.fields(DataConfig)} - {"tokenizer", "shuffle_window", "workers"}
-"""The settings of the held-out text. The tokenizer is the run's own."""
+"""The settings of the held-out text. The tokenizer is the run's own; the other two have no effect in evaluation."""
 
 
 def table(qualities: "dict[str, ExitQuality]") -> str:

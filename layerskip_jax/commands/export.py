@@ -35,8 +35,9 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
 
     ``dtype`` is that of the files; checkpoints hold float32. The model card shows the loss of each exit that the run
     recorded, or with ``batches`` the loss and agreement measured on that many held-out batches. The folder gets its
-    name when it is complete. transformers then drafts from the exit, and with the draft length, of `decode_settings`,
-    if these choose self-speculation. Returns the exit. Raises `UserError` if ``folder`` exists.
+    name when it is complete. transformers then drafts from one exit, with a constant draft length: those that
+    ``layerskip sweep`` stored, if it chose them, or else those of the run's config. Returns the exit. Raises
+    `UserError` if ``folder`` exists.
     """
     target = locate(folder)
     require(not is_remote(target), f"export writes to a local disk, not to {folder}: copy the folder afterwards")
@@ -47,10 +48,11 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
     trained = opened if isinstance(opened, RunFolder) and opened.checkpoint.name.isdigit() else None
     require(trained is not None or not batches, "--batches measures a checkpoint of a run: RUN or RUN/checkpoints/STEP")
     decode = decode_settings(opened, config)
-    if decode.mode != "self_speculative":  # the sweep found something faster, which transformers does not have
+    if (decode.mode, decode.policy) != ("self_speculative", "fixed"):  # transformers has no other
         decode = config.decode_settings
     draft_exit = resolve_exit_layer(decode, config.model.num_layers)
-    model, tokenizer = opened.model(), load_tokenizer(str(opened.tokenizer))
+    tokenizer = load_tokenizer(str(opened.tokenizer))
+    model = opened.model()
     table = _exit_table(trained, batches, model) if trained else ExitTable({}, {})
     files = tokenizer.companions | tokenizer_files(tokenizer)
     bos, (eos, *others) = tokenizer.bos_id, tokenizer.settings.end_ids or (tokenizer.eos_id,)

@@ -95,9 +95,10 @@ def _run_tasks(options: argparse.Namespace, folder: ModelFolder, settings: Decod
     config = folder.config
     max_length = options.max_length or context_length(config)
     warn_beyond_context(config, max_length, "--max_length allows")
+    tokenizer = load_tokenizer(str(folder.tokenizer))
     lm = LayerSkipLM(
         with_weights(load_model(folder, unstacked=True)[0], settings.weights),
-        load_tokenizer(str(folder.tokenizer)),
+        tokenizer,
         settings,
         max_length=max_length,
         exit_layer=options.exit_layer,

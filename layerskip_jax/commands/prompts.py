@@ -51,28 +51,28 @@ def _read_json_line(file: str, number: int, line: str) -> str:
 
 
 PROMPT_CHARACTERS = 200
-"""Most characters of a text that ``--held_out`` uses as a prompt."""
+"""The longest prompt that ``--held_out`` takes from a text [characters]."""
 
 
 def _held_out(config: Config, count: int) -> list[str]:
-    """Return ``count`` prompts from held-out documents: the prompt of a pair, or the first half of a text.
+    """Return ``count`` prompts: the prompts of held-out pairs, or the first halves of held-out texts.
 
-    The half of a text is cut to `PROMPT_CHARACTERS`.
-
-    If there are fewer documents, cut each text into parts, and take a prompt from each part.
+    A half is cut to `PROMPT_CHARACTERS`. If there are fewer documents than ``count``, cut each text into parts, and
+    take a prompt from each part.
     """
     from layerskip_jax.data.documents import Pair
     from layerskip_jax.data.sources import open_documents
     from layerskip_jax.data.tokenizer import valid_text
 
-    if any(data.source == "tokens" for data in config.data.components.values()):
+    if all(data.source == "tokens" for data in config.data.components.values()):
         raise UserError("--held_out needs a corpus of text, and that of this checkpoint holds tokens: use --prompt")
     prompts: list[str] = []
     documents = open_documents(config.data, config.data.validation_split, prepare=False)
     parts = -(-count // len(documents))
     for index in range(len(documents)):
         text = documents[index]
-        assert isinstance(text, str)  # other sources hold text
+        if not isinstance(text, str):  # tokens, of a mixture
+            continue
         if isinstance(text, Pair):
             prompts.append(text.prompt)
         else:

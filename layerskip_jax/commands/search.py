@@ -120,6 +120,7 @@ class Search:
         """Open or create the study in ``options.folder``, which is locked until ``stack`` closes."""
         self.config, self.options, self.space = config, options, space
         self.folder = Path(options.folder)
+        self._storage = f"sqlite:///{self.folder}/study.db"
         if "://" in options.folder or (self.folder.exists() and not self.folder.is_dir()):
             raise UserError(f"FOLDER must be a local folder, for the database of the study, not {options.folder}")
         self.proxy = proxy_config(config, options.width, options.steps)
@@ -141,9 +142,37 @@ class Search:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not stack.enter_context(folder_lock(epath.Path(self.folder), wait=False)):
             raise UserError(f"another layerskip search runs in {self.folder}: wait, or choose another FOLDER")
+        study = self._create_study()
+        if not study.user_attrs and (self.folder / "trials").exists():
+            raise UserError(
+                f"{self.folder}/trials belongs to a study that is gone: remove it, or choose another FOLDER"
+            )
+        # Through JSON, since the database returns lists for tuples.
+        mine = json.loads(json.dumps({"proxy": saved_settings(self.proxy), "exits": self.exits}))
+        mine["proxy"]["train"].pop("run_dir")
+        if self.options.space:
+            mine["space"] = hashlib.sha256(Path(self.options.space).read_bytes()).hexdigest()
+        stored, trained = study.user_attrs.get("config", mine), {trial.state.name for trial in study.trials}
+        if "space" in stored and "space" in mine and not trained & {"COMPLETE", "PRUNED"}:
+            stored = {**stored, "space": mine["space"]}  # until a trial ends, the user may correct the file
+        if stored != mine:
+            raise UserError(f"{self.folder}/study.db belongs to another config or other options; choose another FOLDER")
+        if study.user_attrs.get("config", mine) != mine:  # a corrected space: its trials have other settings
+            study = self._start_over(study)
+        study.set_user_attr("config", mine)
+        for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # resume interrupted trials first
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+        if not study.trials and self.space is default_space:
+            study.enqueue_trial(RECOMMENDED | {"exit": self.exits[0]})
+        return study
+
+    def _create_study(self) -> "optuna.Study":
+        import optuna
+
         try:
-            study = optuna.create_study(
-                storage=f"sqlite:///{self.folder}/study.db",
+            return optuna.create_study(
+                storage=self._storage,
                 study_name="layerskip",
                 direction="maximize",
                 sampler=optuna.samplers.TPESampler(seed=self.config.train.seed, n_startup_trials=8),
@@ -154,27 +183,19 @@ class Search:
             )
         except Exception as error:  # sqlalchemy has many kinds, and only optuna knows them
             raise UserError(f"{self.folder}/study.db cannot be opened as a study: {error}") from error
-        if not study.user_attrs and (self.folder / "trials").exists():
-            raise UserError(
-                f"{self.folder}/trials belongs to a study that is gone: remove it, or choose another FOLDER"
-            )
-        # Through JSON, since the database returns lists for tuples.
-        mine = json.loads(json.dumps({"proxy": saved_settings(self.proxy), "exits": self.exits}))
-        mine["proxy"]["train"].pop("run_dir")
-        if self.options.space:
-            mine["space"] = hashlib.sha256(Path(self.options.space).read_bytes()).hexdigest()
-        stored = study.user_attrs.get("config", mine)
-        if not any(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials):
-            # Until a trial ends, the user may correct the file of the space.
-            stored = {**stored, "space": mine["space"]} if self.options.space else stored
-        if stored != mine:
-            raise UserError(f"{self.folder}/study.db belongs to another config or other options; choose another FOLDER")
-        study.set_user_attr("config", mine)
-        for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # resume interrupted trials first
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
-        if not study.trials and self.space is default_space:
-            study.enqueue_trial(RECOMMENDED | {"exit": self.exits[0]})
+
+    def _start_over(self, study: "optuna.Study") -> "optuna.Study":
+        """Return an empty study that keeps the losses of the plain model; removes the folders of the trials."""
+        import optuna
+
+        kept = study.user_attrs
+        for trial in study.trials:
+            folder = str(trial.user_attrs.get("folder", trial.number))
+            shutil.rmtree(self.folder / "trials" / folder, ignore_errors=True)
+        optuna.delete_study(study_name=study.study_name, storage=self._storage)
+        study = self._create_study()
+        for name, value in kept.items():
+            study.set_user_attr(name, value)
         return study
 
     def train_plain(self) -> None:

@@ -35,7 +35,7 @@ from layerskip_jax.command_line import (
 from layerskip_jax.config import DecodeConfig
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.tokenizer import Tokenizer
-from layerskip_jax.decoding.configure import resolve_exit_layer
+from layerskip_jax.decoding.configure import check_exits, resolve_exit_layer
 from layerskip_jax.decoding.quantization import with_weights
 from layerskip_jax.decoding.request import Generation
 from layerskip_jax.decoding.text import Completion, TextGenerator, encode
@@ -226,6 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     given = given_settings(options, DecodeConfig)
     folder = open_model_folder(options.run)
     settings = decode_settings(folder, folder.config, given)
+    check_exits(settings, folder.config.model.num_layers)
     settings = dataclasses.replace(settings, exit_layer=resolve_exit_layer(settings, folder.config.model.num_layers))
     with tensor_parallel(options.tensor_parallel):
         _run_tasks(options, folder, settings, _read_tasks(options))

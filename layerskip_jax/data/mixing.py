@@ -8,6 +8,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from layerskip_jax.errors import note
+
 Row = dict[str, np.ndarray]
 
 CHOICES = "choices"
@@ -68,12 +70,7 @@ def row_streams(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def report_repeat(name: str, count: int, batch_size: int, index: int, document: Any) -> Any:
     """Print a line when a component has been read once. Rows read every B-th document; only row 0 prints it."""
     if count <= index < count + batch_size and index % batch_size == 0:
-        print(
-            f"note: all {count:,} documents of {name} (data.mixture) have been read once, so they are repeated from "
-            "here on",
-            file=sys.stderr,
-            flush=True,
-        )
+        note(f"all {count:,} documents of {name} (data.mixture) have been read once, so they are repeated from here on")
     return document
 
 

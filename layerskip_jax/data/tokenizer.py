@@ -37,7 +37,8 @@ class Tokenizer(abc.ABC):
     def files(self) -> dict[str, bytes]:
         """Names and contents of the tokenizer's own files, which are stored with checkpoints.
 
-        The settings next to them, which can add BOS and EOS, are among the `companions`.
+        For a SentencePiece model, the settings next to it, which can add BOS and EOS, are `companions`. For a
+        ``tokenizer.json``, its ``tokenizer_config.json`` is one of the files.
         """
 
     @property

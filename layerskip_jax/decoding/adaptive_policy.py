@@ -69,7 +69,7 @@ class AdaptiveState(NamedTuple):
     """The policy state of `Adaptive`."""
 
     counts: Counts
-    choice: Decision  # follows from the counts
+    decision: Decision  # follows from the counts
     spent: jax.Array  # cost of the rounds since the last probe
     probe_after: jax.Array  # the next probe is due when ``spent`` reaches this
     cost_XQ: jax.Array  # of a round from each exit with 0..d drafts [passes of the full model for one token]
@@ -162,7 +162,7 @@ class Adaptive:
         return Decision(plan, acceptance_XK[exit_index], least_chance_Q)
 
     def plan(self, policy_state: Any) -> Plan:
-        return policy_state.choice.plan
+        return policy_state.decision.plan
 
     def probes(self, policy_state: Any) -> bool | jax.Array:
         due = policy_state.spent >= policy_state.probe_after
@@ -178,24 +178,24 @@ class Adaptive:
     ) -> tuple[jax.Array, Any]:
         log2_B = jnp.floor(log_probability(token_B, logits_BV) / math.log(2)).astype(jnp.int32)
         bin_B = jnp.clip(BINS + log2_B, 0, BINS - 1)
-        chance_B = notes.chance_B * policy_state.choice.acceptance_K[bin_B]
+        chance_B = notes.chance_B * policy_state.decision.acceptance_K[bin_B]
         bin_Bd = jax.lax.dynamic_update_index_in_dim(notes.bin_Bd, bin_B, notes.slot, axis=1)
         # Decide for all rows together: while one row drafts, a pass takes as long as if all did.
-        keep = jnp.sum(chance_B) >= policy_state.choice.least_chance_Q[notes.slot + 1]
+        keep = jnp.sum(chance_B) >= policy_state.decision.least_chance_Q[notes.slot + 1]
         return jnp.broadcast_to(keep, token_B.shape), DraftNotes(notes.slot + 1, chance_B, bin_Bd)
 
     def update(self, policy_state: Any, outcome: Outcome) -> Any:
         before, probe, drafts = policy_state, outcome.probe, jnp.max(outcome.drafted_B)
         spent = jnp.where(probe.done, 0.0, before.spent) + before.cost_XQ[outcome.plan.exit_index, drafts]
 
-        def learn(counts: Counts, choice: Decision) -> tuple[Counts, Decision]:
+        def learn(counts: Counts, decision: Decision) -> tuple[Counts, Decision]:
             counts = counts.add(self.round_counts(outcome), self.horizon)
             return counts, self.choose(counts, before.cost_XQ)
 
         # A plain round gives no evidence about the exits, so skip the update.
         has_evidence = probe.done | (drafts > 0)
-        counts, choice = jax.lax.cond(has_evidence, learn, lambda *same: same, before.counts, before.choice)
-        return before._replace(counts=counts, choice=choice, spent=spent)
+        counts, decision = jax.lax.cond(has_evidence, learn, lambda *same: same, before.counts, before.decision)
+        return before._replace(counts=counts, decision=decision, spent=spent)
 
     def round_counts(self, outcome: Outcome) -> Counts:
         """Return the counts of a round: by exit those of its probe, or else of its drafts; by bin always of its drafts.

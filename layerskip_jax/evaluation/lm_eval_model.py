@@ -34,8 +34,8 @@ class LayerSkipLM(TemplateLM):
     ``hf`` class, they then also score the BOS of the encoded text, whether encoding added it or the text has it;
     without, they score only the tokens after it.
 
-    An inner exit generates in mode early_exit, the last exit with ``settings``. ``max_length`` is the context
-    [tokens].
+    An inner exit generates in mode early_exit, the last exit with ``settings`` (and plain decoding instead of mode
+    early_exit). ``max_length`` is the context [tokens].
     """
 
     max_gen_toks = 256

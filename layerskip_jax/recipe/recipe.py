@@ -144,7 +144,7 @@ class Recipe:
             allowed = np.all((weights_L >= 0) & np.isfinite(weights_L))
             require(
                 bool(allowed),
-                f"the recipe's exit weights must be finite and at least 0, not {weights_L.tolist()}: step {step}",
+                f"the recipe's exit weights must be finite and at least 0, not {weights_L.tolist()} at step {step}",
             )
             require(bool(np.any(weights_L > 0)), f"the recipe's curriculum leaves no exit with a loss at step {step}")
         for name, share_S in zip(("distillation_share", "agreement_share"), shares, strict=True):

@@ -34,6 +34,7 @@ class BadSteps:
         self._limit, self._latest_checkpoint = config.train.bad_steps, latest_checkpoint
         self._checkpoint_folder = checkpoint_folder(config)
         self._folder = locate(config.train.run_dir) / "bad_batches"
+        self._has_prompts = bool(config.data.prompt_key)
         self.in_a_row = 0
 
     def after_step(self, done: int, metrics: StepMetrics, batch: dict[str, np.ndarray]) -> None:
@@ -43,8 +44,7 @@ class BadSteps:
             return
         self.in_a_row += 1
         loss, norm = float(metrics.objective), float(metrics.gradient_norm)
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        reason = "not finite" if not finite else "a loss spike" if metrics.tokens else "no token has a loss"
+        reason, remedy = self._explain(math.isfinite(loss) and math.isfinite(norm), bool(metrics.tokens))
         stored = self._store(done, batch)
         if jax.process_index() == 0:
             line = (
@@ -55,13 +55,17 @@ class BadSteps:
             return
         step = self._latest_checkpoint()
         where = f"the newest checkpoint in {self._checkpoint_folder} is of step {step}" if step else "nothing is saved"
-        remedy = "lower optimizer.learning_rate or check the data"
-        if not metrics.tokens:
-            remedy = "check data.prompt_key, or raise data.sequence_length so that responses have room"
         raise Diverged(
             f"{self.in_a_row} steps in a row were not applied (train.bad_steps): {reason}; the loss is {loss} and the "
             f"gradient norm {norm} at step {done}; {where}: {remedy}, and restart"
         )
+
+    def _explain(self, finite: bool, has_tokens: bool) -> tuple[str, str]:
+        """Return why a step is bad, and what the user can do if many are."""
+        if finite and not has_tokens:
+            prompts = "raise data.sequence_length, so that responses have room"
+            return "no token has a loss", prompts if self._has_prompts else "check the data"
+        return "a loss spike" if finite else "not finite", "lower optimizer.learning_rate or check the data"
 
     def _store(self, done: int, batch: dict[str, np.ndarray]) -> str:
         suffix = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""

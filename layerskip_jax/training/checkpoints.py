@@ -128,12 +128,17 @@ class Checkpoints:
         if saved in ({}, given):
             return
         remedy = "give the --data.tokenizer that it was trained with"
-        if path and saved.get(path.name) == sha256(path.read_bytes()):
+        if path and self._stores(saved):
             remedy = f"continue with --data.tokenizer {path}"
         raise UserError(
             f"the run {self._config.train.run_dir} was trained with another tokenizer than "
             f"{self._config.data.tokenizer}: {remedy}, or start a new --train.run_dir"
         )
+
+    def _stores(self, digests: dict[str, str]) -> bool:
+        """Return whether the tokenizer's files next to the checkpoints have these digests."""
+        files = {self.folder / name: digest for name, digest in digests.items()}
+        return all(is_regular(file) and sha256(file.read_bytes()) == digest for file, digest in files.items())
 
     def _saved_digests(self) -> dict[str, str]:
         """Return the digests of the tokenizer in the newest checkpoint; none without one, or if it is damaged."""

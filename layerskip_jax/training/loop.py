@@ -54,13 +54,13 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
     trainer = Trainer(config, recipe or Recipe.from_config(config), mesh)
     with StopRequest(mesh) as stop, contextlib.ExitStack() as stack:
         profiler = stack.enter_context(Profiler(config.train))  # first: SIGUSR1 would end a process without a handler
-        opened = _open_data(config, trainer.recipe, mesh)
-        checkpoints = _open_checkpoints(config, opened.tokenizer, stack)
-        state, first, start = _restore_or_init(trainer, checkpoints, opened)
+        data = _open_data(config, trainer.recipe, mesh)
+        checkpoints = _open_checkpoints(config, data.tokenizer, stack)
+        state, first, start = _restore_or_init(trainer, checkpoints, data)
         goodput = Goodput(read_records(config.train.run_dir), first, since=began)
         progress = stack.enter_context(Progress(config, trainer.recipe, first, goodput, peak_flops()))
         bad_steps = BadSteps(config, checkpoints.latest)
-        progress.log("\n".join([opening_line(config, mesh, trainer.recipe, start), *opened.corpus_lines]))
+        progress.log("\n".join([opening_line(config, mesh, trainer.recipe, start), *data.corpus_lines]))
         if first >= config.train.steps:
             return state
         step_fn = trainer.compile_step()
@@ -75,7 +75,7 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
         for done in range(first + 1, config.train.steps + 1):
             profiler.before_step(done, state)
             with progress.during("data"):
-                batch = next(opened.batches)
+                batch = next(data.batches)
             state, metrics = step_fn(state, to_devices(batch, mesh))
             if pending is not None:  # the device computes this step while the host reports the previous one
                 report_step(done - 1, *pending)
@@ -87,24 +87,26 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
                 pending = None
             if evaluates:
                 with progress.during("evaluating"):
-                    losses = component_losses(state.model, opened.held_out(), config, mesh)
+                    losses = component_losses(state.model, data.held_out(), config, mesh)
                     progress.after_evaluation(done, losses)
-                    on_evaluation(done, state.model, opened.held_out(), losses[""])
+                    on_evaluation(done, state.model, data.held_out(), losses[""])
             last = bool(stopped) or done == config.train.steps
             # After bad steps the parameters may be bad too: do not push out the good checkpoint.
             if saves and (last or not bad_steps.in_a_row):
                 with progress.during("saving"):
-                    checkpoints.save(state, opened.position, last)
+                    checkpoints.save(state, data.position, last)
                 progress.after_save(done)
             if samples:
                 with progress.during("sampling"):
-                    progress.after_sample(done, _sample(config, state.model, opened.tokenizer, mesh))
+                    progress.after_sample(done, _sample(config, state.model, data.tokenizer, mesh))
             if stopped:
                 raise Interrupted(stopped, f"stopped after step {done}, which is saved; restart to resume")
     return state
 
 
 class _Data(NamedTuple):
+    """The data of a run."""
+
     tokenizer: Tokenizer
     batches: grain.DatasetIterator
     held_out: Callable[[], HostBatches]
@@ -115,7 +117,7 @@ class _Data(NamedTuple):
 
 
 def _open_data(config: Config, recipe: Recipe, mesh: Mesh) -> _Data:
-    """Open the tokenizer and the corpus, after checks of the recipe and of the settings that belong to them.
+    """Check the recipe, open the tokenizer and the corpus, and check the settings that depend on them.
 
     Raises `UserError` unless all processes have the same settings and files.
     """

@@ -3,9 +3,10 @@
 ``RUN_DIR/writer.json`` names the process and its last step. The process rewrites the file every few seconds and removes
 it at the end. A second process takes the lock over at once if the first one ran on this kernel and has ended. The
 second process is refused at once if the first one still runs and has rewritten this file within ``train.hang_seconds``.
-Otherwise it watches the file: for a few beats if the lock names this host (a restarted container, a copied folder, a
-process that hangs), or until the file is ``train.hang_seconds`` old if it names another. If the file changes, its
-process is alive. The clocks of two hosts may differ, so the age of the file only shortens the wait.
+Otherwise it watches the file for 2.5 beats if the lock names this host (a restarted container, a copied folder, a
+process that hangs). If the lock names another host, it watches until the file is ``train.hang_seconds`` old, and at
+least for 2.5 beats. If the file changes, its process is alive. The clocks of two hosts may differ, so the age of the
+file only shortens the wait.
 """
 
 import contextlib
@@ -104,7 +105,7 @@ class RunLock:
     def _wait(self, found: Sign) -> str:
         """Return why the lock ``found`` is stale, or "" if it is removed while this waits.
 
-        Raises `UserError` if its process is alive. The module's docstring names the cases; "a few beats" are 2.5.
+        Raises `UserError` if its process is alive. The module's docstring names the cases.
         """
         holder, silent = _parse(found), time.time() - found[0]
         one_kernel = (holder.host, holder.system) == (self._me.host, self._me.system)

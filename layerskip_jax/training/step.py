@@ -102,8 +102,8 @@ class Trainer:
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Run one optimizer step on ``batch``; ``state`` is donated. One program serves all steps of a run.
 
-        Only ``state.step`` changes if the objective or the gradient is not finite, if no token of the batch counts, or
-        if ``recipe.is_spike`` is True.
+        Only ``state.step`` changes if the objective or the gradient is not finite, if no token of the batch has a loss,
+        or if ``recipe.is_spike`` is True.
         """
         with jax.set_mesh(self.mesh):
             return self._step(state, batch)

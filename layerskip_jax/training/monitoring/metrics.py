@@ -196,7 +196,10 @@ class WandbSink:
         folder = locate(config.train.run_dir)
         # A resumed run continues the same W&B run. The path cannot be the ID: a folder may be removed and used again.
         if not is_regular(folder / WANDB_ID):
-            write_file(folder / WANDB_ID, uuid.uuid4().hex)
+            try:
+                write_file(folder / WANDB_ID, uuid.uuid4().hex)
+            except UserError as error:  # no wrong setting, so the run continues without W&B
+                raise OSError(str(error)) from error
         self._run = wandb.init(
             project=config.train.wandb_project,
             name=folder.name,

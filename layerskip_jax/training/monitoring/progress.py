@@ -51,7 +51,7 @@ class Progress:
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Book the time of the body to ``phase``; the tokens/s include only training and data."""
+        """Assign the time of the body to ``phase``; the tokens/s include only training and data."""
         with self._goodput.during(phase):
             yield
         if phase != "data":
