@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from layerskip_jax.checkpoint.reading import open_model_folder
+from layerskip_jax.checkpoint.swept import store_swept
 from layerskip_jax.commands import layerskip
 from layerskip_jax.commands.export import export_model
 from layerskip_jax.commands.model_card import ExitTable, model_card
@@ -51,6 +52,17 @@ def test_the_card_of_a_checkpoint_has_its_own_losses(trained_run, tmp_path):
         metrics.write(json.dumps({"step": 4, "validation/exit_loss/4": 99.5}) + "\n")
     export_model(str(run / "checkpoints" / "3"), str(tmp_path / "exported"))
     assert "99.5" not in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_a_swept_exit_is_exported(trained_run, tmp_path):
+    """Unless the sweep chose what transformers does not have: then the run's own settings."""
+    run = shutil.copytree(trained_run, tmp_path / "run").as_posix()
+    for policy, drafts in [("fixed", (1, 2)), ("adaptive", (2, 3))]:
+        store_swept(run, {"policy": policy, "exit_layer": 1, "draft_length": 2}, {})
+        assert export_model(run, str(tmp_path / policy)) == drafts[0]
+        assert (
+            json.loads((tmp_path / policy / "generation_config.json").read_text())["num_assistant_tokens"] == drafts[1]
+        )
 
 
 def test_the_card_shows_no_path_of_a_mixture():

@@ -197,8 +197,26 @@ def test_a_file_that_is_not_a_lock_ends_no_run_and_blocks_none(content, run_dir,
         ours = (locate(run_dir) / LOCK).read_bytes()
         (locate(run_dir) / LOCK).write_bytes(content)
         lock.check(1, now=True)
-        (locate(run_dir) / LOCK).write_bytes(ours)
+        deadline = time.monotonic() + 60
+        while (locate(run_dir) / LOCK).read_bytes() == content and time.monotonic() < deadline:
+            time.sleep(0.05)  # the next beat writes the lock again
+        assert json.loads((locate(run_dir) / LOCK).read_bytes())["token"] == json.loads(ours)["token"]
     assert not (locate(run_dir) / LOCK).exists()
+
+
+def test_a_start_that_fails_leaves_no_lock(run_dir, monkeypatch):
+    """The next start would wait for it, or would be refused by its own process."""
+
+    def fail():
+        raise RuntimeError("can't start new thread")
+
+    lock = RunLock(Config(train=TrainConfig(run_dir=run_dir)))
+    monkeypatch.setattr(lock._thread, "start", fail)
+    with pytest.raises(RuntimeError, match="new thread"):
+        lock.acquire()
+    assert not (locate(run_dir) / LOCK).exists()
+    with held(run_dir, monkeypatch):
+        pass
 
 
 def test_one_of_many_that_start_at_once_gets_the_lock(run_dir, monkeypatch):

@@ -257,8 +257,14 @@ def test_a_checkpoint_of_another_model_raises(config):
 def test_a_run_keeps_its_tokenizer(config, tmp_path):
     train(changed(config, "train", steps=4))
     train_tokenizer(_Reversed(open_documents(config.data, "train")), str(tmp_path / "other.model"), VOCABULARY)
-    with pytest.raises(UserError, match=r"was trained with another tokenizer than .*other\.model"):
-        train(changed(config, "data", tokenizer=str(tmp_path / "other.model")))
+    other, stored = tmp_path / "other.model", Path(config.train.run_dir, "checkpoints", "tokenizer.model")
+    with pytest.raises(UserError, match=r"than .*other\.model: continue with --data.tokenizer .*tokenizer\.model"):
+        train(changed(config, "data", tokenizer=str(other)))
+    # The digest in the checkpoint decides, whatever happened to the stored file.
+    for change in (lambda: shutil.copy(other, stored), stored.unlink):
+        change()
+        with pytest.raises(UserError, match=r"than .*other\.model: give the --data.tokenizer that it was trained with"):
+            train(changed(config, "data", tokenizer=str(other)))
 
 
 class _Reversed:
