@@ -64,8 +64,8 @@ def test_adaptive_drafts_until_another_draft_does_not_pay():
     """The rows stop together, when the mean over the active ones falls below the least chance."""
     policy = Adaptive((1,), 6)
     state = policy.init_state(tiny_config())
-    choice = state.choice._replace(acceptance_K=jnp.array([0.5, 0.6, 0.8, 0.95]), least_chance_Q=jnp.full(7, 0.5))
-    state, notes = state._replace(choice=choice), policy.init_notes(jnp.array([True, True, False]))
+    choice = state.decision._replace(acceptance_K=jnp.array([0.5, 0.6, 0.8, 0.95]), least_chance_Q=jnp.full(7, 0.5))
+    state, notes = state._replace(decision=choice), policy.init_notes(jnp.array([True, True, False]))
     drafts = [  # probabilities at the exit, bins, chances, and whether the mean of the first two is at least 0.5
         ((0.9, 0.1, 0.1), (3, 0, 0), (0.95, 0.5, 0.5), True),
         ((0.51, 0.26, 0.49), (3, 2, 2), (0.95**2, 0.4, 0.4), True),
@@ -105,7 +105,7 @@ def test_adaptive_updates_its_counts():
     assert state.spent == pytest.approx(round_cost(config, 2, 3))  # the round of the probe itself
     assert not policy.probes(state)
     again = policy.choose(state.counts, state.cost_XQ)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, state.choice, again))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, state.decision, again))
     plain = outcome._replace(plan=Plan(jnp.int32(0), jnp.int32(0)), drafted_B=jnp.zeros(3, jnp.int32))
     after = policy.update(state, plain)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, after, state._replace(spent=state.spent + 1)))
@@ -148,7 +148,7 @@ def test_adaptive_probes_for_its_share_of_the_time():
 def test_a_single_candidate_is_probed_only_in_rounds_without_a_draft(drafts):
     policy = Adaptive((1,), 4)
     due = policy.init_state(tiny_config())._replace(spent=jnp.float32(1e9))
-    planned = due._replace(choice=due.choice._replace(plan=Plan(jnp.int32(0), jnp.int32(drafts))))
+    planned = due._replace(decision=due.decision._replace(plan=Plan(jnp.int32(0), jnp.int32(drafts))))
     assert bool(policy.probes(planned)) == (drafts == 0)
 
 

@@ -118,7 +118,7 @@ def test_results_are_stored_and_only_errors_are_retried(tmp_path, monkeypatch, c
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"about": [], "results": []}'])
 def test_a_damaged_results_file_is_named(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
-    with pytest.raises(UserError, match=r"results\.json is not a results file: .*; delete it"):
+    with pytest.raises(UserError, match=r"results\.json is damaged or .* an earlier commit .*: give another --json"):
         maxtext_tpu.read_results(tmp_path / "results.json", {})
 
 

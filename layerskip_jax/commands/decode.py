@@ -77,7 +77,6 @@ def _decode(options: argparse.Namespace, run: str, given: dict[str, Any]) -> Non
     prompts = read_prompts(options.prompt, options.prompts, options.held_out, config)
     terminal.warn_untrained_exit(config, settings)
     tokenizer = load_tokenizer(str(folder.tokenizer))
-    tokenizer.check_decodes(config.model.vocab_size)
     longest = max(len(encode(tokenizer, settings, prompt)) for prompt in prompts)
     # The input is checked: now read the weights, which takes a while.
     model = with_weights(load_model(folder, unstacked=True)[0], settings.weights)

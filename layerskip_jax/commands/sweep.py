@@ -279,13 +279,13 @@ def _sweep(options: argparse.Namespace) -> None:
     held_out = 8 if all(source is None for source in sources) else options.held_out
     texts = read_prompts(options.prompt, options.prompts, held_out, config)
     tokenizer = load_tokenizer(str(folder.tokenizer))
-    tokenizer.check_decodes(config.model.vocab_size)
     prompts = [encode(tokenizer, settings, text) for text in texts]  # with the chat template, if it is on
     longest = max(map(len, prompts))
     warn_beyond_context(config, longest + settings.max_new_tokens, "the longest prompt and max_new_tokens are")
     eos = () if settings.ignore_eos else tokenizer.end_tokens(config.model.vocab_size)
     # The input is checked: now read the weights, which takes a while.
     model = with_weights(load_model(folder, unstacked=True)[0], settings.weights)
+    tokenizer.check_decodes(config.model.vocab_size)  # after the weights, which show whether the config is damaged
     grid, finals, overhead = sweep(model, prompts, settings, exits, lengths, options.repeats, eos)
 
     lossless = [m for m in finals if m.identical is not False]  # this includes plain decoding
