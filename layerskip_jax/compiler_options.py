@@ -61,7 +61,7 @@ ROUNDS_OPTIONS: dict[tuple[str, str], dict[str, str | bool]] = {
 }
 
 YNNPACK_LIMIT = 128e6
-"""A CPU decodes models with more bytes of weights without YNNPACK.
+"""A CPU decodes without YNNPACK if the weights of a model take more bytes than this.
 
 YNNPACK copies the weights into a layout of its own in every pass. That costs little while they stay in the processor's
 cache. ``python -m benchmarks.decoding ynnpack`` compares (results: docs/results/decoding.md).
@@ -75,8 +75,8 @@ TPU_ROUNDS_OPTIONS: dict[str, Options] = {"TPU v5 lite": vmem_limit(40 * 1024)}
 def rounds_options(platform: str, device_kind: str, dtype: str, weight_bytes: float) -> dict[str, str | bool]:
     """Return the options of decoding's rounds, for a model whose weights take ``weight_bytes``.
 
-    Leaves out options that the installed compiler does not know. A TPU's options cannot be tested on another platform,
-    where programs for a TPU are only compiled.
+    Leaves out options that the installed compiler does not know. If ``platform`` is not JAX's default backend, as when
+    a CPU host compiles for a TPU, the options cannot be tried, so all are returned.
     """
     import jax  # imported late: `layerskip_jax.config` imports this module, and --help must not wait for JAX
 

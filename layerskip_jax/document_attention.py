@@ -44,7 +44,7 @@ def attend_documents(
 
 
 def choose_backend(asked: str, platform: str, length: int, head_dim: int, dtype: jnp.dtype) -> str:
-    """Return splash, cudnn or xla: ``asked``, or for auto the platform's kernel, and xla where that does not fit.
+    """Return the backend: splash, cudnn or xla. ``auto`` takes the platform's kernel, or xla if that does not fit.
 
     >>> choose_backend("auto", "tpu", 4096, 128, jnp.bfloat16), choose_backend("auto", "tpu", 100, 128, jnp.bfloat16)
     ('splash', 'xla')
@@ -100,7 +100,7 @@ def attend_splash(
             residual_checkpoint_name=SAVED_OUTPUT,
             interpret=interpret,
         )
-        # The kernel does not divide by sqrt(H). Divide in float32, so that bfloat16 queries are rounded once.
+        # The kernel does not divide by sqrt(H). Scale in float32: in bfloat16, H**-0.5 itself would be rounded too.
         scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
         out_BNTH = jax.vmap(kernel)(
             *(array.swapaxes(1, 2) for array in (scaled_BTNH, k_BTKH, v_BTKH)),

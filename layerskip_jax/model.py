@@ -196,8 +196,8 @@ def run_layers(
 
     This is the one forward pass. Training calls it on stacked blocks. Then ``inputs`` and the returned outputs have a
     leading layer axis: dropout masks and exit weights go in, and in evaluation exit losses come out. Decoding calls it
-    on a list of blocks, and both are lists of caches. The draft runs [0, E), the verification [E, L). ``inputs`` may be
-    None.
+    on a list of blocks; ``inputs`` and outputs are then lists of caches. The draft runs [0, E), the verification
+    [E, L). ``inputs`` may be None.
     """
     if isinstance(blocks, Block):
         if (first, last) != (0, None):

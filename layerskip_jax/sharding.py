@@ -94,7 +94,7 @@ def tensor_parallel(count: int) -> Iterator[None]:
 def check_tensor_divides(model: ModelConfig, setting: str, count: int, sequence: int = 1) -> None:
     """Raise `UserError`, which names ``setting``, unless a model can be split over ``count`` devices.
 
-    Attention also splits its heads over the ``sequence`` devices, which split positions elsewhere.
+    Attention also splits its heads over the ``sequence`` devices; all other layers split positions over them.
     """
     for name in ("num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
         further = sequence if "heads" in name else 1

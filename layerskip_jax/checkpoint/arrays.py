@@ -19,7 +19,7 @@ from layerskip_jax.model import Transformer
 from layerskip_jax.sharding import named_shardings
 
 
-class DamagedCheckpoint(UserError):  # noqa: N818  (as the user reads it)
+class DamagedCheckpoint(UserError):  # noqa: N818  (named after what happened, like StopIteration)
     """The files of a checkpoint were changed after the save, or some are missing."""
 
 

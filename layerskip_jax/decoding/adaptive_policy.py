@@ -36,7 +36,7 @@ BINS = 4
 class Counts(NamedTuple):
     """Discounted counts for X exits and K bins of the exit's probability.
 
-    ``reached`` counts the drafts, or the positions of a probe, before which all drafts were accepted, and ``agreed``
+    ``reached`` counts the drafts (in a probe: positions) before which the round accepted every draft. ``agreed`` counts
     those of them that were accepted too.
     """
 
@@ -79,7 +79,7 @@ class DraftNotes(NamedTuple):
     """The notes of `Adaptive` about the drafts of a round."""
 
     slot: jax.Array  # of the next draft
-    chance_B: jax.Array  # estimated probability that all drafts so far are accepted, over the number of active rows
+    chance_B: jax.Array  # estimated probability that all drafts so far are accepted, divided by the active rows
     bin_Bd: jax.Array  # of each draft, by the exit's probability
 
 
@@ -93,8 +93,9 @@ class Adaptive:
         r = max (1 + a_E + ... + a_E^n) / cost(E, n)    over E and n = 0..d,
 
     with the costs of `cost.round_cost`; n = 0 is plain decoding. During a round, let s be the estimated probability
-    that all n drafts so far are accepted, in the mean over the active rows, which draft together. The round stops when
-    the expected tokens of m more drafts are worth less than their cost at the rate r, for every m:
+    that all n drafts so far are accepted, in the mean over the active rows, which draft together. A row that drafted an
+    EOS still counts, because the policy does not see that. The round stops when the expected tokens of m more drafts
+    are worth less than their cost at the rate r, for every m:
 
         s (a_E + ... + a_E^m) < r (cost(E, n + m) - cost(E, n))
 
@@ -104,7 +105,7 @@ class Adaptive:
 
     All acceptances come from about the last ``horizon`` drafts. Every round measures the exit that it uses. To measure
     the others, a probe runs the head at all of ``exits``; ``probe_share`` is the share of the cost of this policy's
-    rounds to spend on probes. For `adaptive.AdaptiveSpeculative`: `rounds.SelfSpeculative` never probes.
+    rounds to spend on probes. Use it with `adaptive.AdaptiveSpeculative`; `rounds.SelfSpeculative` never probes.
     """
 
     exits: Sequence[int]
@@ -157,7 +158,7 @@ class Adaptive:
         more_cost_QQ, more_tokens_Q = cost_Q[after_n_QQ] - cost_Q[:, None], tokens_XQ[exit_index] - 1
         least_chance_QQ = jnp.max(rate_XQ) * more_cost_QQ / more_tokens_Q[None]
         least_chance_Q = jnp.min(jnp.where(possible_QQ, least_chance_QQ, jnp.inf), axis=1)
-        # Without a draft, the chance is 1. `keep_drafting` ends a round that drafts.
+        # Before the first draft, the chance is 1. A round that drafts plans d drafts; `keep_drafting` ends it earlier.
         plan = Plan(exit_index, jnp.where(least_chance_Q[0] <= 1, self.draft_length, 0))
         return Decision(plan, acceptance_XK[exit_index], least_chance_Q)
 

@@ -1,7 +1,7 @@
 """Early exit by confidence (lossy): each token exits at the first exit that is confident of it.
 
-This is not in the LayerSkip paper; it follows CALM (arXiv 2207.07061). The confidence is the largest probability. The
-blocks that a token skips compute its keys and values from the hidden state with which it exited.
+This is not in the LayerSkip paper; it follows CALM (arXiv 2207.07061). The confidence is the largest probability.
+Blocks after a token's exit compute its keys and values from the hidden state at that exit.
 """
 
 import dataclasses

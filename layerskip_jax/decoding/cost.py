@@ -20,7 +20,8 @@ from layerskip_jax.model import compute_dtype, weight_count
 from layerskip_jax.sharding import target_platform
 
 Overhead = tuple[float, ...]
-"""What rounds with 1, 2, ... drafts cost beyond reading weights. Longer rounds cost in proportion to the last entry.
+"""What rounds with 1, 2, ... drafts cost beyond reading weights. A longer round costs the last entry, scaled by its
+drafts.
 
 On a CPU this is not linear in the drafts, because matmuls of some widths run other kernels. ``layerskip sweep``
 measures it, and `DecodeConfig.round_costs` stores it.

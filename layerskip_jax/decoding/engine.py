@@ -102,7 +102,7 @@ def begin(
     max_length = check_request(model, prompts, max_new_tokens, max_length, strategy, eos, seed)
     # d+1 extra slots: a round writes d+1 tokens after the known ones, even where the row's limit cuts most of them off.
     capacity = round_up(max_length + strategy.draft_length + 1)
-    width = round_up(max(map(len, prompts)) - 1)  # at most the capacity, which rounds up a larger number
+    width = round_up(max(map(len, prompts)) - 1)  # fits the capacity, because max_length exceeds the longest prompt
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt

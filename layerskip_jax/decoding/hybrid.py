@@ -33,7 +33,7 @@ class Gains(NamedTuple):
     tokens: jax.Array
     """Tokens that rounds of the exit emitted."""
     cost: jax.Array
-    """Cost of these rounds [passes of the full model for one token]."""
+    """Cost of these rounds, counted once per active row [passes of the full model for one token]."""
     agreed_M: jax.Array
     """Looked-up tokens that agreed with the text, by the length of the match, 1 to M."""
     compared_M: jax.Array
@@ -53,8 +53,8 @@ class Hybrid:
       it emits, even if it did not use them. So lookups are used as soon as the text begins to repeat itself.
     - Plain decoding emits one token for a cost of one.
 
-    The estimates weigh about the last ``horizon`` rounds, and `prior`. A lookup costs one pass of the full model, plus
-    the overhead. The statistics count it under layer L.
+    Each sum decays to its `prior`, and weighs about the last ``horizon`` rounds. A lookup costs one pass of the full
+    model, plus the overhead. The statistics count it under layer L.
     """
 
     lookup: PromptLookup
@@ -151,7 +151,7 @@ class Hybrid:
         return round_cost(config, mean_exit, drafted, self.overhead)
 
     def discounted(self, gains: Gains, new: Gains) -> Gains:
-        """Return the gains after a round with the gains ``new``."""
+        """Decay ``gains`` towards `prior`, and add the sums ``new`` of one round."""
         keep = 1 - 1 / self.horizon
         return jax.tree.map(lambda p, old, add: p + keep * (old - p) + add, prior(self.lookup.max_ngram), gains, new)
 

@@ -34,7 +34,7 @@ class Probe(NamedTuple):
 
     done: jax.Array  # whether this round compared the exits; the counts are 0 otherwise
     agreed_X: jax.Array  # of the positions in reached_X, those at which the exit agrees
-    reached_X: jax.Array  # positions before which the round accepted all drafts, and the exit agreed
+    reached_X: jax.Array  # positions before which the round accepted every draft and the exit agreed at each
 
     @classmethod
     def none(cls, exits: int) -> "Probe":
@@ -158,10 +158,10 @@ def checked_plan(policy: DraftPolicy, policy_state: Any, least: int) -> Plan:
 
 
 def spaced_widths(draft_length: int) -> Sequence[int]:
-    """Return ``DraftPolicy.verify_widths`` for a policy that varies the draft length, from 1 to d+1.
+    """Return ``DraftPolicy.verify_widths``, from 1 to d+1, for a policy that varies the draft length.
 
     Each width is four fifths of the next, rounded down. So a round verifies few positions that it does not need, which
-    take time on a CPU, and the number of programs grows with the logarithm of d.
+    take time on a CPU, and the number of compiled verifications grows with the logarithm of d.
 
     >>> spaced_widths(6), spaced_widths(1), spaced_widths(15)
     ((1, 2, 3, 4, 5, 7), (1, 2), (1, 2, 3, 4, 5, 7, 9, 12, 16))
@@ -173,7 +173,7 @@ def spaced_widths(draft_length: int) -> Sequence[int]:
 
 
 def log_probability(token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-    """Return the logarithm of the exit's probability of each draft, without temperature or cuts."""
+    """Return the logarithm of the exit's probability of each draft, before temperature, top-k and top-p."""
     return -negative_log_likelihood(logits_BV[:, None], token_B[:, None])[:, 0]
 
 

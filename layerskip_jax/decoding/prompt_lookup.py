@@ -22,9 +22,9 @@ from layerskip_jax.model import Transformer
 def look_up(
     tokens_BS: jax.Array, length_B: jax.Array, max_ngram: int, draft_length: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return ``draft_Bd``, the tokens that followed an earlier match of the text's last tokens, and its length.
+    """Return ``draft_Bd``, the tokens that followed an earlier match of the text's last tokens, and ``match_B``.
 
-    ``match_B`` is the number of tokens that match, at most ``max_ngram``; 0 if there is no match and so no draft. The
+    ``match_B`` is the number of tokens that match, at most ``max_ngram``; 0 means no match, and then no draft. The
     longest match wins; among equally long ones, the latest. A draft that reaches the end of the text repeats from its
     own beginning, as periodic text does.
 

@@ -57,8 +57,8 @@ def encode(tokenizer: Tokenizer, config: DecodeConfig, prompt: str) -> list[int]
 class TextGenerator:
     """Generate text with an `unstacked` model and the strategy that a `DecodeConfig` asks for.
 
-    For ``weights`` int8, pass a model that `quantization.with_weights` returned. With ``longest_prompt``, the tokens of
-    the longest prompt, all batches have a cache of the same length, so they share one compiled loop.
+    For ``weights`` int8, pass a model that `quantization.with_weights` returned. ``longest_prompt`` is the number of
+    tokens of the longest prompt: all batches then have caches of one length, and share one compiled loop.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: DecodeConfig, longest_prompt: int = 0):

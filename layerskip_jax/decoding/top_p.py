@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def smallest_kept(p: jax.Array, top_p: float) -> jax.Array:
     """Return the smallest probability that top-p keeps: the least t with ``sum(p[p > t]) < top_p``, over the last axis.
 
-    A binary search over the bits of a float32, whose order is that of the numbers if none is negative. It is exact, and
+    Binary search over the bit patterns of float32, which sort like the numbers if none is negative. It is exact, and
     reads ``p`` 30 times; a sort takes about 30 times as long on a CPU.
     """
 

@@ -10,7 +10,7 @@ the last exit prefer the token that exit E predicts. That costs little loss, and
 ``early_exit.agreement_weight``, D' is the cross-entropy with the argmax of q_E.
 
 D and D' are pure functions of logits, each with a value for every position. Any function of the same signature can
-take their place in `SelfDistillation`.
+take their place in `SelfDistillation`. Below, p is always the teacher's distribution: for D', that of exit E.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def kl_divergence(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.A
 
 
 def argmax_cross_entropy(logits_BCV: jax.Array, teacher_logits_BCV: jax.Array) -> jax.Array:
-    """``-log q(argmax p)``: greedy decoding accepts a draft where q and p have the same argmax."""
+    """``-log q(argmax p)``, with the teacher's distribution p: greedy decoding accepts a draft if both argmax agree."""
     return negative_log_likelihood(logits_BCV, jnp.argmax(teacher_logits_BCV, axis=-1))
 
 
@@ -74,7 +74,10 @@ class ConstantShare:
 
 @dataclasses.dataclass(frozen=True)
 class Taught:
-    """The loss of an exit whose teacher ``(x, share)`` is another exit: ``g(x)`` of the teacher gets no gradient."""
+    """The loss of an exit whose teacher ``(x, share)`` is another exit: the teacher's logits get no gradient.
+
+    ``g`` recognizes the teacher's x by identity, so the loss must pass that very array, not a copy, cast or slice.
+    """
 
     loss: ExitLoss
 

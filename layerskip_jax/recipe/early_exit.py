@@ -31,8 +31,9 @@ ExitLoss = Callable[[Unembed, jax.Array, jax.Array, jax.Array, Any], jax.Array]
 """``(g, x_BCD, targets_BC, mask_BC, teacher) -> loss``: the loss of an exit, summed over counted positions [nats].
 
 ``g(x_BCD)`` returns the logits of C positions of each sequence. ``teacher`` holds the arrays of `Recipe.teacher` at
-these positions, or None if the recipe has no teacher. A loss given as `Recipe.distillation` gets ``(x_L, m)`` instead,
-one given as `Recipe.agreement` ``(x_E, a)``; neither this x nor its logits ``g(x)`` get a gradient.
+these positions, or None if the recipe has no teacher. `Recipe.distillation` gets ``(x_L, m)`` instead, and
+`Recipe.agreement` gets ``(x_E, a)``. This x is detached. `Taught` detaches ``g(x)`` only if g gets this very array:
+with a copy, a cast or a slice of x, the head would get a gradient from the teacher.
 """
 
 

@@ -72,7 +72,7 @@ class FusedSettings:
 
     @property
     def policy(self) -> Any:
-        """Return the checkpoint policy if `recompute`: None keeps the inputs of blocks on the device."""
+        """Return the `jax.checkpoint` policy of a block for `recompute`; None saves its input on the device."""
         return OFFLOAD_BLOCK_INPUTS if self.remat == "offload" else None
 
 
@@ -103,11 +103,11 @@ def losses_and_gradients(
     Each exit is inside a conditional on its weight: one compiled program serves every step of a curriculum, and an exit
     of weight 0 costs no FLOPs.
     """
-    weight_L = jnp.asarray(weight_L, jnp.float32)  # as the loss, whose cotangent it is
+    weight_L = jnp.asarray(weight_L, jnp.float32)  # the cotangent of the loss, which is float32
     alone_L = weight_L  # the weights of the losses that are computed one by one
     if settings.agreement is not None:
-        # Exit E teaches the last exit. If both have a loss at this step, `TwoExits` computes the two losses together,
-        # and their conditionals of one exit are off. Otherwise the conditional of `TwoExits` is off.
+        # Exit E teaches the last exit. If both have a loss at this step, `TwoExits` computes the two losses in one
+        # conditional, and their own conditionals are off. Otherwise the conditional of `TwoExits` is off.
         assert 1 <= settings.agreement_exit < len(weight_L)
         pair = jnp.array([-1, settings.agreement_exit - 1])
         both = jnp.all(weight_L[pair] > 0)
@@ -145,10 +145,10 @@ def run_blocks(
     alone_L: jax.Array,
     loss_slot_L: jax.Array,
 ) -> tuple[Passed, jax.Array | None]:
-    """Run all blocks, with the inner exits of weights ``alone_L`` between them; ``context`` is that of inner exits.
+    """Run all blocks, and the inner exits between them; ``context`` and ``alone_L`` belong to the inner exits.
 
-    Also returns the hidden state at ``settings.agreement_exit``, or None without an agreement. `TwoExits` computes its
-    gradient, which the backward pass carries to the input of the block after that exit.
+    Also returns the hidden state at ``settings.agreement_exit``, or None without an agreement. Through it, the gradient
+    of `TwoExits` enters the backward pass at that exit.
     """
     run_block = block_with_dropout(model, batch, settings, dropout_mask)
 
@@ -166,8 +166,8 @@ def run_blocks(
 
     if settings.recompute:
         block_fn = jax.checkpoint(block_fn, policy=settings.policy, prevent_cse=False)
-    # Iteration l holds exit l, which reads the input of block l: with full remat, this is the array that is saved.
-    # Exit l+1 would read the output of block l, so full remat would also recompute the block's down projection.
+    # Exit l reads the input of block l, the array that full remat saves. So iteration l computes exit l. If it computed
+    # exit l+1, from the block's output, full remat would have to recompute the block's down projection.
     weight_before_L = jnp.roll(alone_L, 1).at[0].set(0)  # no exit comes before block 0
     is_agreement_exit_L = jnp.arange(len(alone_L)) == settings.agreement_exit
     x_BTD = model.embed(batch.inputs_BT)
@@ -183,8 +183,7 @@ def block_with_dropout(
     """Return ``x + M f(x)`` of LayerSkip eq. 1 as a function of a block, ``x_BTD``, and the block's M."""
     f = block_function(model)
     skips = dropout_mask is not None and settings.apply_dropout is not apply_masked
-    # Skipping copies each saved residual into an array with a slot per row group. With the policy of dots, fewer
-    # residuals are saved and copied.
+    # Skipping copies every residual into an array with a slot per row group. `save_matmuls` leaves fewer to copy.
     if settings.remat == "dots" or skips:
         f = jax.checkpoint(f, policy=save_matmuls, prevent_cse=False)
 

@@ -85,7 +85,7 @@ TIME_SCALES: dict[str, TimeScale] = {
 
 
 def sample_dropout_mask(key: jax.Array, drop_rate_L: jax.Array, batch: int, shards: int = 1) -> jax.Array:
-    """Sample ``keep_LB``: False, so that sequence b skips block l, with probability ``drop_rate_L[l]``.
+    """Sample ``keep_LB``, whether block l runs on sequence b: False with probability ``drop_rate_L[l]``.
 
     Each of the ``shards`` of the batch gets the same sample. All devices then drop the same number of sequences at
     each block, and none waits for another (LayerSkip section 4.1.1 shares the seed for this reason).

@@ -125,7 +125,7 @@ class Recipe:
         return isinstance(self.apply_dropout, Skipping)
 
     def check(self) -> None:
-        """Raise `UserError` for a bad shape, or a bad value at the first 100 steps or at 100 steps of the whole run."""
+        """Raise `UserError` for a bad shape, or a bad value in the first 100 steps or at 100 spread over the run."""
         L, T = self.num_layers, self.total_steps
 
         def parts(step: jax.Array) -> dict[str, jax.Array]:

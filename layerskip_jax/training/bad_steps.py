@@ -20,12 +20,12 @@ from layerskip_jax.locations import locate, write_file
 from layerskip_jax.training.step import StepMetrics
 
 
-class Diverged(UserError):  # noqa: N818  (as the user reads it)
+class Diverged(UserError):  # noqa: N818  (named after what happened, like StopIteration)
     """Too many steps in a row were not applied."""
 
 
 class BadSteps:
-    """Counts the bad steps in a row. Every process stores its rows of such a batch in ``RUN_DIR/bad_batches``.
+    """Counts the bad steps in a row. Every process stores its rows of each bad batch in ``RUN_DIR/bad_batches``.
 
     ``latest_checkpoint`` returns the step of the newest complete checkpoint, or None.
     """

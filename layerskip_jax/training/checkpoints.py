@@ -204,7 +204,7 @@ class Checkpoints:
     def check(self, done: int) -> None:
         """Raise or print failures of background saves since the last call, as ``train.failed_save`` says.
 
-        Also raises `UserError` if another process has taken the run over; ``done`` is the last step.
+        Also raises `UserError` if another process has taken the run over; ``done`` is the last finished step.
         """
         self._lock.check(done)
         try:
@@ -279,7 +279,7 @@ class Checkpoints:
             optimizer = read_arrays(folder / "optimizer", named_arrays(_optimizer_item(abstract)))
         except DamagedCheckpoint as error:
             problem = str(error)
-        # If a process has a problem, all must know it before the digests: the others would wait in their all-reduce.
+        # All processes must know of a problem before they compute digests, or some would wait in the all-reduce.
         problem = first_message(problem)
         problem = problem or corrupted_array(
             folder, sums, {**prefix_names("model", model), **prefix_names("optimizer", optimizer)}

@@ -83,15 +83,16 @@ def train(config: Config, recipe: Recipe | None = None, on_evaluation: OnEvaluat
             stopped = stop.agreed() if done < config.train.steps else 0
             evaluates, saves, samples = _due(config.train, done, bool(stopped))
             if evaluates or saves or samples:
-                report_step(done, *pending)  # before saving, so that no bad state is saved
+                report_step(done, *pending)  # before saving, which depends on whether this step was bad
                 pending = None
             if evaluates:
                 with progress.during("evaluating"):
                     losses = component_losses(state.model, data.held_out(), config, mesh)
                     progress.after_evaluation(done, losses)
-                    on_evaluation(done, state.model, data.held_out(), losses[""])
+                    on_evaluation(done, state.model, data.held_out(), losses[""])  # "": the whole split
             last = bool(stopped) or done == config.train.steps
-            # After bad steps the parameters may be bad too: do not push out the good checkpoint.
+            # A bad step is not applied, but parameters that an earlier step ruined can cause one. Do not save them: the
+            # new checkpoint could delete the last good one.
             if saves and (last or not bad_steps.in_a_row):
                 with progress.during("saving"):
                     checkpoints.save(state, data.position, last)

@@ -81,7 +81,7 @@ def muon(schedule: optax.Schedule, beta1: float, beta2: float, decay: float) -> 
         consistent_rms=0.2,
     )
     # Apply weight decay and the schedule once, after both optimizers. Each would otherwise hold a schedule of its own,
-    # and `schedule_count` needs exactly one.
+    # and `schedule_count` needs exactly one. Muon's updates are negated already, so negate the decay too.
     return optax.chain(directions, optax.add_decayed_weights(-decay, decay_mask), optax.scale_by_schedule(schedule))
 
 

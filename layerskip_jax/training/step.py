@@ -179,7 +179,7 @@ class Trainer:
         return jax.lax.scan(add, zeros, parts)[0]
 
     def compile_step(self) -> jax.stages.Compiled:
-        """Compile `step` from shapes alone, with the XLA options of the mesh's devices; the result takes its arguments.
+        """Compile `step` from shapes alone, with the XLA options of the mesh's devices; call the result like `step`.
 
         The training loop runs this program. Its memory and text can be read without a run.
         """
