@@ -151,11 +151,10 @@ def median_speed(runs: list[Generation]) -> float:
 def comparison(config: ModelConfig, exit_layer: int, ours: list[Generation], plain: list[Generation]) -> Measured:
     """Compare a strategy with plain decoding in the same repeats, and with the cost model."""
     one = ours[0]
-    drafted = one.drafted / sum(one.accepted_histogram)  # per round and row
     return {
         "acceptance": one.acceptance, "tokens_per_round": one.tokens_per_round, "tokens_per_second": median_speed(ours),
         "speedup": statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, plain)),
-        "predicted": predicted_speedup(config, exit_layer, drafted, one.tokens_per_round),
+        "predicted": predicted_speedup(config, exit_layer, one.drafted_per_round, one.tokens_per_round),
         "identical": all(run.tokens == plain[0].tokens for run in ours),
         "same_tokens": statistics.mean(same_share(run, plain[0]) for run in ours),
     }  # fmt: skip
@@ -194,7 +193,7 @@ def trained_config(sizes: Sizes, folder: str) -> Config:
 
 
 def trained(bench: Bench) -> Measured:
-    """Train a small model in the remaining time; measure its exits, and self-speculation on held-out prompts."""
+    """Train a small model for up to 40 % of the time left; measure its exits, and speculation on held-out prompts."""
     # Imported here and in `train_for`, so that the other parts do not need the data libraries.
     from layerskip_jax.commands.prompts import read_prompts
     from layerskip_jax.data.sentencepiece_tokenizer import train_tokenizer

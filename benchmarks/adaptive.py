@@ -74,19 +74,21 @@ def exit_curve(model: Transformer, prompts: list[list[int]], config: DecodeConfi
     for threshold in (0.3, 0.5, 0.7, 0.9, 0.99):
         lossy = dataclasses.replace(config, mode="early_exit", exit_threshold=threshold)
         strategy = configure(lossy, model)[1]
-        ratios, right, counted = [], 0, 0
+        ratios = []
         for _ in range(repeats + 1):
             theirs = [generate(model, [p], config.max_new_tokens, configure(plain, model)[1]) for p in prompts]
             ours = [generate(model, [p], config.max_new_tokens, strategy) for p in prompts]
             ratios.append(sum(g.seconds for g in theirs) / sum(g.seconds for g in ours))
-        for prompt, text in zip(prompts, full, strict=True):
-            for cut in range(0, len(text.tokens[0]), 8):
-                known = [*prompt, *text.tokens[0][:cut]]
-                one = generate(model, [known], 1, strategy, max_length=1024).tokens[0]
-                right, counted = right + (one == text.tokens[0][cut : cut + 1]), counted + 1
+        longest = max(map(len, prompts)) + config.max_new_tokens
+        same = [
+            generate(model, [[*prompt, *text.tokens[0][:cut]]], 1, strategy, max_length=longest).tokens[0]
+            == text.tokens[0][cut : cut + 1]
+            for prompt, text in zip(prompts, full, strict=True)
+            for cut in range(0, len(text.tokens[0]), 8)
+        ]
         exits = {exit_layer: sum(g.exit_rounds[exit_layer] for g in ours) for exit_layer in ours[0].exit_rounds}
         rows.append(
-            {"threshold": threshold, "same_next_token": right / counted, "speedup": statistics.median(ratios[1:]),
+            {"threshold": threshold, "same_next_token": sum(same) / len(same), "speedup": statistics.median(ratios[1:]),
              "exits": exits}
         )  # fmt: skip
     return rows
@@ -143,7 +145,7 @@ def compare(
 
     With ``lookups``, the adaptive policy is also timed with lookups.
 
-    The adaptive policy has the exits of ``base``, by default those that were trained, or else all of ``exits``.
+    The adaptive policy chooses among the exits of ``base``, or among ``exits`` if it has none.
     """
     fixed = [dataclasses.replace(base, exit_layer=e, draft_length=d) for e in exits for d in LENGTHS]
     # Measure this machine's overhead of speculation with the smallest and the largest exit on one kind.

@@ -5,7 +5,7 @@
 A model with random weights continues random prompts. The first line of the table uses XLA's defaults. Each later line
 adds one setting: round every intermediate result to bfloat16 (`xla_allow_excess_precision` off); do not call YNNPACK;
 decode each plain prompt next to a copy of it, so that its matmuls use the kernel for several rows. Decoding uses the
-first two (`ROUNDS_OPTIONS`).
+first two (`ROUNDS_OPTIONS`). The strategies decode one after the other, so compare their tokens/s only roughly.
 """
 
 import argparse

@@ -62,6 +62,11 @@ def uncommitted_changes() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
+def short_commit() -> str:
+    """Return the short commit, with a "+" if the code has uncommitted changes."""
+    return (git("rev-parse", "--short=7", "HEAD") or "no checkout") + "+" * bool(uncommitted_changes())
+
+
 def machine() -> str:
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -2,7 +2,7 @@
 
 Random Llama-shaped models in float32, prompts of 64 tokens, greedy. ``tail`` scales what the blocks after the exit add
 to the residual stream, and so sets the acceptance. Alternatives run in turn; figures are medians over ``--repeats``.
-``memory`` runs nothing, and ``length`` times each loop once, so ``--repeats`` does not affect them:
+``memory`` runs nothing, so ``--repeats`` does not affect it:
 
     cost        speedup of self-speculation against the cost model, with and without reuse of the exit queries
     verify      time of a pass over 2 to 8 positions against one position
@@ -103,8 +103,8 @@ def cost(name: str, repeats: int) -> list[Row]:
         for d in (4, 8, 12):
             ours, without = runs[f"{d}"], runs[f"{d} without queries"]
             one = ours[0]
-            predicted = predicted_speedup(config, exit_layer, one.drafted / one.rounds, one.tokens_per_round)
-            drafted = one.drafted / one.rounds
+            drafted = one.drafted_per_round
+            predicted = predicted_speedup(config, exit_layer, drafted, one.tokens_per_round)
             rows.append(
                 {
                     "part": "cost", "model": name, "exit": exit_layer, "draft_length": d,
@@ -243,18 +243,23 @@ def length(name: str, repeats: int, new_tokens: int = 10_000) -> list[Row]:
         state = jax.block_until_ready(run_rounds(PLAIN, model, state, jnp.int32(new)))
         return (time.perf_counter() - began) / (new - skip), state.tokens_BS[0, : len(prompt) + new].tolist()
 
-    timed(prompt, 2, 1)  # compiles
-    first, _ = timed(prompt, tenth, 1)
-    last, text = timed(prompt, new_tokens, new_tokens - tenth)
-    fresh, again = timed(text[: total - tenth], tenth, 1)
+    _, text = timed(prompt, new_tokens, new_tokens - tenth)  # also compiles
+    parts = {
+        "first": partial(timed, prompt, tenth, 1),
+        "last": partial(timed, prompt, new_tokens, new_tokens - tenth),
+        "fresh": partial(timed, text[: total - tenth], tenth, 1),
+    }
+    runs = called_in_turn(parts, repeats, warm_up=0)
+    first, last, fresh = (statistics.median(seconds for seconds, _ in runs[part]) for part in parts)
+    ratios = [ours / theirs for (ours, _), (theirs, _) in zip(runs["last"], runs["fresh"], strict=True)]
     # The additional keys and values that attention reads at the end, at the memory bandwidth.
     per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
     growth = per_position * (new_tokens - tenth) / measured_bandwidth()
     return [
         {"part": "length", "model": name, "ms_first_tenth": 1e3 * first, "ms_last_tenth": 1e3 * last,
-         "ms_fresh_loop_at_last_tenth": 1e3 * fresh, "last/fresh": last / fresh, "bar": 1.1,
+         "ms_fresh_loop_at_last_tenth": 1e3 * fresh, "last/fresh": statistics.median(ratios), "bar": 1.1,
          "ms_growth_by_bandwidth": 1e3 * growth, "last/(first + growth)": last / (first + growth),
-         "identical": again == text}
+         "identical": all(again == text for _, again in runs["fresh"])}
     ]  # fmt: skip
 
 

@@ -201,7 +201,7 @@ class Results:
             began = time.time()
             measured = measure_it()
             machine = f"{common.machine()}, Python {platform.python_version()}, jax {jax.__version__}"
-            about = {"commit": common.commit()[:7], "machine": machine, "seconds": time.time() - began}
+            about = {"commit": common.short_commit(), "machine": machine, "seconds": time.time() - began}
             self._keep(name, {"measured": measured, "about": about})
         return json.loads((self.folder / f"{name}.json").read_text())["measured"]
 

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
-from benchmarks.common import ROOT, header
+from benchmarks.common import ROOT, called_in_turn, header
 from layerskip_jax.command_line import add_run, make_parser, positive
 from layerskip_jax.errors import UserError, run_command
 
@@ -51,8 +52,9 @@ def main() -> None:
     header()
     with tempfile.TemporaryDirectory() as cache:
         seconds_to_first_token(options.run, cache)
-        for name, folder in (("cold", ""), ("warm", cache)):
-            times = [seconds_to_first_token(options.run, folder) for _ in range(options.repeats)]
+        folders = {"cold": "", "warm": cache}
+        calls = {name: partial(seconds_to_first_token, options.run, folder) for name, folder in folders.items()}
+        for name, times in called_in_turn(calls, options.repeats, warm_up=0).items():
             print(f"{name}: {statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f})")
 
 

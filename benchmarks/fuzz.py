@@ -308,7 +308,8 @@ def try_inputs(run: Path, name: str, seeds: range, deadline: float) -> tuple[int
     """Try inputs on a copy of ``run``; print the findings, and return how many inputs and how many findings."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     work, findings, refused, done = run.parent / name, 0, 0, 0
-    shutil.copytree(run, work / "run", dirs_exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # a process that died may have left a damaged file
+    shutil.copytree(run, work / "run")
     victim = Victim(work / "run", work)
     if name == "index":
         split_weights(victim.llama)

@@ -1,6 +1,6 @@
 """Time how a host reads its part of the batches: ``python -m benchmarks.input_speed [disk bucket tokens lines]``.
 
-- disk: tokens per second of a pretokenized corpus on local disk, with 2 worker processes.
+- disk: tokens per second of a pretokenized corpus on local disk (just written, so cached), with 2 worker processes.
 - bucket: the same from a bucket on loopback whose requests take 50 ms each, with 8 worker processes.
 - tokens: seconds and memory until a run has its first batch of a pretokenized corpus of 10 million documents.
 - lines: the same for 10 million JSON lines.

@@ -51,14 +51,13 @@ from typing import Any, NamedTuple
 from chips import CHIPS
 from hlo import Program, shares_by_scope
 
-from benchmarks.common import header, markdown_table, write_json
+from benchmarks.common import ROOT, header, markdown_table, write_json
 from layerskip_jax.command_line import make_parser, parse_config
 from layerskip_jax.compiler_options import STEP_OPTIONS, WHOLE_MATMULS, Options, vmem_limit
 from layerskip_jax.config import Config, ModelConfig
 from layerskip_jax.errors import UserError, run_command
 from layerskip_jax.training.monitoring.flops import PEAK_FLOPS
 
-ROOT = Path(__file__).parent.parent
 DRIVER = Path(__file__).with_name("maxtext_driver.py")
 COMPILER = {
     "JAX_PLATFORMS": "cpu",

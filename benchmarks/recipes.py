@@ -129,7 +129,9 @@ def generation(run: str, sampled: bool) -> Row:
     measured = measure(model, prompts, pairs, repeats=1)[1:]
     drafted = next(m for m in measured if pair_of(m) == [draft_exit, ACCEPTANCE_LENGTH])
     by_bytes = max(measured, key=lambda m: m.predicted_speedup)
-    fastest = max(measured, key=lambda m: m.speedup)
+    best = max(measured, key=lambda m: m.speedup)
+    # Time the fastest pair again: the largest of several noisy speedups is too large.
+    fastest = measure(model, prompts, [dataclasses.replace(base, **best.settings)], repeats=3)[1]
     plain_model, plain = configure(dataclasses.replace(base, mode="autoregressive"), model)
     new = [generate(plain_model, [p], NEW_TOKENS, plain, seed=base.seed).tokens[0] for p in prompts]
     return {
@@ -184,7 +186,7 @@ def measured_row(config: Config, name: str) -> Row:
         "sampled": generation(run, sampled=True),
         **(step_cost(config) if name != "plain" else {"step_time": 1.0, "step_memory": 1.0}),
         "command": common.command(),
-        "commit": common.commit()[:7],
+        "commit": common.short_commit(),
         "machine": common.machine(),
     }
 

@@ -128,7 +128,7 @@ def seconds_per_step(step: Step, steps: int) -> float:
 
 
 def maxtext_plain(python: str, config: Config, steps: int) -> float:
-    """Return the median seconds of MaxText's last ``steps`` steps, from its log; the first steps compile.
+    """Return the mean seconds of MaxText's last ``steps`` steps, from its log; the first steps compile.
 
     Its ``minimal`` remat recomputes no matmul.
     """
@@ -159,7 +159,7 @@ def maxtext_plain(python: str, config: Config, steps: int) -> float:
     if len(seconds) != steps + 4:
         last = (completed.stderr.strip() or completed.stdout.strip() or "no output").splitlines()[-1]
         raise UserError(f"MaxText ended early: {last}")
-    return statistics.median(seconds[-steps:])
+    return statistics.fmean(seconds[-steps:])
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def get_config() -> Config:
             run_dir="runs/evidence",
             steps=steps,
             batch_size=batch,
-            loss_chunk=16,  # the logits fit into the cache of a core: mostly faster than 64: docs/results/recipes.md
+            loss_chunk=16,  # the logits fit into the cache of a core: mostly faster than 64 (docs/results/recipes.md)
             log_every=12,  # coprime to the rotation, so that every exit is logged
             evaluate_every=steps // 10,
             checkpoint_every=steps // 10,

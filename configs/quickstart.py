@@ -13,8 +13,8 @@ from layerskip_jax.presets import pretraining, trained_to_draft
 def get_config() -> Config:
     base = pretraining(ModelConfig(num_layers=12, dim=192, num_heads=3, num_kv_heads=3, ffn_dim=528, vocab_size=2048))
     return replace(
-        # The run is too short for a rotation, so exit 2, which drafts, has a loss at every step. It and the last exit
-        # teach each other, because speculation accepts a draft if both predict the same token.
+        # The run is too short to train every exit in turn, so exit 2, which drafts, has a loss at every step. It and
+        # the last exit teach each other, because speculation accepts a draft if both predict the same token.
         trained_to_draft(base, exit_layer=2),
         data=DataConfig(source="python_stdlib", sequence_length=256),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20),

@@ -1,7 +1,7 @@
 """The 1.5B model of configs/scratch_1b5.py from scratch, with an exit that is trained to draft.
 
-Exit 6 of 24 has a loss at every step, and it and the last layer teach each other: docs/results/recipes.md, where small
-models compare this recipe with the paper's. Layer dropout is the paper's (p_max 0.1).
+Exit 6 of 24 has a loss at every step, and it and the last layer teach each other. docs/results/recipes.md compares this
+recipe with the paper's on small models. Layer dropout is the paper's (p_max 0.1).
 
 Command:  python train.py --config configs/scratch_1b5_drafting.py --train.run_dir gs://BUCKET/runs/scratch_1b5_drafting
           --data.path gs://BUCKET/tokens --data.tokenizer gs://BUCKET/tokenizer.model

@@ -1,7 +1,7 @@
 """The 7B model of configs/scratch_7b.py from scratch, with an exit that is trained to draft.
 
-Exit 8 of 32 has a loss at every step, and it and the last layer teach each other: docs/results/recipes.md, where small
-models compare this recipe with the paper's. Layer dropout is the paper's (p_max 0.2).
+Exit 8 of 32 has a loss at every step, and it and the last layer teach each other. docs/results/recipes.md compares this
+recipe with the paper's on small models. Layer dropout is the paper's (p_max 0.2).
 
 Command:  python train.py --config configs/scratch_7b_drafting.py --train.run_dir gs://BUCKET/runs/scratch_7b_drafting
           --data.path gs://BUCKET/tokens --data.tokenizer gs://BUCKET/tokenizer.model

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     model, config, tokenizer_path = load_model(options.checkpoint, unstacked=True)
     tokenizer = load_tokenizer(str(tokenizer_path))
     policy = Careful(resolve_exit_layer(config.decode_settings, config.model.num_layers), draft_length=4)
-    # `AdaptiveSpeculative` verifies no more positions than a round drafted; `SelfSpeculative` would verify d+1.
+    # `AdaptiveSpeculative` verifies n+1 positions after n drafts; `SelfSpeculative` would verify d+1.
     ends, prompt = tokenizer.end_tokens(model.config.vocab_size), tokenizer.encode_prompt(options.prompt)
     result = generate(model, [prompt], config.decode.max_new_tokens, AdaptiveSpeculative(Greedy(), policy), eos=ends)
     print(options.prompt + tokenizer.decode(result.tokens[0]))

@@ -27,7 +27,7 @@ from layerskip_jax.config import Config, DecodeConfig, EarlyExitConfig, ModelCon
 collect_ignore = ["fixtures"]  # holds the scripts that made the fixtures, and they import torch
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Examples are the same at every run, so a red suite is a change of the code; timing is never asserted.
+# Examples are the same at every run, so a red suite is a change of the code; no test asserts that code is fast.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("suite")
 

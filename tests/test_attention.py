@@ -87,7 +87,7 @@ def test_cudnn_equals_xla():
         assert float(jnp.abs(a - c).max()) <= 1.5 * float(jnp.abs(b - c).max())
 
 
-def test_auto_takes_what_the_device_has_and_the_shapes_allow():
+def test_auto_takes_a_backend_that_fits_the_device_and_the_shapes():
     bf16, f32 = jnp.bfloat16, jnp.float32
     assert choose_backend("auto", "tpu", 4096, 128, bf16) == "splash"
     assert choose_backend("auto", "tpu", 4096, 64, f32) == "splash"
@@ -111,7 +111,7 @@ def test_auto_takes_what_the_device_has_and_the_shapes_allow():
         ("cudnn", "gpu", 255, 64, "bfloat16", r"an even data\.sequence_length, not 255"),
     ],
 )
-def test_what_was_asked_by_name_and_cannot_be_is_said(asked, platform, length, head_dim, dtype, message):
+def test_a_backend_that_cannot_run_is_an_error_with_the_reason(asked, platform, length, head_dim, dtype, message):
     with pytest.raises(UserError, match=message) as error:
         choose_backend(asked, platform, length, head_dim, jnp.dtype(dtype))
     assert "\n" not in str(error.value)
@@ -131,7 +131,7 @@ def interpreted_through(splash):
     return lambda *arrays: splash(*arrays, interpret=True)
 
 
-def test_the_mesh_says_what_a_program_is_for():
+def test_the_mesh_decides_the_platform_of_a_program():
     """Not the default backend: a program for a TPU is compiled on machines that have none."""
     assert target_platform() == "cpu"
     device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")

@@ -357,7 +357,3 @@ def test_decode_settings_are_checked_when_made(changes):
 def test_a_tokenizer_of_another_vocabulary_is_refused(corpus):
     with pytest.raises(UserError, match=f"the tokenizer has {VOCABULARY} pieces and the model's vocabulary {V}"):
         TextGenerator(model_with(None)[1], load_tokenizer(corpus.tokenizer), DecodeConfig())
-
-
-def test_the_number_of_cases_is_as_documented():
-    assert CASES // 2 + CASES // 10 + 2 * (CASES // 5) == CASES

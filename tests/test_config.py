@@ -99,7 +99,7 @@ def test_overrides_reach_their_fields():
         (["--config"], r"--config: expected one argument"),
     ],
 )
-def test_mistakes_are_one_line_that_names_the_right_one(argv, message, monkeypatch):
+def test_a_mistake_is_one_line_that_names_the_setting(argv, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message) as error:
         parsed(*argv)
@@ -196,7 +196,7 @@ def test_every_number_out_of_its_range_is_refused_at_its_own_name(group, field, 
         ("decay_fraction", -0.1),
     ],
 )
-def test_optimizers_get_no_number_without_a_meaning(name, wrong):
+def test_meaningless_optimizer_settings_are_refused(name, wrong):
     with pytest.raises(UserError, match=rf"optimizer.{name} must be .*, not {wrong}"):
         OptimizerConfig(**{name: wrong})
     with pytest.raises(UserError, match=rf"optimizer.{name} must be .*, not {wrong}"):

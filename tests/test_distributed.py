@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import jax
@@ -210,9 +209,8 @@ def test_an_error_of_one_process_is_raised_on_both(config):
 
 
 def test_waiting_for_a_missing_process_times_out(config):
-    first, second, began = free_port(), free_port(), time.monotonic()
+    first, second = free_port(), free_port()
     runs = finish(start(config, 0, first, timeout=3), start(config, 1, second, timeout=3), status=2, within=30)
     waited = "error: waited 3 s (distributed.timeout)"
     assert runs[0][1] == f"{waited} at localhost:{first}: fewer than 2 processes connected\n"
     assert runs[1][1] == f"{waited} for process 0 of 2 at localhost:{second}: Connection refused\n"
-    assert time.monotonic() - began < 30

@@ -123,7 +123,7 @@ def test_workers_give_the_same_rows(mixed):
     workers.close()
 
 
-def test_a_component_that_runs_out_is_repeated_and_said_once(mixed, capfd):
+def test_a_component_that_runs_out_is_repeated_with_one_note(mixed, capfd):
     take(iter(make_batches(make_config(mixed), "train", batch_size=4, seed=1)), 400)
     lines = capfd.readouterr().err.splitlines()
     documents = components_of(open_documents(mixed, "train"))
@@ -150,7 +150,7 @@ def mixed_run(mixed, trained_run, tmp_path_factory):
     return run, config, printed.getvalue().splitlines()
 
 
-def test_a_run_on_one_corpus_continues_on_a_mixture_and_says_so(mixed_run, mixed):
+def test_a_run_on_one_corpus_continues_on_a_mixture_with_a_note(mixed_run, mixed):
     _, _, lines = mixed_run
     text, *others = mixed.components
     line = next(line for line in lines if "resuming after step 3" in line)
@@ -192,7 +192,7 @@ def change(config, *words):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=words))
 
 
-def test_changes_of_a_mixture_are_said(mixed, tmp_path):
+def test_changes_of_a_mixture_are_reported(mixed, tmp_path):
     config, (text, lines, tokens) = make_config(mixed), mixed.mixture
     names, now = list(mixed.components), identify(make_config(mixed))
 

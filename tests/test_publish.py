@@ -146,7 +146,9 @@ def test_publishing_creates_the_repository_and_uploads_the_files(exported, capsy
         ("link", "me/my-model", "chat_template.jinja.* leads out of the folder"),
     ],
 )
-def test_what_cannot_be_published_is_one_line(exported, tmp_path, monkeypatch, change, repository, message):
+def test_a_folder_that_cannot_be_published_is_a_one_line_error(
+    exported, tmp_path, monkeypatch, change, repository, message
+):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)

@@ -76,7 +76,7 @@ def resumed(saved, config, before=None):
         ("workers", 1, "same rows", "data.workers: the order of the data stays the same"),
     ],
 )
-def test_every_data_setting_says_what_follows_from_its_change(lines, tmp_path, name, value, resume_from, effect):
+def test_a_change_of_each_data_setting_reports_its_effect(lines, tmp_path, name, value, resume_from, effect):
     folder = tmp_path / "splits"
     folder.mkdir()
     (tmp_path / "moved").mkdir()
@@ -96,7 +96,7 @@ def test_every_data_setting_says_what_follows_from_its_change(lines, tmp_path, n
 
 
 def test_every_data_setting_is_tested_above():
-    (mark,) = test_every_data_setting_says_what_follows_from_its_change.pytestmark
+    (mark,) = test_a_change_of_each_data_setting_reports_its_effect.pytestmark
     tested = {case[0] for case in mark.args[1]} | {"mixture", "name"}  # tests/test_mixture.py, below
     assert tested == {field.name for field in dataclasses.fields(DataConfig)}
 
@@ -108,7 +108,7 @@ def test_a_name_that_the_source_does_not_read_is_refused(lines):
         resumed(lines, named)
 
 
-def test_without_a_change_nothing_is_said(lines):
+def test_only_changes_give_notes(lines):
     assert resumed(lines, lines) == ("same rows", [])
     for name, expected, effect in (
         ("seed", "first document", "another order of the training documents, read from the first one on"),
@@ -173,7 +173,7 @@ def test_a_position_stores_the_corpus_that_it_counts(lines, tmp_path):
         read_positions(folder)
 
 
-def test_a_run_resumes_on_another_corpus_and_says_so(trained_run, tmp_path, capsys):
+def test_a_run_resumes_on_another_corpus_with_a_note(trained_run, tmp_path, capsys):
     """The same documents in another folder continue the run; others start with the first batch of a new run."""
     runs = [shutil.copytree(trained_run, tmp_path / name) for name in ("moved", "other")]
     saved = open_model_folder(trained_run).config
@@ -239,7 +239,7 @@ def test_a_tiny_corpus_is_not_read_many_times_before_the_first_batch(lines, monk
     assert counted.reads <= 32 + 3 * len(counted) + 2 * tokens / fills * 10
 
 
-def test_the_window_follows_the_corpus_and_a_line_says_so(lines):
+def test_the_window_follows_the_corpus_and_a_line_reports_it(lines):
     small, large = make_config(lines.data, shuffle_window=2048), make_config(lines.data, shuffle_window=16)
     sequences = identify(small).sequences
     batches = make_batches(small, "train", batch_size=1, in_order=True)

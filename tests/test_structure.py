@@ -23,8 +23,9 @@ def test_every_package_is_packaged():
 def test_nothing_imports_tensorflow():
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                assert not any(alias.name.split(".")[0] == "tensorflow" for alias in node.names)
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "tensorflow" for name in names), file
 
 
 def test_public_names_are_imported_when_used():

@@ -1,4 +1,4 @@
-"""Runs survive killed processes, full disks, damaged checkpoints, bad steps and failing loggers, none of it mocked.
+"""Runs survive killed processes, full disks and damaged checkpoints, all real, and injected bad steps and loggers.
 
 ``python -m benchmarks.reliability`` runs longer forms; docs/reliability.md lists the guarantees.
 """

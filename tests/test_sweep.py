@@ -108,7 +108,7 @@ def test_the_overhead_of_speculation_is_measured():
 
 
 def test_the_overhead_is_measured_where_ends_of_text_cut_rounds_short():
-    """A longer draft length can have fewer drafts in the mean; the costs follow the drafts."""
+    """A longer draft length can have fewer drafts on average; the costs follow the drafts."""
     model = ModelConfig(num_layers=8, vocab_size=1)
     rounds = [(2, 1.5, 0.1), (4, 3.0, 0.4), (6, 2.0, 0.2)]
     measured = [

@@ -72,7 +72,7 @@ def test_byte_level_decoding_restores_the_text(byte_level, text):
     assert before == text
 
 
-def test_it_pickles_with_the_content_of_its_files(byte_level):
+def test_a_tokenizer_json_pickles_with_the_content_of_its_files(byte_level):
     tokenizer = load_tokenizer(str(find_tokenizer(byte_level)))
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again == tokenizer

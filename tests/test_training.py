@@ -299,7 +299,7 @@ def test_changed_settings_are_printed(config, capsys):
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-def test_a_run_that_has_its_steps_says_so(config, capsys, steps):
+def test_a_finished_run_trains_nothing_and_reports_it(config, capsys, steps):
     train(changed(config, "train", steps=4))
     capsys.readouterr()
     assert int(train(changed(config, "train", steps=steps)).step) == 4
@@ -308,7 +308,7 @@ def test_a_run_that_has_its_steps_says_so(config, capsys, steps):
     assert "learning rate" not in opening
 
 
-def test_the_same_schedule_says_nothing_of_the_learning_rate(config, capsys):
+def test_an_unchanged_schedule_does_not_mention_the_learning_rate(config, capsys):
     train(changed(changed(config, "train", steps=4), "optimizer", schedule="constant"))
     capsys.readouterr()
     train(changed(config, "optimizer", schedule="constant"))

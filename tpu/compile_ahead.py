@@ -143,7 +143,7 @@ def report(config: Config, chip: Chip, peak: float, chips: int, compiled: Compil
     modelled = compiled.work.cycles / chip.clock + kernel_flops / chips / peak
 
     def step_seconds(compute: float) -> float:
-        """Overlapped transfers hide behind the computation; exposed ones add to it."""
+        """Hide transfers that overlap within a slice; add exposed ones, and those between slices."""
         return max(compute, (ici - exposed) / chip.ici) + exposed / chip.ici + dcn / chip.dcn
 
     bound, estimate = step_seconds(matmuls), step_seconds(modelled)
@@ -220,7 +220,7 @@ def show(found: dict[str, Any], operations: bool) -> None:
 
 
 def alternatives(config: Config, chips: int, slices: int) -> Iterator[tuple[str, Config]]:
-    """Yield the settings that ``--suggest`` tries, from the fastest to the one that needs the least memory."""
+    """Yield the settings that ``--suggest`` tries: 1 to 8 microbatches, each with remat none, dots and full."""
     mesh = dataclasses.replace(config.mesh, data=slices, fsdp=chips // slices, sequence=1, tensor=1)
     for accumulate in (1, 2, 4, 8):
         for remat in ("none", "dots", "full"):

@@ -136,7 +136,7 @@ class ChipCompiler:
             jitted = jax.jit(passes, donate_argnums=2, compiler_options=program_options(self.config))
             compiled = jitted.lower(self.model, x_BWD, layers).compile()
         work, c = Program(compiled.as_text()).work(shares_by_scope({})), self.config
-        # The cache is half full in the mean, and empty before the prefill.
+        # The cache is half full on average, and empty before the prefill.
         positions = 0 if one.prefill else self.rows * self.capacity // 2
         cached = (one.last - one.first) * positions * 2 * c.num_kv_heads * c.head_dim
         size = (one.weights(c) + cached) * weight_bytes(c) / self.chips

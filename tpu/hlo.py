@@ -201,7 +201,7 @@ class Program:
         work.received[transfer] = work.received.get(transfer, 0.0) + received
 
     def _receive_from_slices(self, work: Work, one: Instruction) -> None:
-        """Count what the hosts exchange over the data-center network, which overlaps the program."""
+        """Count what the hosts exchange over the data-center network; tpu/compile_ahead.py adds its time in full."""
         kind = one.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
         slices = len(one.attribute(r'_xla_megascale_target="\{([\d,]*)\}').split(","))
         size = _bytes(one.shape[: one.shape.index("]") + 1])

@@ -80,7 +80,7 @@ state() {
     [ "$status" = 0 ] || error=$(awk '/^--- .*: python train.py/ { last = "" } /^([A-Za-z_.]*Error|error): / { last = $0 }
       END { print substr(last, 1, 200) }' "$run/log" 2> /dev/null) || true
     echo "state: ended $status${error:+ ($error)}"
-  elif [ -s "$run/pid" ]; then echo "state: lost"  # the worker was restarted, or the process was killed
+  elif [ -s "$run/pid" ]; then echo "state: lost"  # the worker was restarted, or this script was killed
   elif [ -x "$venv/bin/python" ]; then echo "state: idle"
   else echo "state: absent"
   fi
@@ -107,4 +107,5 @@ stop() {  # SECONDS [by-hand]: sends SIGTERM, on which train.py saves a checkpoi
 }
 
 cd "$HOME"
-"$@"
+# One line, because bash reads a script as it runs, and `tpu/pod install` may replace this file meanwhile.
+"$@"; exit
