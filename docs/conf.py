@@ -9,6 +9,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from layerskip_jax import __version__
+from layerskip_jax.command_line import shown_value
 from layerskip_jax.config import Config
 
 project = "layerskip_jax"
@@ -31,7 +32,7 @@ def settings_lines() -> Iterator[str]:
         yield from (f".. rubric:: {group.name}", "", (type(group.default).__doc__ or "").strip(), "")
         for field in dataclasses.fields(group.default):
             value = getattr(group.default, field.name)
-            shown = "none" if value in ((), "") else value
+            shown = shown_value(value)
             yield from (f"``{group.name}.{field.name}``, default ``{shown}``", f"    {field.metadata['doc']}", "")
 
 

@@ -101,7 +101,7 @@ def add_settings(
         if dataclasses.is_dataclass(value):
             add_settings(parser, value, f"{name}.")
             continue
-        shown = "none" if value in ((), "") else value
+        shown = shown_value(value)
         options: dict[str, Any] = {
             "help": f"{field.metadata['doc']} (default: {shown})".replace("%", "%%"),
             "default": argparse.SUPPRESS,
@@ -117,6 +117,16 @@ def add_settings(
         else:
             options |= {"type": typed(hint), "metavar": hint.__name__.upper()}
         group.add_argument(f"--{name}", **options)
+
+
+def shown_value(value: Any) -> str:
+    """Return a setting's value as the command line takes it, or "none" if it is empty.
+
+    >>> shown_value((2, 8)), shown_value(False), shown_value("")
+    ('2 8', 'false', 'none')
+    """
+    words = value if isinstance(value, tuple) else (str(value).lower() if isinstance(value, bool) else value,)
+    return " ".join(map(str, words)) or "none"
 
 
 # Types of single options
@@ -228,7 +238,7 @@ def parse_config(parser: OneLineParser, argv: Sequence[str] | None = None) -> tu
     before = make_parser("")
     before.add_argument("--config")
     early, _ = before.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    defaults = load_config_file(early.config) if early.config else Config()
+    defaults = Config() if early.config is None else load_config_file(early.config)
     add_config_option(parser)
     add_settings(parser, defaults)
     options = parser.parse_known_options(argv)

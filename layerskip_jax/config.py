@@ -181,9 +181,8 @@ class DistributedConfig:
         address, count, process = self.coordinator_address, self.num_processes, self.process_id
         if address:
             host, _, port = address.rpartition(":")
-            require(
-                bool(host) and port.isdigit(), f"distributed.coordinator_address must be HOST:PORT, not {address!r}"
-            )
+            valid = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
+            require(valid, f"distributed.coordinator_address must be HOST:PORT, not {address!r}")
             require(
                 0 <= process < count,
                 f"distributed.coordinator_address needs distributed.num_processes, and distributed.process_id in "
@@ -290,7 +289,7 @@ class Config:
         require(
             not skips_last or (early.dilation < max(layers, 2) and (early.e_scale > 0 or early.dilation == 1)),
             f"early_exit.always_last false leaves steps without a loss: early_exit.dilation, {early.dilation}, must be "
-            f"less than model.num_layers, {layers}, and early_exit.e_scale, {early.e_scale}, positive",
+            f"less than model.num_layers, {max(layers, 2)}, and early_exit.e_scale, {early.e_scale}, positive",
         )
         require(not early.exits or layers > 1, "early_exit.exits needs model.num_layers of at least 2")
         last = {"decode.exit_layer": layers, "decode.exits": layers, "early_exit.exits": layers - 1}

@@ -56,8 +56,9 @@ def distributed_session(config: DistributedConfig) -> Iterator[None]:
             status = 1
         if jax.process_index() == 0:
             time.sleep(EXIT_DELAY_SECONDS)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # stdout may be a closed pipe
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
 
 

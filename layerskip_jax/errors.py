@@ -64,7 +64,8 @@ def bucket_error(error: BaseException | None) -> BaseException | None:
     """
     signs = ("[http_response_code=", "[curl_code=", "Forbidden: ")
     while error is not None:
-        library = type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests")
+        module = type(error).__module__
+        library = module.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests") and "protobuf" not in module
         if library or (type(error) in (OSError, ValueError) and any(sign in str(error) for sign in signs)):
             break
         error = error.__cause__
@@ -94,6 +95,8 @@ def report(error: BaseException) -> int:
         return 141
     elif refused := disk_error(error):
         line, status = f"error: {' '.join(refused.split())}", 2
+    elif type(error).__module__ == "google.protobuf.json_format":  # TensorFlow Datasets stores such JSON
+        line, status = f"error: the JSON of a prepared dataset is damaged: {' '.join(str(error).split())}", 2
     elif isinstance(error, KeyboardInterrupt):
         line, status = "interrupted", 130
     else:

@@ -36,7 +36,7 @@ LLAMA32_1B = dataclasses.replace(
 
 
 def pretraining(model: ModelConfig) -> Config:
-    """From scratch (LayerSkip table 1): p_max 0.1, exponential S(t), rotational exits with R = L - 1, e_scale 0.2."""
+    """Train from scratch (LayerSkip table 1): p_max 0.1, exponential S(t), rotational exits, R = L - 1, e_scale 0.2."""
     return Config(
         model=model,
         layer_dropout=LayerDropoutConfig(p_max=0.1, time_scale="exponential"),
@@ -67,7 +67,7 @@ def pretraining_on_tpu(model: ModelConfig, *, chips: int, name: str, rows: int =
 
 
 def continual_pretraining(model: ModelConfig, *, chips: int, tokenizer: str) -> Config:
-    """From a Llama's weights (LayerSkip table 1): p_max 0.1, S = 1, rotational exits with R = 8, e_scale 0.1.
+    """Continue from a Llama (LayerSkip table 1): p_max 0.1, S = 1, rotational exits with R = 8, e_scale 0.1.
 
     52B tokens: 50,000 steps of 256 x 4,096, with the paper's learning rate for Llama2 7B.
     """
@@ -83,7 +83,7 @@ def continual_pretraining(model: ModelConfig, *, chips: int, tokenizer: str) -> 
 
 
 def finetuning(model: ModelConfig, *, chips: int, tokenizer: str) -> Config:
-    """From a model's weights on a domain or a task (LayerSkip table 1): S = 1, e_scale 1, learning rate 1e-4.
+    """Finetune a model on a domain or a task (LayerSkip table 1): S = 1, e_scale 1, learning rate 1e-4.
 
     The paper gives no warmup.
     """

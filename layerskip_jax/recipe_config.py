@@ -44,7 +44,7 @@ class EarlyExitConfig:
         1.0, "e_scale of eq. 6, if the exits have no exit_weights; 0 leaves only the loss of the last layer", "[0, inf)"
     )
     always_last: bool = setting(True, "rotational: the last layer has a loss at every step")
-    exits: tuple[int, ...] = setting((), "fixed: the exits; rotational: those that take turns; empty: all", ANY)
+    exits: tuple[int, ...] = setting((), "fixed: the exits; rotational: those that take turns (empty: all)", ANY)
     exit_weights: tuple[float, ...] = setting(
         (),
         "weight of each of exits relative to the last layer's 1, or one number for all; empty: 0.5 for fixed, e(l) of "

@@ -354,6 +354,18 @@ def test_held_out_prompts_need_a_corpus_of_text(corpus, tmp_path):
         read_prompts(None, None, 1, make_config(corpus, source="tokens", path=str(tmp_path / "tokens")))
 
 
+def test_a_missing_split_is_found_before_the_other_is_tokenized(corpus, tmp_path, monkeypatch):
+    def open_or_fail(config, split):
+        if split == config.validation_split:
+            raise UserError("no split 'validation'")
+        return open_documents(config, split)
+
+    monkeypatch.setattr("layerskip_jax.data.sources.open_documents", open_or_fail)
+    monkeypatch.setattr("layerskip_jax.data.pretokenize._write_split", lambda *_: pytest.fail("tokenized"))
+    with pytest.raises(UserError, match="no split 'validation'"):
+        pretokenize(corpus, str(tmp_path / "tokens"))
+
+
 def test_pretokenized_corpus_gives_the_same_batches(corpus, tmp_path):
     metadata = pretokenize(corpus, str(tmp_path / "tokens"))
     assert metadata["splits"]["train"]["documents"] == len(texts(corpus, "train"))

@@ -330,8 +330,29 @@ def test_a_custom_task(trained_run, files, capsys, tmp_path):
     assert "longer" in capsys.readouterr().out
 
 
+def test_an_error_in_a_task_keeps_the_results_of_the_earlier_ones(trained_run, files, capsys, tmp_path):
+    (tmp_path / "fails.py").write_text(
+        "from layerskip_jax.errors import UserError\nfrom layerskip_jax.evaluation.tasks import Task\n\n"
+        "def fail(example, wanted, generated):\n    raise UserError('no score')\n\n"
+        "def get_task():\n    return Task('{document}', '{summary}', {'fails': fail}, max_new_tokens=5)\n"
+    )
+    tasks = [f"xsum={files}/xsum.jsonl", f"{tmp_path}/fails.py={files}/xsum.jsonl"]
+    with pytest.raises(UserError, match="no score"):
+        generation.main([trained_run, *(word for task in tasks for word in ("--task", task)), "--limit", "1"])
+    assert "rouge2" in capsys.readouterr().out
+
+
+def test_a_missing_run_is_found_before_another_is_measured(trained_run, tmp_path, capsys):
+    with pytest.raises(UserError, match=f"no checkpoint at {tmp_path}/none"):
+        command.main([trained_run, f"{tmp_path}/none", "--batches", "1", "--json"])
+    assert capsys.readouterr().out == ""
+
+
 def test_wrong_tasks(trained_run, files, tmp_path):
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "bad_template.py").write_text(
+        "from layerskip_jax.evaluation.tasks import Task\n\ndef get_task():\n    return Task('{document', '', {})\n"
+    )
     (tmp_path / "no_test.jsonl").write_text(json.dumps({k: v for k, v in SOLVED.items() if k != "test"}))
     for argv, message in [
         (["--task", "xsun"], "no task 'xsun'; did you mean 'xsum'"),
@@ -346,6 +367,9 @@ def test_wrong_tasks(trained_run, files, tmp_path):
         (["--task", f"{tmp_path}/none.py={files}/xsum.jsonl"], "no task file"),
         (["--task", f"xsum={files}/xsum.jsonl", "--limit", "0"], "--limit: must be at least 1"),
         (["--task", "xsum", "--data_dir", str(tmp_path)], "xsum"),
+        (["--task", f"xsum={files}/xsum.jsonl", "--answers"], "add --json"),
+        (["--task", f"xsum={files}/xsum.jsonl", "--run_code"], "none of these tasks has a score that runs code"),
+        (["--task", f"{tmp_path}/bad_template.py={files}/xsum.jsonl"], "bad_template.py"),
     ]:
         with pytest.raises(UserError, match=message):
             generation.main([trained_run, *argv])

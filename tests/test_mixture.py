@@ -22,6 +22,7 @@ from layerskip_jax.checkpoint.reading import load_model, open_model_folder
 from layerskip_jax.commands import report
 from layerskip_jax.commands.data import main as command
 from layerskip_jax.commands.plots import Run
+from layerskip_jax.commands.prompts import read_prompts
 from layerskip_jax.config import DataConfig
 from layerskip_jax.data.corpus import resume_mixture
 from layerskip_jax.data.documents import components_of
@@ -310,6 +311,13 @@ def test_the_data_commands_take_a_mixture(mixed, tmp_path, capsys):
         UserError, match=r"pretokenize each of its corpora alone .* --data.mixture WEIGHT=tokens:FOLDER"
     ):
         command(["pretokenize", *text_and_lines, *tokenizer, "--out", str(tmp_path / "out")])
+
+
+def test_held_out_prompts_come_from_each_corpus_in_turn(mixed):
+    text, lines, _ = components_of(open_documents(mixed, "validation")).values()  # tokens give no prompts
+    prompts = read_prompts(None, None, 2, make_config(mixed))
+    for prompt, document in zip(prompts, (text[0], lines[0]), strict=True):
+        assert document.startswith(prompt)
 
 
 def test_documents_of_a_mixture_are_those_of_its_components(mixed):

@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="tokenizer: replace an existing one")
     parser.add_argument("--out", metavar="FOLDER", help="pretokenize: the folder to write")
     config, options = parse_config(parser, argv)
+    if options.command not in COMMANDS:
+        raise UserError(f"unknown command {options.command!r}{nearest(options.command, COMMANDS)}")
     for option, command in (("overwrite", "tokenizer"), ("out", "pretokenize")):
         if getattr(options, option) and options.command != command:
             raise UserError(f"--{option} is an option of layerskip data {command}, not of {options.command}")
@@ -47,10 +49,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{split}: {count['documents']:,} documents, {count['tokens']:,} tokens")
         print(f"{options.out}: {counts['tokens_per_second']:,.0f} tokens/s")
         print(f"use it with --data.source tokens --data.path {options.out}")
-    elif options.command == "show":
-        _show(config)
     else:
-        raise UserError(f"unknown command {options.command!r}{nearest(options.command, COMMANDS)}")
+        _show(config)
 
 
 def _prepare(config: Config) -> None:
@@ -75,7 +75,10 @@ def _tokenizer(config: Config, overwrite: bool) -> None:
         )
     if locate(path).exists() and not overwrite:
         existing = load_tokenizer(path)
-        existing.check_vocabulary(config.model.vocab_size)
+        try:
+            existing.check_vocabulary(config.model.vocab_size)
+        except UserError as error:
+            raise UserError(f"{path} exists: {error}, with --overwrite or another --data.tokenizer") from error
         print(f"{path} exists, with {existing.vocab_size} pieces; --overwrite replaces it")
         return
     documents = open_documents(config.data, config.data.train_split)
@@ -85,7 +88,7 @@ def _tokenizer(config: Config, overwrite: bool) -> None:
         sum(len(text.encode("utf-8", "replace")) for text in sample),
         sum(len(tokenizer.encode(text)) for text in sample),
     )
-    print(f"{path}: {tokenizer.vocab_size} pieces, {bytes_ / tokens:.2f} bytes a token")
+    print(f"{path}: {tokenizer.vocab_size} pieces, {bytes_ / max(tokens, 1):.2f} bytes a token")
 
 
 ROWS = 3
@@ -97,6 +100,6 @@ def _show(config: Config) -> None:
     batches = make_batches(config, config.data.train_split, batch_size=1, seed=config.train.seed)
     for batch in itertools.islice(batches, ROWS):
         inputs, segments = batch["inputs_BT"][0], batch["segments_BT"][0]
-        cuts = np.flatnonzero(np.diff(segments)) + 1
-        documents = [tokenizer.decode(part.tolist()) for part in np.split(inputs, cuts)]
+        numbers = range(1, int(segments.max()) + 1)  # 0 is padding
+        documents = [tokenizer.decode(inputs[segments == number].tolist()) for number in numbers]
         sys.stdout.write(" || ".join(documents) + f"\n{'-' * 40}\n")

@@ -1,6 +1,7 @@
 """``layerskip evaluate RUN [RUN ...]`` measures every exit on held-out text."""
 
 import dataclasses
+import itertools
 import json
 from typing import TYPE_CHECKING
 
@@ -16,17 +17,18 @@ SETTINGS = {field.name for field in dataclasses.fields(DataConfig)} - {"tokenize
 
 
 def table(qualities: "dict[str, ExitQuality]") -> str:
-    """Return losses, perplexities and agreements as text: a row per exit, a column per run, and the middle exits."""
-    width = max(26, *(len(name) for name in qualities)) + 2
-    lines = ["exit " + "".join(f"{name:>{width}}" for name in qualities)]
-    for row in range(max(len(quality.loss_L) for quality in qualities.values())):
-        cells = (
-            f"{q.loss_L[row]:.3f} (ppl {q.perplexity_L[row]:.1f}, {q.agreement_L[row]:.1%})"
-            if row < len(q.loss_L)
-            else ""
-            for q in qualities.values()
-        )
-        lines.append(f"{row + 1:>4} " + "".join(f"{cell:>{width}}" for cell in cells))
+    """Return losses, perplexities and agreements: a row per exit, a column per run, a line on each middle exit."""
+    columns = {
+        name: [
+            f"{loss:.3f} (ppl {perplexity:.1f}, {agreement:.1%})"
+            for loss, perplexity, agreement in zip(q.loss_L, q.perplexity_L, q.agreement_L, strict=True)
+        ]
+        for name, q in qualities.items()
+    }
+    width = 2 + max(26, *(len(text) for name, column in columns.items() for text in (name, *column)))
+    lines = ["exit " + "".join(f"{name:>{width}}" for name in columns)]
+    for row, cells in enumerate(itertools.zip_longest(*columns.values(), fillvalue=""), 1):
+        lines.append(f"{row:>4} " + "".join(f"{cell:>{width}}" for cell in cells))
     lines.append("(ppl: perplexity; %: how often the exit predicts the same token as the last exit)")
     for name, quality in qualities.items():
         middle = max(1, len(quality.loss_L) // 2)
@@ -38,7 +40,9 @@ def table(qualities: "dict[str, ExitQuality]") -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(
-        "Print the held-out loss, perplexity and agreement of every exit; --data.* selects other text.", "evaluate"
+        "Print the held-out loss, perplexity and agreement of every exit. --data.* selects other text; without an "
+        "option, the run's own setting holds, not the default shown here.",
+        "evaluate",
     )
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", help="run folder, one checkpoint in it, or a Hugging Face folder"
@@ -49,12 +53,14 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_known_options(argv)
 
     # Imported after parsing, so that --help and errors are immediate.
+    from layerskip_jax.checkpoint.reading import open_model_folder
     from layerskip_jax.evaluation.exits import checkpoint_quality
 
     data = {name.removeprefix("data."): value for name, value in vars(options).items() if name.startswith("data.")}
+    folders = {run: open_model_folder(run) for run in options.runs}  # all at first: one may be missing
     qualities = {}
-    for run in options.runs:
-        qualities[run] = checkpoint_quality(run, options.batches, data)
+    for run, folder in folders.items():
+        qualities[run] = checkpoint_quality(folder, options.batches, data)
         if options.json:
             print(json.dumps({"run": run} | qualities[run].as_dict()), flush=True)
     if not options.json:

@@ -36,8 +36,8 @@ def export_model(run: str, folder: str, dtype: DType = "float32", batches: int =
     ``dtype`` is that of the files; checkpoints hold float32. The model card shows the loss of each exit that the run
     recorded, or with ``batches`` the loss and agreement measured on that many held-out batches. The folder gets its
     name when it is complete. transformers then drafts from one exit, with a constant draft length: those that
-    ``layerskip sweep`` stored, if it chose them, or else those of the run's config. Returns the exit. Raises
-    `UserError` if ``folder`` exists.
+    ``layerskip sweep`` stored, if it found a fixed exit fastest, or else those of the run's config. Returns the exit.
+    Raises `UserError` if ``folder`` exists.
     """
     target = locate(folder)
     require(not is_remote(target), f"export writes to a local disk, not to {folder}: copy the folder afterwards")

@@ -105,14 +105,17 @@ def _run_tasks(options: argparse.Namespace, folder: ModelFolder, settings: Decod
         batch_size=options.batch_size,
         bos=BosPolicy(options.add_bos_token, options.score_bos),
     )
-    results = evaluator.simple_evaluate(
-        lm,
-        tasks=options.task,
-        num_fewshot=options.shots,
-        limit=options.limit,
-        task_manager=manager,
-        log_samples=False,
-    )
+    try:
+        results = evaluator.simple_evaluate(
+            lm,
+            tasks=options.task,
+            num_fewshot=options.shots,
+            limit=options.limit,
+            task_manager=manager,
+            log_samples=False,
+        )
+    except OSError as error:  # a dataset that cannot be downloaded or read
+        raise UserError(f"lm-eval cannot read the data of its tasks: {error}") from error
     if options.json:
         for task, values in results["results"].items():
             print(json.dumps({"task": task, "exit_layer": lm.exit_layer, **values}))

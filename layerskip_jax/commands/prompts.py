@@ -60,7 +60,7 @@ def _held_out(config: Config, count: int) -> list[str]:
     A half is cut to `PROMPT_CHARACTERS`. If there are fewer documents than ``count``, cut each text into parts, and
     take a prompt from each part.
     """
-    from layerskip_jax.data.documents import Pair
+    from layerskip_jax.data.documents import Pair, components_of
     from layerskip_jax.data.sources import open_documents
     from layerskip_jax.data.tokenizer import valid_text
 
@@ -68,9 +68,10 @@ def _held_out(config: Config, count: int) -> list[str]:
         raise UserError("--held_out needs a corpus of text, and that of this checkpoint holds tokens: use --prompt")
     prompts: list[str] = []
     documents = open_documents(config.data, config.data.validation_split, prepare=False)
-    parts = -(-count // len(documents))
-    for index in range(len(documents)):
-        text = documents[index]
+    corpora, parts = list(components_of(documents).values()), -(-count // len(documents))
+    # Take a document of each corpus of a mixture in turn.
+    for corpus, index in ((one, i) for i in range(max(map(len, corpora))) for one in corpora if i < len(one)):
+        text = corpus[index]
         if not isinstance(text, str):  # tokens, of a mixture
             continue
         if isinstance(text, Pair):

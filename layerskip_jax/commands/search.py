@@ -160,6 +160,9 @@ class Search:
         if study.user_attrs.get("config", mine) != mine:  # a corrected space: its trials have other settings
             study = self._start_over(study)
         study.set_user_attr("config", mine)
+        # With the seed of the first start, a resumed search would draw its first recipes again.
+        seed = (self.config.train.seed + len(study.trials)) % 2**32
+        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
         for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # resume interrupted trials first
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
@@ -175,7 +178,6 @@ class Search:
                 storage=self._storage,
                 study_name="layerskip",
                 direction="maximize",
-                sampler=optuna.samplers.TPESampler(seed=self.config.train.seed, n_startup_trials=8),
                 pruner=optuna.pruners.SuccessiveHalvingPruner(
                     min_resource=self.proxy.train.evaluate_every, reduction_factor=3
                 ),
@@ -314,7 +316,11 @@ def main(argv: list[str] | None = None) -> None:
         "--steps", metavar="N", type=positive, default=450, help="steps of a whole trial (default: 450)"
     )
     parser.add_argument(
-        "--width", metavar="D", type=not_negative, default=64, help="width of the proxy; 0 keeps the config's"
+        "--width",
+        metavar="D",
+        type=not_negative,
+        default=64,
+        help="width of the proxy (default: 64); 0 keeps the config's",
     )
     parser.add_argument(
         "--draft_exits", metavar="E", type=positive, nargs="+", help="exits that may draft (default: L/4)"

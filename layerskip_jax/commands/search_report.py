@@ -34,7 +34,7 @@ def _word(value: Any) -> str:
 def config_source(options: argparse.Namespace, trained: str, result: Result) -> str:
     """Return a config file: the user's config file and ``options``, and the recipe that the ``trained`` proxy found.
 
-    The recipe's learning rate is left out if the proxy has another width.
+    The recipe's learning rate is left out unless ``--width`` is 0.
     """
     quality, overrides, trial = result
     increase, agreement = 100 * quality.loss_increase, 100 * quality.agreement

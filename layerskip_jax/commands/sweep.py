@@ -128,8 +128,8 @@ def _measurement(
 def measured_overhead(model: ModelConfig, measurements: Iterable[Measurement]) -> Overhead:
     """Return what the measured rounds cost beyond the bytes of their weights, by their number of drafts.
 
-    The mean over the exits for each draft length, interpolated between the lengths. Noise can make a longer round look
-    cheaper than a shorter one, so the costs never fall.
+    This is the mean over the exits for each draft length, interpolated between the lengths. Noise can make a longer
+    round look cheaper than a shorter one, so the costs never fall.
     """
     extra: dict[int, list[tuple[float, float]]] = {}
     for m in measurements:
@@ -230,7 +230,7 @@ def save_picture(grid: list[Measurement], exits: Sequence[int], draft_lengths: S
 def _parser() -> OneLineParser:
     parser = make_parser(
         "Time exits and draft lengths of a checkpoint on prompts, and store the fastest lossless settings with its "
-        "run. Default prompts: --held_out 8.",
+        "run. Default prompts: --held_out 8. The default settings are those of the run's config.",
         "sweep",
     )
     add_run(parser)

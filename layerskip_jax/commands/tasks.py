@@ -172,7 +172,11 @@ def _as_json(result: TaskResult, task: str, settings: DecodeConfig) -> dict[str,
 
 
 def _parser() -> OneLineParser:
-    parser = make_parser("Generate and score the answers of tasks, in any mode and at any exit.", "tasks")
+    parser = make_parser(
+        "Generate and score the answers of tasks, in any mode and at any exit. The default settings are those of the "
+        "run's config, with those that layerskip sweep stored on top.",
+        "tasks",
+    )
     add_run(parser)
     parser.add_argument(
         "--task",
@@ -182,7 +186,9 @@ def _parser() -> OneLineParser:
         help=f"{', '.join(TASKS)}, or a Python file with get_task(); FILE (.jsonl, .csv or .tsv) replaces the TFDS "
         "dataset of the task; may be given several times",
     )
-    parser.add_argument("--data_dir", metavar="DIR", default="data", help="folder of prepared TFDS datasets")
+    parser.add_argument(
+        "--data_dir", metavar="DIR", default="data", help="folder of prepared TFDS datasets (default: data)"
+    )
     parser.add_argument("--limit", metavar="N", type=positive, help="at most N examples of each task")
     parser.add_argument(
         "--shots", metavar="N", type=not_negative, help="solved examples in a prompt (default: the task's)"
@@ -218,6 +224,10 @@ def _read_tasks(options: argparse.Namespace) -> list[tuple[str, Task, TaskExampl
             task = dataclasses.replace(task, scores={**task.scores, **task.code_scores})
         label = word if names.count(name) > 1 else name
         tasks.append((label, task, read_examples(task, file, options.data_dir, options.limit)))
+    if options.answers and not options.json:
+        raise UserError("--answers prints JSON lines: add --json")
+    if options.run_code and not any(task.code_scores for _, task, _ in tasks):
+        raise UserError("--run_code has no effect: none of these tasks has a score that runs code, as humaneval has")
     return tasks
 
 
@@ -240,21 +250,23 @@ def _run_tasks(
 ) -> None:
     config, tokenizer = folder.config, load_tokenizer(str(folder.tokenizer))
     model = with_weights(load_model(folder, unstacked=True)[0], settings.weights)
-    results = {}
-    for name, task, examples in tasks:
-        results[name], answered = run_task(
-            model,
-            tokenizer,
-            task,
-            examples,
-            settings,
-            prompt_tokens=options.prompt_tokens or _prompt_room(context_length(config), task.max_new_tokens),
-            batch_size=options.batch_size,
-        )
-        warn_beyond_context(config, results[name].longest, f"{name}: the longest prompt and answer have")
-        if options.json:
-            for answer in answered if options.answers else []:
-                print(json.dumps({"task": name} | dataclasses.asdict(answer)))
-            print(json.dumps(_as_json(results[name], name, settings)))
-    if not options.json:
-        print(table(results))
+    results: dict[str, TaskResult] = {}
+    try:
+        for name, task, examples in tasks:
+            results[name], answered = run_task(
+                model,
+                tokenizer,
+                task,
+                examples,
+                settings,
+                prompt_tokens=options.prompt_tokens or _prompt_room(context_length(config), task.max_new_tokens),
+                batch_size=options.batch_size,
+            )
+            warn_beyond_context(config, results[name].longest, f"{name}: the longest prompt and answer have")
+            if options.json:
+                for answer in answered if options.answers else []:
+                    print(json.dumps({"task": name} | dataclasses.asdict(answer)))
+                print(json.dumps(_as_json(results[name], name, settings)))
+    finally:  # if a later task fails, print the results of the earlier ones
+        if results and not options.json:
+            print(table(results))

@@ -128,7 +128,8 @@ def resume_mixture(
     for name, corpus in new.items():
         source = _continued(old, name, corpus)
         if source is None:
-            effects.setdefault("new in the mixture, read from the first document on", []).append(name)
+            what = "new in the mixture" if name else "the corpus is new"
+            effects.setdefault(f"{what}, read from the first document on", []).append(name)
             continue
         was = dataclasses.replace(saved, data=saved.data.components[source])
         becomes = dataclasses.replace(config, data=config.data.components[name])
@@ -137,7 +138,8 @@ def resume_mixture(
         for note in notes:
             effects.setdefault(note, []).append(name)
     lines = [
-        note if names == list(new) == list(resumed) else f"{_list(names)}: {note}" for note, names in effects.items()
+        note if names == [""] or names == list(new) == list(resumed) else f"{_list(names)}: {note}"
+        for note, names in effects.items()
     ]
     read_on = {source for source, _ in resumed.values()}
     lines += [f"{name or 'the former corpus'}: no longer read" for name in old if name not in read_on]

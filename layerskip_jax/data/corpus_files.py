@@ -33,7 +33,7 @@ NO_TEXT = re.compile(
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz"}
 
 HELD_OUT_PERCENT = (1, 20)
-"""The share of the text that is held out, at least and at most, where whole documents allow it."""
+"""The least and the most of the text [percent] to hold out; `hold_out` enforces the least only if files were cut."""
 
 
 class File(NamedTuple):

@@ -24,7 +24,8 @@ def load_tokenizer(path: str) -> Tokenizer:
                 f"{TOKENIZER} next to its config.json"
             )
         raise UserError(
-            f"no tokenizer at {path} (data.tokenizer): train one with layerskip data tokenizer --config configs/NAME.py"
+            f"no tokenizer at {path} (data.tokenizer): copy the model's there or, for a new model, train one with "
+            "layerskip data tokenizer --config configs/NAME.py"
         )
     if file_size(file) > TOKENIZER_BYTES:
         raise UserError(f"{path} (data.tokenizer) is too large for a tokenizer: more than {TOKENIZER_BYTES:,} bytes")

@@ -74,14 +74,14 @@ def make_batches(
 
     ``segments_BT`` numbers a row's documents from 1, or is 1 with ``data.cross_document_attention`` (0: padding).
     ``mask_BT`` is 1.0 where the next token belongs to the same segment (and, with prompts, to a response or its EOS).
+    Pairs whose prompt fills a row are left out; raises `UserError` if no pair of a sample has room.
     `layerskip_jax.data.position` saves and restores the position of an iterator.
 
     ``opened`` is the split if it is open already: opening a large corpus takes a while.
 
     With ``data.mixture``, every row takes its next sequence from the component that `choose_components` names. It reads
     the same sequences of a component as in a run on that component alone. In evaluation, every component yields its
-    first ``train.evaluate_batches`` batches, which have its number as ``"component"``. Pairs whose prompt fills a row
-    are left out; raises `UserError` if no pair of a sample has room.
+    first ``train.evaluate_batches`` batches, which have its number as ``"component"``.
     """
     rows = range(batch_size) if rows is None else rows
     documents, tokenizer = opened or (open_documents(config.data, split), load_tokenizer(config.data.tokenizer))

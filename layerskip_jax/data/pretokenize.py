@@ -10,9 +10,10 @@ from etils import epath
 from tqdm import tqdm
 
 from layerskip_jax.config import DataConfig
+from layerskip_jax.data.documents import Documents
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.data.pipeline import document_tokens
-from layerskip_jax.data.sources import METADATA, open_documents
+from layerskip_jax.data.sources import METADATA, open_splits
 from layerskip_jax.data.tokenizer import Tokenizer
 from layerskip_jax.errors import UserError
 from layerskip_jax.locations import locate, new_folder
@@ -40,12 +41,11 @@ def pretokenize(config: DataConfig, out: str) -> dict[str, Any]:
         raise UserError(f"{out} exists: give --out a new folder, or remove it first")
     tokenizer = load_tokenizer(config.tokenizer)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+    names = (config.train_split, config.validation_split)
+    documents = dict(zip(names, open_splits(config), strict=True))  # both at first: one may be missing
     began = time.perf_counter()
     with new_folder(target) as partial:
-        splits = {
-            split: _write_split(config, split, tokenizer, dtype, partial / split)
-            for split in (config.train_split, config.validation_split)
-        }
+        splits = {name: _write_split(part, tokenizer, dtype, partial / name) for name, part in documents.items()}
         metadata = {
             "tokenizer_sha256": tokenizer.fingerprint(),
             "vocab_size": tokenizer.vocab_size,
@@ -57,14 +57,12 @@ def pretokenize(config: DataConfig, out: str) -> dict[str, Any]:
     return metadata | {"tokens_per_second": tokens / (time.perf_counter() - began)}
 
 
-def _write_split(
-    config: DataConfig, split: str, tokenizer: Tokenizer, dtype: np.dtype, folder: epath.Path
-) -> dict[str, int]:
+def _write_split(documents: Documents, tokenizer: Tokenizer, dtype: np.dtype, folder: epath.Path) -> dict[str, int]:
     folder.mkdir(parents=True, exist_ok=True)
-    documents, total, shard, in_shard = open_documents(config, split), 0, 0, 0
+    total, shard, in_shard = 0, 0, 0
     writer = ArrayRecordWriter(str(folder / f"{shard:05d}.array_record"), "group_size:1")
     try:
-        for index in tqdm(range(len(documents)), desc=split, unit="document", disable=None):
+        for index in tqdm(range(len(documents)), desc=folder.name, unit="document", disable=None):
             if in_shard >= TOKENS_PER_SHARD:
                 writer.close()
                 shard, in_shard = shard + 1, 0

@@ -1,4 +1,4 @@
-"""A model class for lm-evaluation-harness, at any exit; importing it needs the extra ``lm_eval``."""
+"""A model class for lm-evaluation-harness, at any exit; importing it needs the extra ``lm-eval``."""
 
 import dataclasses
 from typing import Any, NamedTuple

@@ -32,6 +32,10 @@ class Task:
     code_scores: Mapping[str, Score] = dataclasses.field(default_factory=dict)  # scores that run generated code
     code_fields: tuple[str, ...] = ()  # the fields that these scores read
 
+    def __post_init__(self) -> None:
+        for template in (self.prompt, self.answer):
+            template.format_map(dict.fromkeys(self.fields, ""))  # now, so that an error names the task's file
+
     @property
     def fields(self) -> list[str]:
         """The fields of an example that the templates and the scores of code use."""
@@ -49,7 +53,7 @@ class Task:
         """Return the prompt, and whether it was shortened.
 
         A prompt that does not satisfy ``fits`` first loses shots, then the end of the field ``shortens``. If it does
-        not fit even then, it is returned all the same.
+        not fit even then, it is returned anyway.
         """
         own = self.prompt.format_map(example)
         solved = [self.prompt.format_map(shot) + self.wanted(shot) for shot in shots]

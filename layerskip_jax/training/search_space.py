@@ -72,8 +72,8 @@ class RecipeQuality(NamedTuple):
     def score(self, tolerance: float) -> float:
         """``speedup - 100 max(0, loss_increase - tolerance)``: 1 % of loss beyond the tolerance costs 1.0x.
 
-        A penalty and not a limit, so that the pruner can rank recipes whose early losses are still above it. A loss
-        that is not finite scores -inf.
+        This is a penalty and not a limit, so that the pruner can rank recipes whose early losses exceed the tolerance.
+        A loss that is not finite scores -inf.
         """
         if not math.isfinite(self.loss_increase):
             return -math.inf
@@ -83,7 +83,7 @@ class RecipeQuality(NamedTuple):
 def frontier(qualities: Sequence[RecipeQuality]) -> list[bool]:
     """Return for each recipe whether it is on the frontier.
 
-    It is if no other recipe has a loss as low and an agreement as high, and is better in one of them.
+    It is on it unless another recipe has a loss as low and an agreement as high, and is better in one of them.
 
     >>> frontier([RecipeQuality(0.0, 0.6, 1.0), RecipeQuality(0.01, 0.7, 1.0), RecipeQuality(0.01, 0.5, 1.0)])
     [True, True, False]
