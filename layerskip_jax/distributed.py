@@ -200,6 +200,9 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: jax set it, outside Python
+        outer = getattr(self._former.get(self._received), "__self__", None)
+        if isinstance(outer, StopRequest):  # a search: this run may have ended before it could stop for the signal
+            outer._received = self._received
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = number

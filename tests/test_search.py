@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import jax
 import optuna
@@ -15,7 +17,7 @@ from layerskip_jax.commands.search import proxy_config
 from layerskip_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from layerskip_jax.config_dict import apply_overrides
 from layerskip_jax.decoding.cost import best_speedup, predicted_speedup
-from layerskip_jax.errors import UserError
+from layerskip_jax.errors import Interrupted, UserError
 from layerskip_jax.locations import folder_lock
 from layerskip_jax.presets import pretraining, trained_to_draft
 from layerskip_jax.training.bad_steps import Diverged
@@ -98,6 +100,21 @@ def test_a_search_writes_the_best_recipe_and_resumes(options, tmp_path, capsys, 
 
     with pytest.raises(UserError, match="belongs to another config"):
         search.main([*options, "--steps", "18"])
+
+
+def test_a_signal_in_the_last_evaluation_of_a_trial_stops_the_search(options, monkeypatch):
+    quality, calls = search.exit_quality, []
+
+    def measured(*arguments):
+        calls.append(arguments)
+        if len(calls) == 9:  # the first trial has nine steps, each with an evaluation
+            os.kill(os.getpid(), signal.SIGINT)
+        return quality(*arguments)
+
+    monkeypatch.setattr(search, "exit_quality", measured)
+    with pytest.raises(Interrupted, match="SIGINT: the search stopped between two trials"):
+        search.main(options)
+    assert len(calls) == 9
 
 
 def test_a_space_without_a_valid_recipe_is_refused(options, tmp_path, monkeypatch):

@@ -38,7 +38,8 @@ from layerskip_jax.config_dict import apply_overrides, saved_settings
 from layerskip_jax.data.load_tokenizer import load_tokenizer
 from layerskip_jax.decoding.configure import default_exit
 from layerskip_jax.decoding.cost import best_speedup
-from layerskip_jax.errors import UserError
+from layerskip_jax.distributed import StopRequest
+from layerskip_jax.errors import Interrupted, UserError
 from layerskip_jax.evaluation.exits import ExitQuality, HostBatches, exit_quality
 from layerskip_jax.locations import folder_lock
 from layerskip_jax.model import Transformer
@@ -349,13 +350,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(search: Search) -> None:
     """Train the plain model and then recipes, until ``--trials`` or ``--minutes`` end the search."""
-    options, began = search.options, time.monotonic()
-    search.train_plain()
-    invalid = 0
-    while sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in search.study.trials) < options.trials:
-        if options.minutes and time.monotonic() - began > 60 * options.minutes:
-            break
-        invalid = 0 if search.run_trial() else invalid + 1
-        if invalid == MOST_INVALID:
-            error = search.study.trials[-1].user_attrs["error"]
-            raise UserError(f"the search space has no valid point: {invalid} recipes in a row were refused: {error}")
+    options, began, invalid = search.options, time.monotonic(), 0
+    with StopRequest(make_mesh(search.proxy)) as stop:
+        search.train_plain()
+        while sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in search.study.trials) < options.trials:
+            if stopped := stop.agreed():
+                raise Interrupted(stopped, "the search stopped between two trials; restart to resume")
+            if options.minutes and time.monotonic() - began > 60 * options.minutes:
+                break
+            invalid = 0 if search.run_trial() else invalid + 1
+            if invalid == MOST_INVALID:
+                error = search.study.trials[-1].user_attrs["error"]
+                raise UserError(
+                    f"the search space has no valid point: {invalid} recipes in a row were refused: {error}"
+                )
