@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs on each worker. tpu/pod copies this file to the home folder of every worker and calls it there:
 # bash worker.sh install | idle | launch TRAIN-OPTION... | state | logs | stop SECONDS [by-hand]
+# shellcheck disable=SC2329  # the last line calls the functions by name
 set -euo pipefail
 code=$HOME/layerskip_jax         # the repository as of the last install
 venv=$HOME/layerskip_jax_venv
@@ -65,7 +66,7 @@ train() {  # keeps running after the ssh connection ends, and records the exit s
   echo $! > "$run/pid"
   wait $! || status=$?
   echo "--- train.py ended with status $status"
-  echo $status > "$run/exit"
+  echo "$status" > "$run/exit"
 }
 
 state() {
