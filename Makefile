@@ -72,7 +72,7 @@ endif
 check: lint  ## the linters and a fast subset of the tests (about 2 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PARALLEL) $(CHECK_TESTS)
 
-test: $(BIN)/.installed-dev  ## the whole test suite (20 to 30 minutes on 2 cores)
+test: $(BIN)/.installed-dev  ## the whole test suite (15 to 30 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PARALLEL)
 
 $(BIN)/.installed-tpu: $(BIN)/.installed-dev
