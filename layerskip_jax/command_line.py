@@ -125,8 +125,9 @@ def shown_value(value: Any) -> str:
     >>> shown_value((2, 8)), shown_value(False), shown_value("")
     ('2 8', 'false', 'none')
     """
-    words = value if isinstance(value, tuple) else (str(value).lower() if isinstance(value, bool) else value,)
-    return " ".join(map(str, words)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "none"
 
 
 # Types of single options
